@@ -1,0 +1,60 @@
+# Everything runs in .venv, which any target makes on first use. Nothing needs root.
+
+PYTHON ?= python3
+RANKS ?= 2
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+DEMO_DATA := data/digits
+DEMO_CONFIG := train/configs/digits.yaml
+DEMO_RUN := runs/digits
+
+# deepspeed starts `python` and `ninja` by name; a prompt of pip's would wait for an answer that never comes.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu lint format clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## make .venv and install the package, its tests and the pinned versions into it
+
+# Made again when what it was made from changes.
+$(STAMP): setup.py pyproject.toml constraints.txt tools/install_torch.sh
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo 'error: $(PYTHON) is missing or older than Python 3.10; name a newer one: make setup PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo 'error: $(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)' >&2; exit 1; }
+	@test -x $(VENV)/bin/pip || { echo '$(PYTHON) -m venv $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	tools/install_torch.sh $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Without numactl deepspeed counts a CPU as one device, so the number of ranks is given.
+demo: $(STAMP)  ## train on handwritten digits, measure the result, draw samples
+	python train/prepare.py digits $(DEMO_DATA)
+	deepspeed --num_gpus $(RANKS) train/pretrain.py $(DEMO_CONFIG)
+	python train/evaluate.py $(DEMO_RUN)
+	python train/sample.py $(DEMO_RUN)
+
+test: $(STAMP)  ## run the tests that need no GPU
+	pytest --durations=10
+
+test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
+	pytest -m gpu --durations=10
+
+lint: $(STAMP)  ## check style, formatting and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(STAMP)  ## put the code into the common format
+	ruff check --fix .
+	ruff format .
+
+clean:  ## remove caches and build output; .venv, data and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(wildcard kernels transfusion_fast train benchmarks tests tools) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,169 @@
+"""Which positions of a packed sequence may see which: two intervals a position, nothing quadratic.
+
+A packed sequence holds documents, and a document holds text and images. Attention is causal within a document
+and bidirectional within an image (Transfusion, arXiv 2408.11039, section 3.2), so the keys that a query sees are
+one interval, and so are the queries that a key is seen by:
+
+    query i sees the keys           [key_start(i), key_end(i))      = [document_start, image_end or i + 1)
+    key j is seen by the queries    [query_start(j), query_end(j))  = [image_start or j, document_end)
+
+A position of the padding sees nothing and is seen by nothing: both of its intervals are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayout:
+    """The mask of one packed sequence of T positions, as O(T) integers.
+
+    The intervals live on the device of the attention inputs; `document_offsets` and `image_spans` stay on the CPU,
+    where whoever plans the work (tiles, documents) reads them without waiting for a device.
+
+    Attributes:
+        key_start, key_end: int32 [T], the keys that each query sees.
+        query_start, query_end: int32 [T], the queries that each key is seen by.
+        document_offsets: int64 [documents + 1] on the CPU; document d is [document_offsets[d], document_offsets[d + 1]).
+        image_spans: int64 [images, 2] on the CPU, rows (start, length) in ascending order.
+    """
+
+    key_start: Tensor
+    key_end: Tensor
+    query_start: Tensor
+    query_end: Tensor
+    document_offsets: Tensor
+    image_spans: Tensor
+    _plans: dict[Callable[..., Any], Any] = field(init=False, repr=False, default_factory=dict)
+
+    @classmethod
+    def from_spans(
+        cls,
+        document_lengths: Sequence[int],
+        image_spans: Sequence[tuple[int, int]],
+        total_length: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> AttentionLayout:
+        """Builds the layout of consecutive documents in O(T).
+
+        Args:
+            document_lengths: positions of each document; documents follow each other from position 0.
+            image_spans: (start, length) of each image, absolute, each inside one document, in any order.
+            total_length: T, at least the sum of the document lengths; the rest is padding. Default: no padding.
+            device: where the intervals are put.
+
+        Raises:
+            ValueError: naming the document or span that is empty, negative, out of its document, or overlaps another.
+        """
+        lengths = np.asarray(document_lengths, dtype=np.int64).reshape(-1)
+        spans = np.asarray(image_spans, dtype=np.int64).reshape(-1, 2)
+        spans = spans[np.argsort(spans[:, 0], kind="stable")]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        total = int(offsets[-1]) if total_length is None else int(total_length)
+        _check_documents(lengths, total)
+        _check_spans(spans, offsets)
+
+        position = np.arange(total)
+        key_start, query_end = position.copy(), position.copy()
+        key_end, query_start = position.copy(), position.copy()
+        used = int(offsets[-1])
+        key_start[:used] = np.repeat(offsets[:-1], lengths)
+        query_end[:used] = np.repeat(offsets[1:], lengths)
+        key_end[:used] += 1
+        in_image = _positions_of(spans)
+        key_end[in_image] = np.repeat(spans.sum(axis=1), spans[:, 1])
+        query_start[in_image] = np.repeat(spans[:, 0], spans[:, 1])
+        intervals = (torch.from_numpy(a.astype(np.int32)) for a in (key_start, key_end, query_start, query_end))
+        layout = cls(*intervals, torch.from_numpy(offsets), torch.from_numpy(spans))
+        return layout.to(device)
+
+    @property
+    def total_length(self) -> int:
+        """T, padding included."""
+        return self.key_start.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the intervals are."""
+        return self.key_start.device
+
+    @cached_property
+    def area(self) -> int:
+        """Exact number of visible (query, key) pairs: sum of L(L+1)/2 over documents and n(n-1)/2 over images."""
+        lengths, patches = self.document_offsets.diff(), self.image_spans[:, 1]
+        return int((lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()) // 2
+
+    def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
+        """What `build` makes of this layout, made once and kept with it: a backend's work list for all layers."""
+        if build not in self._plans:
+            self._plans[build] = build(self)
+        return self._plans[build]
+
+    def dense_mask(self) -> Tensor:
+        """The definition by brute force, bool [T, T], True where query (row) sees key (column); for tests only."""
+        position = torch.arange(self.total_length)
+        document = torch.bucketize(position, self.document_offsets, right=True)
+        image = torch.zeros_like(position)
+        for number, (start, length) in enumerate(self.image_spans.tolist(), start=1):
+            image[start : start + length] = number
+        same_document = document[:, None] == document[None, :]
+        same_image = (image[:, None] == image[None, :]) & (image > 0)[:, None]
+        real = position < self.document_offsets[-1]
+        visible = same_document & ((position[:, None] >= position[None, :]) | same_image)
+        return (visible & real[:, None] & real[None, :]).to(self.device)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
+        """The same layout with its intervals on `device`."""
+        if torch.device(device) == self.device:
+            return self
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _INTERVALS})
+
+    def pin_memory(self) -> AttentionLayout:
+        """The same layout in page-locked memory, from which copies to a GPU overlap with compute."""
+        return replace(self, **{n: getattr(self, n).pin_memory() for n in _INTERVALS})
+
+
+_INTERVALS = tuple(f.name for f in fields(AttentionLayout))[:4]
+
+
+def _positions_of(spans: np.ndarray) -> np.ndarray:
+    """int64 [sum of lengths]: the positions that the spans, rows (start, length), cover, in their order."""
+    starts, lengths = spans[:, 0], spans[:, 1]
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+
+
+def _check_documents(lengths: np.ndarray, total: int) -> None:
+    if (lengths <= 0).any():
+        number = int(np.flatnonzero(lengths <= 0)[0])
+        raise ValueError(f"document_lengths[{number}] must be positive, got {lengths[number]}; drop empty documents")
+    if total < lengths.sum():
+        raise ValueError(f"total_length must be at least the documents' {lengths.sum()} positions, got {total}")
+
+
+def _check_spans(spans: np.ndarray, offsets: np.ndarray) -> None:
+    starts, lengths = spans[:, 0], spans[:, 1]
+    ends = starts + lengths
+
+    def reject(bad: np.ndarray, rule: str) -> None:
+        if bad.any():
+            number = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"image span (start={starts[number]}, length={lengths[number]}) {rule}")
+
+    reject(lengths <= 0, "must have a positive length; drop empty images")
+    reject((starts < 0) | (ends > offsets[-1]), f"must lie inside one document, got documents over [0, {offsets[-1]})")
+    document = np.searchsorted(offsets, starts, side="right") - 1
+    document_end = offsets[np.minimum(document + 1, len(offsets) - 1)]
+    reject(ends > document_end, "must lie inside one document, but crosses a document's end")
+    overlap = np.zeros(len(spans), dtype=bool)
+    overlap[1:] = starts[1:] < ends[:-1]
+    reject(overlap, "overlaps the image before it; every position belongs to at most one image")

@@ -1,0 +1,83 @@
+"""The specification of every op in plain PyTorch: what the kernels must compute, written to be read, not to be fast."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfusion_fast.kernels.layout import AttentionLayout
+
+
+def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
+    """softmax(scale * Q K^T + mask) V, with the mask of `layout` made dense. q [T, H, D], k and v [T, G, D] -> [T, H, D].
+
+    Query head h reads key/value head h // (H / G). A row that sees nothing (padding) is zero.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores_HTT = torch.einsum("thd,shd->hts", _wide(q), _wide(k)) * scale
+    mask_TT = layout.dense_mask()
+    weights_HTT = scores_HTT.masked_fill(~mask_TT, float("-inf")).softmax(dim=-1)
+    weights_HTT = weights_HTT.masked_fill(~mask_TT.any(dim=-1)[:, None], 0.0)
+    return torch.einsum("hts,shd->thd", weights_HTT, _wide(v)).to(q.dtype)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    theta: float = 10000.0,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Optional RMS norm of each head, then rotation of the pairs (i, i + D/2) by position * theta^(-2i/D).
+
+    q [T, H, D], k [T, G, D]; positions [T], or [T, 2] where even frequencies turn by the first (row) coordinate
+    and odd ones by the second (column). Equal coordinates therefore are the one-dimensional rotation.
+    RoFormer, arXiv 2104.09864, equation 34; the halves are paired as in Llama.
+    """
+    cos, sin = rotary_angles(positions, q.shape[-1], theta)
+
+    def norm_and_rotate(x: Tensor, weight: Tensor | None) -> Tensor:
+        wide = _wide(x) if weight is None else F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps)
+        first, second = wide.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return norm_and_rotate(q, q_weight), norm_and_rotate(k, k_weight)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle, fp32 [T, 1, D/2]."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if positions.ndim == 2:
+        axis = torch.arange(head_dim // 2, device=positions.device) % 2
+        coordinates = positions.float()[:, axis]
+    else:
+        coordinates = positions.float()[:, None]
+    angles = (coordinates * frequencies)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (GLU variants, arXiv 2002.05202), computed in fp32, any shape."""
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> Tensor:
+    """Mean squared error of each image: prediction, target [P, C], image_offsets int32 [N + 1] -> fp32 [N].
+
+    Image n is the patches [image_offsets[n], image_offsets[n + 1]).
+    """
+    squared_P = (_wide(prediction) - _wide(target)).square().mean(dim=-1)
+    patches_N = image_offsets.diff()
+    image_P = torch.repeat_interleave(patches_N, output_size=squared_P.shape[0])
+    total_N = squared_P.new_zeros(patches_N.shape[0]).index_add(0, image_P, squared_P)
+    return total_N / patches_N
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: sums and exponentials are never taken in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,43 @@
+"""Packaging of transfusion_fast: `pip install .` or, to work on it, `make setup`."""
+
+from setuptools import setup
+
+setup(
+    name="transfusion_fast",
+    version="0.1.0",
+    description="Train Transfusion models: Triton kernels, packed WebDataset shards, DeepSpeed ZeRO-3",
+    author="The transfusion_fast authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # Listed, never found: a bare find_packages() would pick up tests and train, and a top-level `kernels` of ours would
+    # overwrite the other project's package of that name. transfusion_fast/kernels is a symlink to ../kernels; a wheel
+    # gets the files themselves.
+    packages=[
+        "transfusion_fast",
+        "transfusion_fast.data",
+        "transfusion_fast.kernels",
+        "transfusion_fast.training",
+    ],
+    # Only Python files are installed. The YAML files in train/configs belong to the repository's command lines.
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.13",
+        "deepspeed>=0.18",
+        "einops>=0.8",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "scikit-learn>=1.4",
+        "tqdm>=4.66",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "types-PyYAML>=6.0"],
+        "vae": ["diffusers>=0.30"],
+        "gpu": ["triton>=3.6", "flash-attn>=2.7"],
+        "logging": ["wandb>=0.17", "tensorboard>=2.16"],
+    },
+)

@@ -1,0 +1,232 @@
+"""index.json and the reader: every kind of damage is one line naming what is wrong, and none is read past."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+
+from transfusion_fast.data.index import INDEX_NAME, PackReader, build_index, read_index, write_index
+from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
+from transfusion_fast.data.shards import write_shards
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
+
+GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+PACKS_PER_SHARD = 3
+NUM_PACKS = 7
+
+
+def make(number):
+    caption = TextSegment(np.arange(number, number + 3, dtype=np.int32))
+    return make_pack([(caption, ImageSegment(np.full((2, 4, 1), number, np.uint8)))], (GREY,))
+
+
+def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=PACKS_PER_SHARD):
+    folder.mkdir()
+    files = write_shards(map(make, range(num_packs)), folder, packs_per_shard)
+    write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+def edit_index(folder, change):
+    path = folder / INDEX_NAME
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+
+
+def refusal(action, *arguments):
+    with pytest.raises(InputError) as error:
+        action(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def assert_holds(pack, number):
+    expected = make(number)
+    for field in ("tokens", "segments", "latents"):
+        np.testing.assert_array_equal(getattr(pack, field), getattr(expected, field), strict=True)
+
+
+def test_the_index_comes_back_as_it_was_written(folder):
+    index = read_index(folder)
+    files = [shard.file for shard in index.shards]
+    assert index == build_index(folder, files, 16, ByteTokenizer(), (GREY,))
+    assert index.pack_counts == [3, 3, 1]
+    assert (index.num_packs, index.documents, index.tokens) == (7, 7, 7 * 9)
+    assert index.waste == pytest.approx(1 - 9 / 16)
+
+
+def test_the_index_tells_the_truth_about_the_bytes(folder):
+    for shard in read_index(folder).shards:
+        content = (folder / shard.file).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        payloads = [content[start:end] for start, end in zip(shard.offsets, shard.ends, strict=True)]
+        assert [zlib.crc32(payload) for payload in payloads] == list(shard.crc32)
+        assert content[shard.end :].strip(b"\0") == b"", "something follows the last pack"
+
+
+def test_the_index_keeps_long_lists_on_one_line(folder):
+    lines = (folder / INDEX_NAME).read_text().splitlines()
+    assert len(lines) < 40
+    assert sum('"offsets": [0, ' in line for line in lines) == 2
+
+
+def test_packs_are_numbered_in_file_order(folder):
+    reader = PackReader(folder)
+    assert len(reader) == NUM_PACKS
+    for position in (6, 0, 3, 2, 5, 1, 4):
+        assert_holds(reader.read(position), position)
+    assert [reader.locate(position) for position in (0, 2, 3, 6)] == [(0, 0), (0, 2), (1, 0), (2, 0)]
+    for position in (-1, NUM_PACKS):
+        with pytest.raises(IndexError, match=f"got {position}"):
+            reader.read(position)
+
+
+def test_a_reader_survives_pickling_and_closing(folder):
+    reader = PackReader(folder)
+    assert_holds(reader.read(0), 0)
+    assert_holds(pickle.loads(pickle.dumps(reader)).read(4), 4)
+    reader.close()
+    assert_holds(reader.read(5), 5)
+
+
+def test_forked_workers_read_beside_their_parent(folder):
+    reader = PackReader(folder)
+    reader.read(0)
+
+    def read_all():
+        for position in [*range(NUM_PACKS)] * 20:
+            assert_holds(reader.read(position), position)
+
+    workers = [multiprocessing.get_context("fork").Process(target=read_all) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    read_all()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_few_shards_are_open_at_once(tmp_path):
+    reader = PackReader(write_folder(tmp_path / "data", num_packs=50, packs_per_shard=1))
+    before = len(os.listdir("/proc/self/fd"))
+    for position in range(50):
+        assert_holds(reader.read(position), position)
+    assert len(os.listdir("/proc/self/fd")) - before <= 32
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path):
+    assert "run: python train/prepare.py digits OUT" in refusal(read_index, tmp_path / "nowhere")
+    assert "not a prepared data folder" in refusal(read_index, tmp_path)
+    (tmp_path / INDEX_NAME).write_text("{")
+    assert "must be JSON" in refusal(read_index, tmp_path)
+    for foreign in ("[]", "null", '{"format": "safetensors"}', "{}"):
+        (tmp_path / INDEX_NAME).write_text(foreign)
+        assert "format of" in refusal(read_index, tmp_path)
+
+
+def test_another_version_is_refused_naming_both(folder):
+    edit_index(folder, lambda entry: entry.update(version=2))
+    assert "must be 1, the one supported, got 2" in refusal(read_index, folder)
+
+
+@pytest.mark.parametrize("name", ["../data/shard-000000.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".hidden"])
+def test_a_shard_outside_of_the_folder_is_refused(folder, name):
+    edit_index(folder, lambda entry: entry["shards"][0].update(file=name))
+    assert "must be a plain name" in refusal(read_index, folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (["version"], "1", "version"),
+        (["sequence_length"], None, "sequence_length"),
+        (["sequence_length"], True, "sequence_length"),
+        (["sequence_length"], 0, "must be positive"),
+        (["tokenizer"], "bytes", "tokenizer"),
+        (["tokenizer", "num_text_tokens"], 256.0, "num_text_tokens"),
+        (["modalities"], {}, "modalities"),
+        (["modalities", 0], "grey", "name"),
+        (["modalities", 0, "patch_size"], 0, "patch_size"),
+        (["modalities", 0, "encoding"], "latents", "latents_dtype"),
+        (["latents_dtype"], "object", "latents_dtype"),
+        (["documents"], "7", "documents"),
+        (["tokens"], [], "tokens"),
+        (["shards"], [], "must be positive"),
+        (["shards", 0], 5, "file"),
+        (["shards", 0, "bytes"], "x", "bytes"),
+        (["shards", 0, "sha256"], 5, "sha256"),
+        (["shards", 0, "offsets"], [], "whole number each a pack"),
+        (["shards", 0, "offsets"], [0, 1.5, 3], "whole number each a pack"),
+        (["shards", 0, "crc32"], [1], "whole number each a pack"),
+        (["shards", 0, "offsets"], [-512, 0, 512], "must rise within"),
+        (["shards", 0, "offsets"], [0, 512, 512], "must rise within"),
+        (["shards", 0, "end"], 10**12, "must rise within"),
+    ],
+)
+def test_an_index_with_a_field_that_is_wrong_is_refused_naming_it(folder, path, value, reason):
+    def change(entry):
+        for step in path[:-1]:
+            entry = entry[step]
+        entry[path[-1]] = value
+
+    edit_index(folder, change)
+    assert reason in refusal(read_index, folder)
+
+
+@pytest.mark.parametrize("field", ["version", "tokenizer", "modalities", "documents", "shards"])
+def test_an_index_without_a_field_is_refused_naming_it(folder, field):
+    edit_index(folder, lambda entry: entry.pop(field))
+    assert f"{field} in " in refusal(read_index, folder)
+
+
+def test_a_truncated_shard_is_found_before_reading_and_while_reading(folder):
+    reader = PackReader(folder)
+    shard = folder / "shard-000001.tar"
+    size = shard.stat().st_size
+    os.truncate(shard, 3000)
+    assert f"must have {size} bytes as its index says, got 3000" in refusal(read_index, folder)
+    assert "shard-000001.tar (pack 4 of its folder)" in refusal(reader.read, 4)
+    assert_holds(reader.read(2), 2)
+
+
+def test_a_missing_shard_is_found_before_reading_and_while_reading(folder):
+    reader = PackReader(folder)
+    (folder / "shard-000002.tar").unlink()
+    assert "shard-000002.tar must exist" in refusal(read_index, folder)
+    assert "pack 0 of shard" in refusal(reader.read, 6)
+
+
+def test_a_flipped_byte_costs_its_own_pack_only(folder):
+    shard = read_index(folder).shards[1]
+    content = bytearray((folder / shard.file).read_bytes())
+    content[shard.offsets[2] - 700] ^= 1
+    (folder / shard.file).write_bytes(content)
+    reader = PackReader(folder)
+    message = refusal(reader.read, 4)
+    assert "pack 1 of shard" in message and shard.file in message and "checksum" in message
+    for position in (3, 5):
+        assert_holds(reader.read(position), position)
+
+
+def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
+    edit_index(folder, lambda entry: entry.update(sequence_length=8))
+    assert "at most 8 positions, got 9" in refusal(PackReader(folder).read, 0)
+
+
+def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
+    files = write_shards([make(254)], tmp_path)
+    assert "in 0..255" in refusal(build_index, tmp_path, files, 16, ByteTokenizer(), (GREY,))

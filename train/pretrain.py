@@ -1,0 +1,50 @@
+"""Trains a Transfusion model:  deepspeed [--num_gpus N] train/pretrain.py [CONFIG.yaml] [section.key=value ...]
+
+The same command on a CPU, a GPU and a cluster. Run again, it resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from transfusion_fast.config import load_config
+from transfusion_fast.data.loader import open_data
+from transfusion_fast.errors import InputError
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+def main() -> int:
+    """Runs one rank; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml | section.key=value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from launchers that still pass it
+    arguments = parser.parse_args().arguments
+    path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else DEFAULT_CONFIG
+    try:
+        config = load_config(path, arguments)
+        index = open_data(config)
+        from transfusion_fast.training.ranks import join_ranks
+        from transfusion_fast.training.trainer import train
+
+        train(config, index, join_ranks(config.train))
+    except InputError as error:
+        _report(error)
+        return 2
+    return 0
+
+
+def _report(error: InputError) -> None:
+    """Prints the error once where all ranks have it: the others leave rank 0 time to speak, then go down with it."""
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(3)
+    else:
+        print(f"pretrain: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Every setting of a run: typed, documented, strict. A YAML file over the defaults, then `a.b=value` overrides over that.
+
+Unknown keys and values out of range are an InputError of one line, with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from transfusion_fast.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TransformerConfig(_Settings):
+    """A Llama-style stack: RMSNorm, rotary embedding, SwiGLU."""
+
+    dim: Positive = 512
+    """Width E."""
+    depth: Positive = 8
+    """Number of blocks."""
+    heads: Positive | None = None
+    """Query heads H; default: dim / 64, at least 1."""
+    kv_heads: Positive | None = None
+    """Key/value heads G, dividing the query heads; default: as many."""
+    ffn_dim: Positive | None = None
+    """Feed-forward width F; default: 8/3 of dim, up to the next multiple of 256."""
+    qk_norm: bool = False
+    """RMS norm of each query and key head before the rotation."""
+    rope_theta: float = Field(10000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> TransformerConfig:
+        if self.dim % self.num_heads or (self.head_dim % 2):
+            raise ValueError(f"heads must divide dim into even head dimensions, got dim={self.dim}, heads={self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"kv_heads must divide heads={self.num_heads}, got {self.num_kv_heads}")
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads or max(1, self.dim // 64)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.ffn_dim or math.ceil(self.dim * 8 / 3 / 256) * 256
+
+
+PRESETS = {
+    name: TransformerConfig(depth=depth, dim=dim, heads=heads)
+    for name, depth, dim, heads in (
+        ("0.16b", 16, 768, 12),
+        ("0.37b", 24, 1024, 16),
+        ("0.76b", 24, 1536, 24),
+        ("1.4b", 24, 2048, 16),
+        ("7b", 32, 4096, 32),
+    )
+}
+"""The model sizes of the paper (arXiv 2408.11039, table 2)."""
+
+
+class ModelConfig(_Settings):
+    """What the weights depend on, and how they are trained."""
+
+    num_text_tokens: Positive = 256
+    """Text ids of the tokenizer; special tokens come on top."""
+    dim_latent: tuple[Positive, ...] = (4,)
+    """Values C of a patch, for each modality; one number stands for one modality."""
+    preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
+    """A size of the paper, in place of `transformer`."""
+    transformer: TransformerConfig = TransformerConfig()
+    codec: Literal["linear"] = "linear"
+    positions: Literal["sequential", "shared", "axial"] = "sequential"
+    objective: Literal["ddpm", "flow"] = "ddpm"
+    diffusion_weight: float = Field(5.0, ge=0)
+    """Lambda: total loss = text loss + lambda * diffusion loss."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the weight of the language head."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    activation_checkpointing: bool = False
+    """Keep only the input of every block and run it again in the backward pass."""
+
+    @field_validator("dim_latent", mode="before")
+    @classmethod
+    def _one_modality(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("preset") in PRESETS:
+            if values.get("transformer"):
+                raise ValueError("preset and transformer must not be given together; drop one of them")
+            return {**values, "transformer": PRESETS[values["preset"]]}
+        return values
+
+
+class DataConfig(_Settings):
+    """Where the packs are and how they are laid out."""
+
+    path: str = "data/digits/train"
+    """Folder with an index.json, made by train/prepare.py."""
+    workers: Count = 1
+    """Loader processes of each rank; 0 reads in the training process."""
+    shuffle_window: Positive = 16
+    """Shards whose packs are shuffled together."""
+    caption_first: Probability = 0.8
+    """Probability that a caption-image pair keeps its caption first."""
+    guidance_drop: Probability = 0.1
+    """Probability that the image of a pair is trained without its caption, for classifier-free guidance."""
+    noise_cap: float = Field(500.0, gt=0, le=1000)
+    """Largest timestep of an image that text follows."""
+
+
+class OptimizerConfig(_Settings):
+    """AdamW, warm-up, cosine decay."""
+
+    lr: float = Field(3e-4, gt=0)
+    min_lr: float = Field(1.5e-5, ge=0)
+    warmup_steps: Count = 4000
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """Of matrices; norms, biases and embeddings of one dimension are not decayed."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global norm of the gradient."""
+
+
+class TrainConfig(_Settings):
+    """The run."""
+
+    output: str = "runs/digits"
+    """Folder of checkpoints, metrics and the resolved config; the same command in the same folder resumes."""
+    seed: Count = 0
+    steps: Positive = 250_000
+    global_batch: Positive = 1024
+    """Packs of one optimizer step, over all ranks and accumulation steps."""
+    micro_batch: Positive = 1
+    """Packs of one forward pass on one rank."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """"auto" is bf16 where the device computes it natively, else fp32."""
+    checkpoint_every: Positive = 1000
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
+    log_every: Positive = 10
+    """Steps between progress lines and metrics."""
+    max_skipped_steps: Positive = 10
+    """Consecutive steps without a finite gradient after which training stops."""
+    cpu_threads: Positive | None = None
+    """Threads of each rank on a CPU; default: the cores divided by the ranks. Results differ in the last bits with it."""
+
+
+class Config(_Settings):
+    """Everything that train/pretrain.py reads."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed settings beyond those derived from this config; contradicting a derived one is an error."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file over the defaults and applies `section.key=value` overrides, values in YAML.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key, a value out of its range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"config {path}: cannot be read ({error}); give an existing YAML file") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse(Config, values, str(path or "defaults"))
+
+
+def parse(settings: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """Validates `values` as `settings`; raises InputError of one line naming `source` and the key."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"config {source}: {_explain(settings, error)}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise InputError(f"override must be section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML") from error
+    *sections, key = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {section} is a value, not a section")
+    values[key] = value
+
+
+def _explain(settings: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{path or 'value'}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+    section: Any = settings
+    for part in first["loc"][:-1]:
+        section = section.model_fields[part].annotation
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return f"unknown key {path!r}; {hint}"

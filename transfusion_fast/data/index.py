@@ -1,0 +1,310 @@
+"""index.json, which makes a folder of shards a data folder, and the reader of its packs by byte offset.
+
+Tar readers lose the rest of a truncated shard in silence and never notice a flipped byte. So the index records the
+size and sha256 of every shard, and where each pack lies with its crc32; what differs is an error that names the pack.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
+from transfusion_fast.data.shards import decode_pack, padded
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
+
+INDEX_NAME = "index.json"
+FORMAT = "transfusion_fast.packs"
+VERSION = 1
+_MAX_OPEN_SHARDS = 32
+_HASH_BLOCK = 1 << 20
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: pack i is the bytes [offsets[i], ends[i]), tar headers included, and has the checksum crc32[i]."""
+
+    file: str
+    bytes: int
+    sha256: str
+    offsets: tuple[int, ...]
+    end: int
+    crc32: tuple[int, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where each pack's bytes end: at the next pack, or at `end`."""
+        return (*self.offsets[1:], self.end)
+
+
+@dataclass(frozen=True)
+class Index:
+    """All that is known of a data folder without reading a shard; `tokens` counts laid-out sequence positions."""
+
+    sequence_length: int
+    tokenizer: dict[str, str | int]
+    modalities: tuple[ModalityInfo, ...]
+    latents_dtype: str
+    documents: int
+    tokens: int
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def pack_counts(self) -> list[int]:
+        """Packs in each shard."""
+        return [len(shard.offsets) for shard in self.shards]
+
+    @property
+    def num_packs(self) -> int:
+        """Packs in the folder."""
+        return sum(self.pack_counts)
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Text ids are below this."""
+        return int(self.tokenizer["num_text_tokens"])
+
+    @property
+    def waste(self) -> float:
+        """The part of all packs' positions that no document takes."""
+        return 1 - self.tokens / (self.num_packs * self.sequence_length)
+
+
+def build_index(
+    folder: Path,
+    files: Sequence[str],
+    sequence_length: int,
+    tokenizer: ByteTokenizer,
+    modalities: Sequence[ModalityInfo],
+) -> Index:
+    """The index of shards as they lie on disk: every pack is read back and validated on the way."""
+    shards = []
+    documents = tokens = 0
+    for file in files:
+        spans, crc32 = _pack_spans(folder / file), []
+        for payload in _read_spans(folder / file, spans):
+            pack = decode_pack(payload)
+            validate_pack(pack, modalities, tokenizer.num_text_tokens, sequence_length)
+            crc32.append(zlib.crc32(payload))
+            documents += pack.num_documents
+            tokens += pack.num_positions
+        shards.append(_shard_info(folder / file, spans, crc32))
+    return Index(
+        sequence_length=sequence_length,
+        tokenizer=tokenizer.describe(),
+        modalities=tuple(modalities),
+        latents_dtype=latents_dtype(modalities).name,
+        documents=documents,
+        tokens=tokens,
+        shards=tuple(shards),
+    )
+
+
+def _pack_spans(shard: Path) -> list[tuple[int, int]]:
+    """First and end byte of each sample of a shard: members that follow each other under one key."""
+    spans = []
+    with tarfile.open(shard, "r:") as archive:
+        for _, sample in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
+            members = list(sample)
+            spans.append((members[0].offset, members[-1].offset_data + padded(members[-1].size)))
+    return spans
+
+
+def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    with shard.open("rb") as stream:
+        for start, end in spans:
+            stream.seek(start)
+            yield stream.read(end - start)
+
+
+def _shard_info(shard: Path, spans: Sequence[tuple[int, int]], crc32: Sequence[int]) -> ShardInfo:
+    sha256 = hashlib.sha256()
+    with shard.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            sha256.update(block)
+    offsets = tuple(start for start, _ in spans)
+    return ShardInfo(shard.name, shard.stat().st_size, sha256.hexdigest(), offsets, spans[-1][1], tuple(crc32))
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write `folder`/index.json: one line a field and a few a shard, under its name only once it is whole."""
+    fields = {"format": FORMAT, "version": VERSION, **asdict(index)}
+    shards = fields.pop("shards")
+    lines = [f'  "{name}": {json.dumps(value)},' for name, value in fields.items()]
+    blocks = [",\n".join(f'      "{name}": {json.dumps(value)}' for name, value in shard.items()) for shard in shards]
+    body = ",\n".join(f"    {{\n{block}\n    }}" for block in blocks)
+    unfinished = folder / f".{INDEX_NAME}.partial"
+    unfinished.write_text("\n".join(["{", *lines, '  "shards": [', body, "  ]", "}", ""]), encoding="utf-8")
+    unfinished.replace(folder / INDEX_NAME)
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a data folder, each shard present and of the size recorded; else an InputError saying why not."""
+    folder = Path(folder)
+    entry = _load_json(folder)
+    index = _parse_index(entry, str(folder / INDEX_NAME))
+    for shard in index.shards:
+        _check_shard_file(folder / shard.file, shard.bytes)
+    return index
+
+
+def _load_json(folder: Path) -> object:
+    path = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise InputError(
+            f"data folder must exist, got {str(folder)!r}; to make one, run: python train/prepare.py digits OUT"
+        )
+    if not path.is_file():
+        raise InputError(
+            f"data folder must hold {INDEX_NAME}, got {str(folder)!r}, which is not a prepared data folder; "
+            "give one that train/prepare.py wrote, such as OUT/train"
+        )
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} must be JSON, and is not; prepare the data again") from error
+
+
+def _parse_index(entry: object, where: str) -> Index:
+    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+        got = entry.get("format") if isinstance(entry, dict) else entry
+        raise InputError(f"format of {where} must be {FORMAT!r}, got {got!r:.60}; give a folder of train/prepare.py")
+    version = _field(entry, "version", int, where)
+    if version != VERSION:
+        raise InputError(f"version of {where} must be {VERSION}, the one supported, got {version}; prepare it again")
+    index = Index(
+        sequence_length=_field(entry, "sequence_length", int, where),
+        tokenizer=_parse_tokenizer(_field(entry, "tokenizer", dict, where), where),
+        modalities=tuple(_parse_modality(item, where) for item in _field(entry, "modalities", list, where)),
+        latents_dtype=_field(entry, "latents_dtype", str, where),
+        documents=_field(entry, "documents", int, where),
+        tokens=_field(entry, "tokens", int, where),
+        shards=tuple(_parse_shard(item, where) for item in _field(entry, "shards", list, where)),
+    )
+    if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
+        raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
+    if index.latents_dtype != latents_dtype(index.modalities).name:
+        raise InputError(
+            f"latents_dtype in {where} must be {latents_dtype(index.modalities).name}, as its modalities have, "
+            f"got {index.latents_dtype!r}; prepare it again"
+        )
+    return index
+
+
+def _field(entry: object, name: str, kind: type[_T], where: str) -> _T:
+    """`entry[name]`, which must be of that very type: a bool is no int."""
+    value = entry.get(name) if isinstance(entry, Mapping) else None
+    if type(value) is not kind:
+        raise InputError(f"{name} in {where} must be of type {kind.__name__}, got {value!r:.60}; prepare it again")
+    return value
+
+
+def _parse_tokenizer(entry: object, where: str) -> dict[str, str | int]:
+    kinds = {"name": str, "num_text_tokens": int, "sha256": str}
+    return {name: _field(entry, name, kind, where) for name, kind in kinds.items()}
+
+
+def _parse_modality(entry: object, where: str) -> ModalityInfo:
+    kinds = {"name": str, "channels": int, "patch_size": int, "encoding": str}
+    return ModalityInfo(**{name: _field(entry, name, kind, where) for name, kind in kinds.items()})
+
+
+def _parse_shard(entry: object, where: str) -> ShardInfo:
+    file = _field(entry, "file", str, where)
+    if not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
+        raise InputError(f"shard file in {where} must be a plain name of that folder, got {file!r}; prepare it again")
+    offsets, crc32 = (_field(entry, name, list, where) for name in ("offsets", "crc32"))
+    size, end = (_field(entry, name, int, where) for name in ("bytes", "end"))
+    if not all(type(number) is int for number in (*offsets, *crc32)) or not 0 < len(offsets) == len(crc32):
+        raise InputError(f"offsets and crc32 of {file} in {where} must be a whole number each a pack; prepare it again")
+    if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
+        raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
+    return ShardInfo(file, size, _field(entry, "sha256", str, where), tuple(offsets), end, tuple(crc32))
+
+
+def _check_shard_file(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise InputError(f"shard {path} must exist, and is missing; copy it again or prepare the data again")
+    actual = path.stat().st_size
+    if actual != size:
+        raise InputError(
+            f"shard {path} must have {size} bytes as its index says, got {actual}; "
+            "it is truncated or replaced: copy it again or prepare the data again"
+        )
+
+
+class PackReader:
+    """The packs of a data folder by number, in file order: each read checks crc32 and contents.
+
+    Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
+    """
+
+    def __init__(self, folder: Path, index: Index | None = None) -> None:
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self.folder = Path(folder)
+        self.index = read_index(self.folder) if index is None else index
+        self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The shard of a pack, and its place within; IndexError outside 0..len-1."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"pack must be in 0..{len(self) - 1}, got {position}")
+        shard = bisect.bisect_right(self._starts, position) - 1
+        return shard, position - self._starts[shard]
+
+    def read(self, position: int) -> Pack:
+        """The pack of that number, validated; InputError naming shard and pack where it cannot be used."""
+        shard, place = self.locate(position)
+        try:
+            pack = decode_pack(self._payload(shard, place))
+            validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
+        except (OSError, InputError) as error:
+            path = self.folder / self.index.shards[shard].file
+            raise InputError(
+                f"pack {place} of shard {path} (pack {position} of its folder) cannot be read: {error}; "
+                "copy the shard again or prepare the data again"
+            ) from error
+        return pack
+
+    def _payload(self, shard: int, place: int) -> bytes:
+        info = self.index.shards[shard]
+        start, end = info.offsets[place], info.ends[place]
+        payload = os.pread(self._descriptor(shard), end - start, start)
+        if len(payload) != end - start:
+            raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
+        if zlib.crc32(payload) != info.crc32[place]:
+            raise InputError(f"checksum of its bytes must be {info.crc32[place]}, got {zlib.crc32(payload)}")
+        return payload
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            if len(self._descriptors) == _MAX_OPEN_SHARDS:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].file, os.O_RDONLY)
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def close(self) -> None:
+        """Close the shards that are open; a later read opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptors": OrderedDict()}

@@ -1,0 +1,277 @@
+"""Documents, and packs of documents: the unit that is stored, shuffled and counted.
+
+A document is a tuple of text and image segments. It takes `<bos> ids <boi> patches <eoi> ids ... <eos>` positions of
+the sequence; a pack holds documents that together take at most `sequence_length` positions. Special tokens are laid
+out by the loader and never stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from transfusion_fast.errors import InputError
+
+KIND_TEXT = 0  # an image of modality m has kind 1 + m
+SEGMENT_COLUMNS = ("document", "kind", "offset", "length", "height", "width")
+DOCUMENT_TOKENS = 2  # <bos> <eos>
+IMAGE_TOKENS = 2  # <boi> <eoi>
+_SMALL = 16  # a document of at most 1/16 of the capacity is small
+_STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class ModalityInfo:
+    """How the images of one modality are stored: uint8 `pixels` or float16 `latents`, cut into square patches."""
+
+    name: str
+    channels: int
+    patch_size: int
+    encoding: Literal["pixels", "latents"]
+
+    def __post_init__(self) -> None:
+        for field in ("channels", "patch_size"):
+            if not 1 <= getattr(self, field) <= 65535:
+                raise InputError(f"{field} of modality {self.name!r} must be in 1..65535, got {getattr(self, field)}")
+        if self.encoding not in _STORED_AS:
+            raise InputError(f"encoding of modality {self.name!r} must be pixels or latents, got {self.encoding!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class TextSegment:
+    """Text ids, int32 [n], n >= 1."""
+
+    ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSegment:
+    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], of the modality of that number."""
+
+    values: np.ndarray
+    modality: int = 0
+
+
+Segment = TextSegment | ImageSegment
+Document = tuple[Segment, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Documents end to end.
+
+    `tokens` int32 [n]: the text ids. `latents` uint8 or float16 [m]: the images' values, row-major. `segments`
+    int32 [S, 6]: rows of `SEGMENT_COLUMNS`, in document order. A text row has its offset and length in `tokens` and
+    no height and width; an image row has the offset of its first value in `latents`, its number of patches, and its
+    height and width in values.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    latents: np.ndarray
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the pack."""
+        return int(self.segments[-1, 0]) + 1
+
+    @property
+    def num_positions(self) -> int:
+        """Sequence positions that the documents take, special tokens included."""
+        images = np.count_nonzero(self.segments[:, 1] != KIND_TEXT)
+        patches_and_ids = self.segments[:, 3].sum(dtype=np.int64)
+        return int(patches_and_ids + IMAGE_TOKENS * images + DOCUMENT_TOKENS * self.num_documents)
+
+    def documents(self, modalities: Sequence[ModalityInfo]) -> list[Document]:
+        """The documents that `make_pack` was given; their arrays are views of the pack's."""
+        documents: list[list[Segment]] = [[] for _ in range(self.num_documents)]
+        for document, kind, offset, length, height, width in self.segments.tolist():
+            if kind == KIND_TEXT:
+                documents[document].append(TextSegment(self.tokens[offset : offset + length]))
+                continue
+            shape = (height, width, modalities[kind - 1].channels)
+            values = self.latents[offset : offset + height * width * shape[2]].reshape(shape)
+            documents[document].append(ImageSegment(values, modality=kind - 1))
+        return [tuple(segments) for segments in documents]
+
+
+def latents_dtype(modalities: Sequence[ModalityInfo]) -> np.dtype:
+    """The dtype of a pack's latents; InputError where pixels and latents would share one array."""
+    encodings = sorted({modality.encoding for modality in modalities}) or ["pixels"]
+    if len(encodings) > 1:
+        raise InputError(f"modalities of one data folder must share one encoding, got {encodings}; prepare two folders")
+    return _STORED_AS[encodings[0]]
+
+
+def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
+    """The text ids or the image patches of a segment; InputError for one that cannot be packed."""
+    if isinstance(segment, TextSegment):
+        ids = segment.ids
+        if ids.dtype != np.int32 or ids.ndim != 1 or ids.size == 0:
+            raise InputError(
+                f"text ids must be int32 of one dimension and not empty, got {ids.dtype} of shape {ids.shape}; "
+                "leave empty text out of the document"
+            )
+        return ids.size
+    if not 0 <= segment.modality < len(modalities):
+        raise InputError(f"modality of an image must be in 0..{len(modalities) - 1}, got {segment.modality}")
+    modality = modalities[segment.modality]
+    _check_image(segment.values, modality)
+    height, width, _ = segment.values.shape
+    return (height // modality.patch_size) * (width // modality.patch_size)
+
+
+def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
+    what, patch, dtype = f"image of modality {modality.name!r}", modality.patch_size, _STORED_AS[modality.encoding]
+    if values.ndim != 3 or values.shape[2] != modality.channels or values.dtype != dtype:
+        raise InputError(
+            f"{what} must be {dtype} [height, width, {modality.channels}], got {values.dtype} of shape {values.shape}; "
+            "convert it or correct the modality"
+        )
+    height, width, _ = values.shape
+    if height == 0 or width == 0 or height % patch or width % patch:
+        raise InputError(
+            f"{what} must have a height and width that are positive multiples of its patch size {patch}, "
+            f"got {height} x {width}; crop or resize it"
+        )
+    if not np.isfinite(values).all():
+        raise InputError(f"{what} must have finite values, got infinity or NaN; scale it to fit {dtype}")
+
+
+def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> int:
+    """The sequence positions that a document takes, special tokens included; InputError for an empty document."""
+    if not document:
+        raise InputError("document must have a segment, got none; leave it out")
+    lengths = sum(segment_length(segment, modalities) for segment in document)
+    images = sum(isinstance(segment, ImageSegment) for segment in document)
+    return DOCUMENT_TOKENS + lengths + IMAGE_TOKENS * images
+
+
+def check_lengths(lengths: Sequence[int], capacity: int) -> None:
+    """InputError naming the first document that no pack of `capacity` positions can hold."""
+    for document, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise InputError(
+                f"length of document {document} must be in 1..{capacity} (the sequence length), got {length}; "
+                "give a larger sequence length or a shorter document"
+            )
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of document numbers, none above `capacity`: the longest first, each into the fullest bin that takes it.
+
+    Small documents keep their given order: they fill gaps as well in any, and sorted ones would make bins of a single
+    length (with short captions, of a few classes). Deterministic, and about a microsecond a document: bins lie in
+    buckets by the room they have left, bit r of `rooms` says that bucket r is not empty, so the least room that is
+    enough is the lowest bit at or above the length.
+    """
+    check_lengths(lengths, capacity)
+    order = sorted(range(len(lengths)), key=lambda document: max(lengths[document], capacity // _SMALL), reverse=True)
+    bins: list[list[int]] = []
+    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0
+    for document in order:
+        length = int(lengths[document])
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
+            chosen = buckets[room].pop()
+            if not buckets[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(document)
+        buckets[room - length].append(chosen)
+        rooms |= 1 << (room - length)
+    return bins
+
+
+def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:
+    """One pack of `documents`, numbered from 0; InputError where there is none, or one that cannot be packed."""
+    if not documents or not all(documents):
+        raise InputError("pack must hold documents of at least one segment, got an empty one; leave it out")
+    rows: list[tuple[int, ...]] = []
+    tokens = [np.empty(0, np.int32)]
+    latents = [np.empty(0, latents_dtype(modalities))]
+    token_offset = value_offset = 0
+    for number, document in enumerate(documents):
+        for segment in document:
+            length = segment_length(segment, modalities)
+            if isinstance(segment, TextSegment):
+                rows.append((number, KIND_TEXT, token_offset, length, 0, 0))
+                tokens.append(segment.ids)
+                token_offset += length
+            else:
+                rows.append((number, 1 + segment.modality, value_offset, length, *segment.values.shape[:2]))
+                latents.append(segment.values.reshape(-1))
+                value_offset += segment.values.size
+    return Pack(np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents))
+
+
+def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_tokens: int, sequence_length: int) -> None:
+    """InputError where a pack read from disk is not one that `make_pack` makes for these settings.
+
+    After this every offset, length and size in the pack can be used as it stands. What to do about an error is for the
+    caller to say, who knows the file.
+    """
+    _check_arrays(pack, modalities)
+    rows = pack.segments.astype(np.int64)
+    _check_rows(rows, modalities, sequence_length, pack.latents.size)
+    _, kind, offset, length, height, width = rows.T
+    text, image = kind == KIND_TEXT, kind != KIND_TEXT
+    channels = np.array([1, *(modality.channels for modality in modalities)])[kind]
+    _check_cover("tokens", offset[text], length[text], pack.tokens.size)
+    _check_cover("latents", offset[image], (height * width * channels)[image], pack.latents.size)
+    if pack.tokens.size and not 0 <= pack.tokens.min() <= pack.tokens.max() < num_text_tokens:
+        raise InputError(
+            f"token ids of a pack must be in 0..{num_text_tokens - 1}, got {pack.tokens.min()}..{pack.tokens.max()}"
+        )
+    if pack.num_positions > sequence_length:
+        raise InputError(f"pack must take at most {sequence_length} positions, got {pack.num_positions}")
+
+
+def _check_arrays(pack: Pack, modalities: Sequence[ModalityInfo]) -> None:
+    arrays = (("tokens", np.dtype(np.int32), 1), ("segments", np.dtype(np.int32), 2))
+    for name, dtype, ndim in (*arrays, ("latents", latents_dtype(modalities), 1)):
+        array = getattr(pack, name)
+        if array.dtype != dtype or array.ndim != ndim:
+            raise InputError(
+                f"{name} of a pack must be {dtype} of {ndim} dimensions, got {array.dtype} of shape {array.shape}"
+            )
+    if len(pack.segments) == 0 or pack.segments.shape[1] != len(SEGMENT_COLUMNS):
+        raise InputError(f"segments of a pack must be rows of {len(SEGMENT_COLUMNS)}, got shape {pack.segments.shape}")
+
+
+def _check_rows(rows: np.ndarray, modalities: Sequence[ModalityInfo], sequence_length: int, num_values: int) -> None:
+    """Each check bounds what the next one multiplies, so that no product can overflow int64."""
+    document, kind, _, length, height, width = rows.T
+    step = np.diff(document, prepend=0)
+    _require_rows((step == 0) | ((step == 1) & (np.arange(len(rows)) > 0)), rows, "number its documents 0, 1, 2, ...")
+    _require_rows((kind >= 0) & (kind <= len(modalities)), rows, f"have a kind in 0..{len(modalities)}")
+    _require_rows((length >= 1) & (length <= sequence_length), rows, f"have a length in 1..{sequence_length}")
+    patch = np.array([1, *(modality.patch_size for modality in modalities)])[kind]
+    cut = (height > 0) & (width > 0) & (height % patch == 0) & (width % patch == 0)
+    cut &= (height // patch) * (width // patch) == length
+    sized = np.where(kind == KIND_TEXT, (height == 0) & (width == 0), cut)
+    _require_rows(sized, rows, "have the height and width of its kind and length")
+    channels = np.array([1, *(modality.channels for modality in modalities)])[kind]
+    _require_rows(height * width <= num_values // channels, rows, f"lie within the {num_values} latent values")
+
+
+def _require_rows(good: np.ndarray, rows: np.ndarray, rule: str) -> None:
+    if not good.all():
+        row = int(np.argmin(good))
+        got = ", ".join(f"{name} {value}" for name, value in zip(SEGMENT_COLUMNS, rows[row].tolist(), strict=True))
+        raise InputError(f"segment {row} of a pack must {rule}, got {got}")
+
+
+def _check_cover(name: str, offset: np.ndarray, size: np.ndarray, total: int) -> None:
+    """The pieces of one array must lie end to end and leave nothing of it."""
+    ends = np.cumsum(size)
+    if not np.array_equal(offset, ends - size) or size.sum() != total:
+        raise InputError(
+            f"segments of a pack must cover its {total} {name} end to end, got {size.sum()} in {len(size)} segments "
+            "or a gap between them"
+        )

@@ -1,0 +1,132 @@
+"""The two diffusion objectives: cosine DDPM with noise prediction, and flow matching.
+
+Timesteps are fp32 in (0, 1000], whatever the objective: 0 is a clean image, 1000 is noise. Each objective says how a
+uniform number becomes a timestep, how noise is mixed in, what the model should predict, and how a sampler steps back.
+Symbols as in the papers: x_0 clean, x_t noisy, eps noise, t timestep.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+
+class Objective(Protocol):
+    """What the model, the loader and the sampler need of a diffusion objective. t broadcasts against x_0 and eps."""
+
+    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
+        """Timesteps for uniform u in [0, 1), at most `cap`: the inverse distribution function at u, scaled to the cap."""
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the model should predict from x_t and t."""
+
+    def first_timestep(self) -> float:
+        """Where a sampler starts from pure noise."""
+
+    def step(self, x_t: Tensor, prediction: Tensor, t: float, t_next: float, **settings) -> Tensor:
+        """x at t_next < t, from the model's prediction at t."""
+
+
+@dataclass(frozen=True)
+class CosineDDPM:
+    """DDPM (arXiv 2006.11239) on the cosine schedule of improved DDPM (arXiv 2102.09672, equation 17), predicting eps."""
+
+    s: float = 0.008
+    max_beta: float = 0.999
+
+    def alpha_bar(self, t: Tensor | float) -> Tensor:
+        """Share of the signal's variance left at t: f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2); fp64."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        last = self._f(torch.tensor(NUM_TIMESTEPS - 1.0, dtype=torch.float64)) * (1 - self.max_beta)
+        return self._f(t).clamp_min(float(last))
+
+    def _f(self, t: Tensor) -> Tensor:
+        start = math.cos(self.s / (1 + self.s) * math.pi / 2) ** 2
+        return torch.cos((t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)).square() / start
+
+    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
+        """Uniform over the integers 1 to cap; fp32."""
+        return torch.floor(u.double() * cap).float() + 1
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, equation 4)."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """eps."""
+        return eps
+
+    def first_timestep(self) -> float:
+        """T - 1: at T the signal is clipped to 2e-9 of the variance, and dividing by its root amplifies every error."""
+        return NUM_TIMESTEPS - 1
+
+    def step(
+        self,
+        x_t: Tensor,
+        prediction: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        eta: float = 1.0,
+        noise: Tensor | None = None,
+        clip: float | None = None,
+    ) -> Tensor:
+        """One step of DDIM (arXiv 2010.02502, equations 12 and 16): eta 1 is ancestral DDPM sampling, eta 0 is DDIM.
+
+        `noise` is standard normal of x_t's shape (needed unless eta is 0); `clip` bounds the predicted x_0.
+        """
+        now, after = self.alpha_bar(t).item(), self.alpha_bar(t_next).item()
+        x_0 = (x_t - math.sqrt(1 - now) * prediction) / math.sqrt(now)
+        if clip is not None:
+            x_0 = x_0.clamp(-clip, clip)
+        eps = (x_t - math.sqrt(now) * x_0) / math.sqrt(1 - now)
+        sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
+        mean = math.sqrt(after) * x_0 + math.sqrt(max(1 - after - sigma**2, 0.0)) * eps
+        return mean if sigma == 0 else mean + sigma * noise
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Rectified flow: x_t = (1 - t) x_0 + t eps with t in (0, 1), predicting eps - x_0 (arXiv 2210.02747, 2403.03206).
+
+    Timesteps are logit-normal, pushed towards noise where shift > 1 (arXiv 2403.03206, section 3.1 and equation 23).
+    """
+
+    shift: float = 1.0
+
+    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
+        """Logit-normal with shift, conditioned on being at most cap; fp32 in (0, 1000]."""
+        cap = torch.as_tensor(cap, dtype=torch.float64) / NUM_TIMESTEPS
+        unshifted_cap = cap / (self.shift + (1 - self.shift) * cap)
+        below_cap = torch.special.ndtr(torch.logit(unshifted_cap))
+        t = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7) * below_cap))
+        return (self.shift * t / (1 + (self.shift - 1) * t) * NUM_TIMESTEPS).float()
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """(1 - t) x_0 + t eps."""
+        return torch.lerp(x_0, eps, (t / NUM_TIMESTEPS).to(x_0.dtype).expand_as(x_0))
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """eps - x_0, the velocity."""
+        return eps - x_0
+
+    def first_timestep(self) -> float:
+        """Pure noise."""
+        return NUM_TIMESTEPS
+
+    def step(self, x_t: Tensor, prediction: Tensor, t: float, t_next: float, **_: object) -> Tensor:
+        """Euler's step along the velocity; the settings of DDPM sampling do not apply."""
+        return x_t + (t_next - t) / NUM_TIMESTEPS * prediction
+
+
+OBJECTIVES: dict[str, Objective] = {"ddpm": CosineDDPM(), "flow": FlowMatching()}

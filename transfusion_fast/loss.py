@@ -1,0 +1,49 @@
+"""The training loss: language loss + lambda * diffusion loss (arXiv 2408.11039, equation 4), globally normalised.
+
+Every supervised token weighs the same and every image weighs the same, wherever the batch was cut: a rank divides its
+sums by the counts of the whole optimizer step, over ranks and accumulation steps, and the parts add up to the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a loss is divided by: supervised tokens and images."""
+
+    tokens: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """fp32 scalars: cross-entropy per token, squared error per image, their weighted sum; and what was counted here."""
+
+    text: Tensor
+    diffusion: Tensor
+    total: Tensor
+    counts: Counts
+
+
+def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
+    """Sums fp32 [S] cross-entropies and [N] image errors over `counts`; None: over this batch's own."""
+    own = Counts(len(token_losses), len(image_losses))
+    counts = counts or own
+    text = token_losses.sum() / max(counts.tokens, 1)
+    diffusion = image_losses.sum() / max(counts.images, 1)
+    return Losses(text, diffusion, text + diffusion_weight * diffusion, own)
+
+
+def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each of S positions, fp32 [S]: hidden [S, E], weight [V, E], labels int64 [S].
+
+    A vocabulary larger than the width goes through in chunks, so that the logits [S, V] are never held at once.
+    """
+    chunked = torch.nn.LinearCrossEntropyOptions() if weight.shape[0] > weight.shape[1] else None
+    return F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=chunked).float()

@@ -1,0 +1,286 @@
+"""Documents of text and images, and the flat packed batch that the model is trained on.
+
+Letters, here and in every file: T positions of a pack or micro-batch, D head dim, H query heads, G key/value heads,
+E model width, F feed-forward width, V vocabulary, N images, P patches, C values of a patch.
+
+A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The label of a position is the token after
+it, where both are text positions of one document; so text predicts <boi>, <boi> and the patches have no label, and
+<eoi> predicts what follows the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transfusion_fast.kernels.layout import AttentionLayout
+
+IGNORED_LABEL = -100
+TEXT = 0  # the kind of a text segment; an image of modality m is of kind 1 + m
+
+PositionScheme = Literal["sequential", "shared", "axial"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Text ids [0, num_text_tokens), then <bos>, <eos>, then <boi>, <eoi> of each modality."""
+
+    num_text_tokens: int
+    num_modalities: int
+
+    @property
+    def bos(self) -> int:
+        return self.num_text_tokens
+
+    @property
+    def eos(self) -> int:
+        return self.num_text_tokens + 1
+
+    def boi(self, modality: int = 0) -> int:
+        return self.num_text_tokens + 2 + 2 * modality
+
+    def eoi(self, modality: int = 0) -> int:
+        return self.num_text_tokens + 3 + 2 * modality
+
+    @property
+    def size(self) -> int:
+        return self.num_text_tokens + 2 + 2 * self.num_modalities
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """ids: int64 [n], text tokens without special ones."""
+
+    ids: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """latents: float [patches, C], or [rows, columns, C] where the grid of the patches matters (axial positions)."""
+
+    latents: Tensor
+    modality: int = 0
+
+
+Document = Sequence[Text | Image]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """S segments of documents, in order, as int64 columns [S]: what `frame` lays out.
+
+    `document` counts from 0; `kind` is TEXT or 1 + modality; `length` is in ids or patches; `rows` and `columns` are
+    the patch grid of an image. `framed` [documents] is False for a document without <bos> and <eos>.
+    """
+
+    document: np.ndarray
+    kind: np.ndarray
+    length: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    framed: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Sequenced:
+    """Tokens with the places of documents and images, before labels and positions. All arrays are numpy, int64.
+
+    tokens [length of all documents], document_lengths [documents]; for the N images in order: start, length, rows,
+    columns, modality, each [N].
+    """
+
+    tokens: np.ndarray
+    document_lengths: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    modality: np.ndarray
+
+
+def frame(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> Sequenced:
+    """Lays segments out with their special tokens. `text_ids` are those of all text segments, in order."""
+    is_image = segments.kind != TEXT
+    first, last = _first_and_last(segments.document)
+    framed = segments.framed[segments.document]
+    before = is_image + (first & framed)  # <bos> and <boi>
+    extent = before + segments.length + is_image + (last & framed)  # ... <eoi> and <eos>
+    end = np.cumsum(extent)
+    start = end - extent + before
+
+    tokens = np.zeros(end[-1] if len(end) else 0, dtype=np.int64)
+    text = ~is_image
+    tokens[_ranges(start[text], segments.length[text])] = text_ids
+    tokens[(start - before)[first & framed]] = vocabulary.bos
+    tokens[(end - 1)[last & framed]] = vocabulary.eos
+    modality = segments.kind[is_image] - 1
+    image_start, image_length = start[is_image], segments.length[is_image]
+    tokens[image_start - 1] = vocabulary.boi() + 2 * modality
+    tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
+    document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
+    rows, columns = segments.rows[is_image], segments.columns[is_image]
+    return Sequenced(tokens, document_lengths, image_start, image_length, rows, columns, modality)
+
+
+def patch_mask(sequenced: Sequenced) -> np.ndarray:
+    """bool [T]: the positions of patches."""
+    is_patch = np.zeros(len(sequenced.tokens), dtype=bool)
+    is_patch[_ranges(sequenced.start, sequenced.length)] = True
+    return is_patch
+
+
+def label(sequenced: Sequenced, is_patch: np.ndarray) -> np.ndarray:
+    """int64 [T]: the next token where this and the next position are text of one document, else IGNORED_LABEL."""
+    labels = np.full_like(sequenced.tokens, IGNORED_LABEL)
+    predicts = ~is_patch[:-1] & ~is_patch[1:]
+    predicts[np.cumsum(sequenced.document_lengths)[:-1] - 1] = False
+    labels[:-1][predicts] = sequenced.tokens[1:][predicts]
+    return labels
+
+
+def position(sequenced: Sequenced, is_patch: np.ndarray, scheme: PositionScheme = "sequential") -> np.ndarray:
+    """int32 [T], or [T, 2] (row, column) for "axial"; positions count from 0 in every document.
+
+    "sequential" gives every patch an index of its own; "shared" gives an image one index; "axial" gives the patch at
+    (row, column) the indices (first + row, first + column) and lets the text go on after the longer side.
+    """
+    total, lengths = len(sequenced.tokens), sequenced.document_lengths
+    advance = np.ones(total, dtype=np.int64)
+    if scheme != "sequential":
+        advance[is_patch] = 0
+        advance[sequenced.start] = 1
+        after = sequenced.start + sequenced.length
+        taken = 1 if scheme == "shared" else np.maximum(sequenced.rows, sequenced.columns)
+        advance[after[after < total]] = np.broadcast_to(taken, after.shape)[after < total]
+    index = np.cumsum(advance)
+    document_start = np.cumsum(lengths) - lengths
+    index -= np.repeat(index[document_start], lengths)
+    if scheme != "axial":
+        return index.astype(np.int32)
+    both = np.stack([index, index], axis=1)
+    patch = _ranges(np.zeros_like(sequenced.start), sequenced.length)
+    columns = np.repeat(sequenced.columns, sequenced.length)
+    both[is_patch] += np.stack([patch // columns, patch % columns], axis=1)
+    return both.astype(np.int32)
+
+
+def precedes_text(sequenced: Sequenced, vocabulary: Vocabulary, is_patch: np.ndarray) -> np.ndarray:
+    """bool [N]: whether text (special tokens aside) comes after the image in its document; caps its timestep."""
+    is_text = ~is_patch & (sequenced.tokens < vocabulary.num_text_tokens)
+    count = np.concatenate([[0], np.cumsum(is_text)])
+    document_ends = np.cumsum(sequenced.document_lengths)
+    image_end = sequenced.start + sequenced.length
+    document_end = document_ends[np.searchsorted(document_ends, sequenced.start, side="right")]
+    return count[document_end] > count[image_end]
+
+
+@dataclass(frozen=True, eq=False)
+class ModalityBatch:
+    """The images of one modality in a packed batch, N images of P patches in all.
+
+    latents: fp32 [P, C], clean; noise: fp32 [P, C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
+    over the patches; sequence_index: int64 [P], where each patch stands in the sequence.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    image_offsets: Tensor
+    sequence_index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One micro-batch, flat: documents one after another along one axis of constant length T, padding at its end.
+
+    tokens, labels: int64 [T]; positions: int32 [T] or [T, 2]; supervised: int64 [S], the positions that have a label;
+    layout: the attention mask; modalities: the images, one entry a modality even where it has none.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    supervised: Tensor
+    layout: AttentionLayout
+    modalities: tuple[ModalityBatch, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that belong to a document."""
+        return int(self.layout.document_offsets[-1])
+
+    @property
+    def num_images(self) -> int:
+        """Images of all modalities."""
+        return sum(len(m.timesteps) for m in self.modalities)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch on `device`."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, move) -> PackedBatch:
+        def moved(batch):
+            return replace(batch, **{k: move(v) for k, v in vars(batch).items() if isinstance(v, Tensor)})
+
+        return replace(moved(self), layout=move(self.layout), modalities=tuple(moved(m) for m in self.modalities))
+
+
+def build_batch(
+    sequenced: Sequenced,
+    vocabulary: Vocabulary,
+    modalities: Sequence[tuple[Tensor, Tensor, Tensor]],
+    scheme: PositionScheme = "sequential",
+    total_length: int | None = None,
+) -> PackedBatch:
+    """Puts labels, positions, layout and padding to a laid-out sequence.
+
+    Args:
+        modalities: (latents [P, C], noise [P, C], timesteps [N]) of each modality, images in sequence order.
+        total_length: T; the rest is padding. Default: none.
+    """
+    used = len(sequenced.tokens)
+    total = used if total_length is None else total_length
+    is_patch = patch_mask(sequenced)
+    labels = label(sequenced, is_patch)
+    spans = np.stack([sequenced.start, sequenced.length], axis=1)
+
+    def padded(array: np.ndarray, value: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([array, np.full((total - used, *array.shape[1:]), value, array.dtype)]))
+
+    return PackedBatch(
+        tokens=padded(sequenced.tokens, 0),
+        labels=padded(labels, IGNORED_LABEL),
+        positions=padded(position(sequenced, is_patch, scheme), 0),
+        supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
+        layout=AttentionLayout.from_spans(sequenced.document_lengths, spans, total),
+        modalities=tuple(_modality_batch(sequenced, m, *tensors) for m, tensors in enumerate(modalities)),
+    )
+
+
+def _modality_batch(seq: Sequenced, modality: int, latents: Tensor, noise: Tensor, timesteps: Tensor) -> ModalityBatch:
+    own = seq.modality == modality
+    index = torch.from_numpy(_ranges(seq.start[own], seq.length[own]))
+    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(seq.length[own])]).astype(np.int32))
+    return ModalityBatch(latents, noise, timesteps, offsets, index)
+
+
+def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """bool [S] each: the segments that open and close their document."""
+    change = np.diff(document) != 0
+    edge = np.ones(1 if len(document) else 0, dtype=bool)
+    return np.concatenate([edge, change]), np.concatenate([change, edge])
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The integers of [start, start + length) for each pair, one after another."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -1,0 +1,1 @@
+"""Everything around the model: ranks, optimizer, steps, metrics, checkpoints."""

@@ -1,0 +1,188 @@
+"""The training loop, from the first step or the last checkpoint to the end."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from transfusion_fast.config import Config
+from transfusion_fast.data.index import INDEX_NAME, Index
+from transfusion_fast.data.loader import Share, training_batches
+from transfusion_fast.errors import InputError
+from transfusion_fast.loss import Counts
+from transfusion_fast.sequence import PackedBatch
+from transfusion_fast.training.checkpoint import Checkpoints, Meta
+from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
+from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
+from transfusion_fast.training.ranks import Ranks
+
+
+def train(config: Config, index: Index, ranks: Ranks) -> None:
+    """Trains to `config.train.steps`, resuming from the newest whole checkpoint of the output folder.
+
+    Raises:
+        InputError: a checkpoint of another run, unreadable data, or too many steps without a finite gradient.
+    """
+    share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
+    run = Path(config.train.output)
+    checkpoints = Checkpoints(run, ranks, config.train.keep_checkpoints)
+    found = checkpoints.newest_whole()
+    engine = make_engine(config, ranks, share)
+    meta = _describe(config, ranks, engine)
+    if found is not None:
+        meta = checkpoints.restore(engine, found, meta)
+    if ranks.is_main:
+        _announce(config, index, ranks, share, engine, meta)
+    if meta.step < config.train.steps:
+        loop = _Loop(config, index, ranks, share, engine, checkpoints, meta)
+        loop.run()
+
+
+class _Loop:
+    """The state of a training loop between steps: `meta` is all that a checkpoint adds to the engine's own."""
+
+    def __init__(
+        self,
+        config: Config,
+        index: Index,
+        ranks: Ranks,
+        share: Share,
+        engine: Any,
+        checkpoints: Checkpoints,
+        meta: Meta,
+    ):
+        self.config, self.ranks, self.share, self.engine = config, ranks, share, engine
+        self.checkpoints, self.meta = checkpoints, meta
+        pin = ranks.device.type == "cuda"
+        self.stream = training_batches(config, index, share, meta.packs_consumed, pin_memory=pin)
+        self.log = MetricsLog(Path(config.train.output) / "metrics.jsonl", meta.step) if ranks.is_main else None
+        self.clock = Clock(config.train.steps)
+        self.skipped_in_a_row = 0
+
+    def run(self) -> None:
+        """Steps until the end, or until some rank is asked to stop; either way ends with a checkpoint."""
+        settings, stop = self.config.train, StopRequest()
+        while self.meta.step < settings.steps:
+            stopping = self._step(stop.requested)
+            last = stopping or self.meta.step == settings.steps
+            if last or self.meta.step % settings.checkpoint_every == 0:
+                self.checkpoints.save(self.engine, self.meta)
+            if stopping:
+                if self.ranks.is_main:
+                    print(f"stopped at step {self.meta.step}; the same command goes on from there", flush=True)
+                return
+
+    def _step(self, stop_requested: bool) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
+        batches = [next(self.stream) for _ in range(self.share.accumulation_steps)]
+        counts, tokens, stopping = self._agree(batches, stop_requested)
+        lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
+        set_learning_rate(self.engine.optimizer.param_groups, lr)
+        losses = [self._micro_step(batch, counts) for batch in batches]
+        step = self.meta.step + 1
+        self._check_skipped()
+        self.meta = replace(
+            self.meta,
+            step=step,
+            packs_consumed=self.meta.packs_consumed + self.share.global_batch,
+            skipped_steps=self.engine.skipped_steps,
+        )
+        self.clock.add(tokens)
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:
+            self._report(losses, lr)
+        return stopping
+
+    def _agree(self, batches: list[PackedBatch], stop_requested: bool) -> tuple[Counts, float, bool]:
+        """What the losses of this step are divided by, over ranks and accumulation steps, before any is computed."""
+        supervised = sum(len(b.supervised) for b in batches)
+        images = sum(b.num_images for b in batches)
+        tokens = sum(b.num_tokens for b in batches)
+        supervised, images, tokens, stop = self.ranks.sum([supervised, images, tokens, stop_requested])
+        return Counts(int(supervised), int(images)), tokens, stop > 0
+
+    def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Any, Any]:
+        """Forward, backward, and DeepSpeed's step, which updates the weights after the last one only."""
+        losses = self.engine(batch.to(self.ranks.device, non_blocking=True), counts=counts)
+        # The losses are divided by global counts already; DeepSpeed averages gradients over the ranks.
+        self.engine.backward(losses.total * self.ranks.world_size, scale_wrt_gas=False)
+        self.engine.step()
+        return losses.text.detach(), losses.diffusion.detach()
+
+    def _check_skipped(self) -> None:
+        skipped = self.engine.skipped_steps > self.meta.skipped_steps
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise InputError(
+                f"training: the gradient was not finite in {self.skipped_in_a_row} steps in a row up to step "
+                f"{self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
+            )
+
+    def _report(self, losses: list[tuple[Any, Any]], lr: float) -> None:
+        own = [float(sum(part)) for part in zip(*losses, strict=True)]
+        text, diffusion = self.ranks.sum(own)
+        tokens_per_second, seconds_per_step = self.clock.lap()
+        if self.log is None:
+            return
+        row = Row(
+            step=self.meta.step,
+            packs=self.meta.packs_consumed,
+            loss=text + self.config.model.diffusion_weight * diffusion,
+            text_loss=text,
+            diffusion_loss=diffusion,
+            lr=lr,
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            tokens_per_second=tokens_per_second,
+            skipped_steps=self.meta.skipped_steps,
+        )
+        self.log.write(row)
+        print(progress_line(row, self.config.train.steps, seconds_per_step), flush=True)
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT into a request to stop after the step; the second ends the process."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            sys.exit(128 + number)
+        self.requested = True
+
+
+def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
+    index = (Path(config.data.path) / INDEX_NAME).read_bytes()
+    return Meta(
+        step=0,
+        packs_consumed=0,
+        skipped_steps=0,
+        world_size=ranks.world_size,
+        precision="bf16" if engine.bfloat16_enabled() else "fp32",
+        global_batch=config.train.global_batch,
+        data=hashlib.sha256(index).hexdigest(),
+        model=config.model.model_dump(mode="json"),
+    )
+
+
+def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: Any, meta: Meta) -> None:
+    """Saves the resolved config with the run and says what is about to happen."""
+    run = Path(config.train.output)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    parameters = sum(p.ds_numel for p in engine.module.parameters())
+    print(
+        f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
+        f"{share.global_batch} packs of {index.sequence_length} a step in {share.accumulation_steps} accumulation steps"
+    )
+    begin = f"resuming at step {meta.step}" if meta.step else "training"
+    print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}", flush=True)
+
