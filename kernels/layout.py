@@ -34,7 +34,7 @@ class AttentionLayout:
     Attributes:
         key_start, key_end: int32 [T], the keys that each query sees.
         query_start, query_end: int32 [T], the queries that each key is seen by.
-        document_offsets: int64 [documents + 1] on the CPU; document d is [document_offsets[d], document_offsets[d + 1]).
+        document_offsets: int64 [documents + 1] on the CPU; document d is [offsets[d], offsets[d + 1]).
         image_spans: int64 [images, 2] on the CPU, rows (start, length) in ascending order.
     """
 
@@ -49,8 +49,8 @@ class AttentionLayout:
     @classmethod
     def from_spans(
         cls,
-        document_lengths: Sequence[int],
-        image_spans: Sequence[tuple[int, int]],
+        document_lengths: Sequence[int] | np.ndarray,
+        image_spans: Sequence[tuple[int, int]] | np.ndarray,
         total_length: int | None = None,
         device: torch.device | str = "cpu",
     ) -> AttentionLayout:
@@ -83,8 +83,14 @@ class AttentionLayout:
         in_image = _positions_of(spans)
         key_end[in_image] = np.repeat(spans.sum(axis=1), spans[:, 1])
         query_start[in_image] = np.repeat(spans[:, 0], spans[:, 1])
-        intervals = (torch.from_numpy(a.astype(np.int32)) for a in (key_start, key_end, query_start, query_end))
-        layout = cls(*intervals, torch.from_numpy(offsets), torch.from_numpy(spans))
+        layout = cls(
+            key_start=_as_int32(key_start),
+            key_end=_as_int32(key_end),
+            query_start=_as_int32(query_start),
+            query_end=_as_int32(query_end),
+            document_offsets=torch.from_numpy(offsets),
+            image_spans=torch.from_numpy(spans),
+        )
         return layout.to(device)
 
     @property
@@ -134,6 +140,10 @@ class AttentionLayout:
 
 
 _INTERVALS = tuple(f.name for f in fields(AttentionLayout))[:4]
+
+
+def _as_int32(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int32))
 
 
 def _positions_of(spans: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from transfusion_fast.kernels.layout import AttentionLayout
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
-    """softmax(scale * Q K^T + mask) V, with the mask of `layout` made dense. q [T, H, D], k and v [T, G, D] -> [T, H, D].
+    """softmax(scale * Q K^T + mask) V with a dense mask. q [T, H, D], k and v [T, G, D] -> [T, H, D].
 
     Query head h reads key/value head h // (H / G). A row that sees nothing (padding) is zero.
     """

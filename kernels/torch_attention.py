@@ -2,8 +2,8 @@
 
 Documents are cut into tiles of at most `MAX_ROWS` queries; a tile needs only the keys from its document's start to the
 furthest key that one of its rows sees. Tiles of about one size are gathered into a batch, padded to a common shape,
-and go through one call of scaled_dot_product_attention. The work, and the masks, are O(sum of tile areas): a pack
-of many short documents costs what the documents cost, in a few calls.
+and computed together. The work, and the masks, are O(sum of tile areas): a pack of many short documents costs what
+the documents cost, in a few calls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from transfusion_fast.kernels.layout import AttentionLayout
 
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
+FEW_KEYS = 64  # up to here plain matmuls beat the flash kernel, whose backward is made for long rows, and save little
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,25 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
             _rows(x, index).view(B, n, x.shape[1], x.shape[2]).transpose(1, 2)
             for x, index, n in ((q, batch.queries, Q), (k, batch.keys, K), (v, batch.keys, K))
         )
-        out = F.scaled_dot_product_attention(
-            q_BHQD, k_BGKD, v_BGKD, attn_mask=batch.visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        if K <= FEW_KEYS:
+            out = _plain_attention(q_BHQD, k_BGKD, v_BGKD, batch.visible, scale)
+        else:
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q_BHQD, k_BGKD, v_BGKD, attn_mask=batch.visible, scale=scale, enable_gqa=grouped
+            )
         pieces.append(out.transpose(1, 2).reshape(B * Q, *q.shape[1:]).index_select(0, batch.rows))
         positions.append(batch.queries.index_select(0, batch.rows))
     if not pieces:
         return torch.zeros_like(q)
     return torch.zeros_like(q).index_copy(0, torch.cat(positions), torch.cat(pieces))
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
+    """q [B, H, Q, D], k and v [B, G, K, D], visible [B, 1, Q, K] -> [B, H, Q, D]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
 
 
 def plan_tiles(layout: AttentionLayout) -> list[TileBatch]:

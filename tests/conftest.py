@@ -6,7 +6,18 @@ import os
 # sums, and with it the sixth digit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """What `torch.testing.assert_close` allows between two ways to compute one thing, for each precision."""
+    return {
+        "fp64": {"rtol": 1e-10, "atol": 1e-10},
+        "fp32": {"rtol": 1e-5, "atol": 1e-5},
+        "bf16": {"rtol": 2e-2, "atol": 2e-2},
+    }

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, documented, strict. A YAML file over the defaults, then `a.b=value` overrides over that.
+"""Every setting of a run, typed, documented, strict: a YAML file over the defaults, then `a.b=value` overrides.
 
 Unknown keys and values out of range are an InputError of one line, with the nearest valid name.
 """
@@ -18,7 +18,11 @@ from transfusion_fast.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Timestep = Annotated[float, Field(gt=0, le=1000)]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -41,13 +45,15 @@ class TransformerConfig(_Settings):
     """Feed-forward width F; default: 8/3 of dim, up to the next multiple of 256."""
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotation."""
-    rope_theta: float = Field(10000.0, gt=0)
-    norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: PositiveFloat = 10000.0
+    norm_eps: PositiveFloat = 1e-5
 
     @model_validator(mode="after")
     def _check_heads(self) -> TransformerConfig:
         if self.dim % self.num_heads or (self.head_dim % 2):
-            raise ValueError(f"heads must divide dim into even head dimensions, got dim={self.dim}, heads={self.num_heads}")
+            raise ValueError(
+                f"heads must divide dim into even head dimensions, got dim={self.dim}, heads={self.num_heads}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"kv_heads must divide heads={self.num_heads}, got {self.num_kv_heads}")
         return self
@@ -95,7 +101,7 @@ class ModelConfig(_Settings):
     codec: Literal["linear"] = "linear"
     positions: Literal["sequential", "shared", "axial"] = "sequential"
     objective: Literal["ddpm", "flow"] = "ddpm"
-    diffusion_weight: float = Field(5.0, ge=0)
+    diffusion_weight: NonNegativeFloat = 5.0
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
@@ -131,22 +137,22 @@ class DataConfig(_Settings):
     """Probability that a caption-image pair keeps its caption first."""
     guidance_drop: Probability = 0.1
     """Probability that the image of a pair is trained without its caption, for classifier-free guidance."""
-    noise_cap: float = Field(500.0, gt=0, le=1000)
+    noise_cap: Timestep = 500.0
     """Largest timestep of an image that text follows."""
 
 
 class OptimizerConfig(_Settings):
     """AdamW, warm-up, cosine decay."""
 
-    lr: float = Field(3e-4, gt=0)
-    min_lr: float = Field(1.5e-5, ge=0)
+    lr: PositiveFloat = 3e-4
+    min_lr: NonNegativeFloat = 1.5e-5
     warmup_steps: Count = 4000
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
     """Of matrices; norms, biases and embeddings of one dimension are not decayed."""
-    clip: float = Field(1.0, gt=0)
+    clip: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
 
 
@@ -172,7 +178,7 @@ class TrainConfig(_Settings):
     max_skipped_steps: Positive = 10
     """Consecutive steps without a finite gradient after which training stops."""
     cpu_threads: Positive | None = None
-    """Threads of each rank on a CPU; default: the cores divided by the ranks. Results differ in the last bits with it."""
+    """Threads of each rank on a CPU; default: the cores divided by the ranks. The last bits depend on it."""
 
 
 class Config(_Settings):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,28 +16,12 @@ from torch import Tensor
 NUM_TIMESTEPS = 1000
 
 
-class Objective(Protocol):
-    """What the model, the loader and the sampler need of a diffusion objective. t broadcasts against x_0 and eps."""
-
-    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Timesteps for uniform u in [0, 1), at most `cap`: the inverse distribution function at u, scaled to the cap."""
-
-    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t."""
-
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the model should predict from x_t and t."""
-
-    def first_timestep(self) -> float:
-        """Where a sampler starts from pure noise."""
-
-    def step(self, x_t: Tensor, prediction: Tensor, t: float, t_next: float, **settings) -> Tensor:
-        """x at t_next < t, from the model's prediction at t."""
-
-
 @dataclass(frozen=True)
 class CosineDDPM:
-    """DDPM (arXiv 2006.11239) on the cosine schedule of improved DDPM (arXiv 2102.09672, equation 17), predicting eps."""
+    """DDPM (arXiv 2006.11239), cosine schedule (arXiv 2102.09672, equation 17), predicting eps.
+
+    t broadcasts against x_0 and eps.
+    """
 
     s: float = 0.008
     max_beta: float = 0.999
@@ -92,7 +75,11 @@ class CosineDDPM:
         eps = (x_t - math.sqrt(now) * x_0) / math.sqrt(1 - now)
         sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
         mean = math.sqrt(after) * x_0 + math.sqrt(max(1 - after - sigma**2, 0.0)) * eps
-        return mean if sigma == 0 else mean + sigma * noise
+        if sigma == 0:
+            return mean
+        if noise is None:
+            raise ValueError("noise must be given unless eta is 0, got None; draw it in x_t's shape")
+        return mean + sigma * noise
 
 
 @dataclass(frozen=True)
@@ -124,9 +111,24 @@ class FlowMatching:
         """Pure noise."""
         return NUM_TIMESTEPS
 
-    def step(self, x_t: Tensor, prediction: Tensor, t: float, t_next: float, **_: object) -> Tensor:
-        """Euler's step along the velocity; the settings of DDPM sampling do not apply."""
-        return x_t + (t_next - t) / NUM_TIMESTEPS * prediction
+    def step(
+        self,
+        x_t: Tensor,
+        prediction: Tensor,
+        t: float,
+        t_next: float,
+        *,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        clip: float | None = None,
+    ) -> Tensor:
+        """Euler's step along the velocity; `clip` bounds the predicted x_0. An ODE has no use for eta and noise."""
+        velocity = prediction
+        if clip is not None:
+            x_0 = (x_t - t / NUM_TIMESTEPS * prediction).clamp(-clip, clip)
+            velocity = (x_t - x_0) * (NUM_TIMESTEPS / t)
+        return x_t + (t_next - t) / NUM_TIMESTEPS * velocity
 
 
+Objective = CosineDDPM | FlowMatching
 OBJECTIVES: dict[str, Objective] = {"ddpm": CosineDDPM(), "flow": FlowMatching()}

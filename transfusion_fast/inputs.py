@@ -42,24 +42,19 @@ def as_document(pieces: Sequence[Any], config: ModelConfig) -> Document:
 def pack_documents(
     documents: Sequence[Document], config: ModelConfig, generator: torch.Generator | None = None
 ) -> PackedBatch:
-    """Lays documents out one after another and draws noise and timesteps."""
-    segments = [(number, s) for number, document in enumerate(documents) for s in document]
-    images = [s for _, s in segments if isinstance(s, Image)]
-    grids = {id(s): _grid(s.latents) for s in images}
-    columns = np.array(
-        [
-            (number, TEXT, len(s.ids), 0, 0)
-            if isinstance(s, Text)
-            else (number, 1 + s.modality, math.prod(grids[id(s)]), *grids[id(s)])
-            for number, s in segments
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 5)
+    """Lays documents out one after another and draws noise and timesteps; ValueError for a document without pieces."""
+    for i, document in enumerate(documents):
+        if not len(document):
+            raise ValueError(f"document {i} must hold at least one piece, got none; leave it out")
+    rows = [_table_row(i, segment) for i, document in enumerate(documents) for segment in document]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+    number, kind, length, grid_rows, grid_columns = table.T
+    segments = Segments(number, kind, length, grid_rows, grid_columns, framed=np.ones(len(documents), dtype=bool))
+    flat = [segment for document in documents for segment in document]
+    ids = [s.ids.cpu().numpy() for s in flat if isinstance(s, Text)]
     vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
-    ids = [s.ids.cpu().numpy() for _, s in segments if isinstance(s, Text)]
-    framed = np.ones(len(documents), dtype=bool)
-    sequenced = frame(Segments(*columns.T, framed=framed), np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
-    return _with_noise(sequenced, [(s.modality, s.latents) for s in images], config, generator)
+    sequenced = frame(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
+    return _with_noise(sequenced, [(s.modality, s.latents) for s in flat if isinstance(s, Image)], config, generator)
 
 
 def pack_rows(
@@ -118,6 +113,14 @@ def _with_noise(
     return build_batch(sequenced, vocabulary, modalities, config.positions)
 
 
+def _table_row(document: int, segment: Text | Image) -> tuple[int, int, int, int, int]:
+    """A row of `Segments`: document, kind, length, rows, columns."""
+    if isinstance(segment, Text):
+        return document, TEXT, len(segment.ids), 0, 0
+    rows, columns = _grid(segment.latents)
+    return document, 1 + segment.modality, rows * columns, rows, columns
+
+
 def _as_segment(piece: Any, number: int, config: ModelConfig) -> Text | Image:
     modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
     if not isinstance(tensor, Tensor):
@@ -148,7 +151,9 @@ def _checked_image(latents: Tensor, modality: int, what: str, config: ModelConfi
     return Image(latents, modality)
 
 
-def _place(row: int, latents: Tensor, place: tuple[int, ...], row_length: int, config: ModelConfig):
+def _place(
+    row: int, latents: Tensor, place: tuple[int, ...], row_length: int, config: ModelConfig
+) -> tuple[int, int, Image]:
     """(modality, offset, image) of one modality span of a row."""
     modality, offset, length = place if len(place) == 3 else (0, *place)
     what = f"row {row}, span {tuple(place)}"

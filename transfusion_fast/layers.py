@@ -12,7 +12,6 @@ from transfusion_fast import ops
 from transfusion_fast.config import TransformerConfig
 from transfusion_fast.kernels.layout import AttentionLayout
 
-
 INIT_STD = 0.02
 
 
@@ -115,7 +114,7 @@ class TimestepEmbedding(nn.Module):
         exponent = torch.arange(self.frequencies, device=timesteps.device) / self.frequencies
         angles = timesteps[:, None] * torch.exp(-math.log(10000.0) * exponent)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 def _residual_std(config: TransformerConfig) -> float:

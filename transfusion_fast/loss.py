@@ -6,24 +6,25 @@ sums by the counts of the whole optimizer step, over ranks and accumulation step
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """What a loss is divided by: supervised tokens and images."""
 
     tokens: int
     images: int
 
 
-@dataclass(frozen=True)
-class Losses:
-    """fp32 scalars: cross-entropy per token, squared error per image, their weighted sum; and what was counted here."""
+class Losses(NamedTuple):
+    """fp32 scalars: cross-entropy per token, squared error per image, their weighted sum; and what was counted here.
+
+    A tuple, because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
+    """
 
     text: Tensor
     diffusion: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from transfusion_fast.sequence import Document, PackedBatch, Vocabulary
 class LanguageHead(nn.Module):
     """Vectors [S, E] to logits [S, V], or, given labels [S], straight to cross-entropies fp32 [S]."""
 
-    def __init__(self, dim: int, vocabulary_size: int, tied: nn.Parameter | None = None):
+    def __init__(self, dim: int, vocabulary_size: int, tied: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary_size, dim).normal_(std=INIT_STD)) if tied is None else tied
 
@@ -109,8 +109,8 @@ class Transfusion(nn.Module):
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
         """The last layer's output [T, E], normed, for the tokens of `batch` and the noisy patches x_t [P, C] given."""
         x = self.embedding(batch.tokens)
-        for codec, images, noisy in zip(self.codecs, batch.modalities, x_t, strict=True):
-            patches = codec.encode(noisy, images.timesteps, images.image_offsets)
+        for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
+            patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
             x = x.index_copy(0, images.sequence_index, patches.to(x.dtype))
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
@@ -122,7 +122,10 @@ class Transfusion(nn.Module):
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
         """The diffusion head of one modality: fp32 [P, C]."""
         index = batch.modalities[modality].sequence_index
-        return self.codecs[modality].decode(hidden.index_select(0, index))
+        return self._codec(modality).decode(hidden.index_select(0, index))
+
+    def _codec(self, modality: int) -> LinearCodec:
+        return cast(LinearCodec, self.codecs[modality])
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[Any]], **settings: Any) -> list[Document]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def generate_images(
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))
     _draw(model, streams, modality, grid, image or ImageSettings(), generator)
-    return torch.stack([s.produced[-1].latents for s in streams])
+    return torch.stack([s.images[-1][1].latents for s in streams])
 
 
 def _open(model: Transfusion, prompt: Sequence[Any]) -> _Stream:
@@ -175,8 +176,10 @@ def _draw(
     x = torch.randn(shape, generator=generator)
     objective = model.objective
     schedule = np.linspace(objective.first_timestep(), 0, settings.steps + 1).tolist()
-    for t, t_next in zip(schedule, schedule[1:], strict=False):
-        drawing = [_with_image(s.tokens, s.images, Image(image, modality), t) for s, image in zip(streams, x, strict=True)]
+    for t, t_next in pairwise(schedule):
+        drawing = [
+            _with_image(s.tokens, s.images, Image(image, modality), t) for s, image in zip(streams, x, strict=True)
+        ]
         if settings.guidance != 1:
             alone = [model.vocabulary.boi(modality)]
             drawing += [_with_image(alone, [], Image(image, modality), t) for image in x]

@@ -10,9 +10,9 @@ it, where both are text positions of one document; so text predicts <boi>, <boi>
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -227,8 +227,8 @@ class PackedBatch:
         """The batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
         return self._map(lambda x: x.pin_memory())
 
-    def _map(self, move) -> PackedBatch:
-        def moved(batch):
+    def _map(self, move: Callable[[Any], Any]) -> PackedBatch:
+        def moved(batch: Any) -> Any:
             return replace(batch, **{k: move(v) for k, v in vars(batch).items() if isinstance(v, Tensor)})
 
         return replace(moved(self), layout=move(self.layout), modalities=tuple(moved(m) for m in self.modalities))

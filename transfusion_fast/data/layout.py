@@ -16,6 +16,7 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.diffusion import NUM_TIMESTEPS, Objective
+from transfusion_fast.images import scale_pixels
 from transfusion_fast.patches import patchify
 from transfusion_fast.sequence import (
     PackedBatch,
@@ -40,7 +41,7 @@ class KeyedPack:
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of one pack, images in stored order: uniforms in [0, 1) of shape [N], noise of the latents' size."""
+    """The randomness of a pack, images in stored order: uniforms in [0, 1) of shape [N], noise like the latents."""
 
     order: np.ndarray
     drop: np.ndarray
@@ -123,7 +124,7 @@ class BatchBuilder:
 
     def _scaled(self, values: np.ndarray) -> np.ndarray:
         """Pixels to fp32 in [-1, 1]; latents to fp32 as they are."""
-        return values.astype(np.float32) / 127.5 - 1 if values.dtype == np.uint8 else values.astype(np.float32)
+        return scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
 
     def _patches(self, segments: np.ndarray, values: np.ndarray) -> list[Tensor]:
         """fp32 [P, C] of each modality: flat image values in stored order, cut into patches."""

@@ -1,7 +1,7 @@
 """The stream of training batches: one integer, packs consumed, is its whole state.
 
 Global step s takes the packs [s B, (s + 1) B) of the endless order; accumulation step a of rank r takes M of them from
-(a W + r) M, for W ranks and M packs a micro-batch. So a run sees the same global batches whatever its ranks and workers.
+(a W + r) M, for W ranks and M packs a micro-batch. So a run sees the same global batches on any ranks and workers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class _Collate:
     builder: BatchBuilder
 
     def __call__(self, packs: Sequence[KeyedPack | InputError]) -> PackedBatch | InputError:
-        return next((p for p in packs if isinstance(p, InputError)), None) or self.builder(packs)  # type: ignore[arg-type]
+        errors = [p for p in packs if isinstance(p, InputError)]
+        return errors[0] if errors else self.builder([p for p in packs if isinstance(p, KeyedPack)])
 
 
 def check_fits(config: Config, index: Index) -> None:
@@ -76,7 +77,8 @@ def check_fits(config: Config, index: Index) -> None:
     path, model = config.data.path, config.model
     if model.num_text_tokens != index.num_text_tokens:
         raise InputError(
-            f"model.num_text_tokens must be the tokenizer's {index.num_text_tokens} for {path}, got {model.num_text_tokens}"
+            f"model.num_text_tokens must be the {index.num_text_tokens} of the tokenizer of {path}, "
+            f"got {model.num_text_tokens}"
         )
     widths = tuple(m.channels * m.patch_size**2 for m in index.modalities)
     if model.dim_latent != widths:

@@ -1,11 +1,4 @@
-"""Checkpoints that are whole or not there.
-
-    RUN/checkpoints/latest                  the name of the newest one
-    RUN/checkpoints/step-00000500/
-        meta.json                           step, packs consumed, model, data, world size
-        model.safetensors                   the weights, fp32, one whole tensor each: what sampling reads
-        engine/                             DeepSpeed's sharded state, which training resumes from
-        manifest.json                       size and sha256 of every other file
+"""Checkpoints that are whole or not there; run.py says what is in one.
 
 A checkpoint is written under a staging name, hashed, renamed, and only then named by `latest`. One whose files do not
 match its manifest is passed over for the one before it.
@@ -13,13 +6,10 @@ match its manifest is passed over for the one before it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +20,36 @@ from safetensors.torch import save_file
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.run import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS,
+    LATEST,
+    MANIFEST,
+    META,
+    WEIGHTS,
+    Meta,
+    damage,
+    measure,
+    read_manifest,
+    read_meta,
+)
 
 ENGINE = "engine"
-MANIFEST = "manifest.json"
-META = "meta.json"
-WEIGHTS = "model.safetensors"
-_NAME = re.compile(r"step-\d{8,}")
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint is of; compared with the run that wants to go on from it."""
-
-    step: int
-    packs_consumed: int
-    skipped_steps: int
-    world_size: int
-    precision: str
-    global_batch: int
-    data: str
-    """sha256 of the data folder's index."""
-    model: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of one run folder, which all ranks share. Every method is collective."""
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
-        self.folder, self.ranks, self.keep = run / "checkpoints", ranks, keep
+        self.folder, self.ranks, self.keep = run / CHECKPOINTS, ranks, keep
 
     def save(self, engine: Any, meta: Meta) -> None:
         """Writes a checkpoint and drops all but the newest `keep`."""
         name = f"step-{meta.step:08d}"
         staging = self.folder / f".staging-{name}"
         if self.ranks.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+            for unfinished in self.folder.glob(".staging-*"):  # of a save that was killed
+                shutil.rmtree(unfinished)
             staging.mkdir(parents=True)
         self.ranks.barrier()
         engine.save_checkpoint(str(staging), tag=ENGINE, save_latest=False)
@@ -73,7 +58,7 @@ class Checkpoints:
             save_file(weights, staging / WEIGHTS)
             (staging / META).write_text(json.dumps(asdict(meta), indent=1))
         self.ranks.barrier()
-        hashes = self._gather([(str(p.relative_to(staging)), *_measure(p)) for p in self._own_share(_files(staging))])
+        hashes = self._gather([(str(p.relative_to(staging)), *measure(p)) for p in self._own_share(_files(staging))])
         if self.ranks.is_main:
             manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(hashes)}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -94,7 +79,7 @@ class Checkpoints:
         if not self.folder.is_dir() or not (names := sorted(self._names(), reverse=True)):
             return None
         for name in names:
-            damage = self._gather(list(self._damage(self.folder / name)))
+            damage = self._gather(self._damage(self.folder / name))
             if not damage:
                 return self.folder / name
             if self.ranks.is_main:
@@ -120,12 +105,12 @@ class Checkpoints:
         return meta
 
     def _names(self) -> list[str]:
-        return [p.name for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
+        return [p.name for p in self.folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
 
     def _point_latest(self, name: str) -> None:
         staged = self.folder / ".latest"
         staged.write_text(name + "\n")
-        os.replace(staged, self.folder / "latest")
+        os.replace(staged, self.folder / LATEST)
         _sync(self.folder)
 
     def _own_share(self, files: list[Path]) -> list[Path]:
@@ -137,20 +122,13 @@ class Checkpoints:
         dist.all_gather_object(gathered, items, group=self.ranks.control)
         return [item for part in gathered for item in part]
 
-    def _damage(self, checkpoint: Path) -> Iterator[str]:
+    def _damage(self, checkpoint: Path) -> list[str]:
         """What is wrong with this rank's share of the files."""
         try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text())
-            expected = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            yield f"{MANIFEST}: {type(error).__name__}"
-            return
-        for file in self._own_share([Path(f) for f in sorted(expected)]):
-            path = checkpoint / file
-            if not path.is_file():
-                yield f"{file}: missing"
-            elif _measure(path) != expected[str(file)]:
-                yield f"{file}: not as the manifest says"
+            files = [Path(file) for file in sorted(read_manifest(checkpoint))]
+        except (OSError, ValueError) as error:
+            return [f"{MANIFEST}: {type(error).__name__}"]
+        return list(damage(checkpoint, self._own_share(files)))
 
 
 _MUST_MATCH = {
@@ -162,42 +140,18 @@ _MUST_MATCH = {
 }
 
 
-def read_meta(checkpoint: Path) -> Meta:
-    """The description of a checkpoint; InputError where it is not one."""
-    try:
-        return Meta(**json.loads((checkpoint / META).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
-
-
-def find_latest(run: Path) -> Path:
-    """The checkpoint that `latest` of a run folder names; InputError where there is none."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
-        raise InputError(f"{run}: holds no finished checkpoint; train first: deepspeed train/pretrain.py")
-    checkpoint = pointer.parent / pointer.read_text().strip()
-    if not _NAME.fullmatch(checkpoint.name) or not checkpoint.is_dir():
-        raise InputError(f"{pointer}: names {checkpoint.name!r}, which is not there; resume training to write it anew")
-    return checkpoint
-
-
 def _gather_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The fp32 weights by name, gathered one after another; an empty dict on ranks that do not keep them."""
     weights = {}
     for name, parameter in model.named_parameters():
         full = safe_get_full_fp32_param(parameter)
         if keep:
-            weights[name] = full.reshape(parameter.ds_shape).float().cpu().clone()
+            weights[name] = full.float().cpu().clone()
     return weights
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _measure(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -19,13 +19,13 @@ from transfusion_fast.training.ranks import Ranks, computes_bf16
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
-    """A DeepSpeed engine around a fresh model: ZeRO-3, so that no rank ever holds all weights, not even at the start."""
+    """A DeepSpeed engine around a fresh model: ZeRO-3, so that no rank holds all weights, not even at the start."""
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and computes_bf16(ranks.device))
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     torch.manual_seed(config.train.seed)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, mem_efficient_linear=False):
+    # The dtype comes from the settings: given as an argument, DeepSpeed 0.19 makes it bf16 where fp16 is not supported.
+    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
         model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)

@@ -31,7 +31,7 @@ class Row:
 
 
 class MetricsLog:
-    """Appends rows to a JSONL file; rows at or after the step that a run resumes from are dropped, as it makes them anew."""
+    """Appends rows to a JSONL file; rows after the step that a run resumes from are dropped, as it makes them anew."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path

@@ -18,10 +18,11 @@ from transfusion_fast.data.loader import Share, training_batches
 from transfusion_fast.errors import InputError
 from transfusion_fast.loss import Counts
 from transfusion_fast.sequence import PackedBatch
-from transfusion_fast.training.checkpoint import Checkpoints, Meta
+from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.run import Meta, describe_data, write_data_description
 
 
 def train(config: Config, index: Index, ranks: Ranks) -> None:
@@ -101,10 +102,8 @@ class _Loop:
 
     def _agree(self, batches: list[PackedBatch], stop_requested: bool) -> tuple[Counts, float, bool]:
         """What the losses of this step are divided by, over ranks and accumulation steps, before any is computed."""
-        supervised = sum(len(b.supervised) for b in batches)
-        images = sum(b.num_images for b in batches)
-        tokens = sum(b.num_tokens for b in batches)
-        supervised, images, tokens, stop = self.ranks.sum([supervised, images, tokens, stop_requested])
+        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
+        supervised, images, tokens, stop = self.ranks.sum([*map(sum, zip(*own, strict=True)), stop_requested])
         return Counts(int(supervised), int(images)), tokens, stop > 0
 
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Any, Any]:
@@ -159,6 +158,9 @@ class StopRequest:
         self.requested = True
 
 
+_FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # settings of how a model computes, not of what it is
+
+
 def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
     index = (Path(config.data.path) / INDEX_NAME).read_bytes()
     return Meta(
@@ -169,7 +171,7 @@ def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
         precision="bf16" if engine.bfloat16_enabled() else "fp32",
         global_batch=config.train.global_batch,
         data=hashlib.sha256(index).hexdigest(),
-        model=config.model.model_dump(mode="json"),
+        model=config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
     )
 
 
@@ -178,6 +180,7 @@ def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: 
     run = Path(config.train.output)
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    write_data_description(run, describe_data(Path(config.data.path), index))
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     print(
         f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
@@ -185,4 +188,3 @@ def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: 
     )
     begin = f"resuming at step {meta.step}" if meta.step else "training"
     print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}", flush=True)
-

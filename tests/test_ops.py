@@ -1,0 +1,116 @@
+"""The seam between model and kernels: which backend runs, and what is refused."""
+
+import pytest
+import torch
+
+from transfusion_fast import ops
+from transfusion_fast.kernels import reference
+from transfusion_fast.kernels.layout import AttentionLayout
+
+LAYOUT = AttentionLayout.from_spans([4], [(1, 2)], total_length=6)
+OFFSETS = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+def heads(number=2, length=6, dim=8, dtype=torch.float32):
+    torch.manual_seed(number)
+    return torch.randn(length, number, dim, dtype=dtype)
+
+
+CALLS = {
+    "hybrid_attention": (heads(4), heads(2), heads(2), LAYOUT),
+    "rope": (heads(4), heads(2), torch.arange(6)),
+    "swiglu": (heads(4), heads(4).flip(0)),
+    "diffusion_mse": (heads()[:, 0], heads()[:, 1], OFFSETS),
+}
+each_op = pytest.mark.parametrize("op", CALLS)
+
+
+@each_op
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_on_the_cpu_every_op_is_the_reference(op, backend, tolerance):
+    got, expected = getattr(ops, op)(*CALLS[op], backend=backend), getattr(reference, op)(*CALLS[op])
+    torch.testing.assert_close(got, expected, **tolerance["fp32"])
+
+
+@each_op
+def test_on_the_cpu_every_op_of_half_precision_is_near_the_reference(op, tolerance):
+    args = [x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in CALLS[op]]
+    got, expected = getattr(ops, op)(*args), getattr(reference, op)(*args)
+    torch.testing.assert_close(got, expected, **tolerance["bf16"])
+
+
+def test_the_options_of_an_op_reach_its_backend(tolerance):
+    q, k, v, layout = CALLS["hybrid_attention"]
+    expected = reference.hybrid_attention(q, k, v, layout, 0.3)
+    torch.testing.assert_close(ops.hybrid_attention(q, k, v, layout, scale=0.3), expected, **tolerance["fp32"])
+    options = {"theta": 50.0, "q_weight": torch.rand(8), "k_weight": torch.rand(8)}
+    torch.testing.assert_close(
+        ops.rope(q, k, torch.arange(6), **options),
+        reference.rope(q, k, torch.arange(6), **options),
+        **tolerance["fp32"],
+    )
+
+
+@each_op
+def test_a_kernel_that_a_backend_lacks_is_named(op, monkeypatch):
+    monkeypatch.setattr(ops, "_TRITON", {})
+    with pytest.raises(NotImplementedError, match=f'{op} has no "triton" kernel'):
+        getattr(ops, op)(*CALLS[op], backend="triton")
+
+
+@each_op
+def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
+    """And "auto" leaves the triton kernel alone where the tensors are on the CPU."""
+
+    def kernel(*args, **kwargs):
+        return "the triton kernel"
+
+    monkeypatch.setattr(ops, "_TRITON", {op: kernel})
+    assert getattr(ops, op)(*CALLS[op], backend="triton") == "the triton kernel"
+    for backend in ("torch", "auto"):
+        assert not isinstance(getattr(ops, op)(*CALLS[op], backend=backend), str)
+
+
+@each_op
+def test_an_unknown_backend_is_refused_with_the_known_ones(op):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        getattr(ops, op)(*CALLS[op], backend="cuda")
+
+
+OTHER_DEVICE = LAYOUT.to("meta")
+REFUSED = [
+    (
+        "hybrid_attention",
+        (heads()[0], heads(), heads(), LAYOUT),
+        r"q must be \[T, H, D\].*got \(2, 8\) and \(6, 2, 8\)",
+    ),
+    ("hybrid_attention", (heads(), heads(length=5), heads(), LAYOUT), r"k \[T, G, D\], got .* and \(5, 2, 8\)"),
+    ("hybrid_attention", (heads(), heads(dim=4), heads(dim=4), LAYOUT), r"k \[T, G, D\], got .* and \(6, 2, 4\)"),
+    ("hybrid_attention", (heads(), heads(), heads(1), LAYOUT), r"v must have k's shape \(6, 2, 8\).*got \(6, 1, 8\)"),
+    ("hybrid_attention", (heads(), heads(), heads().double(), LAYOUT), "v must have .*dtype torch.float32, got .*64"),
+    ("hybrid_attention", (heads(), heads().double(), heads(), LAYOUT), "k must have q's dtype .* got torch.float64"),
+    ("hybrid_attention", (heads(3), heads(2), heads(2), LAYOUT), "multiple of the key/value heads, got H=3 and G=2"),
+    ("hybrid_attention", (*[heads(length=5)] * 3, LAYOUT), "layout must be of q's length 5, got 6"),
+    ("hybrid_attention", (*[heads()] * 3, OTHER_DEVICE), "layout must be on q's device cpu, got meta"),
+    ("rope", (heads(), heads(), torch.arange(5)), r"positions must be \[6\] or \[6, 2\].*got \(5,\)"),
+    ("rope", (heads(), heads(), torch.zeros(6, 3)), r"positions must be \[6\] or \[6, 2\].*got \(6, 3\)"),
+    ("rope", (heads(dim=7), heads(dim=7), torch.arange(6)), "head dimension must be even.*got 7"),
+    ("rope", (heads(), heads(length=5), torch.arange(6)), r"rope: q must be .*k \[T, G, D\], got .* and \(5, 2, 8\)"),
+    ("swiglu", (heads(2), heads(3)), r"gate and up must be alike, got \(6, 2, 8\).*\(6, 3, 8\)"),
+    ("swiglu", (heads(), heads().half()), "gate and up must be alike, got .*float32.*float16"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0, :4], OFFSETS), r"must be \[P, C\], got \(6, 8\), \(6, 4\)"),
+    ("diffusion_mse", (heads(), heads(), OFFSETS), r"must be \[P, C\], got \(6, 2, 8\)"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS[:0]), r"image_offsets must be \[N \+ 1\], got \(0,\)"),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_with_argument_rule_and_value(op, args, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("given", ["q_weight", "k_weight"])
+def test_one_norm_weight_without_the_other_is_refused(given):
+    with pytest.raises(ValueError, match="q_weight and k_weight must be given together"):
+        ops.rope(heads(), heads(), torch.arange(6), **{given: torch.ones(8)})

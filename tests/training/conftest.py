@@ -1,0 +1,24 @@
+"""What the tests of training share: a small data folder, and one run that nothing disturbed."""
+
+from pathlib import Path
+
+import pytest
+from launching import train
+
+from transfusion_fast.data.prepare import prepare_digits
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits in short packs."""
+    out = tmp_path_factory.mktemp("data") / "digits"
+    prepare_digits(out, sequence_length=128)
+    return out / "train"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, six steps, checkpoints at 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(2, digits, output)
+    return output

@@ -1,0 +1,105 @@
+"""What a training step computes does not depend on how many ranks compute it, nor on DeepSpeed."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from launching import metrics, picture, small_config, start, text, train, write_packs
+
+from transfusion_fast import Transfusion
+from transfusion_fast.config import Config
+from transfusion_fast.data.loader import Share, open_data, training_batches
+from transfusion_fast.loss import Counts
+from transfusion_fast.training.engine import learning_rate, make_optimizer, set_learning_rate
+
+
+def assert_same_course(one: list[dict], other: list[dict], relative: float = 2e-5) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a["packs"] == b["packs"]
+        for name in ("loss", "text_loss", "diffusion_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=relative), (a["step"], name)
+
+
+def plain_course(config: Config) -> list[dict]:
+    """The same training in plain PyTorch, on one process, all packs of a step in one batch."""
+    index, size = open_data(config), config.train.global_batch
+    torch.manual_seed(config.train.seed)
+    model = Transfusion(config.model)
+    optimizer = make_optimizer(model, config.optimizer)
+    stream = training_batches(config, index, Share(0, 1, size, size), 0)
+    rows = []
+    for step in range(config.train.steps):
+        set_learning_rate(optimizer.param_groups, learning_rate(step, config.train.steps, config.optimizer))
+        losses = model(next(stream))
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        text_loss, diffusion_loss = losses.text.item(), losses.diffusion.item()
+        rows.append(
+            {
+                "packs": (step + 1) * size,
+                "step": step + 1,
+                "loss": losses.total.item(),
+                "text_loss": text_loss,
+                "diffusion_loss": diffusion_loss,
+                "grad_norm": norm.item(),
+            }
+        )
+    return rows
+
+
+def test_two_ranks_under_zero3_take_the_steps_of_a_plain_loop(digits: Path, uninterrupted: Path) -> None:
+    config = small_config(digits)
+    assert_same_course(metrics(uninterrupted), plain_course(config))
+
+
+def test_one_rank_sees_the_global_batches_of_two_and_takes_the_same_steps(
+    digits: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2")
+    assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(ranks: int, tmp_path: Path) -> None:
+    """With packs of text only and of images only, most steps give one rank no image and the other no text to learn."""
+    kinds = [(text(54, seed),) if seed % 2 else (picture(seed), picture(seed), picture(seed)) for seed in range(8)]
+    data = write_packs(tmp_path / "data", kinds, sequence_length=56)
+    overrides = ("train.global_batch=2", "train.steps=8")
+    config = small_config(data, *overrides)
+    index = open_data(config)
+    assert index.num_packs == 8
+    stream = training_batches(config, index, Share(0, 1, 1, 2), 0)
+    batches = [next(stream) for _ in range(16)]
+    uneven = [
+        bool(one.num_images) != bool(other.num_images) for one, other in zip(batches[::2], batches[1::2], strict=True)
+    ]
+    assert any(uneven)
+    train(ranks, data, tmp_path / "run", *overrides)
+    assert_same_course(metrics(tmp_path / "run"), plain_course(config))
+
+
+def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradient(
+    digits: Path, tmp_path: Path
+) -> None:
+    codes, printed = start(
+        1, digits, tmp_path / "run", "optimizer.lr=1e38", "train.max_skipped_steps=2", "train.precision=bf16"
+    ).wait()
+    assert codes == [2]
+    line = printed.splitlines()[-1]
+    assert line.startswith("pretrain: ") and "not finite in 2 steps in a row" in line
+
+
+def test_losses_of_a_cut_batch_add_up_whatever_the_cut(digits: Path) -> None:
+    config = small_config(digits)
+    index = open_data(config)
+    torch.manual_seed(0)
+    model = Transfusion(config.model)
+    whole = model(next(training_batches(config, index, Share(0, 1, 4, 4), 0)))
+    counts = Counts(*whole.counts)
+    stream = training_batches(config, index, Share(0, 1, 1, 4), 0)
+    parts = [model(next(stream), counts=counts) for _ in range(4)]
+    assert math.isclose(sum(p.total.item() for p in parts), whole.total.item(), rel_tol=1e-5)

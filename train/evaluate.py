@@ -1,0 +1,81 @@
+"""Measures a run on captioned pixel images, such as the digits, and draws its samples beside real images.
+
+    python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--guidance 3] [--out PICTURE.png]
+
+Prints three numbers and writes them to RUN/evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from transfusion_fast.errors import InputError
+from transfusion_fast.evaluation import evaluate, read_captioned
+from transfusion_fast.pictures import draw_grid
+from transfusion_fast.sample import ImageSettings
+from transfusion_fast.training.run import find_checkpoint, load_model, read_data_description
+
+
+def main() -> int:
+    """Evaluates what the command line asks for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    parser.add_argument("--data", type=Path, help="folder with train/ and heldout/ (default: the run's own)")
+    parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
+    parser.add_argument("--each", type=int, default=8, help="images drawn of every caption (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="picture (default: RUN/samples.png)")
+    options = parser.parse_args()
+    try:
+        _evaluate(options)
+    except InputError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    data = read_data_description(options.run)
+    model = load_model(find_checkpoint(options.run, options.checkpoint))
+    folder = options.data or _data_of(options.run)
+    train, heldout = (read_captioned(folder / split, data.tokenizer) for split in ("train", "heldout"))
+    image = ImageSettings(steps=options.steps, guidance=options.guidance, clip=1.0)
+    patch_size = data.modalities[0].patch_size
+    report, drawn = evaluate(
+        model, data.tokenizer, train, heldout, each=options.each, image=image, patch_size=patch_size
+    )
+    (options.run / "evaluation.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    picture = options.out or options.run / "samples.png"
+    rows = [(caption, [*images, *_real(heldout, caption)]) for caption, images in drawn.items()]
+    draw_grid(rows, picture, title=f"left: {options.each} drawn by the model    right: 4 held-out, real")
+    print(
+        f"generated images classified as prompted: {report.generated_accuracy:.3f} of {report.num_generated} "
+        f"(the classifier gets {report.classifier_accuracy:.3f} of real held-out images)\n"
+        f"held-out images captioned exactly:       {report.caption_accuracy:.3f} of {report.num_captioned}\n"
+        f"perplexity of held-out text, per token:  {report.text_perplexity:.3f} over {report.num_texts} texts\n"
+        f"pictures: {picture}"
+    )
+
+
+def _real(heldout, caption: str, count: int = 4) -> list[np.ndarray]:
+    own = [image for image, other in zip(heldout.images, heldout.captions, strict=True) if other == caption]
+    return own[:count]
+
+
+def _data_of(run: Path) -> Path:
+    try:
+        return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]).parent
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{run}: has no config that names its data ({error}); give --data") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Draws images from captions, or captions images, with a trained run.
+
+python train/sample.py RUN --prompt seven --prompt "two" [--each 8] [--out grid.png]
+python train/sample.py RUN --caption picture.png [--caption another.png]
+python train/sample.py RUN --text "two plus five is"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+from PIL import UnidentifiedImageError
+
+from transfusion_fast.data.pack import ModalityInfo
+from transfusion_fast.errors import InputError
+from transfusion_fast.images import latents_to_pixels, pixels_to_latents
+from transfusion_fast.pictures import draw_grid
+from transfusion_fast.sample import ImageSettings, generate_images, sample
+from transfusion_fast.sequence import Text
+from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
+
+MAX_PIXELS = 64 * 1024 * 1024
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def main() -> int:
+    """Samples what the command line asks for; returns the exit code."""
+    options = _parser().parse_args()
+    try:
+        _sample(options)
+    except InputError as error:
+        print(f"sample: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
+    what.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
+    what.add_argument(
+        "--text", nargs="+", action="extend", help="texts to go on with; an image where the model begins one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument("--each", type=int, default=8, help="images of every prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="(default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight, 1 is off (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of text, 0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of text (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
+    return parser
+
+
+def _sample(options: argparse.Namespace) -> None:
+    for name, least in (("each", 1), ("steps", 1), ("max_tokens", 1), ("temperature", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    data = read_data_description(options.run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(find_checkpoint(options.run, options.checkpoint), device)
+    clip = 1.0 if data.modalities[0].encoding == "pixels" else None
+    image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.prompt:
+        prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
+        latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
+        pixels = _pixels(latents, data.modalities[0]).reshape(
+            len(options.prompt), options.each, *data.image_sizes[0], -1
+        )
+        draw_grid(list(zip(options.prompt, pixels, strict=True)), options.out)
+        print(f"drew {len(prompts)} images: {options.out}")
+        return
+    given = options.caption or options.text
+    prompts = (
+        [[_read_image(path, data)] for path in options.caption] if options.caption else [[_ids(data, t)] for t in given]
+    )
+    produced = sample(
+        model, prompts, grids=[data.grid(m) for m in range(len(data.modalities))], max_text_tokens=options.max_tokens,
+        max_images=0 if options.caption else 1, temperature=options.temperature, image=image, generator=generator,
+    )  # fmt: skip
+    for what, pieces in zip(given, produced, strict=True):
+        words = [data.tokenizer.decode(p.ids.numpy()) if isinstance(p, Text) else "<image>" for p in pieces]
+        print(f"{what}: {' '.join(words)}" if options.caption else f"{what}{''.join(words)}")
+
+
+def _ids(data: DataDescription, text: str) -> torch.Tensor:
+    return torch.from_numpy(data.tokenizer.encode(text)).long()
+
+
+def _pixels(latents: torch.Tensor, modality: ModalityInfo) -> np.ndarray:
+    if modality.encoding != "pixels":
+        raise InputError(f"modality {modality.name!r} is {modality.encoding}, which need their autoencoder to be drawn")
+    return latents_to_pixels(latents.numpy(), modality.patch_size)
+
+
+def _read_image(path: Path, data: DataDescription) -> torch.Tensor:
+    """Latents [rows, columns, C] of an image file, resized to the size of the training images."""
+    info, (height, width) = data.modalities[0], data.image_sizes[0]
+    if info.encoding != "pixels" or info.channels not in (1, 3):
+        raise InputError(
+            f"--caption needs a run on grey or colour pixels, got {info.channels} channels of {info.encoding}"
+        )
+    try:
+        with PillowImage.open(path, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise InputError(f"{path}: must have at most {MAX_PIXELS} pixels, got {file.width} x {file.height}")
+            image = file.convert("L" if info.channels == 1 else "RGB").resize((width, height))
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"{path}: is not a readable {', '.join(FORMATS)} image ({error})") from error
+    pixels = np.asarray(image, dtype=np.uint8).reshape(1, height, width, info.channels)
+    return pixels_to_latents(pixels, info.patch_size)[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
