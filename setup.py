@@ -9,7 +9,7 @@ setup(
     author="The transfusion_fast authors",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # Listed, never found: a bare find_packages() would pick up tests and train, and a top-level `kernels` of ours would
     # overwrite the other project's package of that name. transfusion_fast/kernels is a symlink to ../kernels; a wheel
     # gets the files themselves.
@@ -28,10 +28,10 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",
+        "pydantic>=2.8",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
-        "tqdm>=4.66",
         "webdataset>=1.0",
     ],
     extras_require={

@@ -74,18 +74,14 @@ class AttentionLayout:
         _check_spans(spans, offsets)
 
         position = np.arange(total)
-        key_start, query_end = position.copy(), position.copy()
-        key_end, query_start = position.copy(), position.copy()
+        key_start, query_end, query_start = position.copy(), position.copy(), position.copy()
         used = int(offsets[-1])
         key_start[:used] = np.repeat(offsets[:-1], lengths)
         query_end[:used] = np.repeat(offsets[1:], lengths)
-        key_end[:used] += 1
-        in_image = _positions_of(spans)
-        key_end[in_image] = np.repeat(spans.sum(axis=1), spans[:, 1])
-        query_start[in_image] = np.repeat(spans[:, 0], spans[:, 1])
+        query_start[_positions_of(spans)] = np.repeat(spans[:, 0], spans[:, 1])
         layout = cls(
             key_start=_as_int32(key_start),
-            key_end=_as_int32(key_end),
+            key_end=_as_int32(_key_ends(used, total, spans)),
             query_start=_as_int32(query_start),
             query_end=_as_int32(query_end),
             document_offsets=torch.from_numpy(offsets),
@@ -108,6 +104,10 @@ class AttentionLayout:
         """Exact number of visible (query, key) pairs: sum of L(L+1)/2 over documents and n(n-1)/2 over images."""
         lengths, patches = self.document_offsets.diff(), self.image_spans[:, 1]
         return int((lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()) // 2
+
+    def key_ends(self) -> np.ndarray:
+        """`key_end` computed anew on the CPU, int64 [T]: plans read it here, as the tensor may be on a busy device."""
+        return _key_ends(int(self.document_offsets[-1]), self.total_length, self.image_spans.numpy())
 
     def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
         """What `build` makes of this layout, made once and kept with it: a backend's work list for all layers."""
@@ -144,6 +144,13 @@ _INTERVALS = tuple(f.name for f in fields(AttentionLayout))[:4]
 
 def _as_int32(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.int32))
+
+
+def _key_ends(used: int, total: int, spans: np.ndarray) -> np.ndarray:
+    key_end = np.arange(total)
+    key_end[:used] += 1
+    key_end[_positions_of(spans)] = np.repeat(spans.sum(axis=1), spans[:, 1])
+    return key_end
 
 
 def _positions_of(spans: np.ndarray) -> np.ndarray:

@@ -34,7 +34,8 @@ class TileBatch:
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T + mask) V over the tiles of `layout`. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
-    pieces, positions = [], []
+    # An empty piece keeps the gradient's path to all three where there is no document.
+    pieces, positions = [q[:0] + k[:0].sum() + v[:0].sum()], [layout.document_offsets[:0].to(q.device)]
     for batch in layout.plan(plan_tiles):
         B, Q, K = batch.shape
         q_BHQD, k_BGKD, v_BGKD = (
@@ -50,8 +51,6 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
             )
         pieces.append(out.transpose(1, 2).reshape(B * Q, *q.shape[1:]).index_select(0, batch.rows))
         positions.append(batch.queries.index_select(0, batch.rows))
-    if not pieces:
-        return torch.zeros_like(q)
     return torch.zeros_like(q).index_copy(0, torch.cat(positions), torch.cat(pieces))
 
 
@@ -65,7 +64,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: fl
 def plan_tiles(layout: AttentionLayout) -> list[TileBatch]:
     """Cuts the documents of `layout` into tiles and batches those of about one shape."""
     offsets = layout.document_offsets.numpy()
-    key_end = layout.key_end.cpu().numpy().astype(np.int64)
+    key_end = layout.key_ends()
     lengths = np.diff(offsets)
     if not len(lengths):
         return []
@@ -76,33 +75,28 @@ def plan_tiles(layout: AttentionLayout) -> list[TileBatch]:
     row_end = np.minimum(row_start + MAX_ROWS, offsets[document + 1])
     key_start = offsets[document]
     furthest = np.maximum.reduceat(key_end[: offsets[-1]], row_start)
+    tiles = np.stack([row_start, row_end, key_start, furthest], axis=1)
     shapes = np.stack([_round_up(row_end - row_start), _round_up(furthest - key_start)], axis=1)
     unique, group = np.unique(shapes, axis=0, return_inverse=True)
-    return [
-        _batch(row_start[group == g], row_end[group == g], key_start[group == g], furthest[group == g], Q, K, layout)
-        for g, (Q, K) in enumerate(unique.tolist())
-    ]
+    return [_batch(tiles[group == g], key_end, Q, K, layout.device) for g, (Q, K) in enumerate(unique.tolist())]
 
 
-def _batch(
-    row_start: np.ndarray,
-    row_end: np.ndarray,
-    key_start: np.ndarray,
-    furthest: np.ndarray,
-    Q: int,
-    K: int,
-    layout: AttentionLayout,
-) -> TileBatch:
+def _batch(tiles: np.ndarray, key_end: np.ndarray, Q: int, K: int, device: torch.device) -> TileBatch:
+    """`tiles` int64 [B, 4]: first and last query, first and last key, the last ones exclusive."""
+    row_start, row_end, key_start, furthest = tiles.T
     rows = np.minimum(row_start[:, None] + np.arange(Q), row_end[:, None] - 1)
     keys = np.minimum(key_start[:, None] + np.arange(K), furthest[:, None] - 1)
     own_row = np.arange(Q) < (row_end - row_start)[:, None]
-    queries, keys_index, row_index = (
-        torch.from_numpy(a.reshape(-1)).to(layout.device) for a in (rows, keys, np.flatnonzero(own_row))
-    )
     # A repeated key lies at column >= furthest - key_start, and is hidden by comparing columns, not positions.
-    column_end = layout.key_end[queries].view(len(rows), Q) - torch.from_numpy(key_start).to(layout.device)[:, None]
-    visible = torch.arange(K, device=layout.device) < column_end[:, :, None]
-    return TileBatch(queries, keys_index, visible[:, None], row_index, (len(rows), Q, K))
+    column_end = key_end[rows] - key_start[:, None]
+    visible = np.arange(K) < column_end[:, None, :, None]
+    return TileBatch(
+        queries=torch.from_numpy(rows.reshape(-1)).to(device),
+        keys=torch.from_numpy(keys.reshape(-1)).to(device),
+        visible=torch.from_numpy(visible).to(device),
+        rows=torch.from_numpy(np.flatnonzero(own_row)).to(device),
+        shape=(len(rows), Q, K),
+    )
 
 
 def _round_up(n: np.ndarray) -> np.ndarray:

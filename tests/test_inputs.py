@@ -137,6 +137,12 @@ def test_an_image_that_text_follows_has_at_most_half_the_noise(objective):
     assert 600 < after.max() <= 1000
 
 
+def test_timesteps_go_to_the_images_that_they_were_drawn_for():
+    """Text follows the images of modality 1 and not those of modality 0, in turn."""
+    batch = packed(*[[(1, latents(1, 6)), ids(1), latents(1, 4)]] * 300)
+    assert batch.modalities[1].timesteps.max() <= 500 < 600 < batch.modalities[0].timesteps.max()
+
+
 def test_a_grid_of_patches_has_its_positions_and_no_grid_is_one_row():
     config = ModelConfig(**SMALL, dim_latent=4, positions="axial")
     grid = packed([latents(2, 2, 4)], config=config)

@@ -146,6 +146,12 @@ def test_patches_are_a_set_where_an_image_shares_one_position(tolerance):
     assert not torch.isclose(sequential[0][3:7].flip(0), sequential[1][3:7]).all(dim=-1).any()
 
 
+def test_the_base_of_the_rotation_is_the_one_configured():
+    near, far = (make(transformer=SMALL["transformer"] | {"rope_theta": theta}) for theta in (10.0, 10_000.0))
+    document = [[1, 2, 3, 4, 5]]
+    assert not torch.isclose(hidden_of(near, document)[1:], hidden_of(far, document)[1:]).all(dim=-1).any()
+
+
 PACK = [
     [[1, 2, 3], picture(2, 2, seed=1), [4]],
     [picture(1, 5, seed=2, timestep=40.0), [5, 6, 7, 8]],
@@ -194,6 +200,7 @@ def test_no_gradient_crosses_from_one_document_to_another(number):
     is_patch = torch.zeros(80, dtype=torch.bool).index_fill(0, images.sequence_index, True)
     assert (into_tokens[~inside] == 0).all()
     assert (into_tokens[inside & ~is_patch] != 0).any(dim=-1).all(), "every token of the document has its part"
+    assert (into_tokens[is_patch] == 0).all(), "a patch stands in place of a token"
     of_document = inside[images.sequence_index]
     assert (into_patches[~of_document] == 0).all()
     assert (into_patches[of_document] != 0).any(dim=-1).all()

@@ -117,6 +117,12 @@ def test_a_bare_image_between_two_documents():
     assert precedes(laid) == [False]
 
 
+def test_a_document_that_is_not_framed_has_neither_bos_nor_eos():
+    laid = lay_out([[5], (0, 1, 1), [6]], [[7, 8]], framed=[False, False])
+    assert laid.tokens.tolist() == [5, BOI, 0, EOI, 6, 7, 8]
+    assert labels_of(laid) == [BOI, NONE, NONE, 6, NONE, 8, NONE]
+
+
 def test_text_between_and_after_two_images():
     laid = lay_out([[5], (0, 1, 2), [6, 7], (0, 1, 1), [8]])
     assert laid.tokens.tolist() == [BOS, 5, BOI, 0, 0, EOI, 6, 7, BOI, 0, EOI, 8, EOS]

@@ -43,6 +43,8 @@ def main() -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.each < 1:
+        raise InputError(f"--each must be at least 1, got {options.each}")
     data = read_data_description(options.run)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     folder = options.data or _data_of(options.run)

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    for name, least in (("each", 1), ("steps", 1), ("max_tokens", 1), ("temperature", 0)):
+    for name, least in (("each", 1), ("max_tokens", 1), ("temperature", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     data = read_data_description(options.run)

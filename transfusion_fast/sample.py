@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion_fast.errors import InputError
 from transfusion_fast.inputs import as_document
 from transfusion_fast.model import Transfusion
 from transfusion_fast.sequence import Document, Image, PackedBatch, Sequenced, Text, build_batch
@@ -33,6 +34,10 @@ class ImageSettings:
     guidance: float = 3.0
     eta: float = 1.0
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"diffusion steps must be at least 1, got {self.steps}")
 
 
 @dataclass

@@ -108,7 +108,7 @@ def frame(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> S
     is_image = segments.kind != TEXT
     first, last = _first_and_last(segments.document)
     framed = segments.framed[segments.document]
-    before = is_image + (first & framed)  # <bos> and <boi>
+    before = is_image.astype(np.int64) + (first & framed)  # <bos> and <boi>
     extent = before + segments.length + is_image + (last & framed)  # ... <eoi> and <eos>
     end = np.cumsum(extent)
     start = end - extent + before

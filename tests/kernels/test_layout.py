@@ -121,6 +121,7 @@ def test_no_document_is_all_padding():
         ([3, 3], [(6, 1)], 9, r"image span \(start=6, length=1\) must lie inside one document"),
         ([], [(0, 1)], 4, r"image span \(start=0, length=1\) must lie inside one document"),
         ([3], [(-1, 2)], None, r"image span \(start=-1, length=2\) must lie inside one document"),
+        ([3], [(-2, 1)], None, r"image span \(start=-2, length=1\) must lie inside one document"),
         ([3], [(1, 0)], None, r"image span \(start=1, length=0\) must have a positive length"),
         ([3], [(2, -1)], None, r"image span \(start=2, length=-1\) must have a positive length"),
         ([3, 0, 2], [], None, r"document_lengths\[1\] must be positive, got 0"),

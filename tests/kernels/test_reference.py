@@ -91,9 +91,11 @@ def test_rope_of_equal_coordinates_is_the_one_dimensional_rotation():
 
 
 def test_rope_in_the_plane_turns_even_frequencies_by_the_row_and_odd_ones_by_the_column():
-    q = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 4)
-    rotated, _ = reference.rope(q, q, torch.tensor([[3, 7]]), theta=100.0)
-    assert rotated.flatten().tolist() == pytest.approx([math.cos(3), math.cos(0.7), math.sin(3), math.sin(0.7)])
+    """With D = 8 and theta = 16 the frequencies are 1, 1/2, 1/4 and 1/8; the row is 3, the column 7."""
+    q = torch.tensor([1.0] * 4 + [0.0] * 4).view(1, 1, 8)
+    rotated, _ = reference.rope(q, q, torch.tensor([[3, 7]]), theta=16.0)
+    angles = [3, 7 / 2, 3 / 4, 7 / 8]
+    assert rotated.flatten().tolist() == pytest.approx([f(a) for f in (math.cos, math.sin) for a in angles])
 
 
 def test_rope_norms_the_heads_before_it_turns_them(tolerance):
@@ -155,9 +157,7 @@ def test_diffusion_mse_of_no_image_is_empty_and_has_a_gradient():
 
 
 def test_diffusion_mse_subtracts_and_sums_half_precision_in_single_precision(tolerance):
-    """1000 errors of 2^-8 beside 1: in bfloat16 the difference would vanish, and so would the sum's growth."""
-    prediction = torch.full((1000, 1), 1.0).bfloat16()
-    target = torch.full((1000, 1), 1 - 2**-8)
-    errors = reference.diffusion_mse(prediction, target.bfloat16(), offsets(0, 1000))
-    assert errors.dtype == torch.float32
-    torch.testing.assert_close(errors, torch.tensor([2.0**-16]), **tolerance["fp32"] | {"atol": 0.0})
+    """256 - 0.5 is no bfloat16 number, and a bfloat16 sum of 1000 squares would stop growing at 256 of them."""
+    prediction, target = torch.full((1000, 1), 256.0).bfloat16(), torch.full((1000, 1), 0.5).bfloat16()
+    errors = reference.diffusion_mse(prediction, target, offsets(0, 1000))
+    torch.testing.assert_close(errors, torch.tensor([255.5**2]), **tolerance["fp32"])

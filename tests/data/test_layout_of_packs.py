@@ -1,0 +1,128 @@
+"""From stored packs to training batches: what is drawn, by what it is keyed, and how it is laid out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from transfusion_fast.config import DataConfig
+from transfusion_fast.data.layout import BatchBuilder, KeyedPack
+from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
+from transfusion_fast.diffusion import CosineDDPM
+from transfusion_fast.sequence import PackedBatch, Vocabulary
+
+GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+COLOUR = ModalityInfo("colour", channels=3, patch_size=1, encoding="pixels")
+MODALITIES = (GREY, COLOUR)
+VOCABULARY = Vocabulary(num_text_tokens=256, num_modalities=2)
+BOS, EOS, BOI, EOI = VOCABULARY.bos, VOCABULARY.eos, VOCABULARY.boi(0), VOCABULARY.eoi(0)
+
+
+def text(*ids: int) -> TextSegment:
+    return TextSegment(np.array(ids, dtype=np.int32))
+
+
+def image(seed: int, height: int = 4, width: int = 2, modality: int = 0) -> ImageSegment:
+    shape = (height, width, MODALITIES[modality].channels)
+    return ImageSegment(np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8), modality)
+
+
+def builder(total_length: int = 64, **settings: float) -> BatchBuilder:
+    keep = {"caption_first": 1.0, "guidance_drop": 0.0}
+    data = DataConfig(**{**keep, **settings})
+    return BatchBuilder(MODALITIES, VOCABULARY, CosineDDPM(), data, 0, "sequential", total_length)
+
+
+def keyed(*documents: tuple, epoch: int = 0, number: int = 0) -> KeyedPack:
+    return KeyedPack(make_pack(documents, MODALITIES), epoch, number)
+
+
+PAIR = (text(5, 6), image(1))
+
+
+def used(batch: PackedBatch) -> list[int]:
+    return batch.tokens[: batch.num_tokens].tolist()
+
+
+def test_a_pair_is_laid_out_caption_first_image_first_or_apart_in_the_same_length() -> None:
+    stored = keyed(PAIR)
+    assert used(builder()([stored])) == [BOS, 5, 6, BOI, 0, 0, EOI, EOS]
+    assert used(builder(caption_first=0.0)([stored])) == [BOS, BOI, 0, 0, EOI, 5, 6, EOS]
+    apart = builder(guidance_drop=1.0)([stored])
+    assert used(apart) == [BOI, 0, 0, EOI, BOS, 5, 6, EOS]
+    assert apart.layout.document_offsets.tolist() == [0, 4, 8]
+
+
+def test_only_pairs_are_rearranged() -> None:
+    others = [(text(1),), (image(2),), (text(1), image(2), text(3)), (text(1), text(2)), (image(3), text(4))]
+    usual, changed = (builder(**s)([keyed(*others)]) for s in ({}, {"caption_first": 0.0, "guidance_drop": 1.0}))
+    assert used(usual) == used(changed)
+    assert torch.equal(usual.layout.document_offsets, changed.layout.document_offsets)
+
+
+def test_the_image_that_text_follows_keeps_under_the_noise_cap_and_no_other() -> None:
+    packs = [keyed(PAIR, number=n) for n in range(300)]
+    length = 300 * 8
+    first, last = (
+        builder(length, caption_first=p)(packs).modalities[0].timesteps for p in (1.0, 0.0)
+    )
+    assert 900 < first.max() <= 1000
+    assert 450 < last.max() <= 500
+    assert 0 < first.min() < 30 and 0 < last.min() < 15
+
+
+def test_the_probabilities_of_order_and_drop_are_those_of_the_settings() -> None:
+    packs = [keyed(PAIR, number=n) for n in range(2000)]
+    batch = builder(2000 * 8, caption_first=0.8, guidance_drop=0.1)(packs)
+    documents = len(batch.layout.document_offsets) - 1
+    assert documents - 2000 == pytest.approx(200, abs=45)  # three standard deviations
+    followed = sum(a == EOI and b == 5 for a, b in zip(used(batch), used(batch)[1:], strict=False))
+    assert followed == pytest.approx(0.9 * 0.2 * 2000, abs=55)
+
+
+def test_what_is_drawn_is_keyed_by_seed_epoch_pack_and_image_and_by_nothing_else() -> None:
+    documents = ((text(1), image(1)), (image(2), image(3, modality=1), text(9)), (text(4), image(5)))
+    build = replace(builder(200, caption_first=0.5, guidance_drop=0.3))
+    pack, other = keyed(*documents, number=7), keyed(PAIR, number=3)
+    alone, after = build([pack]), build([other, pack])
+    for modality in range(2):
+        one, two = alone.modalities[modality], after.modalities[modality]
+        assert torch.equal(one.noise, two.noise[-len(one.noise) :])
+        assert torch.equal(one.timesteps, two.timesteps[-len(one.timesteps) :])
+        assert torch.equal(one.latents, two.latents[-len(one.latents) :])
+    assert used(after)[-len(used(alone)) :] == used(alone)
+    for changed in (replace(pack, epoch=1), replace(pack, number=8)):
+        assert not torch.equal(build([changed]).modalities[0].noise, alone.modalities[0].noise)
+    assert not torch.equal(replace(build, seed=1)([pack]).modalities[0].noise, alone.modalities[0].noise)
+
+
+def test_settings_of_order_and_drop_do_not_shift_timestep_uniforms_or_noise() -> None:
+    stored = keyed(PAIR, (text(8), image(9)), number=5)
+    one, two = builder()([stored]), builder(guidance_drop=1.0)([stored])
+    assert torch.equal(one.modalities[0].noise, two.modalities[0].noise)
+    assert torch.equal(one.modalities[0].timesteps, two.modalities[0].timesteps)
+
+
+def test_pixels_become_patches_between_minus_one_and_one_in_reading_order() -> None:
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4, 1) * 17
+    batch = builder()([keyed((text(1), ImageSegment(pixels)))])
+    patches = (batch.modalities[0].latents + 1) * 127.5 / 17
+    expected = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15.0]])
+    torch.testing.assert_close(patches, expected, rtol=0, atol=1e-4)
+    assert batch.tokens[batch.modalities[0].sequence_index].tolist() == [0] * 4
+
+
+def test_images_of_several_sizes_keep_their_order() -> None:
+    images = [image(1, 4, 2), image(2, 2, 2), image(3, 2, 4), image(4, 4, 2)]
+    batch = builder()([keyed(tuple(images))])
+    assert batch.modalities[0].image_offsets.tolist() == [0, 2, 3, 5, 7]
+    alone = [builder()([keyed((i,))]).modalities[0].latents for i in images]
+    assert torch.equal(batch.modalities[0].latents, torch.cat(alone))
+
+
+def test_all_padding_stands_at_the_end_and_the_length_is_constant() -> None:
+    batch = builder(40)([keyed(PAIR), keyed((text(3),), number=1)])
+    assert len(batch.tokens) == len(batch.labels) == batch.layout.total_length == 40
+    assert batch.num_tokens == 8 + 3
+    assert (batch.labels[11:] == -100).all() and (batch.positions[11:] == 0).all()

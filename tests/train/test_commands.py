@@ -1,0 +1,131 @@
+"""The command lines: what they print and write, and the one line that bad input gets."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import train
+from PIL import Image
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "train"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, in a folder with the digits it was trained on."""
+    from transfusion_fast.data.prepare import prepare_digits
+
+    folder = tmp_path_factory.mktemp("commands")
+    prepare_digits(folder / "digits", sequence_length=128)
+    train(1, folder / "digits" / "train", folder / "run", "train.steps=2")
+    return folder / "run"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Runs train/NAME.py in this process: (exit code, standard output, standard error)."""
+
+    def run_command(name: str, *arguments: object) -> tuple[int, str, str]:
+        script = str(SCRIPTS / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run_command
+
+
+def test_sample_draws_a_picture_of_the_prompts(run: Path, tmp_path: Path, command) -> None:
+    picture = tmp_path / "new" / "grid.png"
+    code, out, _ = command("sample", run, "--prompt", "seven", "two", "--each", 2, "--steps", 2, "--out", picture)
+    assert code == 0 and f"drew 4 images: {picture}" in out
+    with Image.open(picture) as image:
+        assert len(image.convert("L").getcolors(256) or []) > 8  # noise and captions, not one flat colour
+
+
+def test_sampling_again_with_the_same_seed_draws_the_same_picture(run: Path, tmp_path: Path, command) -> None:
+    pictures = [tmp_path / f"{n}.png" for n in range(3)]
+    for picture, seed in zip(pictures, (1, 1, 2), strict=True):
+        command("sample", run, "--prompt", "one", "--each", 1, "--steps", 2, "--seed", seed, "--out", picture)
+    one, again, other = ([*Image.open(p).tobytes()] for p in pictures)
+    assert one == again != other
+
+
+def test_sample_captions_image_files_and_goes_on_with_text(run: Path, tmp_path: Path, command) -> None:
+    file = tmp_path / "digit.png"
+    Image.fromarray(np.zeros((30, 20, 3), dtype=np.uint8)).save(file)
+    code, out, _ = command("sample", run, "--caption", file, "--max-tokens", 3)
+    assert code == 0 and out.startswith(f"{file}: ")
+    code, out, _ = command("sample", run, "--text", "two plus", "--max-tokens", 3, "--steps", 2)
+    assert code == 0 and out.startswith("two plus")
+
+
+def test_evaluate_prints_three_numbers_and_writes_them_down(run: Path, command) -> None:
+    code, out, _ = command("evaluate", run, "--each", 1, "--steps", 2)
+    report = json.loads((run / "evaluation.json").read_text())
+    assert code == 0 and (run / "samples.png").is_file()
+    assert report["num_generated"] == 10 and report["num_captioned"] == 300
+    for number in ("generated_accuracy", "caption_accuracy", "text_perplexity"):
+        assert f"{report[number]:.3f}" in out
+    assert report["classifier_accuracy"] > 0.95
+    assert 0 <= report["generated_accuracy"] <= 1 and report["text_perplexity"] > 1
+
+
+def damaged(run: Path, copy: Path) -> Path:
+    shutil.copytree(run, copy)
+    weights = copy / "checkpoints" / "step-00000002" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0xFF
+    weights.write_bytes(data)
+    return copy
+
+
+def test_weights_that_do_not_match_the_manifest_are_not_sampled_from(run: Path, tmp_path: Path, command) -> None:
+    code, _, err = command("sample", damaged(run, tmp_path / "copy"), "--prompt", "one")
+    assert code == 2 and err.count("\n") == 1
+    assert "is damaged (model.safetensors: not as manifest.json says)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["sample", "nowhere", "--prompt", "one"], "nowhere: is not a run folder"),
+        (["sample", "RUN", "--prompt", "one", "--steps", "0"], "diffusion steps must be at least 1, got 0"),
+        (["sample", "RUN", "--prompt", "one", "--checkpoint", "../x"], "has no checkpoint '../x'"),
+        (["sample", "RUN", "--caption", __file__], "is not a readable PNG, JPEG, WEBP image"),
+        (["evaluate", "nowhere"], "nowhere: is not a run folder"),
+        (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
+        (["evaluate", "RUN", "--each", "0"], "--each must be at least 1, got 0"),
+        (["pretrain", "nowhere.yaml"], "config nowhere.yaml: cannot be read"),
+        (["pretrain", "train.step=3"], "unknown key 'train.step'; did you mean 'steps'?"),
+        (["pretrain", "optimizer.lr=-1"], "optimizer.lr: Input should be greater than 0, got -1"),
+        (["pretrain", "data.path=nowhere"], "nowhere"),
+        (["pretrain", "config.yaml", "steps"], "override must be section.key=value, got 'steps'"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(run: Path, tmp_path: Path, monkeypatch, command, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}")
+    code, _, err = command(*(str(run) if a == "RUN" else a for a in arguments))
+    assert code == 2 and complaint in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_pretrain_refuses_other_versions_and_truncated_shards(run: Path, tmp_path: Path, command) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(run.parent / "digits" / "train", data)
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps({**index, "version": 99}))
+    code, _, err = command("pretrain", f"data.path={data}")
+    assert code == 2 and "99" in err and err.count("\n") == 1
+    (data / "index.json").write_text(json.dumps(index))
+    shard = data / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    code, _, err = command("pretrain", f"data.path={data}")
+    assert code == 2 and "shard-000000.tar" in err and err.count("\n") == 1
