@@ -65,8 +65,8 @@ class AttentionLayout:
         Raises:
             ValueError: naming the document or span that is empty, negative, out of its document, or overlaps another.
         """
-        lengths = np.asarray(document_lengths, dtype=np.int64).reshape(-1)
-        spans = np.asarray(image_spans, dtype=np.int64).reshape(-1, 2)
+        lengths = _integers("document_lengths", document_lengths).reshape(-1)
+        spans = _integers("image_spans", image_spans).reshape(-1, 2)
         spans = spans[np.argsort(spans[:, 0], kind="stable")]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         total = int(offsets[-1]) if total_length is None else int(total_length)
@@ -140,6 +140,13 @@ class AttentionLayout:
 
 
 _INTERVALS = tuple(f.name for f in fields(AttentionLayout))[:4]
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, got {array.dtype}")
+    return array.astype(np.int64)
 
 
 def _as_int32(array: np.ndarray) -> Tensor:

@@ -139,7 +139,9 @@ def test_no_script_hides_another_module(path: str) -> None:
     """`python train/x.py` puts that folder first on the path, so that every `import x` would find the script."""
     name = Path(path).stem
     assert name not in sys.stdlib_module_names, f"{name} is a module of the standard library"
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     owners = {owner.lower() for owner in packages_distributions().get(name, [])}
     assert not owners & pinned, f"{name} is a module of {owners}"
 

@@ -168,7 +168,7 @@ def test_text_of_a_document_may_be_empty():
     ("piece", "message"),
     [
         ([1, 2], r"piece 1 must be a tensor or \(modality, tensor\), got list"),
-        ((0, [1.0]), r"piece 1 must be a tensor or \(modality, tensor\), got list"),
+        ((0, [1.0]), r"piece 1 must be a tensor or \(modality, tensor\), got \(int, list\)"),
         (ids(1)[None], r"piece 1: text ids must be \[n\], got \(1, 1\)"),
         (ids(3, 16), r"piece 1: text ids must lie in \[0, 16\), got 3 to 16"),
         (ids(-1, 3), r"piece 1: text ids must lie in \[0, 16\), got -1 to 3"),

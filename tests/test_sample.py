@@ -259,6 +259,19 @@ def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(objec
     assert all(a == b for a, b in times)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolerance):
+    model = make()
+    calls = spy_on(model, monkeypatch)
+    monkeypatch.setattr(model, "prediction", lambda hidden, batch, modality: calls[0][1][0] / 2)
+    settings = ImageSettings(steps=2, guidance=1.0, eta=eta)
+    generate_images(model, [[]], (2, 2), image=settings, generator=seeded())
+    generator = seeded()
+    start, noise = (torch.randn((1, 2, 2, 4), generator=generator).view(4, 4) for _ in range(2))
+    expected = model.objective.step(start, start / 2, 999.0, 499.5, eta=eta, noise=noise)
+    torch.testing.assert_close(calls[1][1][0], expected, **tolerance["fp32"])
+
+
 PROMPTS = [[ids(1, 2, 3)], [], [ids(4), torch.randn(3, 4), (1, torch.randn(2, 6)), ids(5)], [(1, torch.randn(1, 6))]]
 
 

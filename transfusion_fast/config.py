@@ -12,22 +12,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from transfusion_fast.errors import InputError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Timestep = Annotated[float, Field(gt=0, le=1000)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Positive = Annotated[Integer, Field(gt=0)]
+Count = Annotated[Integer, Field(ge=0)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+NonNegativeFloat = Annotated[Number, Field(ge=0)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TransformerConfig(_Settings):
@@ -93,7 +102,7 @@ class ModelConfig(_Settings):
 
     num_text_tokens: Positive = 256
     """Text ids of the tokenizer; special tokens come on top."""
-    dim_latent: tuple[Positive, ...] = (4,)
+    dim_latent: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4,)
     """Values C of a patch, for each modality; one number stands for one modality."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A size of the paper, in place of `transformer`."""
@@ -112,16 +121,19 @@ class ModelConfig(_Settings):
     @field_validator("dim_latent", mode="before")
     @classmethod
     def _one_modality(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int) else value
+        return (value,) if isinstance(value, int | float | str) else value
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("preset") in PRESETS:
-            if values.get("transformer"):
-                raise ValueError("preset and transformer must not be given together; drop one of them")
-            return {**values, "transformer": PRESETS[values["preset"]]}
-        return values
+        preset = values.get("preset") if isinstance(values, Mapping) else None
+        if not isinstance(preset, str) or preset not in PRESETS:
+            return values
+        transformer = PRESETS[preset]
+        # A saved config has both, and they agree.
+        if values.get("transformer", transformer) not in (transformer, transformer.model_dump(mode="json")):
+            raise ValueError("preset and transformer must not be given together; drop one of them")
+        return {**values, "transformer": transformer}
 
 
 class DataConfig(_Settings):
@@ -201,7 +213,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            loaded = yaml.safe_load(Path(path).read_text())
+            values = {} if loaded is None else loaded
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"config {path}: cannot be read ({error}); give an existing YAML file") from error
         except yaml.YAMLError as error:

@@ -37,8 +37,8 @@ class CosineDDPM:
         return torch.cos((t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)).square() / start
 
     def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Uniform over the integers 1 to cap; fp32."""
-        return torch.floor(u.double() * cap).float() + 1
+        """Uniform over the integers from 1 to the cap, which is at least 1; fp32."""
+        return torch.floor(u.double() * torch.as_tensor(cap, dtype=torch.float64).floor()).float() + 1
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, equation 4)."""
@@ -97,7 +97,8 @@ class FlowMatching:
         unshifted_cap = cap / (self.shift + (1 - self.shift) * cap)
         below_cap = torch.special.ndtr(torch.logit(unshifted_cap))
         t = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7) * below_cap))
-        return (self.shift * t / (1 + (self.shift - 1) * t) * NUM_TIMESTEPS).float()
+        shifted = self.shift * t / (1 + (self.shift - 1) * t)
+        return (torch.minimum(shifted, cap) * NUM_TIMESTEPS).float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """(1 - t) x_0 + t eps."""

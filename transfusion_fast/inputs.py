@@ -122,9 +122,9 @@ def _table_row(document: int, segment: Text | Image) -> tuple[int, int, int, int
 
 
 def _as_segment(piece: Any, number: int, config: ModelConfig) -> Text | Image:
-    modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
+    modality, tensor = piece if isinstance(piece, tuple) and len(piece) == 2 else (0, piece)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"piece {number} must be a tensor or (modality, tensor), got {type(tensor).__name__}")
+        raise ValueError(f"piece {number} must be a tensor or (modality, tensor), got {_kind(piece)}")
     if tensor.is_floating_point():
         return _checked_image(tensor, modality, f"piece {number}", config)
     if isinstance(piece, tuple):
@@ -139,9 +139,19 @@ def _as_segment(piece: Any, number: int, config: ModelConfig) -> Text | Image:
     return Text(tensor.long())
 
 
+def _kind(value: Any) -> str:
+    """The types in a value, for a message."""
+    if isinstance(value, tuple):
+        return f"({', '.join(type(v).__name__ for v in value)})"
+    return type(value).__name__
+
+
 def _checked_image(latents: Tensor, modality: int, what: str, config: ModelConfig) -> Image:
-    if not 0 <= modality < len(config.dim_latent):
-        raise ValueError(f"{what}: modality must be in [0, {len(config.dim_latent)}), got {modality}")
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        got = latents.dtype if isinstance(latents, Tensor) else _kind(latents)
+        raise ValueError(f"{what}: latents must be a floating point tensor, got {got}")
+    if not isinstance(modality, int) or not 0 <= modality < len(config.dim_latent):
+        raise ValueError(f"{what}: modality must be in [0, {len(config.dim_latent)}), got {modality!r}")
     width = config.dim_latent[modality]
     if latents.ndim not in (2, 3) or latents.shape[-1] != width or not latents.numel():
         raise ValueError(
@@ -155,8 +165,10 @@ def _place(
     row: int, latents: Tensor, place: tuple[int, ...], row_length: int, config: ModelConfig
 ) -> tuple[int, int, Image]:
     """(modality, offset, image) of one modality span of a row."""
-    modality, offset, length = place if len(place) == 3 else (0, *place)
     what = f"row {row}, span {tuple(place)}"
+    if len(place) not in (2, 3):
+        raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length)")
+    modality, offset, length = place if len(place) == 3 else (0, *place)
     image = _checked_image(latents, modality, what, config)
     if math.prod(_grid(latents)) != length:
         raise ValueError(f"{what}: length must be the patches of its tensor, got {tuple(latents.shape)}")

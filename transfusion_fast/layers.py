@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
 
     def forward(self, x: Tensor, positions: Tensor, layout: AttentionLayout) -> Tensor:
-        qkv = self.qkv(x).view(len(x), -1, self.head_dim)
+        qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
         q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q_THD, k_TGD = ops.rope(
             q_THD, k_TGD, positions,

@@ -44,7 +44,11 @@ def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float,
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each of S positions, fp32 [S]: hidden [S, E], weight [V, E], labels int64 [S].
 
-    A vocabulary larger than the width goes through in chunks, so that the logits [S, V] are never held at once.
+    A vocabulary larger than the width goes through in chunks, so that the logits [S, V] are never held at once; of
+    half-precision inputs each value then has that precision, and only sums of them are better. A smaller vocabulary
+    is computed in fp32.
     """
-    chunked = torch.nn.LinearCrossEntropyOptions() if weight.shape[0] > weight.shape[1] else None
-    return F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=chunked).float()
+    if weight.shape[0] > weight.shape[1]:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options).float()
+    return F.linear_cross_entropy(hidden.float(), weight.float(), labels, reduction="none")

@@ -53,7 +53,7 @@ def hybrid_attention(
         raise ValueError(
             f"v must have k's shape {tuple(k.shape)} and q's dtype {q.dtype}, got {tuple(v.shape)}, {v.dtype}"
         )
-    if H % k.shape[1]:
+    if not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key/value heads, got H={H} and G={k.shape[1]}")
     if layout.total_length != T:
         raise ValueError(f"layout must be of q's length {T}, got {layout.total_length}; build it for this batch")

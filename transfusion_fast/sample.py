@@ -47,6 +47,7 @@ class _Stream:
     tokens: list[int]
     images: list[tuple[int, Image, float]] = field(default_factory=list)  # start, latents as seen, timestep
     text: list[int] = field(default_factory=list)
+    written: int = 0
     produced: list[Text | Image] = field(default_factory=list)
     done: bool = False
 
@@ -110,6 +111,8 @@ def generate_images(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
+    if not prompts or not 0 <= modality < len(model.codecs):
+        raise ValueError(f"needs a prompt and a modality below {len(model.codecs)}, got {len(prompts)} and {modality}")
     streams = [_open(model, prompt) for prompt in prompts]
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))
@@ -134,8 +137,9 @@ def _decode_text(
 ) -> dict[int, int]:
     """Appends tokens to each stream until it ends or begins an image; returns id(stream) -> modality of that image."""
     vocabulary, begun = model.vocabulary, {}
-    writing = list(streams)
-    while writing:
+    for stream in streams:
+        stream.done = stream.written >= limit
+    while writing := [s for s in streams if not s.done and id(s) not in begun]:
         hidden, batch = _run(model, writing)
         last = (batch.layout.document_offsets[1:] - 1).to(model.device)
         logits = model.head(hidden.index_select(0, last)).float().cpu()
@@ -146,7 +150,8 @@ def _decode_text(
             if token < vocabulary.num_text_tokens:
                 stream.tokens.append(token)
                 stream.text.append(token)
-                stream.done = len(stream.text) >= limit
+                stream.written += 1
+                stream.done = stream.written >= limit
             elif token == vocabulary.eos:
                 stream.done = True
             else:
@@ -154,7 +159,6 @@ def _decode_text(
                 begun[id(stream)] = (token - vocabulary.boi()) // 2
             if stream.done or id(stream) in begun:
                 stream.close_text()
-        writing = [s for s in writing if not s.done and id(s) not in begun]
     return begun
 
 

@@ -64,9 +64,7 @@ def test_only_pairs_are_rearranged() -> None:
 def test_the_image_that_text_follows_keeps_under_the_noise_cap_and_no_other() -> None:
     packs = [keyed(PAIR, number=n) for n in range(300)]
     length = 300 * 8
-    first, last = (
-        builder(length, caption_first=p)(packs).modalities[0].timesteps for p in (1.0, 0.0)
-    )
+    first, last = (builder(length, caption_first=p)(packs).modalities[0].timesteps for p in (1.0, 0.0))
     assert 900 < first.max() <= 1000
     assert 450 < last.max() <= 500
     assert 0 < first.min() < 30 and 0 < last.min() < 15

@@ -21,9 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "packs"
     tokenizer = ByteTokenizer()
     documents = digit_documents("heldout", tokenizer)[-60:]
-    prepare(
-        documents, folder, sequence_length=64, tokenizer=tokenizer, modalities=(MODALITY,), packs_per_shard=4
-    )
+    prepare(documents, folder, sequence_length=64, tokenizer=tokenizer, modalities=(MODALITY,), packs_per_shard=4)
     return folder
 
 

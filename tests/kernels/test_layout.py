@@ -53,6 +53,7 @@ def test_each_query_sees_exactly_its_interval_of_keys(spans):
     layout = AttentionLayout.from_spans(*spans)
     for query, row in enumerate(visible_by_definition(*spans)):
         assert list(range(layout.key_start[query], layout.key_end[query])) == positions_of(row)
+    assert layout.key_ends().tolist() == layout.key_end.tolist()
 
 
 @given(layouts())
@@ -165,4 +166,5 @@ def test_another_device_gets_its_own_plans_and_keeps_the_spans_on_the_cpu():
     moved = layout.to("meta")
     assert moved.plan(lambda layout: layout.device.type) == "meta"
     assert {getattr(moved, name).device.type for name in INTERVALS} == {"meta"}
+    assert moved.key_ends().tolist() == [1, 3, 3]
     assert moved.image_spans.tolist() == [[1, 2]] and moved.document_offsets.tolist() == [0, 3]

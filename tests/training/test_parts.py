@@ -1,6 +1,7 @@
 """The parts of training that need no ranks."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
     rates = [learning_rate(step, 110, config) for step in range(110)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(10 + 50, 111, config) == pytest.approx(0.55)  # half way down
     assert learning_rate(0, 1, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
 
