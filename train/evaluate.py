@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from transfusion_fast.data.digits import DIGIT_WORDS
 from transfusion_fast.errors import InputError
-from transfusion_fast.evaluation import evaluate, read_captioned
+from transfusion_fast.evaluation import Captioned, evaluate, read_captioned
 from transfusion_fast.pictures import draw_grid
 from transfusion_fast.sample import ImageSettings
 from transfusion_fast.training.run import find_checkpoint, load_model, read_data_description
@@ -56,8 +57,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     (options.run / "evaluation.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     picture = options.out or options.run / "samples.png"
-    rows = [(caption, [*images, *_real(heldout, caption)]) for caption, images in drawn.items()]
-    draw_grid(rows, picture, title=f"left: {options.each} drawn by the model    right: 4 held-out, real")
+    rows = [(caption, [drawn[caption], _real(heldout, caption)]) for caption in sorted(drawn, key=_in_counting_order)]
+    draw_grid(rows, picture, headings=("drawn by the model", "real, held out"))
     print(
         f"generated images classified as prompted: {report.generated_accuracy:.3f} of {report.num_generated} "
         f"(the classifier gets {report.classifier_accuracy:.3f} of real held-out images)\n"
@@ -67,7 +68,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def _real(heldout, caption: str, count: int = 4) -> list[np.ndarray]:
+def _in_counting_order(caption: str) -> tuple[int, str]:
+    return (DIGIT_WORDS.index(caption) if caption in DIGIT_WORDS else len(DIGIT_WORDS), caption)
+
+
+def _real(heldout: Captioned, caption: str, count: int = 4) -> list[np.ndarray]:
     own = [image for image, other in zip(heldout.images, heldout.captions, strict=True) if other == caption]
     return own[:count]
 

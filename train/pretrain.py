@@ -9,11 +9,15 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from transfusion_fast.config import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
+
+# DeepSpeed calls collectives by names that torch renames; a line from every rank about it helps nobody.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 

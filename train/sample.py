@@ -19,9 +19,10 @@ from PIL import UnidentifiedImageError
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import latents_to_pixels, pixels_to_latents
+from transfusion_fast.model import Transfusion
 from transfusion_fast.pictures import draw_grid
 from transfusion_fast.sample import ImageSettings, generate_images, sample
-from transfusion_fast.sequence import Text
+from transfusion_fast.sequence import Image, Text
 from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -71,25 +72,59 @@ def _sample(options: argparse.Namespace) -> None:
     image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:
-        prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
-        latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
-        pixels = _pixels(latents, data.modalities[0]).reshape(
-            len(options.prompt), options.each, *data.image_sizes[0], -1
-        )
-        draw_grid(list(zip(options.prompt, pixels, strict=True)), options.out)
-        print(f"drew {len(prompts)} images: {options.out}")
-        return
-    given = options.caption or options.text
-    prompts = (
-        [[_read_image(path, data)] for path in options.caption] if options.caption else [[_ids(data, t)] for t in given]
-    )
+        _draw(options, model, data, image, generator)
+    else:
+        _continue(options, model, data, image, generator)
+
+
+def _draw(
+    options: argparse.Namespace,
+    model: Transfusion,
+    data: DataDescription,
+    image: ImageSettings,
+    generator: torch.Generator,
+) -> None:
+    """--prompt: a row of images for each."""
+    prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
+    latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
+    pixels = _pixels(latents, data.modalities[0])
+    rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
+    draw_grid(rows, options.out)
+    print(f"drew {len(prompts)} images: {options.out}")
+
+
+def _continue(
+    options: argparse.Namespace,
+    model: Transfusion,
+    data: DataDescription,
+    image: ImageSettings,
+    generator: torch.Generator,
+) -> None:
+    """--caption and --text: what the model produces after an image or a text."""
+    if options.caption:
+        prompts = [[_read_image(path, data)] for path in options.caption]
+    else:
+        prompts = [[_ids(data, text)] for text in options.text]
     produced = sample(
-        model, prompts, grids=[data.grid(m) for m in range(len(data.modalities))], max_text_tokens=options.max_tokens,
-        max_images=0 if options.caption else 1, temperature=options.temperature, image=image, generator=generator,
-    )  # fmt: skip
-    for what, pieces in zip(given, produced, strict=True):
-        words = [data.tokenizer.decode(p.ids.numpy()) if isinstance(p, Text) else "<image>" for p in pieces]
-        print(f"{what}: {' '.join(words)}" if options.caption else f"{what}{''.join(words)}")
+        model,
+        prompts,
+        grids=[data.grid(m) for m in range(len(data.modalities))],
+        max_text_tokens=options.max_tokens,
+        max_images=0 if options.caption else 1,
+        temperature=options.temperature,
+        image=image,
+        generator=generator,
+    )
+    rows = []
+    for what, pieces in zip(options.caption or options.text, produced, strict=True):
+        words = "".join(data.tokenizer.decode(p.ids.numpy()) if isinstance(p, Text) else " <image> " for p in pieces)
+        print(f"{what}: {words}" if options.caption else f"{what}{words}")
+        drawn = [_pixels(p.latents[None], data.modalities[p.modality])[0] for p in pieces if isinstance(p, Image)]
+        if drawn:
+            rows.append((what, [drawn]))
+    if rows:
+        draw_grid(rows, options.out)
+        print(f"pictures: {options.out}")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:

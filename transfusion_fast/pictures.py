@@ -8,20 +8,35 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches: an image with its margin, between groups, captions, headings
 
-def draw_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path, title: str = "") -> None:
-    """Writes a PNG of labelled rows of images, uint8 [height, width, 1 or 3]; rows may differ in length."""
-    columns = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.2 + 0.75 * columns, 0.3 + 0.75 * len(rows)), dpi=120)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (caption, images) in zip(axes, rows, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        for axis, image in zip(row, images, strict=False):
-            axis.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-        row[0].text(-0.15, 0.5, caption, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    figure.tight_layout(pad=0.4, h_pad=0.15, w_pad=0.15)
+
+def draw_grid(
+    rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], path: Path, headings: Sequence[str] = ()
+) -> None:
+    """Writes a PNG: a row for each caption, with groups of images side by side.
+
+    Args:
+        rows: (caption, groups of images uint8 [height, width, 1 or 3]); as many groups in every row.
+        path: the file to write; its folder is made.
+        headings: of the groups.
+    """
+    widths = [max(len(groups[g]) for _, groups in rows) for g in range(len(rows[0][1]))]
+    starts = [LEFT + sum(widths[:g]) * CELL + g * GAP for g in range(len(widths))]
+    top = TOP if headings else 0.05
+    width, height = starts[-1] + widths[-1] * CELL + 0.05, top + len(rows) * CELL + 0.05
+    figure = Figure(figsize=(width, height), dpi=110)
+    for start, heading in zip(starts, headings, strict=False):
+        figure.text(start / width, 1 - 0.8 * TOP / height, heading, ha="left", va="bottom", fontsize=10)
+    for number, (caption, groups) in enumerate(rows):
+        bottom = height - top - (number + 1) * CELL
+        middle = (bottom + CELL / 2) / height
+        figure.text((LEFT - 0.1) / width, middle, caption, ha="right", va="center", fontsize=11)
+        for start, images in zip(starts, groups, strict=True):
+            for column, image in enumerate(images):
+                box = ((start + column * CELL) / width, bottom / height, 0.94 * CELL / width, 0.94 * CELL / height)
+                axes = figure.add_axes(box)
+                axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+                axes.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

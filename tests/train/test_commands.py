@@ -61,7 +61,8 @@ def test_sample_captions_image_files_and_goes_on_with_text(run: Path, tmp_path: 
     Image.fromarray(np.zeros((30, 20, 3), dtype=np.uint8)).save(file)
     code, out, _ = command("sample", run, "--caption", file, "--max-tokens", 3)
     assert code == 0 and out.startswith(f"{file}: ")
-    code, out, _ = command("sample", run, "--text", "two plus", "--max-tokens", 3, "--steps", 2)
+    picture = tmp_path / "drawn.png"
+    code, out, _ = command("sample", run, "--text", "two plus", "--max-tokens", 3, "--steps", 2, "--out", picture)
     assert code == 0 and out.startswith("two plus")
 
 

@@ -45,7 +45,12 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": 3, "overlap_comm": cuda, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": cuda,
+            "contiguous_gradients": True,
+            "memory_efficient_linear": False,  # a linear layer in Python that saves nothing here
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
