@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches: an image with its margin, between groups, captions, headings
 
 
-def draw_grid(
-    rows: Sequence[tuple[str, Sequence[Sequence[np.ndarray]]]], path: Path, headings: Sequence[str] = ()
-) -> None:
+Images = Sequence[np.ndarray] | np.ndarray
+
+
+def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings: Sequence[str] = ()) -> None:
     """Writes a PNG: a row for each caption, with groups of images side by side.
 
     Args:

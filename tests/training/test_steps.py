@@ -56,10 +56,12 @@ def test_two_ranks_under_zero3_take_the_steps_of_a_plain_loop(digits: Path, unin
     assert_same_course(metrics(uninterrupted), plain_course(config))
 
 
-def test_one_rank_sees_the_global_batches_of_two_and_takes_the_same_steps(
+def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two(
     digits: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2")
+    train(
+        1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=true"
+    )
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 

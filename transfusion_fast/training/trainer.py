@@ -145,15 +145,20 @@ class _Loop:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the step; the second ends the process."""
+    """Turns SIGTERM and SIGINT into a request to stop after the step; a second SIGINT ends the process at once.
+
+    A launcher answers Ctrl-C with a SIGTERM of its own, so that one never counts as the second.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.interrupts = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
             sys.exit(128 + number)
         self.requested = True
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transfusion_fast.config import DataConfig
-from transfusion_fast.data.layout import BatchBuilder, KeyedPack
+from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.diffusion import CosineDDPM
 from transfusion_fast.sequence import PackedBatch, Vocabulary
