@@ -65,12 +65,20 @@ def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (1, ["model.objective=flow", "model.transformer.kv_heads=1"]),
+        (2, ["model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared"]),
+    ],
+)
+def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(
+    ranks: int, settings: list[str], tmp_path: Path
+) -> None:
     """With packs of text only and of images only, most steps give one rank no image and the other no text to learn."""
     kinds = [(text(54, seed),) if seed % 2 else (picture(seed), picture(seed), picture(seed)) for seed in range(8)]
     data = write_packs(tmp_path / "data", kinds, sequence_length=56)
-    overrides = ("train.global_batch=2", "train.steps=8")
+    overrides = ("train.global_batch=2", "train.steps=8", *settings)
     config = small_config(data, *overrides)
     index = open_data(config)
     assert index.num_packs == 8
