@@ -28,6 +28,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",
+        "psutil>=5.9",
         "pydantic>=2.8",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",

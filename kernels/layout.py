@@ -65,8 +65,8 @@ class AttentionLayout:
         Raises:
             ValueError: naming the document or span that is empty, negative, out of its document, or overlaps another.
         """
-        lengths = _integers("document_lengths", document_lengths).reshape(-1)
-        spans = _integers("image_spans", image_spans).reshape(-1, 2)
+        lengths = _integers("document_lengths", document_lengths, (0,))
+        spans = _integers("image_spans", image_spans, (0, 2))
         spans = spans[np.argsort(spans[:, 0], kind="stable")]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         total = int(offsets[-1]) if total_length is None else int(total_length)
@@ -142,10 +142,17 @@ class AttentionLayout:
 _INTERVALS = tuple(f.name for f in fields(AttentionLayout))[:4]
 
 
-def _integers(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
-    if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype}")
+def _integers(name: str, values: Any, empty: tuple[int, ...]) -> np.ndarray:
+    """int64 of the shape of `empty`, whose first side is free."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must have entries of one length: {error}") from error
+    if not array.size:
+        return np.zeros(empty, dtype=np.int64)
+    if array.dtype.kind not in "iu" or array.shape[1:] != empty[1:]:
+        rule = "a list of integers" if len(empty) == 1 else "a list of (start, length)"
+        raise ValueError(f"{name} must be {rule}, got {array.dtype} of shape {array.shape}")
     return array.astype(np.int64)
 
 

@@ -72,10 +72,7 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> 
     Image n is the patches [image_offsets[n], image_offsets[n + 1]).
     """
     squared_P = (_wide(prediction) - _wide(target)).square().mean(dim=-1)
-    patches_N = image_offsets.diff()
-    image_P = torch.repeat_interleave(patches_N, output_size=squared_P.shape[0])
-    total_N = squared_P.new_zeros(patches_N.shape[0]).index_add(0, image_P, squared_P)
-    return total_N / patches_N
+    return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
 
 
 def _wide(x: Tensor) -> Tensor:

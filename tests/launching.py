@@ -57,20 +57,30 @@ class Launched:
 
     def signal_when(self, condition: Callable[[], bool], number: int) -> None:
         """Sends a signal to all ranks once the condition holds."""
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < deadline, "the run never came to that point"
-            assert all(p.poll() is None for p in self.processes), "the run ended before that point"
-            time.sleep(0.01)
+        await_until(lambda: condition() or any(p.poll() is not None for p in self.processes))
+        assert all(p.poll() is None for p in self.processes), "the run ended before that point"
         for process in self.processes:
             process.send_signal(number)
 
 
-def start(ranks: int, data: Path, output: Path, *overrides: str) -> Launched:
-    """Starts the ranks of a run, as a launcher would, without waiting for them."""
+def await_until(condition: Callable[[], bool]) -> None:
+    """Waits for a run to come to a point, two minutes at most."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "the run never came to that point"
+        time.sleep(0.01)
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def start(ranks: int, data: Path, output: Path, *overrides: str) -> Launched:
+    """Starts the ranks of a run, as a launcher would, without waiting for them."""
+    port = free_port()
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     return Launched(

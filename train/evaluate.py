@@ -18,8 +18,8 @@ import yaml
 
 from transfusion_fast.data.digits import DIGIT_WORDS
 from transfusion_fast.errors import InputError
-from transfusion_fast.evaluation import Captioned, evaluate, read_captioned
-from transfusion_fast.pictures import draw_grid
+from transfusion_fast.evaluation import Captioned, Report, evaluate, read_captioned
+from transfusion_fast.pictures import check_picture, draw_grid
 from transfusion_fast.sample import ImageSettings
 from transfusion_fast.training.run import find_checkpoint, load_model, read_data_description
 
@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         _evaluate(options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -46,7 +46,9 @@ def main() -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.each < 1:
         raise InputError(f"--each must be at least 1, got {options.each}")
+    picture = options.out or options.run / "samples.png"
     data = read_data_description(options.run)
+    check_picture(picture)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     folder = options.data or _data_of(options.run)
     train, heldout = (read_captioned(folder / split, data.tokenizer) for split in ("train", "heldout"))
@@ -56,16 +58,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         model, data.tokenizer, train, heldout, each=options.each, image=image, patch_size=patch_size
     )
     (options.run / "evaluation.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
-    picture = options.out or options.run / "samples.png"
     rows = [(caption, [drawn[caption], _real(heldout, caption)]) for caption in sorted(drawn, key=_in_counting_order)]
     draw_grid(rows, picture, headings=("drawn by the model", "real, held out"))
     print(
         f"generated images classified as prompted: {report.generated_accuracy:.3f} of {report.num_generated} "
         f"(the classifier gets {report.classifier_accuracy:.3f} of real held-out images)\n"
         f"held-out images captioned exactly:       {report.caption_accuracy:.3f} of {report.num_captioned}\n"
-        f"perplexity of held-out text, per token:  {report.text_perplexity:.3f} over {report.num_texts} texts\n"
+        f"perplexity of held-out text, per token:  {_perplexity(report)}\n"
         f"pictures: {picture}"
     )
+
+
+def _perplexity(report: Report) -> str:
+    if report.text_perplexity is None:
+        return "not measured, as no held-out text stands alone"
+    return f"{report.text_perplexity:.3f} over {report.num_texts} texts"
 
 
 def _in_counting_order(caption: str) -> tuple[int, str]:

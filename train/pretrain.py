@@ -12,9 +12,13 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
+
+from transfusion_fast import ops
 from transfusion_fast.config import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.run import check_output
 
 # DeepSpeed calls collectives by names that torch renames; a line from every rank about it helps nobody.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -32,17 +36,19 @@ def main() -> int:
     try:
         config = load_config(path, arguments)
         index = open_data(config)
+        check_output(Path(config.train.output))
+        ops.describe_backend(config.model.backend, torch.device("cpu"))  # refuses one that is not built
         from transfusion_fast.training.ranks import join_ranks
         from transfusion_fast.training.trainer import train
 
         train(config, index, join_ranks(config.train))
-    except InputError as error:
+    except (InputError, NotImplementedError, OSError) as error:
         _report(error)
         return 2
     return 0
 
 
-def _report(error: InputError) -> None:
+def _report(error: Exception) -> None:
     """Prints the error once where all ranks have it: the others leave rank 0 time to speak, then go down with it."""
     if int(os.environ.get("RANK", "0")):
         time.sleep(3)

@@ -8,19 +8,19 @@ python train/sample.py RUN --text "two plus five is"
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.model import Transfusion
-from transfusion_fast.pictures import draw_grid
+from transfusion_fast.pictures import check_picture, draw_grid
 from transfusion_fast.sample import ImageSettings, generate_images, sample
 from transfusion_fast.sequence import Image, Text
 from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
@@ -34,7 +34,7 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         _sample(options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"sample: {error}", file=sys.stderr)
         return 2
     return 0
@@ -63,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sample(options: argparse.Namespace) -> None:
     for name, least in (("each", 1), ("max_tokens", 1), ("temperature", 0)):
-        if getattr(options, name) < least:
+        if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    check_picture(options.out)
     data = read_data_description(options.run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(find_checkpoint(options.run, options.checkpoint), device)
+    model = load_model(find_checkpoint(options.run, options.checkpoint))
     clip = 1.0 if data.modalities[0].encoding == "pixels" else None
     image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
@@ -149,7 +149,9 @@ def _read_image(path: Path, data: DataDescription) -> torch.Tensor:
             if file.width * file.height > MAX_PIXELS:
                 raise InputError(f"{path}: must have at most {MAX_PIXELS} pixels, got {file.width} x {file.height}")
             image = file.convert("L" if info.channels == 1 else "RGB").resize((width, height))
-    except (OSError, UnidentifiedImageError) as error:
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
         raise InputError(f"{path}: is not a readable {', '.join(FORMATS)} image ({error})") from error
     pixels = np.asarray(image, dtype=np.uint8).reshape(1, height, width, info.channels)
     return pixels_to_latents(pixels, info.patch_size)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion_fast.layers import Linear, TimestepEmbedding
@@ -24,7 +25,7 @@ class LinearCodec(nn.Module):
     def encode(self, x_t: Tensor, timesteps: Tensor, image_offsets: Tensor) -> Tensor:
         """Noisy patches fp32 [P, C], timesteps [N], image_offsets [N + 1] -> [P, E] in the weights' dtype."""
         image_P = torch.repeat_interleave(image_offsets.diff(), output_size=len(x_t))
-        shift_PC = self.timestep(timesteps).index_select(0, image_P)
+        shift_PC = F.embedding(image_P, self.timestep(timesteps))  # its gradient's sum is the same in every run
         return self.encoder(x_t.to(shift_PC.dtype) + shift_PC)
 
     def decode(self, hidden: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class TransformerConfig(_Settings):
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotation."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> TransformerConfig:
@@ -107,14 +109,19 @@ class ModelConfig(_Settings):
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
+    """The stack."""
     codec: Literal["linear"] = "linear"
+    """Between patches and the transformer: one linear layer each way."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
+    """Of patches: an index each (the paper), one index for the image, or row and column."""
     objective: Literal["ddpm", "flow"] = "ddpm"
+    """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
     backend: Literal["auto", "torch", "triton"] = "auto"
+    """Of the fused ops; see ops.py."""
     activation_checkpointing: bool = False
     """Keep only the input of every block and run it again in the backward pass."""
 
@@ -157,13 +164,19 @@ class OptimizerConfig(_Settings):
     """AdamW, warm-up, cosine decay."""
 
     lr: PositiveFloat = 3e-4
+    """Learning rate after the warm-up."""
     min_lr: NonNegativeFloat = 1.5e-5
+    """Learning rate of the last step."""
     warmup_steps: Count = 4000
+    """Steps of linear warm-up."""
     beta1: Beta = 0.9
+    """Decay of the gradient's mean."""
     beta2: Beta = 0.95
+    """Decay of the gradient's mean square."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of matrices; norms, biases and embeddings of one dimension are not decayed."""
+    """Of matrices, embeddings included; norms and biases are not decayed."""
     clip: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
 
@@ -174,7 +187,9 @@ class TrainConfig(_Settings):
     output: str = "runs/digits"
     """Folder of checkpoints, metrics and the resolved config; the same command in the same folder resumes."""
     seed: Count = 0
+    """Of the weights, the order of the data, and everything drawn for it."""
     steps: Positive = 250_000
+    """Optimizer steps."""
     global_batch: Positive = 1024
     """Packs of one optimizer step, over all ranks and accumulation steps."""
     micro_batch: Positive = 1
@@ -201,7 +216,8 @@ class Config(_Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed settings beyond those derived from this config; contradicting a derived one is an error."""
+    """Raw DeepSpeed settings beyond those derived from this config, handed on unchecked; to contradict a derived one
+    is an error."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

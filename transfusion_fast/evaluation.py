@@ -42,7 +42,8 @@ class Report:
 
     generated_accuracy: float
     caption_accuracy: float
-    text_perplexity: float
+    text_perplexity: float | None
+    """None where no held-out text stands alone."""
     classifier_accuracy: float
     """Of the classifier itself, on held-out real images: what a perfect generator would score."""
     num_generated: int
@@ -58,7 +59,7 @@ def read_captioned(folder: Path, tokenizer: ByteTokenizer) -> Captioned:
     captions, texts = [], []
     for number in range(len(reader)):
         for document in reader.read(number).documents(reader.index.modalities):
-            words = tokenizer.decode(np.concatenate([s.ids for s in document if isinstance(s, TextSegment)]))
+            words = "".join(tokenizer.decode(s.ids) for s in document if isinstance(s, TextSegment))
             pictures = _pictures(document)
             images.extend(pictures)
             captions.extend([words] * len(pictures))
@@ -134,7 +135,7 @@ def evaluate(
     report = Report(
         generated_accuracy=accuracy,
         caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=True)])),
-        text_perplexity=text_perplexity(model, tokenizer, heldout.texts),
+        text_perplexity=text_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
         classifier_accuracy=real,
         num_generated=each * len(drawn),
         num_captioned=len(captions),

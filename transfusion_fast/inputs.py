@@ -30,13 +30,13 @@ from transfusion_fast.sequence import (
 NOISE_CAP = NUM_TIMESTEPS / 2  # largest timestep of an image that text follows (arXiv 2408.11039, section 4.1)
 
 
-def as_document(pieces: Sequence[Any], config: ModelConfig) -> Document:
+def as_document(pieces: Sequence[Any], config: ModelConfig, number: int = 0) -> Document:
     """Reads [ids, latents, (modality, latents), ...]: integer tensors are text, float tensors images of modality 0.
 
     Raises:
-        ValueError: naming the piece whose dtype, shape or values do not fit the model.
+        ValueError: naming the document, by its number, and the piece whose dtype, shape or values do not fit.
     """
-    return [_as_segment(piece, number, config) for number, piece in enumerate(pieces)]
+    return [_as_segment(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(pieces)]
 
 
 def pack_documents(
@@ -121,19 +121,19 @@ def _table_row(document: int, segment: Text | Image) -> tuple[int, int, int, int
     return document, 1 + segment.modality, rows * columns, rows, columns
 
 
-def _as_segment(piece: Any, number: int, config: ModelConfig) -> Text | Image:
+def _as_segment(piece: Any, what: str, config: ModelConfig) -> Text | Image:
     modality, tensor = piece if isinstance(piece, tuple) and len(piece) == 2 else (0, piece)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"piece {number} must be a tensor or (modality, tensor), got {_kind(piece)}")
+        raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_kind(piece)}")
     if tensor.is_floating_point():
-        return _checked_image(tensor, modality, f"piece {number}", config)
+        return _checked_image(tensor, modality, what, config)
     if isinstance(piece, tuple):
-        raise ValueError(f"piece {number}: a modality tensor must be floating point, got {tensor.dtype}")
+        raise ValueError(f"{what}: a modality tensor must be floating point, got {tensor.dtype}")
     if tensor.ndim != 1:
-        raise ValueError(f"piece {number}: text ids must be [n], got {tuple(tensor.shape)}")
+        raise ValueError(f"{what}: text ids must be [n], got {tuple(tensor.shape)}")
     if len(tensor) and (tensor.min() < 0 or tensor.max() >= config.num_text_tokens):
         raise ValueError(
-            f"piece {number}: text ids must lie in [0, {config.num_text_tokens}), "
+            f"{what}: text ids must lie in [0, {config.num_text_tokens}), "
             f"got {tensor.min().item()} to {tensor.max().item()}"
         )
     return Text(tensor.long())

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALL_VOCABULARY = 4096  # whose logits in fp32 are no burden
+
 
 class Counts(NamedTuple):
     """What a loss is divided by: supervised tokens and images."""
@@ -22,6 +24,8 @@ class Counts(NamedTuple):
 
 class Losses(NamedTuple):
     """fp32 scalars: cross-entropy per token, squared error per image, their weighted sum; and what was counted here.
+
+    With half-precision weights and a vocabulary above `SMALL_VOCABULARY` each token's value has that precision.
 
     A tuple, because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -44,11 +48,10 @@ def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float,
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each of S positions, fp32 [S]: hidden [S, E], weight [V, E], labels int64 [S].
 
-    A vocabulary larger than the width goes through in chunks, so that the logits [S, V] are never held at once; of
-    half-precision inputs each value then has that precision, and only sums of them are better. A smaller vocabulary
-    is computed in fp32.
+    A small vocabulary is computed in fp32. A large one goes through in chunks, so that the logits [S, V] are never
+    held at once; of half-precision inputs each value then has half precision.
     """
-    if weight.shape[0] > weight.shape[1]:
+    if weight.shape[0] > SMALL_VOCABULARY:
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options).float()
     return F.linear_cross_entropy(hidden.float(), weight.float(), labels, reduction="none")

@@ -84,12 +84,15 @@ class Transfusion(nn.Module):
         if isinstance(batch, PackedBatch):
             return self._losses(batch, counts)
         if isinstance(batch, Tensor):
-            none = [()] * len(batch)
-            spans = (modality_tokens or none, modality_positions or none)
-            packed = inputs.pack_rows(batch, *spans, self.config, generator)
+            tokens = [()] * len(batch) if modality_tokens is None else modality_tokens
+            positions = [()] * len(batch) if modality_positions is None else modality_positions
+            packed = inputs.pack_rows(batch, tokens, positions, self.config, generator)
             losses = self._losses(packed.to(self.device), counts)
             return losses.total, losses
-        packed = inputs.pack_documents([inputs.as_document(d, self.config) for d in batch], self.config, generator)
+        if modality_tokens is not None or modality_positions is not None:
+            raise ValueError("modality_tokens go with text_ids [B, T]; in documents, images stand among the text")
+        documents = [inputs.as_document(d, self.config, i) for i, d in enumerate(batch)]
+        packed = inputs.pack_documents(documents, self.config, generator)
         return self._losses(packed.to(self.device), counts).total
 
     def _losses(self, batch: PackedBatch, counts: Counts | None) -> Losses:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -121,14 +122,26 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
     return _implementation("diffusion_mse", prediction, backend)(prediction, target, image_offsets)
 
 
+def describe_backend(backend: str, device: torch.device) -> str:
+    """Which ops run on which backend for tensors of `device`, for people. NotImplementedError as the ops raise it."""
+    chosen = {op: _choose(op, device, backend) for op in _TORCH}
+    if len(set(chosen.values())) == 1:
+        return f"all ops on {next(iter(chosen.values()))}"
+    return ", ".join(f"{op} on {name}" for op, name in chosen.items())
+
+
 def _implementation(op: str, x: Tensor, backend: str) -> Callable:
+    return {"torch": _TORCH, "triton": _TRITON}[_choose(op, x.device, backend)][op]
+
+
+def _choose(op: str, device: torch.device, backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and not (x.is_cuda and op in _TRITON)):
-        return _TORCH[op]
-    if op not in _TRITON:
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and op in _TRITON else "torch"
+    if backend == "triton" and op not in _TRITON:
         raise NotImplementedError(f'{op} has no "triton" kernel yet; use backend="torch" or "auto"')
-    return _TRITON[op]
+    return backend
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:

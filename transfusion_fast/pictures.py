@@ -8,7 +8,19 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from transfusion_fast.errors import InputError
+
 CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches: an image with its margin, between groups, captions, headings
+
+
+def check_picture(path: Path) -> None:
+    """Raises InputError where no picture can be written; called before hours of drawing. Makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"picture {path}: its folder cannot be made ({error}); give another path") from error
+    if path.is_dir():
+        raise InputError(f"picture {path}: is a folder; give the path of a file")
 
 
 Images = Sequence[np.ndarray] | np.ndarray
@@ -19,7 +31,7 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings
 
     Args:
         rows: (caption, groups of images uint8 [height, width, 1 or 3]); as many groups in every row.
-        path: the file to write; its folder is made.
+        path: the file to write, always a PNG.
         headings: of the groups.
     """
     widths = [max(len(groups[g]) for _, groups in rows) for g in range(len(rows[0][1]))]
@@ -39,5 +51,4 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings
                 axes = figure.add_axes(box)
                 axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
                 axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, format="png")

@@ -5,6 +5,7 @@ Every step runs the whole sequences, all prompts in one packed batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,6 +39,8 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"diffusion steps must be at least 1, got {self.steps}")
+        if not math.isfinite(self.guidance):
+            raise InputError(f"the guidance weight must be finite, got {self.guidance}; 1 turns guidance off")
 
 
 @dataclass
@@ -87,7 +90,7 @@ def sample(
     Raises:
         ValueError: a prompt that does not fit the model.
     """
-    streams = [_open(model, prompt) for prompt in prompts]
+    streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
     while active := [s for s in streams if not s.done]:
         begun = _decode_text(model, active, max_text_tokens, temperature, generator)
         for modality in sorted(set(begun.values())):
@@ -113,16 +116,16 @@ def generate_images(
     """Draws one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
     if not prompts or not 0 <= modality < len(model.codecs):
         raise ValueError(f"needs a prompt and a modality below {len(model.codecs)}, got {len(prompts)} and {modality}")
-    streams = [_open(model, prompt) for prompt in prompts]
+    streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))
     _draw(model, streams, modality, grid, image or ImageSettings(), generator)
     return torch.stack([s.images[-1][1].latents for s in streams])
 
 
-def _open(model: Transfusion, prompt: Sequence[Any]) -> _Stream:
+def _open(model: Transfusion, prompt: Sequence[Any], number: int) -> _Stream:
     stream, vocabulary = _Stream([model.vocabulary.bos]), model.vocabulary
-    for piece in as_document(prompt, model.config):
+    for piece in as_document(prompt, model.config, number):
         if isinstance(piece, Text):
             stream.tokens.extend(piece.ids.tolist())
         else:

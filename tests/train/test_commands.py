@@ -3,7 +3,9 @@
 import json
 import runpy
 import shutil
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,8 @@ def test_weights_that_do_not_match_the_manifest_are_not_sampled_from(run: Path, 
         (["sample", "RUN", "--prompt", "one", "--steps", "0"], "diffusion steps must be at least 1, got 0"),
         (["sample", "RUN", "--prompt", "one", "--checkpoint", "../x"], "has no checkpoint '../x'"),
         (["sample", "RUN", "--caption", __file__], "is not a readable PNG, JPEG, WEBP image"),
+        (["sample", "RUN", "--prompt", "one", "--guidance", "nan"], "guidance weight must be finite, got nan"),
+        (["sample", "RUN", "--text", "one", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
         (["evaluate", "nowhere"], "nowhere: is not a run folder"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
         (["evaluate", "RUN", "--each", "0"], "--each must be at least 1, got 0"),
@@ -116,6 +120,47 @@ def test_bad_input_gets_one_line_and_exit_code_2(run: Path, tmp_path: Path, monk
     assert code == 2 and complaint in err
     assert err.count("\n") == 1 and "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("model.backend=triton", 'has no "triton" kernel yet'),
+        ("train.output=/dev/null", "train.output must be new, empty or the folder of a run, got /dev/null"),
+    ],
+)
+def test_what_training_cannot_do_is_said_before_any_work(run: Path, command, override: str, complaint: str) -> None:
+    code, _, err = command("pretrain", f"data.path={run.parent / 'digits' / 'train'}", override)
+    assert code == 2 and complaint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("output", ["mine", "mine/config.yaml"])
+def test_training_does_not_write_over_a_folder_that_is_no_run(run: Path, tmp_path: Path, command, output: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("config.yaml", "data.json"):
+        (mine / name).write_text("my own")
+    data = run.parent / "digits" / "train"
+    code, _, err = command("pretrain", f"data.path={data}", f"train.output={tmp_path / output}")
+    assert code == 2 and err.count("\n") == 1 and str(mine) in err
+    assert {p.name: p.read_text() for p in mine.iterdir()} == {"config.yaml": "my own", "data.json": "my own"}
+
+
+def test_a_picture_is_written_where_it_was_asked_for_or_not_at_all(run: Path, tmp_path: Path, command) -> None:
+    code, _, _ = command("sample", run, "--prompt", "one", "--each", 1, "--steps", 1, "--out", tmp_path / "picture")
+    assert code == 0 and [p.name for p in tmp_path.iterdir()] == ["picture"]
+    for out, complaint in ((tmp_path, "is a folder"), (tmp_path / "picture" / "x.png", "cannot be made")):
+        code, _, err = command("sample", run, "--prompt", "one", "--out", out)
+        assert code == 2 and complaint in err and err.count("\n") == 1
+
+
+def test_an_image_bomb_is_refused_by_its_header(run: Path, tmp_path: Path, command) -> None:
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+    code, _, err = command("sample", run, "--caption", bomb)
+    assert code == 2 and "bomb.png" in err and err.count("\n") == 1
 
 
 def test_pretrain_refuses_other_versions_and_truncated_shards(run: Path, tmp_path: Path, command) -> None:

@@ -1,21 +1,23 @@
 """The command that the README gives, through DeepSpeed's own launcher."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from launching import PRETRAIN, SMALL, metrics
+import psutil
+from launching import PRETRAIN, SMALL, await_until, free_port, last_step, metrics
+
+
+def command_of(*arguments: str) -> list[str]:
+    """`deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    rendezvous = ["--num_gpus", "2", "--master_port", free_port()]
+    return [sys.executable, launcher, *rendezvous, str(PRETRAIN), *SMALL, *arguments]
 
 
 def deepspeed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    command = [sys.executable, launcher, "--num_gpus", "2", "--master_port", port, str(PRETRAIN), *SMALL, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    """Runs that command to its end."""
+    return subprocess.run(command_of(*arguments), capture_output=True, text=True, timeout=240)
 
 
 def test_deepspeed_trains_on_two_ranks(digits: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -23,6 +25,26 @@ def test_deepspeed_trains_on_two_ranks(digits: Path, uninterrupted: Path, tmp_pa
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 x cpu" in ended.stdout
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+def test_sigterm_to_the_deepspeed_command_alone_lets_its_ranks_save_and_end(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = command_of(
+        f"data.path={digits}", f"train.output={run}", "train.steps=100000", "train.checkpoint_every=50000"
+    )
+    with (tmp_path / "printed").open("w") as printed:
+        started = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+    await_until(lambda: last_step(run) >= 1)
+    family = psutil.Process(started.pid).children(recursive=True)
+    assert len(family) == 3  # the launcher and two ranks
+    started.terminate()
+    started.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive
+    assert "stopped at step" in (tmp_path / "printed").read_text()
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{last_step(run):08d}"
 
 
 def test_bad_input_takes_the_launcher_down_with_one_line_of_ours(tmp_path: Path) -> None:

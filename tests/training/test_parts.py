@@ -1,6 +1,8 @@
 """The parts of training that need no ranks."""
 
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transfusion_fast import Transfusion
 from transfusion_fast.config import Config, OptimizerConfig, load_config
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer
 from transfusion_fast.training.metrics import MetricsLog, Row, progress_line
 
@@ -49,6 +52,7 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones() -> None:
     [
         ({"train_batch_size": 7}, "deepspeed.train_batch_size is derived to be 16, got 7"),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage is derived to be 3, got 2"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled is derived to be False, got True"),
         ({"bf16": False}, "deepspeed.bf16 is derived to be {'enabled': True}, got False"),
     ],
 )
@@ -70,6 +74,21 @@ def test_rows_after_the_step_resumed_from_are_dropped_and_so_is_a_torn_one(tmp_p
         file.write('{"step": 4, "lo')
     MetricsLog(path, 2).write(row(3))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", 0).write(replace(row(1), loss=math.nan, grad_norm=math.inf))
+    written = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert written["loss"] is None and written["grad_norm"] is None and written["text_loss"] == 1.0
+
+
+def test_a_damaged_checkpoint_that_was_overtaken_is_dropped_before_a_good_one(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, ranks=None, keep=2)
+    for step in (3, 4, 5, 7):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    checkpoints._prune("step-00000005")
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000005"]
 
 
 def test_the_progress_line_names_what_a_person_watches() -> None:

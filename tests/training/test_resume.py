@@ -80,6 +80,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
     ("ranks", "override", "complaint"),
     [
         (2, "model.transformer={dim: 64, depth: 2, heads: 2, ffn_dim: 64}", "model is {'transformer': {'dim': 32}}"),
+        (2, "train.seed=5", "order is (0, 16), but this run has (5, 16)"),
         (1, "train.steps=8", "world_size is 2, but this run has 1"),
     ],
 )

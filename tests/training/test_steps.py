@@ -1,6 +1,7 @@
 """What a training step computes does not depend on how many ranks compute it, nor on DeepSpeed."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from launching import metrics, picture, small_config, start, text, train, write_
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
+from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.loader import Share, open_data, training_batches
+from transfusion_fast.data.order import PackOrder
 from transfusion_fast.loss import Counts
 from transfusion_fast.training.engine import learning_rate, make_optimizer, set_learning_rate
 
@@ -59,9 +62,7 @@ def test_two_ranks_under_zero3_take_the_steps_of_a_plain_loop(digits: Path, unin
 def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two(
     digits: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    train(
-        1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=true"
-    )
+    train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=true")
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 
@@ -96,11 +97,37 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
     digits: Path, tmp_path: Path
 ) -> None:
     codes, printed = start(
-        1, digits, tmp_path / "run", "optimizer.lr=1e38", "train.max_skipped_steps=2", "train.precision=bf16"
+        1,
+        digits,
+        tmp_path / "run",
+        "optimizer.lr=1e38",
+        "optimizer.warmup_steps=0",
+        "train.max_skipped_steps=2",
+        "train.checkpoint_every=1",
+        "train.precision=bf16",
     ).wait()
     assert codes == [2]
     line = printed.splitlines()[-1]
     assert line.startswith("pretrain: ") and "not finite in 2 steps in a row" in line
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
+def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    config = small_config(data)
+    index = open_data(config)
+    order = PackOrder(config.train.seed, index.pack_counts, config.data.shuffle_window)
+    _, read_by_rank_1 = order[1]
+    shard, place = PackReader(data, index).locate(read_by_rank_1)
+    file = data / index.shards[shard].file
+    content = bytearray(file.read_bytes())
+    content[index.shards[shard].offsets[place] + 600] ^= 0xFF
+    file.write_bytes(content)
+    codes, printed = start(2, data, tmp_path / "run").wait()
+    assert codes == [2, 2]
+    ours = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
+    assert len(ours) == 1 and file.name in ours[0] and "Traceback" not in printed
 
 
 def test_losses_of_a_cut_batch_add_up_whatever_the_cut(digits: Path) -> None:

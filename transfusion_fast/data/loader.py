@@ -13,8 +13,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from transfusion_fast.config import Config
-from transfusion_fast.data.index import Index, PackReader, read_index
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
+from transfusion_fast.data.index import Index, PackReader, read_index
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
@@ -58,7 +57,8 @@ class Checkpoints:
             save_file(weights, staging / WEIGHTS)
             (staging / META).write_text(json.dumps(asdict(meta), indent=1))
         self.ranks.barrier()
-        hashes = self._gather([(str(p.relative_to(staging)), *measure(p)) for p in self._own_share(_files(staging))])
+        own = [(str(p.relative_to(staging)), *measure(p)) for p in self._own_share(_files(staging))]
+        hashes = self.ranks.gather(own)
         if self.ranks.is_main:
             manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(hashes)}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -66,8 +66,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one of this step, passed over on resume
             os.rename(staging, self.folder / name)
             self._point_latest(name)
-            for old in sorted(self._names())[: -self.keep]:
-                shutil.rmtree(self.folder / old)
+            self._prune(name)
         self.ranks.barrier()
 
     def newest_whole(self) -> Path | None:
@@ -79,11 +78,11 @@ class Checkpoints:
         if not self.folder.is_dir() or not (names := sorted(self._names(), reverse=True)):
             return None
         for name in names:
-            damage = self._gather(self._damage(self.folder / name))
-            if not damage:
+            problems = self.ranks.gather(self._damage(self.folder / name))
+            if not problems:
                 return self.folder / name
             if self.ranks.is_main:
-                print(f"checkpoint {name} is damaged ({min(damage)}); trying the one before it", flush=True)
+                print(f"checkpoint {name} is damaged ({min(problems)}); trying the one before it", flush=True)
         raise InputError(f"{self.folder}: all {len(names)} checkpoints are damaged; move the run folder to start anew")
 
     def restore(self, engine: Any, checkpoint: Path, expected: Meta) -> Meta:
@@ -96,7 +95,7 @@ class Checkpoints:
         for name, hint in _MUST_MATCH.items():
             got, want = getattr(meta, name), getattr(expected, name)
             if got != want:
-                got, want = _difference(got, want)
+                got, want = (meta.data_path, expected.data_path) if name == "data" else _difference(got, want)
                 raise InputError(f"{checkpoint}: {name} is {got}, but this run has {want}; {hint}")
         path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         if path is None:
@@ -107,6 +106,14 @@ class Checkpoints:
     def _names(self) -> list[str]:
         return [p.name for p in self.folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name)]
 
+    def _prune(self, newest: str) -> None:
+        """Keeps the newest ones up to this; any of a later step was passed over as damaged and has been overtaken."""
+        names = sorted(self._names())
+        good = [name for name in names if name <= newest][-self.keep :]
+        for name in names:
+            if name not in good:
+                shutil.rmtree(self.folder / name)
+
     def _point_latest(self, name: str) -> None:
         staged = self.folder / ".latest"
         staged.write_text(name + "\n")
@@ -115,12 +122,6 @@ class Checkpoints:
 
     def _own_share(self, files: list[Path]) -> list[Path]:
         return files[self.ranks.rank :: self.ranks.world_size]
-
-    def _gather(self, items: list[Any]) -> list[Any]:
-        """All ranks' items, on every rank."""
-        gathered: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(gathered, items, group=self.ranks.control)
-        return [item for part in gathered for item in part]
 
     def _damage(self, checkpoint: Path) -> list[str]:
         """What is wrong with this rank's share of the files."""
@@ -134,6 +135,7 @@ class Checkpoints:
 _MUST_MATCH = {
     "model": "give the model settings of the run, or another train.output",
     "data": "give the run's data.path, or another train.output",
+    "order": "give the run's train.seed and data.shuffle_window, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
     "world_size": "start as many ranks as the run had, or give another train.output",

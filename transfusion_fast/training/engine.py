@@ -44,6 +44,7 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "gradient_accumulation_steps": share.accumulation_steps,
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -42,9 +43,10 @@ class MetricsLog:
             os.replace(staged, path)
 
     def write(self, row: Row) -> None:
-        """Adds one row."""
+        """Adds one row; what is not finite is null, as JSON has no word for it."""
+        finite = {k: v if math.isfinite(v) else None for k, v in asdict(row).items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _step_of(line: str) -> float:

@@ -8,8 +8,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -27,6 +29,8 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup
     """A gloo group over host memory: agreeing on counts waits for no GPU."""
+    runner: psutil.Process | None = None
+    """The `deepspeed` command that started it all, two processes up."""
 
     @property
     def is_main(self) -> bool:
@@ -37,6 +41,19 @@ class Ranks:
         tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All ranks' items, on every rank, in the order of ranks."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, items, group=self.control)
+        return [item for part in gathered for item in part]
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the `deepspeed` command is gone: ended by a signal, it leaves its launcher and the ranks behind."""
+        if self.runner is None:
+            return False
+        return not self.runner.is_running() or self.runner.status() == psutil.STATUS_ZOMBIE
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -61,7 +78,8 @@ def join_ranks(config: TrainConfig) -> Ranks:
         torch.set_num_threads(config.cpu_threads or _threads_of_a_rank())
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    runner = _deepspeed_command() if launched else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"), runner)
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -74,6 +92,14 @@ def computes_bf16(device: torch.device) -> bool:
 def _threads_of_a_rank() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _deepspeed_command() -> psutil.Process | None:
+    parent = psutil.Process().parent()
+    if parent is None or "deepspeed.launcher.launch" not in parent.cmdline():
+        return None
+    command = parent.parent()
+    return command if command is not None and any("deepspeed" in part for part in command.cmdline()) else None
 
 
 def _end_with_parent() -> None:

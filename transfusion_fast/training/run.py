@@ -53,6 +53,9 @@ class Meta:
     global_batch: int
     data: str
     """sha256 of the data folder's index."""
+    data_path: str
+    order: tuple[int, int]
+    """Seed and shuffle window: what the order of the packs depends on."""
     model: dict[str, Any]
 
 
@@ -114,6 +117,16 @@ def read_data_description(run: Path) -> DataDescription:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it anew") from error
 
 
+def check_output(run: Path) -> None:
+    """Raises InputError where training in that folder would write over what is not a run's."""
+    ours = (run / CHECKPOINTS).is_dir()
+    if not ours and (run / DATA).is_file():
+        read_data_description(run)
+        ours = True
+    if run.exists() and not ours and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(f"train.output must be new, empty or the folder of a run, got {run}; give another")
+
+
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """The checkpoint of that name, or the one that `latest` names; InputError where it is not there."""
     if name is None:
@@ -127,8 +140,8 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     return checkpoint
 
 
-def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> Transfusion:
-    """The model of a checkpoint, fp32, ready to sample from.
+def load_model(checkpoint: Path) -> Transfusion:
+    """The model of a checkpoint, fp32, ready to sample from; on the GPU where there is one.
 
     Raises:
         InputError: a damaged checkpoint, or weights that are not the model's.
@@ -150,14 +163,15 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> Transfus
                 shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
                 raise InputError(f"{checkpoint / WEIGHTS}: {name} is {shapes}; the checkpoint is of another model")
             parameter.copy_(weights[name])
-    return model.to(device).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def read_meta(checkpoint: Path) -> Meta:
     """The description of a checkpoint; InputError where it is not one."""
     try:
-        return Meta(**json.loads((checkpoint / META).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads((checkpoint / META).read_text())
+        return Meta(**{**fields, "order": tuple(fields["order"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from transfusion_fast import ops
 from transfusion_fast.config import Config
 from transfusion_fast.data.index import INDEX_NAME, Index
 from transfusion_fast.data.loader import Share, training_batches
@@ -42,8 +43,7 @@ def train(config: Config, index: Index, ranks: Ranks) -> None:
     if ranks.is_main:
         _announce(config, index, ranks, share, engine, meta)
     if meta.step < config.train.steps:
-        loop = _Loop(config, index, ranks, share, engine, checkpoints, meta)
-        loop.run()
+        _Loop(config, index, ranks, share, engine, checkpoints, meta).run()
 
 
 class _Loop:
@@ -68,12 +68,16 @@ class _Loop:
         self.skipped_in_a_row = 0
 
     def run(self) -> None:
-        """Steps until the end, or until some rank is asked to stop; either way ends with a checkpoint."""
+        """Steps until the end, or until some rank is asked to stop; either way ends with a checkpoint.
+
+        Raises:
+            InputError: on every rank alike, for what any of them cannot read, or for a gradient that stays not finite.
+        """
         settings, stop = self.config.train, StopRequest()
         while self.meta.step < settings.steps:
-            stopping = self._step(stop.requested)
-            last = stopping or self.meta.step == settings.steps
-            if last or self.meta.step % settings.checkpoint_every == 0:
+            stopping = self._step(stop.requested or self.ranks.abandoned)
+            due = stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0
+            if due and not self.skipped_in_a_row:  # what a streak of NaN leaves must not push out a good checkpoint
                 self.checkpoints.save(self.engine, self.meta)
             if stopping:
                 if self.ranks.is_main:
@@ -82,8 +86,7 @@ class _Loop:
 
     def _step(self, stop_requested: bool) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
-        batches = [next(self.stream) for _ in range(self.share.accumulation_steps)]
-        counts, tokens, stopping = self._agree(batches, stop_requested)
+        batches, counts, tokens, stopping = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         losses = [self._micro_step(batch, counts) for batch in batches]
@@ -100,11 +103,23 @@ class _Loop:
             self._report(losses, lr)
         return stopping
 
-    def _agree(self, batches: list[PackedBatch], stop_requested: bool) -> tuple[Counts, float, bool]:
-        """What the losses of this step are divided by, over ranks and accumulation steps, before any is computed."""
-        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
-        supervised, images, tokens, stop = self.ranks.sum([*map(sum, zip(*own, strict=True)), stop_requested])
-        return Counts(int(supervised), int(images)), tokens, stop > 0
+    def _next_batches(self, stop_requested: bool) -> tuple[list[PackedBatch], Counts, float, bool]:
+        """This rank's batches of a step, and what all ranks agree on before computing anything.
+
+        Returns:
+            (batches, what the losses are divided by, tokens of the step, whether any rank was asked to stop).
+        """
+        batches, error = [], ""
+        try:
+            batches = [next(self.stream) for _ in range(self.share.accumulation_steps)]
+        except InputError as unreadable:
+            error = str(unreadable)
+        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches] or [(0, 0, 0)]
+        flags = (stop_requested, bool(error))
+        supervised, images, tokens, stop, failed = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        if failed:
+            raise InputError(next(filter(None, self.ranks.gather([error]))))
+        return batches, Counts(int(supervised), int(images)), tokens, stop > 0
 
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Any, Any]:
         """Forward, backward, and DeepSpeed's step, which updates the weights after the last one only."""
@@ -176,6 +191,8 @@ def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
         precision="bf16" if engine.bfloat16_enabled() else "fp32",
         global_batch=config.train.global_batch,
         data=hashlib.sha256(index).hexdigest(),
+        data_path=config.data.path,
+        order=(config.train.seed, config.data.shuffle_window),
         model=config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
     )
 
@@ -184,12 +201,16 @@ def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: 
     """Saves the resolved config with the run and says what is about to happen."""
     run = Path(config.train.output)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     write_data_description(run, describe_data(Path(config.data.path), index))
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     print(
         f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
         f"{share.global_batch} packs of {index.sequence_length} a step in {share.accumulation_steps} accumulation steps"
     )
+    if meta.step >= config.train.steps:
+        print(f"trained to step {meta.step} already; raise train.steps, or give another train.output", flush=True)
+        return
     begin = f"resuming at step {meta.step}" if meta.step else "training"
-    print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}", flush=True)
+    backend = ops.describe_backend(config.model.backend, ranks.device)
+    print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}, {backend}", flush=True)
