@@ -2,8 +2,8 @@
 
 Documents are cut into tiles of at most `MAX_ROWS` queries; a tile needs only the keys from its document's start to the
 furthest key that one of its rows sees. Tiles of about one size are gathered into a batch, padded to a common shape,
-and computed together. The work is O(sum of tile areas), and what is kept is O(T): a pack of many short documents costs
-what the documents cost, in a few calls.
+and computed together, in a few calls. Work and masks are the area of the tiles: a pack of many short documents costs
+what the documents cost. The masks, a byte a pair, are made once for all layers, on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TileBatch:
 
     queries: Tensor  # int64 [B * Q], position of every row
     keys: Tensor  # int64 [B * K], position of every key
-    column_end: Tensor  # int64 [B, Q], the keys that each row sees are those before it
+    visible: Tensor  # bool [B, 1, Q, K]
     rows: Tensor  # int64 [R], the rows among B * Q that stand for a query
     shape: tuple[int, int, int]  # B, Q, K
 
@@ -44,11 +44,10 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
         )
         # With a mask, the fused kernels take no grouped heads.
         k_BHKD, v_BHKD = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k_BGKD, v_BGKD))
-        visible = torch.arange(K, device=q.device) < batch.column_end[:, None, :, None]
         if K <= FEW_KEYS:
-            out = _plain_attention(q_BHQD, k_BHKD, v_BHKD, visible, scale)
+            out = _plain_attention(q_BHQD, k_BHKD, v_BHKD, batch.visible, scale)
         else:
-            out = F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=visible, scale=scale)
+            out = F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=batch.visible, scale=scale)
         pieces.append(out.transpose(1, 2).reshape(B * Q, *q.shape[1:]).index_select(0, batch.rows))
         positions.append(batch.queries.index_select(0, batch.rows))
     return torch.zeros_like(q).index_copy(0, torch.cat(positions), torch.cat(pieces))
@@ -87,11 +86,11 @@ def _batch(tiles: np.ndarray, key_end: np.ndarray, Q: int, K: int, device: torch
     keys = np.minimum(key_start[:, None] + np.arange(K), furthest[:, None] - 1)
     own_row = np.arange(Q) < (row_end - row_start)[:, None]
     # A repeated key lies at column >= furthest - key_start, and is hidden by comparing columns, not positions.
-    column_end = key_end[rows] - key_start[:, None]
+    column_end = torch.from_numpy(key_end[rows] - key_start[:, None]).to(device)
     return TileBatch(
         queries=torch.from_numpy(rows.reshape(-1)).to(device),
         keys=torch.from_numpy(keys.reshape(-1)).to(device),
-        column_end=torch.from_numpy(column_end).to(device),
+        visible=torch.arange(K, device=device) < column_end[:, None, :, None],
         rows=torch.from_numpy(np.flatnonzero(own_row)).to(device),
         shape=(len(rows), Q, K),
     )

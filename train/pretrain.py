@@ -49,8 +49,11 @@ def main() -> int:
 
 
 def _report(error: Exception) -> None:
-    """Prints the error once where all ranks have it: the others leave rank 0 time to speak, then go down with it."""
-    if int(os.environ.get("RANK", "0")):
+    """Prints the error once where all ranks have it: the others leave rank 0 time to speak, then go down with it.
+
+    What the operating system refuses, a full disk say, may concern one rank alone, which then says so.
+    """
+    if int(os.environ.get("RANK", "0")) and not isinstance(error, OSError):
         time.sleep(3)
     else:
         print(f"pretrain: {error}", file=sys.stderr, flush=True)

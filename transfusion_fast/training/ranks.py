@@ -53,7 +53,10 @@ class Ranks:
         """Whether the `deepspeed` command is gone: ended by a signal, it leaves its launcher and the ranks behind."""
         if self.runner is None:
             return False
-        return not self.runner.is_running() or self.runner.status() == psutil.STATUS_ZOMBIE
+        try:
+            return not self.runner.is_running() or self.runner.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -95,11 +98,15 @@ def _threads_of_a_rank() -> int:
 
 
 def _deepspeed_command() -> psutil.Process | None:
-    parent = psutil.Process().parent()
-    if parent is None or "deepspeed.launcher.launch" not in parent.cmdline():
+    """The process of `deepspeed` on this node; None under another launcher, or where processes are hidden."""
+    try:
+        parent = psutil.Process().parent()
+        if parent is None or "deepspeed.launcher.launch" not in parent.cmdline():
+            return None
+        command = parent.parent()
+        return command if command is not None and any("deepspeed" in part for part in command.cmdline()) else None
+    except psutil.Error:
         return None
-    command = parent.parent()
-    return command if command is not None and any("deepspeed" in part for part in command.cmdline()) else None
 
 
 def _end_with_parent() -> None:
