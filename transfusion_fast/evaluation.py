@@ -38,7 +38,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured; `generated` are the images that were scored, [classes, each, height, width, channels]."""
+    """What was measured: accuracies in [0, 1], perplexity per token with <eos>, and over how many."""
 
     generated_accuracy: float
     caption_accuracy: float

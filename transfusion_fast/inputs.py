@@ -76,7 +76,7 @@ def pack_rows(
             f"modality_tokens and modality_positions must have an entry for each of the {rows} rows, "
             f"got {len(modality_tokens)} and {len(modality_positions)}"
         )
-    tokens = text_ids.cpu().numpy().astype(np.int64).copy()
+    tokens = text_ids.cpu().numpy().astype(np.int64)  # a copy, which the patches' places are cleared in
     spans, images = [], []
     for row, (latents_of_row, positions) in enumerate(zip(modality_tokens, modality_positions, strict=True)):
         if len(latents_of_row) != len(positions):

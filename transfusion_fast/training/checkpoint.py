@@ -62,7 +62,7 @@ class Checkpoints:
         if self.ranks.is_main:
             manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(hashes)}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _sync(staging)
+            _sync(*staging.rglob("*"), staging)
             shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one of this step, passed over on resume
             os.rename(staging, self.folder / name)
             self._point_latest(name)
@@ -117,6 +117,7 @@ class Checkpoints:
     def _point_latest(self, name: str) -> None:
         staged = self.folder / ".latest"
         staged.write_text(name + "\n")
+        _sync(staged)
         os.replace(staged, self.folder / LATEST)
         _sync(self.folder)
 
@@ -156,9 +157,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _sync(folder: Path) -> None:
-    """Puts a folder's files on the disk, so that a name never outlives its contents in a crash."""
-    for path in [*folder.rglob("*"), folder]:
+def _sync(*paths: Path) -> None:
+    """Puts files and folders on the disk, so that in a crash a name never outlives its contents."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
