@@ -1,10 +1,22 @@
 # Everything runs in .venv, which any target makes on first use. Nothing needs root.
+# INSTALLED=1 uses the packages of PYTHON instead, on a machine that has its own or no network.
 
 PYTHON ?= python3
 RANKS ?= 2
 
 VENV := .venv
+ifdef INSTALLED
+STAMP :=
+RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+else
 STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+endif
+
+# One folder for all that a run of make measures: `make test-gpu bench`.
+ifndef REPORT
+REPORT := reports/$(shell date +%Y-%m-%d-%H%M%S)
+endif
 DEMO_DATA := data/digits
 DEMO_CONFIG := train/configs/digits.yaml
 DEMO_RUN := runs/digits
@@ -15,10 +27,10 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format clean
+.PHONY: help setup demo test test-gpu bench kernel-report lint format clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## make .venv and install the package, its tests and the pinned versions into it
 
@@ -42,8 +54,16 @@ demo: $(STAMP)  ## train on handwritten digits, measure the result, draw samples
 test: $(STAMP)  ## run the tests that need no GPU
 	pytest --durations=10
 
-test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU
-	pytest -m gpu --durations=10
+# The outcome is kept before it fails the target; `make -k test-gpu bench` measures all the same.
+test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, and keep their outcome in REPORT
+	@mkdir -p $(REPORT)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu --durations=10 --junit-xml=$(REPORT)/test-gpu.xml tests/gpu
+
+bench: kernel-report  ## measure everything that this machine can run, into REPORT
+	$(RUN) benchmarks/attn_bench.py --out $(REPORT)
+
+kernel-report: $(STAMP)  ## compile every kernel for its GPUs, which none is needed for, and report on them into REPORT
+	$(RUN) benchmarks/kernel_report.py --out $(REPORT)
 
 lint: $(STAMP)  ## check style, formatting and types
 	ruff check .

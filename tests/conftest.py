@@ -5,6 +5,8 @@ import os
 # Before torch is imported, and inherited by the ranks that tests start: the number of threads changes the order of
 # sums, and with it the sixth digit.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Before triton is imported: kernels run on CPU tensors. A GPU's kernels are compiled: `make test-gpu` sets it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings

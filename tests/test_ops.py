@@ -1,10 +1,12 @@
 """The seam between model and kernels: which backend runs, and what is refused."""
 
+import sys
+
 import pytest
 import torch
 
 from transfusion_fast import ops
-from transfusion_fast.kernels import reference
+from transfusion_fast.kernels import launch, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 
 LAYOUT = AttentionLayout.from_spans([4], [(1, 2)], total_length=6)
@@ -77,6 +79,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(op):
         getattr(ops, op)(*CALLS[op], backend="cuda")
 
 
+META = heads().to("meta")
 OTHER_DEVICE = LAYOUT.to("meta")
 REFUSED = [
     (
@@ -87,9 +90,16 @@ REFUSED = [
     ("hybrid_attention", (heads(), heads(length=5), heads(), LAYOUT), r"k \[T, G, D\], got .* and \(5, 2, 8\)"),
     ("hybrid_attention", (heads(), heads(dim=4), heads(dim=4), LAYOUT), r"k \[T, G, D\], got .* and \(6, 2, 4\)"),
     ("hybrid_attention", (heads(), heads(), heads(1), LAYOUT), r"v must have k's shape \(6, 2, 8\).*got \(6, 1, 8\)"),
-    ("hybrid_attention", (heads(), heads(), heads().double(), LAYOUT), "v must have .*dtype torch.float32, got .*64"),
+    ("hybrid_attention", (heads(), heads(), heads().double(), LAYOUT), "v must have .*dtype .*torch.float32.*got .*64"),
     ("hybrid_attention", (heads(), heads().double(), heads(), LAYOUT), "k must have q's dtype .* got torch.float64"),
     ("hybrid_attention", (heads(3), heads(2), heads(2), LAYOUT), "multiple of the key/value heads, got H=3 and G=2"),
+    ("hybrid_attention", (heads(), META, heads(), LAYOUT), "k must have q's .*device, got .* on meta, q .* on cpu"),
+    (
+        "hybrid_attention",
+        (heads(), heads(), META, LAYOUT),
+        "v must have .* q's dtype and device.* cpu, got .* on meta",
+    ),
+    ("hybrid_attention", (heads(), heads(0), heads(0), LAYOUT), "multiple of the key/value heads, got H=2 and G=0"),
     ("hybrid_attention", (*[heads(length=5)] * 3, LAYOUT), "layout must be of q's length 5, got 6"),
     ("hybrid_attention", (*[heads()] * 3, OTHER_DEVICE), "layout must be on q's device cpu, got meta"),
     ("rope", (heads(), heads(), torch.arange(5)), r"positions must be \[6\] or \[6, 2\].*got \(5,\)"),
@@ -114,3 +124,59 @@ def test_what_does_not_fit_is_refused_with_argument_rule_and_value(op, args, mes
 def test_one_norm_weight_without_the_other_is_refused(given):
     with pytest.raises(ValueError, match="q_weight and k_weight must be given together"):
         ops.rope(heads(), heads(), torch.arange(6), **{given: torch.ones(8)})
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])
+def test_a_scale_that_is_not_a_positive_number_is_refused(backend, scale):
+    with pytest.raises(ValueError, match=f"scale must be a positive number, got {scale}"):
+        ops.hybrid_attention(heads(), heads(), heads(), LAYOUT, scale=scale, backend=backend)
+
+
+# What the torch backend takes and the triton backend does not.
+
+
+@pytest.mark.parametrize("dim", [8, 40, 272])
+def test_a_head_dimension_without_a_kernel_is_refused_with_the_backend_that_takes_it(dim):
+    q = heads(dim=dim)
+    message = f'the head dimension must be a multiple of 16 .*got {dim}; use backend="torch"'
+    with pytest.raises(ValueError, match=message):
+        ops.hybrid_attention(q, q, q, LAYOUT, backend="triton")
+    assert ops.hybrid_attention(q, q, q, LAYOUT, backend="torch").shape == q.shape
+
+
+def test_a_dtype_without_a_kernel_is_refused_with_those_that_have_one():
+    q = heads(dim=16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"q must be fp16, bf16 or fp32 .*got torch.float64"):
+        ops.hybrid_attention(q, q, q, LAYOUT, backend="triton")
+
+
+def test_tensors_on_the_cpu_are_refused_where_kernels_are_not_interpreted(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    q = heads(dim=16)
+    with pytest.raises(
+        ValueError, match=r'hybrid_attention: backend="triton" needs CUDA tensors, got cpu; .*INTERPRET'
+    ):
+        ops.hybrid_attention(q, q, q, LAYOUT, backend="triton")
+
+
+class NotInstalled:
+    """Finds no module of triton and lets none that comes later find one."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_without_triton_its_backend_is_refused_and_the_others_work(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
+    for name in ("hybrid_attention", "attention_kernels", "launch"):
+        monkeypatch.delitem(sys.modules, f"transfusion_fast.kernels.{name}", raising=False)
+        monkeypatch.delattr(f"transfusion_fast.kernels.{name}", raising=False)
+    q = heads(dim=16)
+    with pytest.raises(NotImplementedError, match='backend="triton" needs the package triton; install it, or use'):
+        ops.hybrid_attention(q, q, q, LAYOUT, backend="triton")
+    for backend in ("torch", "auto"):
+        assert ops.hybrid_attention(q, q, q, LAYOUT, backend=backend).isfinite().all()

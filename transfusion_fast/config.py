@@ -32,6 +32,7 @@ NonNegativeFloat = Annotated[Number, Field(ge=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
+Backend = Literal["auto", "torch", "triton"]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -120,8 +121,8 @@ class ModelConfig(_Settings):
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Of the fused ops; see ops.py."""
+    backend: Backend | dict[Literal["hybrid_attention", "rope", "swiglu", "diffusion_mse"], Backend] = "auto"
+    """Of the fused ops: one for all of them, or one for each, and auto for those not named; see ops.py."""
     activation_checkpointing: bool = False
     """Keep only the input of every block and run it again in the backward pass."""
 

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Attention over the modality spans of a packed sequence: [T, E] -> [T, E]."""
 
-    def __init__(self, config: TransformerConfig, backend: str):
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.theta, self.backend = config.rope_theta, backend
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [T, E] -> [T, E]."""
 
-    def __init__(self, config: TransformerConfig, backend: str):
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
         self.backend = backend
         self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
@@ -90,7 +90,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
-    def __init__(self, config: TransformerConfig, backend: str):
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, backend)

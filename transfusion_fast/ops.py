@@ -1,12 +1,14 @@
 """The one seam between the model and the kernels: four ops, each on a backend chosen by name.
 
-`backend` is "torch" (plain PyTorch, any device), "triton" (CUDA kernels), or "auto": triton for CUDA tensors where the
-op has a Triton kernel, torch everywhere else. A backend named outright is used or refused, never replaced.
+`backend` is "torch" (plain PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), or
+"auto": triton for CUDA tensors where the op has a Triton kernel, torch everywhere else; or a mapping from ops to these,
+auto for an op that it does not name. A backend named outright is used or refused, never replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,26 @@ from transfusion_fast.kernels import reference, torch_attention
 from transfusion_fast.kernels.layout import AttentionLayout
 
 BACKENDS = ("auto", "torch", "triton")
+Backend = str | Mapping[Any, str]
 
 
 def _swiglu_in_dtype(gate: Tensor, up: Tensor) -> Tensor:
     """The reference without its detour over fp32, which on a CPU costs more than the matmuls around it."""
     return F.silu(gate) * up
+
+
+def _triton_hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None
+) -> Tensor:
+    """Imports Triton at the first call: machines that never use it need not have it."""
+    try:
+        from transfusion_fast.kernels import hybrid_attention as kernel
+    except ModuleNotFoundError as error:
+        hint = 'install it, or use backend="torch"'
+        raise NotImplementedError(
+            f'hybrid_attention: backend="triton" needs the package {error.name}; {hint}'
+        ) from error
+    return kernel.hybrid_attention(q, k, v, layout, scale)
 
 
 _TORCH: dict[str, Callable] = {
@@ -29,18 +46,18 @@ _TORCH: dict[str, Callable] = {
     "swiglu": _swiglu_in_dtype,
     "diffusion_mse": reference.diffusion_mse,
 }
-_TRITON: dict[str, Callable] = {}
+_TRITON: dict[str, Callable] = {"hybrid_attention": _triton_hybrid_attention}
 
 
 def hybrid_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, *, scale: float | None = None, backend: Backend = "auto"
 ) -> Tensor:
     """Attention that is causal over text and bidirectional within each image, over packed documents.
 
     Args:
         q: [T, H, D]. k, v: [T, G, D], where G divides H; query head h reads key/value head h // (H / G).
         layout: what each of the T positions sees.
-        scale: of the scores; default D ** -0.5.
+        scale: of the scores, positive; default D ** -0.5.
 
     Returns:
         [T, H, D] in q's dtype; zero at padding.
@@ -50,9 +67,10 @@ def hybrid_attention(
         NotImplementedError: the backend has no kernel for this op.
     """
     T, H, _ = _check_heads("hybrid_attention", q, k)
-    if v.shape != k.shape or v.dtype != q.dtype:
+    if v.shape != k.shape or v.dtype != q.dtype or v.device != q.device:
         raise ValueError(
-            f"v must have k's shape {tuple(k.shape)} and q's dtype {q.dtype}, got {tuple(v.shape)}, {v.dtype}"
+            f"v must have k's shape {tuple(k.shape)} and q's dtype and device, {q.dtype} on {q.device}, "
+            f"got {tuple(v.shape)}, {v.dtype} on {v.device}"
         )
     if not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key/value heads, got H={H} and G={k.shape[1]}")
@@ -60,6 +78,8 @@ def hybrid_attention(
         raise ValueError(f"layout must be of q's length {T}, got {layout.total_length}; build it for this batch")
     if layout.device != q.device:
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
     return _implementation("hybrid_attention", q, backend)(q, k, v, layout, scale=scale)
 
 
@@ -71,7 +91,7 @@ def rope(
     theta: float = 10000.0,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding of q and k (pairs i and i + D/2), after an RMS norm of each head where weights are given.
 
@@ -93,7 +113,7 @@ def rope(
     return _implementation("rope", q, backend)(q, k, positions, theta=theta, q_weight=q_weight, k_weight=k_weight)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Tensor:
     """silu(gate) * up, of one shape and dtype. Raises ValueError where they differ."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
@@ -102,7 +122,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     return _implementation("swiglu", gate, backend)(gate, up)
 
 
-def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, backend: str = "auto") -> Tensor:
+def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Mean squared error of each image over packed patches.
 
     Args:
@@ -122,7 +142,7 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
     return _implementation("diffusion_mse", prediction, backend)(prediction, target, image_offsets)
 
 
-def describe_backend(backend: str, device: torch.device) -> str:
+def describe_backend(backend: Backend, device: torch.device) -> str:
     """Which ops run on which backend for tensors of `device`, for people. NotImplementedError as the ops raise it."""
     chosen = {op: _choose(op, device, backend) for op in _TORCH}
     if len(set(chosen.values())) == 1:
@@ -130,11 +150,13 @@ def describe_backend(backend: str, device: torch.device) -> str:
     return ", ".join(f"{op} on {name}" for op, name in chosen.items())
 
 
-def _implementation(op: str, x: Tensor, backend: str) -> Callable:
+def _implementation(op: str, x: Tensor, backend: Backend) -> Callable:
     return {"torch": _TORCH, "triton": _TRITON}[_choose(op, x.device, backend)][op]
 
 
-def _choose(op: str, device: torch.device, backend: str) -> str:
+def _choose(op: str, device: torch.device, backend: Backend) -> str:
+    if not isinstance(backend, str):
+        backend = backend.get(op, "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="settings need pydantic")
 from transfusion_fast import Transfusion
 from transfusion_fast.inputs import as_document, pack_documents
 

@@ -1,0 +1,181 @@
+"""Six mixes of packed documents to measure attention on: the fixed samples, and a generator of their statistics.
+
+    pairs        a caption and an image of 256 patches, a few with the image first
+    text         documents of 30 to 1,600 tokens, log-normal
+    mixed        58 % pairs, the rest text
+    interleaved  documents of two to four images of 256, 576 or 1024 patches, with text between them
+    tiny         five to eight tokens, an image of 16 patches, two tokens
+    long         one document over 95 to 99 % of the length: images, each after some text
+
+Bounds and comparisons are stated on the fixed samples of 16,384 positions in mixes.json; the generator makes the same
+kind of pack at any length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from transfusion_fast.errors import InputError
+from transfusion_fast.kernels.layout import AttentionLayout
+
+NAMES = ("pairs", "text", "mixed", "interleaved", "tiny", "long")
+FIXED_LENGTH = 16384
+
+_FIXED = Path(__file__).with_name("mixes.json")
+_MARKERS = 2  # <bos> and <boi> before an image that comes first; <eoi> and <eos> after one that comes last
+_PAIR_SHARE = 0.58
+_CAPTION_FIRST_SHARE = 0.84
+_IMAGE_SIZES, _IMAGE_SHARES = (256, 576, 1024), (0.1, 0.25, 0.65)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of text or one image."""
+
+    length: int
+    is_image: bool = False
+
+
+Document = list[Segment]
+
+
+def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
+    """A pack of the mix `name`: the lengths of its documents, at most `total_length` together, and its image spans.
+
+    Spans are (start, length), absolute. Where the next document does not fit, the rest of the pack is a part of it
+    that keeps an image, or text; the mixes without text leave less than one document of padding.
+
+    Raises:
+        InputError: a mix that does not exist, or a length below 1.
+    """
+    _check_name(name)
+    if total_length < 1:
+        raise InputError(f"the length of a pack must be at least 1, got {total_length}")
+    rng = np.random.default_rng([NAMES.index(name), total_length, seed])
+    documents: list[Document] = []
+    room = total_length
+    for document in _documents(name, total_length, rng):
+        fitting = document if _length(document) <= room else _last_document(name, document, room)
+        documents.append(fitting)
+        room -= _length(fitting)
+        if fitting is not document or not room:
+            break
+    return _spans([d for d in documents if d])
+
+
+def fixed(name: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The sample of the mix `name` at `FIXED_LENGTH` positions, as `generate` returns one."""
+    _check_name(name)
+    sample = json.loads(_FIXED.read_text(encoding="utf-8"))[name]
+    return sample["document_lengths"], [(start, length) for start, length in sample["image_spans"]]
+
+
+def sample(name: str, total_length: int) -> AttentionLayout:
+    """The layout to measure on, on the CPU: the fixed sample at its length, a generated pack at any other."""
+    lengths, spans = fixed(name) if total_length == FIXED_LENGTH else generate(name, total_length)
+    return AttentionLayout.from_spans(lengths, spans, total_length)
+
+
+def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
+    """Pairs in the block x block squares of the mask that hold a visible pair: what FlexAttention's grid computes."""
+    key_start, key_end = layout.key_start.cpu().numpy().astype(np.int64), layout.key_ends()
+    rows = np.flatnonzero(key_end > key_start)
+    if not len(rows):
+        return 0
+    # All rows of blocks laid on one line, so that the union over each of them is one union of intervals on the line.
+    blocks = -(-layout.total_length // block)
+    offset = rows // block * blocks
+    first, last = offset + key_start[rows] // block, offset + -(-key_end[rows] // block)
+    order = np.argsort(first, kind="stable")
+    first, last = first[order], last[order]
+    covered = np.concatenate([[0], np.maximum.accumulate(last)[:-1]])
+    return int(np.maximum(last - np.maximum(first, covered), 0).sum()) * block * block
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise InputError(f"a mix must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _documents(name: str, total_length: int, rng: np.random.Generator) -> Iterator[Document]:
+    while name != "long":
+        if name == "pairs":
+            yield _pair(rng)
+        elif name == "mixed":
+            yield _pair(rng) if rng.random() < _PAIR_SHARE else [Segment(_text_length(rng))]
+        elif name == "interleaved":
+            yield _interleaved(rng)
+        elif name == "tiny":
+            yield [Segment(int(rng.integers(5, 9))), Segment(16, is_image=True), Segment(_MARKERS)]
+        else:
+            yield [Segment(_text_length(rng))]
+    yield _long(total_length, rng)
+
+
+def _pair(rng: np.random.Generator) -> Document:
+    caption = Segment(int(np.clip(rng.lognormal(np.log(33), 0.55), 8, 140)))
+    image = Segment(256, is_image=True)
+    if rng.random() < _CAPTION_FIRST_SHARE:
+        return [caption, image, Segment(_MARKERS)]
+    return [Segment(_MARKERS), image, caption]
+
+
+def _interleaved(rng: np.random.Generator) -> Document:
+    document = []
+    for patches in rng.choice(_IMAGE_SIZES, size=rng.integers(2, 5), p=_IMAGE_SHARES):
+        document += [Segment(int(rng.integers(50, 400))), Segment(int(patches), is_image=True)]
+    return [*document, Segment(int(rng.integers(4, 100)))]
+
+
+def _long(total_length: int, rng: np.random.Generator) -> Document:
+    """Images of the largest size that leaves room for several, after text of 0.6 to 0.85 times their length."""
+    patches = max((size for size in _IMAGE_SIZES if 8 * size <= total_length), default=_IMAGE_SIZES[0])
+    end = max(int(total_length * rng.uniform(0.955, 0.99)), 1)
+    document: Document = []
+    while True:
+        text = int(patches * rng.uniform(0.6, 0.85))
+        left = end - _length(document)
+        if text + patches >= left:
+            return [*document, Segment(left)]
+        document += [Segment(text), Segment(patches, is_image=True)]
+
+
+def _text_length(rng: np.random.Generator) -> int:
+    """Log-normal, drawn anew outside of 30 .. 1600."""
+    while True:
+        length = int(rng.lognormal(6.1, 1.25))
+        if 30 <= length <= 1600:
+            return length
+
+
+def _last_document(name: str, document: Document, room: int) -> Document:
+    """What fills `room` positions in place of a `document` that is longer."""
+    if name in ("pairs", "tiny"):
+        return []
+    kept: Document = []
+    for segment in document:
+        if _length(kept) + segment.length > room:
+            break
+        kept.append(segment)
+    if not any(segment.is_image for segment in kept):
+        return [Segment(room)]
+    left = room - _length(kept)
+    return [*kept, Segment(left)] if left else kept
+
+
+def _length(document: Document) -> int:
+    return sum(segment.length for segment in document)
+
+
+def _spans(documents: list[Document]) -> tuple[list[int], list[tuple[int, int]]]:
+    spans, position = [], 0
+    for segment in (segment for document in documents for segment in document):
+        if segment.is_image:
+            spans.append((position, segment.length))
+        position += segment.length
+    return [_length(document) for document in documents], spans

@@ -1,0 +1,57 @@
+"""What the kernels share: the interpreter switch, the architecture of a device, and how tensors are addressed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read once, as Triton itself does when a kernel is defined: later changes of TRITON_INTERPRET have no effect.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED_ARCHITECTURE = 90  # whose configurations the interpreter runs
+ARCHITECTURES = (80, 90, 100, 120)  # those with configurations of their own
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The architecture whose configurations `device` runs: 80, 90, 100 or 120, as sm_80 and so on."""
+    if device.type != "cuda":
+        return INTERPRETED_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8 and minor:
+        return 86  # Ada and consumer Ampere: the shared memory of sm_120, without its descriptors
+    return min(ARCHITECTURES, key=lambda known: abs(known - 10 * major))
+
+
+def check_device(op: str, x: Tensor) -> None:
+    """Raises ValueError where the kernels of `op` cannot run on the device of x."""
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f'{op}: backend="triton" needs CUDA tensors, got {x.device}; '
+            'use backend="torch", or set TRITON_INTERPRET=1 before Python starts'
+        )
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRET: tl.constexpr):
+    """acc + a @ b in fp32 on the matrix units: fp16 and bf16 as they are, fp32 as three products of TF32."""
+    if INTERPRET:
+        # The interpreter multiplies the raw bits of bf16.
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+def on_device(x: Tensor) -> AbstractContextManager[None]:
+    """Where kernels are launched: on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy of it where descriptors and wide loads cannot address it: they take 16 bytes at a time."""
+    lengths = [stride * x.element_size() for stride in x.stride()[:-1]]
+    aligned = x.data_ptr() % 16 == 0 and all(length and length % 16 == 0 for length in lengths)
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
