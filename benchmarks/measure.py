@@ -11,7 +11,7 @@ import csv
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,8 +99,8 @@ def autograd_step(forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad
     return step
 
 
-def time_steps(steps: Mapping[str, Step], device: torch.device, effort: Effort) -> dict[str, Timing]:
-    """Times the steps in turns, after one untimed turn."""
+def time_steps(steps: dict[str, Step], device: torch.device, effort: Effort) -> dict[str, Timing]:
+    """Times the steps in turns, after one untimed turn; every other turn backwards, as a neighbour warms the caches."""
     clock = _cuda_clock(device) if device.type == "cuda" else _host_clock
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for step in steps.values():
@@ -109,7 +109,7 @@ def time_steps(steps: Mapping[str, Step], device: torch.device, effort: Effort) 
     for repeat in range(effort.repeats):
         if repeat >= _MIN_REPEATS and time.perf_counter() - start > effort.seconds * len(steps):
             break
-        for name, step in steps.items():
+        for name, step in steps.items() if repeat % 2 else reversed(steps.items()):
             backward, forward_ms = clock(step)
             _, backward_ms = clock(backward)
             samples[name].append((forward_ms, backward_ms))

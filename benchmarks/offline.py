@@ -71,7 +71,7 @@ def compile_variant(variant: Variant) -> Compiled:
         if name.endswith("_ptr") or name.startswith("stride"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": c.warps, "num_stages": c.stages}
+    options = hybrid_attention.compiler_options(c)
     kernel = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
     texts = (kernel.asm[stage] for stage in ("ttir", "ttgir", "ptx"))
     return Compiled(kernel.asm["cubin"], kernel.metadata.shared, *texts)

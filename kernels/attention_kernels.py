@@ -5,7 +5,8 @@ end), and walks an interval of the other side in steps: whole steps that every r
 narrower steps at the edge, which compare every pair with the rows' intervals.
 
 Rows and columns beyond a tile are loaded as zeros, never as what lies there: a matrix product with P = 0 would still
-spread the infinities of an invisible key.
+spread the infinities of an invisible key. A `place` is where such rows lie: (pointer to the head, first row, limit of
+the rows, stride of a row).
 """
 
 import triton

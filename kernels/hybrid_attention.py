@@ -166,7 +166,7 @@ def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterato
     first_tile = 0
     for height, count in zip(TILE_HEIGHTS, counts, strict=True):
         c = config(kernel, architecture(q.device), D, q.element_size(), height)
-        options = {**constants(kernel, c, H, G, D, height), "num_warps": c.warps, "num_stages": c.stages}
+        options = {**constants(kernel, c, H, G, D, height), **compiler_options(c)}
         if count:
             yield _Launch(c, first_tile, (count * (height // c.block) * (G if by_keys else H),), options)
         first_tile += count
@@ -180,6 +180,11 @@ def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int) -> di
         "STEP": c.step, "EDGE_STEP": c.edge_step, "CHUNK": c.chunk,
         "SHARED": height == TILE_HEIGHTS[-1], "INTERPRET": INTERPRETED,
     }  # fmt: skip
+
+
+def compiler_options(c: Config) -> dict[str, Any]:
+    """Multiply-adds are fused whatever Triton's default is, which changes with 3.10."""
+    return {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
 
 
 def _zero_padding(tile_counts: Tensor, *outputs: Tensor) -> None:

@@ -1,10 +1,10 @@
 """Hybrid attention in plain PyTorch, made for speed: the torch backend, and the one to train with on a CPU.
 
-Documents are cut into tiles, and tiles of about one size are gathered into a batch, padded to a common shape, and
-computed together, in a few calls. A document of text alone is one tile: causal attention needs no mask and skips what
-it hides. A document with images is cut into tiles of at most `MAX_ROWS` queries; a tile needs only the keys from its
-document's start to the furthest key that one of its rows sees. Work and masks are the area of the tiles: a pack of many
-short documents costs what the documents cost. The masks, a byte a pair, are made once for all layers, on the device.
+Long documents are computed one by one, where they lie: text alone by causal attention, which needs no mask and skips
+what it hides; a document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the
+document's start to the furthest key that one of their rows sees. Many short documents of about one length are gathered
+into a batch, padded to a common shape, since a call for each would cost more than its work. The masks, a byte a pair,
+are made once for all layers, on the device.
 """
 
 from __future__ import annotations
@@ -18,137 +18,178 @@ from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
 
+SHORT = 64  # documents of up to so many positions share plain matmuls: the flash kernel is made for long rows
+MANY = 4  # of about one length; a batch of fewer costs more than their calls
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
-FEW_KEYS = 64  # up to here plain matmuls beat the flash kernel, whose backward is made for long rows, and save little
 
 
 @dataclass(frozen=True)
-class TileBatch:
-    """B tiles of one padded shape: Q rows, K keys. Rows and keys beyond a tile's own repeat a valid position."""
+class Tile:
+    """Queries [start, end) of a document and the keys [0, keys) that they see."""
 
-    shape: tuple[int, int, int]  # B, Q, K
-    visible: Tensor | None  # bool [B, 1, Q, K]; None where Q = K and attention is causal
+    start: int
+    end: int
+    keys: int
+    visible: Tensor | None  # bool [1, 1, end - start, keys]; None for the whole of a text, causal
 
 
 @dataclass(frozen=True)
-class TilePlan:
-    """All batches of a layout, and the positions of their rows and keys, one batch behind the other."""
+class ShortBatch:
+    """B short documents of one padded length L. Positions beyond a document's own repeat its last one."""
 
-    batches: tuple[TileBatch, ...]
-    queries: Tensor  # int64 [sum of B * Q], position of every row
-    keys: Tensor  # int64 [sum of B * K], position of every key
-    rows: Tensor  # int64 [positions in documents]: for each of them, its row among all
+    shape: tuple[int, int]  # B, L
+    visible: Tensor  # bool [B, 1, L, L]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of positions that a layout falls into: long documents, stretches of short ones, padding."""
+
+    run_lengths: list[int]
+    documents: list[tuple[Tile, ...] | None]  # of each run; None for a stretch of short documents; padding has none
+    batches: list[ShortBatch]
+    gather: Tensor  # int64 [sum of B * L]: the place of each row of the batches among the positions of all stretches
+    scatter: Tensor  # int64 [positions of all stretches]: for each of them, its row
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
-    """softmax(scale * Q K^T + mask) V over the tiles of `layout`. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
-    plan = layout.plan(plan_tiles)
-    # One gather for all batches, since the gradient of each takes a pass over all T positions.
-    q_rows = _rows(q, plan.queries).split([B * Q for B, Q, _ in (batch.shape for batch in plan.batches)])
-    k_rows, v_rows = (
-        _rows(x, plan.keys).split([B * K for B, _, K in (batch.shape for batch in plan.batches)]) for x in (k, v)
-    )
-    heads = q.shape[1], k.shape[1]
-    outs = [
-        _attend(batch, queries, keys, values, heads, scale)
-        for batch, queries, keys, values in zip(plan.batches, q_rows, k_rows, v_rows, strict=True)
-    ]
-    # An empty piece keeps the gradient's path to all three where there is no document.
-    out = torch.cat([q[:0].flatten(1) + k[:0].sum() + v[:0].sum(), *outs])
-    padding = q.new_zeros(len(q) - len(plan.rows), out.shape[1])
-    return torch.cat([_rows(out, plan.rows), padding]).view(q.shape)
+    """softmax(scale * Q K^T + mask) V. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
+    plan = layout.plan(make_plan)
+    # One split, whose gradient is one concatenation: that of a slice takes a pass over all T positions.
+    q_runs, k_runs, v_runs = (x.split(plan.run_lengths) for x in (q, k, v))
+    stretches = [run for run, tiles in enumerate(plan.documents) if tiles is None]
+    short_q, short_k, short_v = ([runs[i] for i in stretches] for runs in (q_runs, k_runs, v_runs))
+    short = iter(_short_documents(plan, short_q, short_k, short_v, scale))
+    outs: list[Tensor] = []
+    for run, tiles in enumerate(plan.documents):
+        if tiles is None:
+            outs.append(next(short))
+        else:
+            outs += _long_document(tiles, q_runs[run], k_runs[run], v_runs[run], scale)
+    if not outs:
+        # Nothing is seen; an empty piece keeps the gradient's path to all three.
+        outs = [q[:0] + k[:0].sum() + v[:0].sum()]
+    padding = q.new_zeros(plan.run_lengths[-1], *q.shape[1:])
+    return torch.cat([*outs, padding])
 
 
-def _attend(
-    batch: TileBatch, q_rows: Tensor, k_rows: Tensor, v_rows: Tensor, heads: tuple[int, int], scale: float | None
-) -> Tensor:
-    """Attention of one batch: q_rows [B * Q, H * D], k_rows and v_rows [B * K, G * D] -> [B * Q, H * D]."""
-    B, Q, K = batch.shape
-    H, G = heads
-    q_BHQD, k_BGKD, v_BGKD = (
-        x.view(B, n, number, -1).transpose(1, 2) for x, n, number in ((q_rows, Q, H), (k_rows, K, G), (v_rows, K, G))
-    )
-    # With a mask, the fused kernels take no grouped heads.
-    k_BHKD, v_BHKD = (x.repeat_interleave(H // G, dim=1) for x in (k_BGKD, v_BGKD))
-    if batch.visible is not None and K <= FEW_KEYS:
-        out = _plain_attention(q_BHQD, k_BHKD, v_BHKD, batch.visible, scale)
-    else:
-        causal = batch.visible is None
+def _long_document(tiles: tuple[Tile, ...], q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> list[Tensor]:
+    """One document, q [L, H, D], k and v [L, G, D]; [rows, H, D] of each tile."""
+    q_1HLD, k_1HLD, v_1HLD = _by_heads(q[None], k[None], v[None])
+    if len(tiles) == 1:
+        visible = tiles[0].visible
         out = F.scaled_dot_product_attention(
-            q_BHQD, k_BHKD, v_BHKD, attn_mask=batch.visible, is_causal=causal, scale=scale
+            q_1HLD, k_1HLD, v_1HLD, attn_mask=visible, is_causal=visible is None, scale=scale
         )
-    return out.transpose(1, 2).reshape(B * Q, -1)
+        return [out[0].transpose(0, 1)]
+    outs = []
+    for tile, rows in zip(tiles, q_1HLD.split([tile.end - tile.start for tile in tiles], dim=2), strict=True):
+        keys, values = k_1HLD[:, :, : tile.keys], v_1HLD[:, :, : tile.keys]
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=tile.visible, scale=scale)
+        outs.append(out[0].transpose(0, 1))
+    return outs
+
+
+def _short_documents(
+    plan: Plan, q_runs: list[Tensor], k_runs: list[Tensor], v_runs: list[Tensor], scale: float | None
+) -> list[Tensor]:
+    """The stretches of short documents, each [positions, H, D], by batches of documents of about one length."""
+    if not q_runs:
+        return []
+    sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
+    q_rows, k_rows, v_rows = (_rows(torch.cat(runs), plan.gather).split(sizes) for runs in (q_runs, k_runs, v_runs))
+    outs = []
+    for batch, *rows in zip(plan.batches, q_rows, k_rows, v_rows, strict=True):
+        q_BHLD, k_BHLD, v_BHLD = _by_heads(*(x.unflatten(0, batch.shape) for x in rows))
+        out = _plain_attention(q_BHLD, k_BHLD, v_BHLD, batch.visible, scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return list(_rows(torch.cat(outs), plan.scatter).split([len(run) for run in q_runs]))
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, L, heads, D] -> [B, H, L, D], keys and values repeated: with a mask, the fused kernels take no groups."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k, v))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
-    """q [B, H, Q, D], k and v [B, H, K, D], visible [B, 1, Q, K] -> [B, H, Q, D]."""
+    """q, k, v [B, H, L, D], visible [B, 1, L, L] -> [B, H, L, D]."""
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
 
 
-def plan_tiles(layout: AttentionLayout) -> TilePlan:
-    """Cuts the documents of `layout` into tiles and batches those of about one shape."""
+def make_plan(layout: AttentionLayout) -> Plan:
+    """How to compute `layout`, on its device."""
     offsets = layout.document_offsets.numpy()
     key_end = layout.key_ends()
     lengths = np.diff(offsets)
-    is_text = np.ones(len(lengths), dtype=bool)
-    is_text[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = False
-    # Few keys are masked, whatever they are: see FEW_KEYS.
-    causal_document = is_text & (lengths > FEW_KEYS)
-    height = np.where(causal_document, lengths, MAX_ROWS)
-    tiles_of = -(-lengths // np.maximum(height, 1))
-    document = np.repeat(np.arange(len(lengths)), tiles_of)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(tiles_of) - tiles_of, tiles_of)
-    row_start = offsets[document] + number * height[document]
-    row_end = np.minimum(row_start + height[document], offsets[document + 1])
-    key_start = offsets[document]
-    furthest = np.maximum.reduceat(key_end[: offsets[-1]], row_start) if len(document) else row_start
-    tiles = np.stack([row_start, row_end, key_start, furthest], axis=1)
-    causal = causal_document[document]
-    shapes = np.stack([_round_up(row_end - row_start), _round_up(furthest - key_start), causal], axis=1)
-    unique, group = np.unique(shapes, axis=0, return_inverse=True)
-    parts = [_Part(tiles[group == g], key_end, bool(shape[2])) for g, shape in enumerate(unique)]
-    return _assemble(parts, int(offsets[-1]), layout.device)
+    has_image = np.zeros(len(lengths), dtype=bool)
+    has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
+    run_lengths: list[int] = []
+    documents: list[tuple[Tile, ...] | None] = []
+    _, of_class, counts = np.unique(_classes(lengths), return_inverse=True, return_counts=True)
+    is_short = (lengths <= SHORT) & (counts[of_class] >= MANY)
+    for number, length in enumerate(lengths.tolist()):
+        if not is_short[number]:
+            own_ends = key_end[offsets[number] : offsets[number + 1]] - offsets[number]
+            documents.append(_tiles(own_ends, bool(has_image[number]), layout.device))
+            run_lengths.append(length)
+        elif documents and documents[-1] is None:
+            run_lengths[-1] += length
+        else:
+            documents.append(None)
+            run_lengths.append(length)
+    run_lengths.append(layout.total_length - int(offsets[-1]))
+    short = np.flatnonzero(is_short)
+    batches, gather, scatter = _batches(lengths[short], offsets[short], key_end, layout.device)
+    return Plan(run_lengths, documents, batches, gather, scatter)
 
 
-class _Part:
-    """One batch on the CPU, from `tiles` int64 [B, 4]: first and last query, first and last key, the last exclusive."""
-
-    def __init__(self, tiles: np.ndarray, key_end: np.ndarray, causal: bool) -> None:
-        row_start, row_end, key_start, furthest = tiles.T
-        Q, K = int((row_end - row_start).max()), int((furthest - key_start).max())
-        self.shape = (len(tiles), Q, K)
-        self.queries = np.minimum(row_start[:, None] + np.arange(Q), row_end[:, None] - 1)
-        self.keys = np.minimum(key_start[:, None] + np.arange(K), furthest[:, None] - 1)
-        self.own_row = np.arange(Q) < (row_end - row_start)[:, None]
-        # A repeated key lies at column >= furthest - key_start, and is hidden by comparing columns, not positions.
-        self.column_end = None if causal else key_end[self.queries] - key_start[:, None]
-
-    def on(self, device: torch.device) -> TileBatch:
-        if self.column_end is None:
-            return TileBatch(self.shape, None)
-        column_end = torch.from_numpy(self.column_end).to(device)
-        return TileBatch(self.shape, torch.arange(self.shape[2], device=device) < column_end[:, None, :, None])
+def _tiles(key_end: np.ndarray, has_image: bool, device: torch.device) -> tuple[Tile, ...]:
+    """The tiles of one document, whose rows see the keys [0, key_end)."""
+    if not has_image:
+        return (Tile(0, len(key_end), len(key_end), None),)
+    tiles = []
+    for start in range(0, len(key_end), MAX_ROWS):
+        ends = key_end[start : start + MAX_ROWS]
+        keys = int(ends[-1])
+        visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None]
+        tiles.append(Tile(start, start + len(ends), keys, visible[None, None]))
+    return tuple(tiles)
 
 
-def _assemble(parts: list[_Part], used: int, device: torch.device) -> TilePlan:
-    queries, keys, own_row = (
-        np.concatenate([getattr(part, name).reshape(-1) for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-        for name in ("queries", "keys", "own_row")
-    )
-    rows = np.empty(used, dtype=np.int64)
-    own = np.flatnonzero(own_row)
-    rows[queries[own]] = own
-    index = (torch.from_numpy(array).to(device) for array in (queries, keys, rows))
-    return TilePlan(tuple(part.on(device) for part in parts), *index)
+def _batches(
+    lengths: np.ndarray, starts: np.ndarray, key_end: np.ndarray, device: torch.device
+) -> tuple[list[ShortBatch], Tensor, Tensor]:
+    """Batches the short documents [start, start + length), and where their rows come from and go to: see `Plan`."""
+    first = np.cumsum(lengths) - lengths  # of each document, among the positions of short ones
+    batches, gather = [], [np.zeros(0, dtype=np.int64)]
+    scatter = np.zeros(int(lengths.sum()), dtype=np.int64)
+    rows_before = 0
+    classes = _classes(lengths)
+    for number in np.unique(classes):
+        chosen = np.flatnonzero(classes == number)
+        own = lengths[chosen, None]
+        L = int(own.max())
+        place = np.minimum(np.arange(L), own - 1)
+        own_end = torch.from_numpy(key_end[starts[chosen, None] + place] - starts[chosen, None]).to(device)
+        # What a document repeats lies at columns >= its length, and is hidden by comparing columns, not positions.
+        visible = torch.arange(L, device=device) < own_end[:, None, :, None]
+        batches.append(ShortBatch((len(chosen), L), visible))
+        among_short = (first[chosen, None] + place).reshape(-1)
+        is_own = (np.arange(L) < own).reshape(-1)
+        scatter[among_short[is_own]] = rows_before + np.flatnonzero(is_own)
+        gather.append(among_short)
+        rows_before += len(among_short)
+    return batches, torch.from_numpy(np.concatenate(gather)).to(device), torch.from_numpy(scatter).to(device)
 
 
-def _round_up(n: np.ndarray) -> np.ndarray:
-    """To multiples of 8 up to 128, of a sixteenth to an eighth of n beyond: few shapes, little padding."""
-    step = 1 << np.maximum(np.log2(n).astype(np.int64) - 3, 3)
-    return -(-n // step) * step
+def _classes(lengths: np.ndarray) -> np.ndarray:
+    """Documents of one class share a batch: their lengths differ by less than 8."""
+    return -(-lengths // 8)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index]. As an embedding, whose gradient is summed row by row; index_select's scatters single numbers here."""
-    return F.embedding(index, x.flatten(1))
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])

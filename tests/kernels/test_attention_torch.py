@@ -114,6 +114,7 @@ def test_poison_in_other_documents_does_not_reach_a_document(lengths, poison):
 def test_poison_in_later_tiles_of_a_document_does_not_reach_earlier_tiles(monkeypatch):
     """Within a tile it may: the weight of a key that is not seen is zero, and zero times NaN is NaN."""
     monkeypatch.setattr(torch_attention, "MAX_ROWS", 8)
+    monkeypatch.setattr(torch_attention, "SHORT", 0)
     layout = AttentionLayout.from_spans([24], [(2, 4)])
     clean = qkv(layout)
     poisoned = [torch.cat([x[:16], torch.full_like(x[16:], float("nan"))]) for x in clean]

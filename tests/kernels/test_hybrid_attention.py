@@ -56,7 +56,7 @@ def test_output_and_gradients_are_the_references(spans):
 
 
 @given(spans_around_tiles())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_output_and_gradients_of_any_layout_are_the_references(spans):
     layout = layout_of(spans)
     inputs = qkv(layout, heads=(1, 1))
@@ -67,7 +67,7 @@ def test_output_and_gradients_of_any_layout_are_the_references(spans):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_head_dimension_and_precision_keeps_the_error_rule(dtype, dim):
     layout = layout_of(MIXED)
-    inputs = qkv(layout, dim=dim, dtype=dtype)
+    inputs = qkv(layout, heads=(1, 1), dim=dim, dtype=dtype)
     assert_accurate(run(triton, inputs, layout), inputs, layout)
 
 
@@ -93,7 +93,11 @@ def cuts():
     found = {}
     for size in SIZES:
         with suppress(KeyError):  # which the test below reports
-            cut = tuple(replace(c, warps=0, stages=0) for c in configurations(*size))
+            cut = tuple(
+                # Rows that are loaded by chunks have no use for descriptors.
+                replace(c, warps=0, stages=0, descriptors=c.descriptors and c.chunk is None)
+                for c in configurations(*size)
+            )
             found.setdefault((size[2], cut), size)
     return list(found.values())
 
@@ -133,6 +137,12 @@ def test_a_token_alone_is_its_value(tolerance):
     expected = {"out": v, "dv": upstream(v), "dq": torch.zeros_like(q), "dk": torch.zeros_like(k)}
     for name, got in run(triton, (q, k, v), layout).items():
         torch.testing.assert_close(got, expected[name], **tolerance["fp32"])
+
+
+def test_a_score_far_below_zero_still_weighs_its_value():
+    layout = AttentionLayout.from_spans([1], [])
+    q, v = torch.full((1, 1, 16), 1e16), torch.ones(1, 1, 16)
+    assert torch.equal(triton(q, -q, v, layout), v)
 
 
 def test_scores_far_from_zero_neither_overflow_nor_vanish():
