@@ -11,11 +11,15 @@ something wrong, or one of ours broke.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+# Before triton is imported: kernels are compiled here, whatever the shell says.
+os.environ["TRITON_INTERPRET"] = "0"
 
 import mixes
 import torch

@@ -28,11 +28,12 @@ except ImportError:  # no triton, so nothing raises its errors
 
 NOT_MEASURED = "not measured"
 # What a backend may raise where it cannot do a shape. NotImplementedError and out of memory are RuntimeErrors.
-FAILURES = (RuntimeError, ValueError, TypeError, TritonError)
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
 
 Step = Callable[[], Callable[[], object]]
 
 _L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+_HEAD_START_CYCLES = 5_000_000  # about 3 ms of a GPU's time
 _MIN_REPEATS = 3
 # Dense 16-bit TFLOP/s and GB/s by the data sheets; the first name that is part of the GPU's own is the one.
 _PEAKS = {
@@ -193,7 +194,8 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], Any]], tuple[Any
 
     def clock(call: Callable[[], Any]) -> tuple[Any, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # also keeps the GPU busy while the host queues the call, so that launches are not what is timed
+        flush.zero_()
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # while the host queues the call, so that launches are not what is timed
         start.record()
         result = call()
         end.record()

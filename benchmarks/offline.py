@@ -20,7 +20,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Bytes of shared memory that a block may take (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": the maximum less the 1 KiB that the system keeps).
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Variant:
     """One compilation of an attention kernel."""
 
     kernel: str  # "forward", "backward_dq" or "backward_dkdv"
-    arch: int  # 80, 86, 90, 100 or 120
+    arch: int  # 80, 90, 100 or 120
     dtype: str  # "bf16", "fp16" or "fp32"
     head_dim: int
     height: int  # of the tiles: 128 or 64

@@ -7,7 +7,7 @@ paths on every machine of an architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -36,7 +36,7 @@ class Config:
 def normalize(architecture: int | str) -> int:
     """90 for 90 and "sm_90". ValueError for one without configurations."""
     name = str(architecture).removeprefix("sm_")
-    if name not in map(str, (*ARCHITECTURES, 86)):
+    if name not in map(str, ARCHITECTURES):
         known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
         raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
     return int(name)
@@ -53,8 +53,6 @@ def padded_head_dim(head_dim: int) -> int:
 def config(kernel: str, architecture: int | str, head_dim: int, itemsize: int, height: int) -> Config:
     """The configuration of `kernel` for tiles of `height` (128 or 64) positions of numbers of `itemsize` bytes."""
     architecture = normalize(architecture)
-    if architecture == 86:  # the shared memory of sm_120 without its descriptors
-        return replace(config(kernel, 120, head_dim, itemsize, height), descriptors=False)
     width = padded_head_dim(head_dim)
     shapes = _SHAPES[architecture, itemsize][kernel][width]
     chunk = 16 if itemsize == 4 and width >= 128 else None

@@ -268,8 +268,8 @@ def hybrid_attention_backward_dkdv_kernel(
     CHUNK: tl.constexpr, SHARED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T dO for one tile of keys and one key/value head, over all its query heads."""
-    kv_head = tl.program_id(0) % G
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // G, SUBTILES, BLOCK)
+    kv_head = tl.program_id(0)  # an axis of its own: the code is the same for one key/value head and for many
+    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(1), SUBTILES, BLOCK)
     if start >= end:
         return
     cols = start + tl.arange(0, BLOCK)

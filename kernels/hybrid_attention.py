@@ -143,7 +143,7 @@ class _Launch:
 
     config: Config
     first_tile: int
-    grid: tuple[int]
+    grid: tuple[int, ...]
     options: dict[str, Any]
 
     def start(self, kernel: Any, q: Tensor, *arguments: Any) -> None:
@@ -168,7 +168,8 @@ def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterato
         c = config(kernel, architecture(q.device), D, q.element_size(), height)
         options = {**constants(kernel, c, H, G, D, height), **compiler_options(c)}
         if count:
-            yield _Launch(c, first_tile, (count * (height // c.block) * (G if by_keys else H),), options)
+            programs = count * (height // c.block)
+            yield _Launch(c, first_tile, (G, programs) if by_keys else (programs * H,), options)
         first_tile += count
 
 

@@ -10,21 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from transfusion_fast.kernels.attention_configs import ARCHITECTURES
+
 # Read once, as Triton itself does when a kernel is defined: later changes of TRITON_INTERPRET have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 INTERPRETED_ARCHITECTURE = 90  # whose configurations the interpreter runs
-ARCHITECTURES = (80, 90, 100, 120)  # those with configurations of their own
 
 
 @cache
 def architecture(device: torch.device) -> int:
-    """The architecture whose configurations `device` runs: 80, 90, 100 or 120, as sm_80 and so on."""
+    """The architecture whose configurations `device` runs: 80, 90, 100 or 120, as sm_80 and so on.
+
+    Raises ValueError for a GPU of which no configuration was ever compiled.
+    """
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)
-    if major == 8 and minor:
-        return 86  # Ada and consumer Ampere: the shared memory of sm_120, without its descriptors
-    return min(ARCHITECTURES, key=lambda known: abs(known - 10 * major))
+    # The minor versions of sm_100 and sm_120 differ in no limit that matters here; those of sm_80 have less memory.
+    if 10 * major not in ARCHITECTURES or (major == 8 and minor):
+        known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+        raise ValueError(f'the GPU must be {known} for backend="triton", got sm_{major}{minor}; use backend="torch"')
+    return 10 * major
 
 
 def check_device(op: str, x: Tensor) -> None:

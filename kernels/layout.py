@@ -121,7 +121,7 @@ class AttentionLayout:
             image_spans=torch.from_numpy(spans),
             query_tiles=_as_int32(query_tiles),
             key_tiles=_as_int32(key_tiles),
-            tile_counts=torch.tensor([*query_counts, *key_counts, used]),
+            tile_counts=torch.tensor([*query_counts, *key_counts, used], device="cpu"),
         )
         return layout.to(device)
 

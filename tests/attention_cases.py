@@ -1,5 +1,7 @@
 """What the tests of attention share: layouts that are hard on tiles, inputs, and how wrong a result may be."""
 
+import os
+
 import torch
 from hypothesis import strategies as st
 
@@ -33,7 +35,8 @@ MIXED = ([151, 3, 40, 1], [(0, 133), (151, 2), (160, 20)], 199)
 
 NAMES = ("out", "dq", "dk", "dv")
 # The interpreter does not round to bf16 but cuts off, which errs by up to twice as much.
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
 
 
 def layout_of(spans):
@@ -65,6 +68,16 @@ def qkv(layout, heads=(2, 1), dim=32, dtype=torch.float32, seed=0):
     return [x.to(layout.device, dtype) for x in drawn]
 
 
+def plain_attention(q, k, v, layout, scale=None):
+    """The reference's formula in the precision of q throughout, as plain PyTorch computes it."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scores = torch.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    mask = layout.dense_mask()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hts,shd->thd", weights.masked_fill(~mask.any(dim=-1)[:, None], 0.0), v)
+
+
 def upstream(out):
     """A gradient of the output that differs at every value."""
     generator = torch.Generator().manual_seed(1)
@@ -93,7 +106,7 @@ def assert_accurate(results, inputs, layout, scale=None):
     """
     do = upstream(results["out"])
     exact = run(reference.hybrid_attention, [x.double() for x in inputs], layout, scale, do.double())
-    plain = run(reference.hybrid_attention, inputs, layout, scale)
+    plain = run(plain_attention, inputs, layout, scale)
     used = int(layout.document_offsets[-1])
     for name, got in results.items():
         assert (got.dtype, got.shape) == (inputs[0].dtype, exact[name].shape), name
