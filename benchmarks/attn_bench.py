@@ -18,8 +18,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before triton is imported: kernels are compiled here, whatever the shell says.
-os.environ["TRITON_INTERPRET"] = "0"
+if __name__ == "__main__":
+    # Before triton is imported: kernels are compiled here, whatever the shell says.
+    os.environ["TRITON_INTERPRET"] = "0"
 
 import mixes
 import torch
