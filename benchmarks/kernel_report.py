@@ -25,7 +25,6 @@ from pathlib import Path
 
 # Before triton is imported: kernels are compiled here, whatever the shell says.
 os.environ["TRITON_INTERPRET"] = "0"
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernel_areas
 import kernel_estimates

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHITECTURES = (80, 90, 100, 120)
-HEAD_DIMS = (32, 64, 96, 128, 256)  # what is proved by compiling; multiples of 16 between them run as the next larger
 
 
 @dataclass(frozen=True)

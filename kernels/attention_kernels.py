@@ -29,6 +29,19 @@ def _tile_bounds(tiles_ptr, tile, SUBTILES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP: tl.constexpr):
+    """(first, edge, last) of a tile of queries [start, end): whole steps of keys up to `edge`, edge steps up to `last`.
+
+    Both ends of the rows' intervals ascend, so the first and the last row bound what the tile sees. What all its rows
+    see ends with the first row's interval, or is nothing where the tile is shared by documents.
+    """
+    first = tl.load(key_start_ptr + start)
+    last = tl.load(key_end_ptr + end - 1)
+    full = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
+    return first, first + (full - first) // STEP * STEP, last
+
+
+@triton.jit
 def _load_edge(place, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BLOCK, BLOCK_D] rows of one head, zeros at rows >= limit and at dimensions >= D."""
     ptr, start, limit, stride = place
@@ -130,12 +143,7 @@ def hybrid_attention_forward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     top = tl.full([BLOCK], LOWEST, tl.float32)
 
-    # Both ends of the rows' intervals ascend, so the first and the last row bound what the tile sees. What all its rows
-    # see ends with the first row's interval, or is nothing where the tile is shared by documents.
-    first = tl.load(key_start_ptr + start)
-    last = tl.load(key_end_ptr + end - 1)
-    full = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
-    edge = first + (full - first) // STEP * STEP
+    first, edge, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
     V_ROWS: tl.constexpr = STEP // 2 if HALVES else STEP
     for at in tl.range(first, edge, STEP):
         k_place = (k_ptr, at, edge, stride_kt)
@@ -212,10 +220,7 @@ def hybrid_attention_backward_dq_kernel(
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
 
-    first = tl.load(key_start_ptr + start)
-    last = tl.load(key_end_ptr + end - 1)
-    full = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
-    edge = first + (full - first) // STEP * STEP
+    first, edge, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
     for at in tl.range(first, edge, STEP):
         k_place = (k_ptr, at, edge, stride_kt)
         k = _load_whole(k_place, k_descriptor, kv_head, D, STEP, BLOCK_D)

@@ -26,11 +26,11 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)
-    # The minor versions of sm_100 and sm_120 differ in no limit that matters here; those of sm_80 have less memory.
-    if 10 * major not in ARCHITECTURES or (major == 8 and minor):
-        known = ", ".join(f"sm_{a}" for a in ARCHITECTURES)
+    # Not those near them: on sm_86 the configurations of sm_120 spilled, and it has less shared memory than sm_80.
+    if 10 * major + minor not in ARCHITECTURES:
+        known = " or ".join(f"sm_{a}" for a in ARCHITECTURES)
         raise ValueError(f'the GPU must be {known} for backend="triton", got sm_{major}{minor}; use backend="torch"')
-    return 10 * major
+    return 10 * major + minor
 
 
 def check_device(op: str, x: Tensor) -> None:

@@ -180,3 +180,23 @@ def test_without_triton_its_backend_is_refused_and_the_others_work(monkeypatch):
         ops.hybrid_attention(q, q, q, LAYOUT, backend="triton")
     for backend in ("torch", "auto"):
         assert ops.hybrid_attention(q, q, q, LAYOUT, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), 80), ((9, 0), 90), ((10, 0), 100), ((12, 0), 120)])
+def test_a_gpu_runs_the_configurations_of_its_architecture(capability, expected, monkeypatch):
+    assert architecture_of(capability, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (8, 9), (10, 3), (12, 1)])
+def test_a_gpu_whose_configurations_were_never_compiled_is_refused(capability, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r'sm_80 or .*backend="triton", got sm_{}{}; use backend="torch"'.format(*capability)
+    ):
+        architecture_of(capability, monkeypatch)
+
+
+def architecture_of(capability, monkeypatch):
+    from transfusion_fast.kernels import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return launch.architecture.__wrapped__(torch.device("cuda"))
