@@ -27,10 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from transfusion_fast.kernels import attention_kernels as kernels
 from transfusion_fast.kernels.attention_configs import Config, config, padded_head_dim
-from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_device, on_device
+from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_device, check_dtype, on_device
 from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = math.log2(math.e)
 
 
@@ -51,8 +50,7 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     """
     check_device("hybrid_attention", q)
     padded_head_dim(q.shape[-1])
-    if q.dtype not in DTYPES:
-        raise ValueError(f'q must be fp16, bf16 or fp32 for backend="triton", got {q.dtype}; cast it')
+    check_dtype("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tables = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
     return _forward(q, k, v, *tables, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]

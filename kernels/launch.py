@@ -15,6 +15,7 @@ from transfusion_fast.kernels.attention_configs import ARCHITECTURES
 # Read once, as Triton itself does when a kernel is defined: later changes of TRITON_INTERPRET have no effect.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 INTERPRETED_ARCHITECTURE = 90  # whose configurations the interpreter runs
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @cache
@@ -42,6 +43,12 @@ def check_device(op: str, x: Tensor) -> None:
         )
 
 
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raises ValueError where no kernel takes the numbers of x."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f'{name} must be fp16, bf16 or fp32 for backend="triton", got {x.dtype}; cast it')
+
+
 @triton.jit
 def dot(a, b, acc, INTERPRET: tl.constexpr):
     """acc + a @ b in fp32 on the matrix units: fp16 and bf16 as they are, fp32 as three products of TF32."""
@@ -61,3 +68,14 @@ def addressable(x: Tensor) -> Tensor:
     lengths = [stride * x.element_size() for stride in x.stride()[:-1]]
     aligned = x.data_ptr() % 16 == 0 and all(length and length % 16 == 0 for length in lengths)
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def as_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as [rows, F] with numbers side by side in a row: views, where their strides allow it.
+
+    Where all are contiguous, everything is one row.
+    """
+    if all(x.is_contiguous() for x in tensors):
+        return [x.view(1, -1) for x in tensors]
+    flat = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in flat]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,22 +26,29 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     return torch.einsum("hts,shd->thd", weights_HTT, _wide(v)).to(q.dtype)
 
 
+class Rotary(NamedTuple):
+    """cos and sin of every angle of a sequence, fp32 [T, D/2]: made once a step, for all layers and heads."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 def rope(
     q: Tensor,
     k: Tensor,
-    positions: Tensor,
+    positions: Tensor | Rotary,
     theta: float = 10000.0,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Optional RMS norm of each head, then rotation of the pairs (i, i + D/2) by position * theta^(-2i/D).
+    """Optional RMS norm of each head, then rotation of the pairs (i, i + D/2). q [T, H, D], k [T, G, D].
 
-    q [T, H, D], k [T, G, D]; positions [T], or [T, 2] where even frequencies turn by the first (row) coordinate
-    and odd ones by the second (column). Equal coordinates therefore are the one-dimensional rotation.
-    RoFormer, arXiv 2104.09864, equation 34; the halves are paired as in Llama.
+    Positions as `rotary` takes them, or what it makes of them. RoFormer, arXiv 2104.09864, equation 34; the halves are
+    paired as in Llama.
     """
-    cos, sin = rotary_angles(positions, q.shape[-1], theta)
+    table = positions if isinstance(positions, Rotary) else rotary(positions, q.shape[-1], theta)
+    cos, sin = (angles[:, None] for angles in table)
 
     def norm_and_rotate(x: Tensor, weight: Tensor | None) -> Tensor:
         wide = _wide(x) if weight is None else F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps)
@@ -49,16 +58,20 @@ def rope(
     return norm_and_rotate(q, q_weight), norm_and_rotate(k, k_weight)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, fp32 [T, 1, D/2]."""
+def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
+    """The angles position * theta^(-2i/D) of every pair i.
+
+    Positions [T], or [T, 2] where even frequencies turn by the first (row) coordinate and odd ones by the second
+    (column). Equal coordinates therefore are the one-dimensional rotation.
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     if positions.ndim == 2:
         axis = torch.arange(head_dim // 2, device=positions.device) % 2
         coordinates = positions.float()[:, axis]
     else:
         coordinates = positions.float()[:, None]
-    angles = (coordinates * frequencies)[:, None, :]
-    return angles.cos(), angles.sin()
+    angles = coordinates * frequencies
+    return Rotary(angles.cos(), angles.sin())
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -73,6 +86,14 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> 
     """
     squared_P = (_wide(prediction) - _wide(target)).square().mean(dim=-1)
     return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
+
+
+def diffusion_mse_from_noise(
+    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
+) -> Tensor:
+    """`diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
+    target = {"ddpm": eps, "flow": eps - x_0}[objective]
+    return diffusion_mse(prediction, target, image_offsets)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,14 +2,19 @@
 
 Long documents are computed one by one, where they lie: text alone by causal attention, which needs no mask and skips
 what it hides; a document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the
-document's start to the furthest key that one of their rows sees. Many short documents of about one length are gathered
-into a batch, padded to a common shape, since a call for each would cost more than its work. The masks, a byte a pair,
-are made once for all layers, on the device.
+document's start to the furthest key that one of their rows sees. Short documents of about one length are gathered into
+a batch, padded to a common shape, since a call for each would cost more than its work. The masks, a byte a pair, are
+made once for all layers, on the device.
+
+Every product is one scaled_dot_product_attention. On CPUs its backward in half precision takes several times as long as
+in fp32 (torch 2.13), so there `_HalfPrecision` differentiates it by plain matrix products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +23,8 @@ from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
 
-SHORT = 64  # documents of up to so many positions share plain matmuls: the flash kernel is made for long rows
-MANY = 4  # of about one length; a batch of fewer costs more than their calls
+SHORT = 256  # documents of up to so many positions share batches
+_LONGEST_OF_CLASS = list(accumulate(range(40), lambda longest, _: max(longest + 8, longest * 5 // 4), initial=8))
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
 
 
@@ -69,24 +74,17 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
     if not outs:
         # Nothing is seen; an empty piece keeps the gradient's path to all three.
         outs = [q[:0] + k[:0].sum() + v[:0].sum()]
-    padding = q.new_zeros(plan.run_lengths[-1], *q.shape[1:])
-    return torch.cat([*outs, padding])
+    padding = plan.run_lengths[-1]
+    return _join([*outs, q.new_zeros(padding, *q.shape[1:])] if padding else outs)
 
 
 def _long_document(tiles: tuple[Tile, ...], q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> list[Tensor]:
     """One document, q [L, H, D], k and v [L, G, D]; [rows, H, D] of each tile."""
     q_1HLD, k_1HLD, v_1HLD = _by_heads(q[None], k[None], v[None])
-    if len(tiles) == 1:
-        visible = tiles[0].visible
-        out = F.scaled_dot_product_attention(
-            q_1HLD, k_1HLD, v_1HLD, attn_mask=visible, is_causal=visible is None, scale=scale
-        )
-        return [out[0].transpose(0, 1)]
     outs = []
     for tile, rows in zip(tiles, q_1HLD.split([tile.end - tile.start for tile in tiles], dim=2), strict=True):
         keys, values = k_1HLD[:, :, : tile.keys], v_1HLD[:, :, : tile.keys]
-        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=tile.visible, scale=scale)
-        outs.append(out[0].transpose(0, 1))
+        outs.append(_attend(rows, keys, values, tile.visible, scale)[0].transpose(0, 1))
     return outs
 
 
@@ -97,13 +95,14 @@ def _short_documents(
     if not q_runs:
         return []
     sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
-    q_rows, k_rows, v_rows = (_rows(torch.cat(runs), plan.gather).split(sizes) for runs in (q_runs, k_runs, v_runs))
+    q_rows, k_rows, v_rows = (
+        _Gather.apply(_join(runs), plan.gather, plan.scatter).split(sizes) for runs in (q_runs, k_runs, v_runs)
+    )
     outs = []
     for batch, *rows in zip(plan.batches, q_rows, k_rows, v_rows, strict=True):
         q_BHLD, k_BHLD, v_BHLD = _by_heads(*(x.unflatten(0, batch.shape) for x in rows))
-        out = _plain_attention(q_BHLD, k_BHLD, v_BHLD, batch.visible, scale)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    return list(_rows(torch.cat(outs), plan.scatter).split([len(run) for run in q_runs]))
+        outs.append(_attend(q_BHLD, k_BHLD, v_BHLD, batch.visible, scale).transpose(1, 2).flatten(0, 1))
+    return list(_Scatter.apply(_join(outs), plan.scatter).split([len(run) for run in q_runs]))
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,10 +112,48 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None) -> Tensor:
-    """q, k, v [B, H, L, D], visible [B, 1, L, L] -> [B, H, L, D]."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
-    return scores.masked_fill(~visible, float("-inf")).softmax(dim=-1) @ v
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
+    """q [B, H, L, D], k and v [B, H, S, D], visible bool [B, 1, L, S], or None for causal -> [B, H, L, D]."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        return _HalfPrecision.apply(q, k, v, visible, q.shape[-1] ** -0.5 if scale is None else scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
+
+
+class _HalfPrecision(torch.autograd.Function):
+    """scaled_dot_product_attention on a CPU, saving what it saves; backward in matrix products of half precision.
+
+    P = exp(scale Q K^T - lse),   dV = P^T dO,   dS = softmax's gradient of dO V^T at P,   dQ, dK = dS K, dS^T Q
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=visible is None, attn_mask=_bias(visible, q.dtype), scale=scale
+        )
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.visible, ctx.scale = visible, scale  # the plan's, shared by all layers
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse = ctx.saved_tensors
+        q, k, v, do = (x.contiguous() for x in (q * ctx.scale, k, v, do))
+        # The product itself subtracts lse, in two parts that together have its precision, before anything is rounded.
+        high = lse.to(q.dtype)
+        low = (lse - high).to(q.dtype)
+        columns = torch.stack([-high, -low], dim=-1)
+        p = torch.cat([q, columns], dim=-1) @ torch.cat([k, torch.ones_like(k[..., :2])], dim=-1).transpose(-1, -2)
+        visible = torch.ones(p.shape[-2:], dtype=torch.bool).tril() if ctx.visible is None else ctx.visible
+        p = p.add_(_bias(visible, p.dtype)).exp_()
+        ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(-1, -2), p, -1, p.dtype)
+        return ds @ (k * ctx.scale), ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do, None, None
+
+
+def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """0 where a key is seen, -inf elsewhere."""
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def make_plan(layout: AttentionLayout) -> Plan:
@@ -128,8 +165,7 @@ def make_plan(layout: AttentionLayout) -> Plan:
     has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
     run_lengths: list[int] = []
     documents: list[tuple[Tile, ...] | None] = []
-    _, of_class, counts = np.unique(_classes(lengths), return_inverse=True, return_counts=True)
-    is_short = (lengths <= SHORT) & (counts[of_class] >= MANY)
+    is_short = lengths <= SHORT
     for number, length in enumerate(lengths.tolist()):
         if not is_short[number]:
             own_ends = key_end[offsets[number] : offsets[number + 1]] - offsets[number]
@@ -186,10 +222,37 @@ def _batches(
 
 
 def _classes(lengths: np.ndarray) -> np.ndarray:
-    """Documents of one class share a batch: their lengths differ by less than 8."""
-    return -(-lengths // 8)
+    """Documents of one class share a batch: their lengths differ by less than 8, or by less than a quarter."""
+    return np.searchsorted(_LONGEST_OF_CLASS, lengths)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index]. As an embedding, whose gradient is summed row by row; index_select's scatters single numbers here."""
-    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
+class _Gather(torch.autograd.Function):
+    """x[gather]. What repeats a position is seen by no other and its output is dropped, so its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.scatter = scatter
+        return x.flatten(1).index_select(0, gather).unflatten(1, x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        return dx.flatten(1).index_select(0, ctx.scatter).unflatten(1, dx.shape[1:]), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """x[scatter], which holds no row twice: the gradient is put in place, where index_select's would be added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:
+        ctx.scatter, ctx.rows = scatter, len(x)
+        return x.flatten(1).index_select(0, scatter).unflatten(1, x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        rows = dx.new_zeros(ctx.rows, dx[0].numel()).index_copy_(0, ctx.scatter, dx.flatten(1))
+        return rows.unflatten(1, dx.shape[1:]), None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """One after another, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -16,7 +16,17 @@ MAX_LINES = 400
 
 # What each part of the library may import of the library, besides itself. A part is a module, or a folder with all its
 # files; `kernels.layout` is a part of its own because it describes sequences and is plain integers.
-LEAVES = {"errors", "config", "sequence", "diffusion", "patches", "images", "pictures", "kernels.layout"}
+LEAVES = {
+    "errors",
+    "config",
+    "sequence",
+    "diffusion",
+    "patches",
+    "images",
+    "pictures",
+    "checkpointing",
+    "kernels.layout",
+}
 MODEL = LEAVES | {"ops", "layers", "codec", "loss", "inputs"}
 MAY_IMPORT = {
     "errors": set(),
@@ -26,6 +36,7 @@ MAY_IMPORT = {
     "patches": {"errors"},
     "images": {"patches"},
     "pictures": {"errors"},
+    "checkpointing": set(),
     "kernels": {"kernels.layout"},
     "kernels.layout": {"kernels"},
     "ops": {"errors", "kernels", "kernels.layout"},

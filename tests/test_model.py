@@ -1,11 +1,13 @@
 """The model: what influences what, what the loss is made of, and the three ways to call it."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.errors import InputError
@@ -294,8 +296,9 @@ def test_one_batch_is_learnt_by_heart(objective):
     assert losses.diffusion < first.diffusion / 10
 
 
-def test_activation_checkpointing_changes_no_bit():
-    plain, thrifty = make(), make(activation_checkpointing=True)
+@pytest.mark.parametrize("setting", ["selective", "full"])
+def test_activation_checkpointing_changes_no_bit(setting):
+    plain, thrifty = make(), make(activation_checkpointing=setting)
     losses = [model(pack(model, PACK, 80, FRAMED)).total for model in (plain, thrifty)]
     assert torch.equal(*losses)
     for one, other in zip(
@@ -304,13 +307,37 @@ def test_activation_checkpointing_changes_no_bit():
         assert torch.equal(one, other)
 
 
-def test_activation_checkpointing_runs_the_blocks_again_in_the_backward_pass():
-    calls = []
-    for thrifty in (False, True):
-        model = make(activation_checkpointing=thrifty)
-        model.blocks[0].register_forward_pre_hook(lambda *call: calls.append(1))
+class Calls(TorchDispatchMode):
+    """Counts the operations that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("setting", "blocks", "attentions"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
+@pytest.mark.parametrize(
+    ("backend", "attention"),
+    [
+        ("torch", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+        ("triton", "transfusion_fast::hybrid_attention"),
+    ],
+)
+def test_selective_checkpointing_runs_the_blocks_again_but_not_their_attention(
+    setting, blocks, attentions, backend, attention
+):
+    transformer = SMALL["transformer"] | {"heads": 2, "depth": 1}
+    model = make(activation_checkpointing=setting, transformer=transformer, backend=backend)
+    runs = []
+    model.blocks[0].register_forward_pre_hook(lambda *call: runs.append(1))
+    with Calls() as calls:
         model(pack(model, PACK[:1])).total.backward()
-    assert len(calls) == 1 + 2
+    assert len(runs) == blocks
+    assert calls.count[attention] == attentions
 
 
 def test_tied_embeddings_are_one_parameter_with_both_gradients():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transfusion_fast import ops
+from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.kernels import launch, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 
@@ -23,6 +24,7 @@ CALLS = {
     "rope": (heads(4), heads(2), torch.arange(6)),
     "swiglu": (heads(4), heads(4).flip(0)),
     "diffusion_mse": (heads()[:, 0], heads()[:, 1], OFFSETS),
+    "diffusion_mse_from_noise": (heads()[:, 0], heads()[:, 1], heads(3)[:, 2], OFFSETS, "flow"),
 }
 each_op = pytest.mark.parametrize("op", CALLS)
 
@@ -54,20 +56,13 @@ def test_the_options_of_an_op_reach_its_backend(tolerance):
 
 
 @each_op
-def test_a_kernel_that_a_backend_lacks_is_named(op, monkeypatch):
-    monkeypatch.setattr(ops, "_TRITON", {})
-    with pytest.raises(NotImplementedError, match=f'{op} has no "triton" kernel'):
-        getattr(ops, op)(*CALLS[op], backend="triton")
-
-
-@each_op
 def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
     """And "auto" leaves the triton kernel alone where the tensors are on the CPU."""
 
     def kernel(*args, **kwargs):
         return "the triton kernel"
 
-    monkeypatch.setattr(ops, "_TRITON", {op: kernel})
+    monkeypatch.setattr(ops, "_TRITON", dict.fromkeys(ops._TRITON, kernel))
     assert getattr(ops, op)(*CALLS[op], backend="triton") == "the triton kernel"
     for backend in ("torch", "auto"):
         assert not isinstance(getattr(ops, op)(*CALLS[op], backend=backend), str)
@@ -81,6 +76,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(op):
 
 META = heads().to("meta")
 OTHER_DEVICE = LAYOUT.to("meta")
+TABLE = ops.rotary(torch.arange(6), 8)
 REFUSED = [
     (
         "hybrid_attention",
@@ -103,14 +99,39 @@ REFUSED = [
     ("hybrid_attention", (*[heads(length=5)] * 3, LAYOUT), "layout must be of q's length 5, got 6"),
     ("hybrid_attention", (*[heads()] * 3, OTHER_DEVICE), "layout must be on q's device cpu, got meta"),
     ("rope", (heads(), heads(), torch.arange(5)), r"positions must be \[6\] or \[6, 2\].*got \(5,\)"),
-    ("rope", (heads(), heads(), torch.zeros(6, 3)), r"positions must be \[6\] or \[6, 2\].*got \(6, 3\)"),
+    ("rope", (heads(), heads(), torch.zeros(6, 3)), r"positions must be \[T\] or \[T, 2\], got \(6, 3\)"),
+    (
+        "rope",
+        (heads(), heads(), TABLE._replace(sin=TABLE.sin[:5])),
+        r"positions.sin must be fp32 \[6, 4\].*got .*\(5, 4\)",
+    ),
+    (
+        "rope",
+        (heads(), heads(), TABLE._replace(cos=TABLE.cos.half())),
+        r"positions.cos must be fp32 .*got torch.float16",
+    ),
+    (
+        "rope",
+        (heads(), heads(), TABLE._replace(cos=TABLE.cos.to("meta"))),
+        r"positions.cos must be .* on cpu.* on meta",
+    ),
     ("rope", (heads(dim=7), heads(dim=7), torch.arange(6)), "head dimension must be even.*got 7"),
     ("rope", (heads(), heads(length=5), torch.arange(6)), r"rope: q must be .*k \[T, G, D\], got .* and \(5, 2, 8\)"),
-    ("swiglu", (heads(2), heads(3)), r"gate and up must be alike, got \(6, 2, 8\).*\(6, 3, 8\)"),
-    ("swiglu", (heads(), heads().half()), "gate and up must be alike, got .*float32.*float16"),
-    ("diffusion_mse", (heads()[:, 0], heads()[:, 0, :4], OFFSETS), r"must be \[P, C\], got \(6, 8\), \(6, 4\)"),
+    ("swiglu", (heads(2), heads(3)), r"up must be like gate, \(6, 2, 8\).*got \(6, 3, 8\)"),
+    ("swiglu", (heads(), heads().half()), "up must be like gate, .*float32.*got .*float16"),
+    ("swiglu", (heads(), META), "up must be like gate, .*cpu.*got .* on meta"),
+    ("swiglu", (heads(dim=7),), r"gate must be \[.., 2F\] where it holds up too, got \(6, 2, 7\)"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0, :4], OFFSETS), r"target must be \[6, 8\].*got \[6, 4\]"),
+    ("diffusion_mse", (heads()[:, 0], META[:, 0], OFFSETS), "target must be .* on cpu.* got .* on meta"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS.long()), "image_offsets must be int32 .*got torch.int64"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS.to("meta")), "image_offsets must be on cpu, got meta"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS + 1), r"ascend from 0 to P=6, .*got \[1, 3, 7\]"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS[:2]), r"ascend from 0 to P=6, .*got \[0, 2\]"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS[[0, 1, 1, 2]]), r"no image empty, got \[0, 2, 2, 6\]"),
     ("diffusion_mse", (heads(), heads(), OFFSETS), r"must be \[P, C\], got \(6, 2, 8\)"),
-    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS[:0]), r"image_offsets must be \[N \+ 1\], got \(0,\)"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS[:0]), r"image_offsets must be int32 \[N .*got .*\(0,\)"),
+    ("diffusion_mse_from_noise", (*[heads()[:, 0]] * 2, heads()[:3, 0], OFFSETS, "ddpm"), r"eps must be \[6, 8\]"),
+    ("diffusion_mse_from_noise", (*[heads()[:, 0]] * 3, OFFSETS, "v"), "objective must be .*ddpm.*flow.*got 'v'"),
 ]
 
 
@@ -118,6 +139,24 @@ REFUSED = [
 def test_what_does_not_fit_is_refused_with_argument_rule_and_value(op, args, message):
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("name", ["q_weight", "k_weight"])
+@pytest.mark.parametrize(
+    ("weight", "got"), [(torch.ones(4), r"got \(4,\) on cpu"), (torch.ones(8, device="meta"), ".*on meta")]
+)
+def test_a_norm_weight_that_does_not_fit_the_heads_is_refused(name, weight, got):
+    weights = dict.fromkeys(("q_weight", "k_weight"), torch.ones(8)) | {name: weight}
+    with pytest.raises(ValueError, match=rf"{name} must be \[8\] on cpu, {got}"):
+        ops.rope(heads(), heads(), torch.arange(6), **weights)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_the_error_formed_from_noise_is_that_against_the_objectives_target(objective):
+    prediction, x_0, eps = (heads(n)[:, 0] for n in (1, 2, 3))
+    target = OBJECTIVES[objective].target(x_0, eps, torch.tensor(3.0))
+    got = ops.diffusion_mse_from_noise(prediction, x_0, eps, OFFSETS, objective)
+    assert torch.equal(got, ops.diffusion_mse(prediction, target, OFFSETS))
 
 
 @pytest.mark.parametrize("given", ["q_weight", "k_weight"])

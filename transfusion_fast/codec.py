@@ -29,5 +29,5 @@ class LinearCodec(nn.Module):
         return self.encoder(x_t.to(shift_PC.dtype) + shift_PC)
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """[P, E] -> the model's prediction, fp32 [P, C]."""
-        return self.decoder(hidden).float()
+        """[P, E] -> the model's prediction [P, C], in the weights' dtype."""
+        return self.decoder(hidden)

@@ -123,8 +123,9 @@ class ModelConfig(_Settings):
     """Use the token embedding as the weight of the language head."""
     backend: Backend | dict[Literal["hybrid_attention", "rope", "swiglu", "diffusion_mse"], Backend] = "auto"
     """Of the fused ops: one for all of them, or one for each, and auto for those not named; see ops.py."""
-    activation_checkpointing: bool = False
-    """Keep only the input of every block and run it again in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What a block keeps for its backward pass: everything; its input and what attention returned; its input alone. The
+    rest is computed again."""
 
     @field_validator("dim_latent", mode="before")
     @classmethod

@@ -56,19 +56,16 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.theta, self.backend = config.rope_theta, backend
+        self.backend = backend
         self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, config.dim, std=_residual_std(config))
         self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, positions: Tensor, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
         qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
         q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q_THD, k_TGD = ops.rope(
-            q_THD, k_TGD, positions,
-            theta=self.theta, q_weight=self.q_norm, k_weight=self.k_norm, backend=self.backend,
-        )  # fmt: skip
+        q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, q_weight=self.q_norm, k_weight=self.k_norm, backend=self.backend)
         out_THD = ops.hybrid_attention(q_THD, k_TGD, v_TGD, layout, backend=self.backend)
         return self.out(out_THD.flatten(1))
 
@@ -83,8 +80,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.hidden_dim, config.dim, std=_residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(ops.swiglu(gate, up, backend=self.backend))
+        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend))
 
 
 class Block(nn.Module):
@@ -97,8 +93,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config, backend)
 
-    def forward(self, x: Tensor, positions: Tensor, layout: AttentionLayout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, layout)
+    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, layout)
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transfusion_fast import inputs, ops
+from transfusion_fast.checkpointing import CHECKPOINTING
 from transfusion_fast.codec import LinearCodec
 from transfusion_fast.config import ModelConfig, parse
 from transfusion_fast.diffusion import OBJECTIVES
@@ -100,12 +100,12 @@ class Transfusion(nn.Module):
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
-        image_losses = []
+        image_losses, backend = [], self.config.backend
         for number, images in enumerate(batch.modalities):
-            target = self.objective.target(images.latents, images.noise, _per_patch(images.timesteps, images))
             prediction = self.prediction(hidden, batch, number)
+            clean, noise, offsets = images.latents, images.noise, images.image_offsets
             image_losses.append(
-                ops.diffusion_mse(prediction, target, images.image_offsets, backend=self.config.backend)
+                ops.diffusion_mse_from_noise(prediction, clean, noise, offsets, self.config.objective, backend=backend)
             )
         return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
 
@@ -115,15 +115,15 @@ class Transfusion(nn.Module):
         for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
             patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
             x = x.index_copy(0, images.sequence_index, patches.to(x.dtype))
+        transformer = self.config.transformer
+        rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
+        run = CHECKPOINTING[self.config.activation_checkpointing if self.training else "none"]
         for block in self.blocks:
-            if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, batch.positions, batch.layout, use_reentrant=False)
-            else:
-                x = block(x, batch.positions, batch.layout)
+            x = run(block, x, rotary, batch.layout)
         return self.norm(x)
 
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
-        """The diffusion head of one modality: fp32 [P, C]."""
+        """The diffusion head of one modality: [P, C] in the weights' dtype."""
         index = batch.modalities[modality].sequence_index
         return self._codec(modality).decode(hidden.index_select(0, index))
 

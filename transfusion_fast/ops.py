@@ -1,14 +1,16 @@
 """The one seam between the model and the kernels: four ops, each on a backend chosen by name.
 
 `backend` is "torch" (plain PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), or
-"auto": triton for CUDA tensors where the op has a Triton kernel, torch everywhere else; or a mapping from ops to these,
+"auto": triton for CUDA tensors, torch everywhere else; or a mapping from ops to these,
 auto for an op that it does not name. A backend named outright is used or refused, never replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from importlib import import_module
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,37 +18,49 @@ from torch import Tensor
 
 from transfusion_fast.kernels import reference, torch_attention
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.reference import Rotary
 
 BACKENDS = ("auto", "torch", "triton")
 Backend = str | Mapping[Any, str]
 
 
-def _swiglu_in_dtype(gate: Tensor, up: Tensor) -> Tensor:
+def _torch_rope(
+    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
+
+
+def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     """The reference without its detour over fp32, which on a CPU costs more than the matmuls around it."""
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
     return F.silu(gate) * up
 
 
-def _triton_hybrid_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None
-) -> Tensor:
-    """Imports Triton at the first call: machines that never use it need not have it."""
-    try:
-        from transfusion_fast.kernels import hybrid_attention as kernel
-    except ModuleNotFoundError as error:
-        hint = 'install it, or use backend="torch"'
-        raise NotImplementedError(
-            f'hybrid_attention: backend="triton" needs the package {error.name}; {hint}'
-        ) from error
-    return kernel.hybrid_attention(q, k, v, layout, scale)
+def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    return reference.diffusion_mse(prediction, target if x_0 is None else target - x_0, image_offsets)
+
+
+def _triton(op: str) -> Callable:
+    """The function `op` of kernels/`op`.py, imported at the first call: machines without Triton never need it."""
+
+    def call(*args: Any) -> Any:
+        try:
+            kernels = import_module(f"transfusion_fast.kernels.{op}")
+        except ModuleNotFoundError as error:
+            hint = 'install it, or use backend="torch"'
+            raise NotImplementedError(f'{op}: backend="triton" needs the package {error.name}; {hint}') from error
+        return getattr(kernels, op)(*args)
+
+    return call
 
 
 _TORCH: dict[str, Callable] = {
     "hybrid_attention": torch_attention.tiled_attention,
-    "rope": reference.rope,
-    "swiglu": _swiglu_in_dtype,
-    "diffusion_mse": reference.diffusion_mse,
+    "rope": _torch_rope,
+    "swiglu": _torch_swiglu,
+    "diffusion_mse": _torch_diffusion_mse,
 }
-_TRITON: dict[str, Callable] = {"hybrid_attention": _triton_hybrid_attention}
+_TRITON: dict[str, Callable] = {op: _triton(op) for op in _TORCH}
 
 
 def hybrid_attention(
@@ -80,13 +94,33 @@ def hybrid_attention(
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
-    return _implementation("hybrid_attention", q, backend)(q, k, v, layout, scale=scale)
+    return _implementation("hybrid_attention", q, backend)(q, k, v, layout, scale)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
+    """The table of angles that `rope` turns by: made once a step, shared by all layers and heads.
+
+    Args:
+        positions: int [T], or [T, 2] for (row, column), which take turns over the frequencies.
+        head_dim: D, even.
+
+    Returns:
+        cos and sin of position * theta^(-2i/D) for the pairs i, fp32 [T, D / 2] each.
+
+    Raises:
+        ValueError: positions of another shape, an odd head dimension.
+    """
+    if positions.ndim not in (1, 2) or positions.shape[1:] not in ((), (2,)):
+        raise ValueError(f"positions must be [T] or [T, 2], got {tuple(positions.shape)}")
+    if head_dim % 2:
+        raise ValueError(f"the head dimension must be even to be rotated in pairs, got {head_dim}")
+    return reference.rotary(positions, head_dim, theta)
 
 
 def rope(
     q: Tensor,
     k: Tensor,
-    positions: Tensor,
+    positions: Tensor | Rotary,
     *,
     theta: float = 10000.0,
     q_weight: Tensor | None = None,
@@ -96,28 +130,50 @@ def rope(
     """Rotary embedding of q and k (pairs i and i + D/2), after an RMS norm of each head where weights are given.
 
     Args:
-        q: [T, H, D]. k: [T, G, D], D even.
-        positions: int [T], or [T, 2] for (row, column), which take turns over the frequencies.
-        q_weight, k_weight: [D], both or neither.
+        q: [T, H, D]. k: [T, G, D], D even; views of one fused projection are read where they lie.
+        positions: as `rotary` takes them, or the table that it made of them, which has its own theta.
+        q_weight, k_weight: [D], both or neither; the norm adds 1e-6 to the mean square.
 
     Raises:
-        ValueError: shapes that do not fit. NotImplementedError: the backend has no kernel for this op.
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
     T, _, D = _check_heads("rope", q, k)
-    if D % 2:
-        raise ValueError(f"the head dimension must be even to be rotated in pairs, got {D}")
-    if positions.shape not in ((T,), (T, 2)):
-        raise ValueError(f"positions must be [{T}] or [{T}, 2] for q of length {T}, got {tuple(positions.shape)}")
+    if isinstance(positions, Tensor):
+        if len(positions) != T:
+            raise ValueError(f"positions must be [{T}] or [{T}, 2] for q of length {T}, got {tuple(positions.shape)}")
+        positions = rotary(positions, D, theta)
+    for name, table in zip(("cos", "sin"), positions, strict=True):
+        if table.shape != (T, D // 2) or table.dtype != torch.float32 or table.device != q.device:
+            raise ValueError(
+                f"positions.{name} must be fp32 [{T}, {D // 2}] on {q.device} for this q, "
+                f"got {table.dtype} {tuple(table.shape)} on {table.device}; call rotary for this batch"
+            )
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must be given together, got one of them")
-    return _implementation("rope", q, backend)(q, k, positions, theta=theta, q_weight=q_weight, k_weight=k_weight)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (weight.shape != (D,) or weight.device != q.device):
+            raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
+    return _implementation("rope", q, backend)(q, k, positions, q_weight, k_weight)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """silu(gate) * up, of one shape and dtype. Raises ValueError where they differ."""
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up.
+
+    Args:
+        gate, up: of one shape and dtype; or `gate` alone, [.., 2F], with both in it, the gate first.
+
+    Returns:
+        [.., F] in gate's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that differ. NotImplementedError: the backend cannot run here.
+    """
+    if up is None and (not gate.ndim or gate.shape[-1] % 2):
+        raise ValueError(f"gate must be [.., 2F] where it holds up too, got {tuple(gate.shape)}; give up as well")
+    if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device):
         raise ValueError(
-            f"gate and up must be alike, got {tuple(gate.shape)} {gate.dtype}, {tuple(up.shape)} {up.dtype}"
+            f"up must be like gate, {tuple(gate.shape)} {gate.dtype} on {gate.device}, "
+            f"got {tuple(up.shape)} {up.dtype} on {up.device}"
         )
     return _implementation("swiglu", gate, backend)(gate, up)
 
@@ -133,13 +189,39 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
         fp32 [N].
 
     Raises:
-        ValueError: shapes that do not fit. NotImplementedError: the backend has no kernel for this op.
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
-    if prediction.ndim != 2 or prediction.shape != target.shape:
-        raise ValueError(f"prediction and target must be [P, C], got {tuple(prediction.shape)}, {tuple(target.shape)}")
-    if image_offsets.ndim != 1 or not len(image_offsets):
-        raise ValueError(f"image_offsets must be [N + 1], got {tuple(image_offsets.shape)}")
-    return _implementation("diffusion_mse", prediction, backend)(prediction, target, image_offsets)
+    _check_patches(prediction, image_offsets, target=target)
+    return _implementation("diffusion_mse", prediction, backend)(prediction, target, image_offsets, None)
+
+
+def diffusion_mse_from_noise(
+    prediction: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    image_offsets: Tensor,
+    objective: Literal["ddpm", "flow"],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`diffusion_mse` against an objective's target, which is formed on the fly: no target is in memory.
+
+    Args:
+        prediction, x_0, eps: [P, C]: the model's output, the clean latents, the noise.
+        image_offsets: as in `diffusion_mse`.
+        objective: "ddpm", whose target is eps, or "flow", whose target is eps - x_0, both whatever the timestep.
+
+    Returns:
+        fp32 [N].
+
+    Raises:
+        As `diffusion_mse`; ValueError for another objective.
+    """
+    if objective not in ("ddpm", "flow"):
+        raise ValueError(f'objective must be "ddpm" or "flow", got {objective!r}')
+    _check_patches(prediction, image_offsets, x_0=x_0, eps=eps)
+    subtracted = x_0 if objective == "flow" else None
+    return _implementation("diffusion_mse", prediction, backend)(prediction, eps, image_offsets, subtracted)
 
 
 def describe_backend(backend: Backend, device: torch.device) -> str:
@@ -160,9 +242,7 @@ def _choose(op: str, device: torch.device, backend: Backend) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and op in _TRITON else "torch"
-    if backend == "triton" and op not in _TRITON:
-        raise NotImplementedError(f'{op} has no "triton" kernel yet; use backend="torch" or "auto"')
+        return "triton" if device.type == "cuda" else "torch"
     return backend
 
 
@@ -174,3 +254,24 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
             f"{op}: k must have q's dtype and device, got {k.dtype} on {k.device}, q {q.dtype} on {q.device}"
         )
     return q.shape[0], q.shape[1], q.shape[2]
+
+
+def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) -> None:
+    """`others` by name must be like prediction [P, C]; dtypes may differ."""
+    if prediction.ndim != 2:
+        raise ValueError(f"prediction must be [P, C], got {tuple(prediction.shape)}")
+    for name, x in others.items():
+        if x.shape != prediction.shape or x.device != prediction.device:
+            raise ValueError(
+                f"{name} must be {list(prediction.shape)} on {prediction.device} as the prediction is, "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    if image_offsets.ndim != 1 or not len(image_offsets) or image_offsets.dtype != torch.int32:
+        raise ValueError(f"image_offsets must be int32 [N + 1], got {image_offsets.dtype} {tuple(image_offsets.shape)}")
+    if image_offsets.device != prediction.device:
+        raise ValueError(f"image_offsets must be on {prediction.device}, got {image_offsets.device}")
+    # Read where that waits for no device; a compiler cannot follow numbers.
+    if image_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = image_offsets.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(prediction) or any(a >= b for a, b in pairwise(offsets)):
+            raise ValueError(f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}")

@@ -216,7 +216,7 @@ def _with_image(tokens: list[int], images: list, image: Image, timestep: float) 
 def _predict_last(model: Transfusion, streams: Sequence[_Stream], modality: int, grid: tuple[int, int]) -> Tensor:
     """The model's prediction for the image at the end of each stream: fp32 [streams, rows, columns, C] on the CPU."""
     hidden, batch = _run(model, streams)
-    prediction = model.prediction(hidden, batch, modality).cpu()
+    prediction = model.prediction(hidden, batch, modality).float().cpu()
     own = torch.tensor([image.modality == modality for s in streams for _, image, _ in s.images])
     count = torch.tensor([len(s.images) for s in streams])
     last_of_all = count.cumsum(0) - 1

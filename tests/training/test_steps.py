@@ -62,7 +62,7 @@ def test_two_ranks_under_zero3_take_the_steps_of_a_plain_loop(digits: Path, unin
 def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two(
     digits: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=true")
+    train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=full")
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 
@@ -70,7 +70,15 @@ def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two
     ("ranks", "settings"),
     [
         (1, ["model.objective=flow", "model.transformer.kv_heads=1"]),
-        (2, ["model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared"]),
+        (
+            2,
+            [
+                "model.tie_embeddings=true",
+                "model.transformer.qk_norm=true",
+                "model.positions=shared",
+                "model.activation_checkpointing=selective",
+            ],
+        ),
     ],
 )
 def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(

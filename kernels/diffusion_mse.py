@@ -1,0 +1,242 @@
+"""Mean squared error of each image over packed patches, from what the target is made of: no target is in memory.
+
+    L_n = sum over the patches p of image n, and their C values, of (prediction - target)^2 / (C |n|)
+    dprediction_p = dL_n 2 (prediction - target) / (C |n|)
+
+The target is a tensor, or formed in registers from the noise eps and the clean latents x_0: eps for noise prediction
+(DDPM, arXiv 2006.11239, equation 14), eps - x_0 for flow matching (arXiv 2210.02747); neither depends on the timestep.
+Arithmetic is fp32. Saved for backward are the inputs alone.
+
+An image is cut into pieces of BLOCK_P patches, one program each. Piece 0 of image n is piece `offset[n] // BLOCK_P + n`
+of all: an image has at most one piece more than it starts blocks of the flat patches, so pieces of two images never
+have one number, and a launch needs nothing but P and N. A program finds its image by bisection. Forward leaves the sum
+of each piece, and a second launch adds those of each image in their order: no atomics, equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transfusion_fast.kernels.launch import check_device, check_dtype, on_device
+
+VALUES = 2048  # of a tile: two loads of 16 bytes a thread, of 4 warps, in 16 bits
+MOST_COLUMNS = 1024  # of a tile; wider patches are walked
+WARPS = 4
+PIECES = 1024  # whose sums are added at a time
+
+
+@triton.jit
+def _find_image(offsets_ptr, N, piece, BLOCK_P: tl.constexpr):
+    """The image whose piece this may be: the last n with offset[n] // BLOCK_P + n <= piece."""
+    low, high = 0, N
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(offsets_ptr + middle) // BLOCK_P + middle <= piece:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _bounds(offsets_ptr, N, P, BLOCK_P: tl.constexpr):
+    """(image, first patch, one past the last) of this program, and how many patches the image has."""
+    piece = tl.program_id(0)
+    image = _find_image(offsets_ptr, N, piece, BLOCK_P)
+    start = tl.load(offsets_ptr + image)
+    end = tl.minimum(tl.load(offsets_ptr + image + 1), P)
+    first = start + (piece - (start // BLOCK_P + image)) * BLOCK_P
+    return image, first, tl.minimum(first + BLOCK_P, end), end - start
+
+
+@triton.jit
+def _load(ptr, first, last, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """fp32 [BLOCK_P, BLOCK_C] of the patches [first, last) from column `start` on, and their mask; zeros elsewhere.
+
+    No stride is that of contiguous rows: C is known, and with it how wide loads may be.
+    """
+    step = C if stride is None else stride
+    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    ptrs = ptr + first.to(tl.int64) * step + start + (rows[:, None] * step + cols[None, :])
+    mask = (rows < last - first)[:, None]
+    if C % BLOCK_C != 0:
+        mask = mask & (cols < C - start)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), mask
+
+
+@triton.jit
+def _difference(
+    prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """prediction - target of a tile, zero outside it, and its mask."""
+    prediction, mask = _load(prediction_ptr, first, last, stride_prediction, start, C, BLOCK_P, BLOCK_C)
+    target, _ = _load(target_ptr, first, last, stride_target, start, C, BLOCK_P, BLOCK_C)
+    if x_0_ptr is not None:
+        x_0, _ = _load(x_0_ptr, first, last, stride_x_0, start, C, BLOCK_P, BLOCK_C)
+        target -= x_0
+    return prediction - target, mask
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def diffusion_mse_forward_kernel(
+    prediction_ptr, target_ptr, x_0_ptr, offsets_ptr, sums_ptr, N, P, stride_prediction, stride_target, stride_x_0,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The sum of the squared errors of one piece."""
+    _, first, last, _ = _bounds(offsets_ptr, N, P, BLOCK_P)
+    if first >= last:
+        return
+    total = 0.0
+    for start in tl.range(0, C, BLOCK_C):
+        difference, _ = _difference(
+            prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
+            C, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        total += tl.sum(tl.sum(difference * difference, 1), 0)
+    tl.store(sums_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def diffusion_mse_mean_kernel(
+    sums_ptr, offsets_ptr, loss_ptr, C: tl.constexpr, BLOCK_P: tl.constexpr, PIECES: tl.constexpr
+):
+    """The mean of one image from the sums of its pieces; NaN for an image without patches."""
+    image = tl.program_id(0)
+    start, end = tl.load(offsets_ptr + image), tl.load(offsets_ptr + image + 1)
+    sums_ptr += start // BLOCK_P + image
+    count = tl.cdiv(end - start, BLOCK_P)
+    total = tl.zeros([PIECES], tl.float32)
+    for at in tl.range(0, count, PIECES):
+        pieces = at + tl.arange(0, PIECES)
+        total += tl.load(sums_ptr + pieces, mask=pieces < count, other=0.0)
+    values = (end - start).to(tl.float32) * C
+    tl.store(loss_ptr + image, tl.sum(total, 0) / values)
+
+
+@triton.jit(do_not_specialize=["N", "P"])
+def diffusion_mse_backward_kernel(
+    dloss_ptr, prediction_ptr, target_ptr, x_0_ptr, offsets_ptr, dprediction_ptr, N, P,
+    stride_prediction, stride_target, stride_x_0,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dprediction [P, C], contiguous, of one piece."""
+    image, first, last, patches = _bounds(offsets_ptr, N, P, BLOCK_P)
+    if first >= last:
+        return
+    scale = tl.load(dloss_ptr + image) * (2.0 / (patches.to(tl.float32) * C))
+    for start in tl.range(0, C, BLOCK_C):
+        difference, mask = _difference(
+            prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
+            C, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+        ptrs = dprediction_ptr + first.to(tl.int64) * C + start + (rows[:, None] * C + cols[None, :])
+        tl.store(ptrs, (difference * scale).to(dprediction_ptr.dtype.element_ty), mask=mask)
+
+
+def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None = None) -> Tensor:
+    """Mean squared error of each image, differentiable in `prediction`, `target` and `x_0`.
+
+    Args:
+        prediction, target: [P, C], fp16, bf16 or fp32 each, rows of any stride.
+        image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offset n, offset n + 1).
+        x_0: [P, C]; where given, the target is `target - x_0`.
+
+    Returns:
+        fp32 [N].
+
+    Raises:
+        ValueError: a device or dtype that the kernels do not run.
+    """
+    check_device("diffusion_mse", prediction)
+    for name, x in (("prediction", prediction), ("target", target), ("x_0", x_0)):
+        if x is not None:
+            check_dtype(name, x)
+    return _forward(prediction, target, image_offsets, x_0)
+
+
+@torch.library.custom_op("transfusion_fast::diffusion_mse", mutates_args=())
+def _forward(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    P, C = prediction.shape
+    N = len(image_offsets) - 1
+    loss, sums = (torch.empty(n, dtype=torch.float32, device=prediction.device) for n in (N, N + P // block_p(C)))
+    if N:
+        tensors, strides = _rows(prediction, target, x_0)
+        sizes = constants(C)
+        options = {"num_warps": WARPS, "enable_fp_fusion": True}
+        with on_device(prediction):
+            diffusion_mse_forward_kernel[sums.shape](
+                *tensors, image_offsets, sums, N, P, *strides, **sizes, **options
+            )
+            del sizes["BLOCK_C"]
+            diffusion_mse_mean_kernel[(N,)](sums, image_offsets, loss, **sizes, PIECES=PIECES, **options)
+    return loss
+
+
+@torch.library.custom_op("transfusion_fast::diffusion_mse_backward", mutates_args=())
+def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    """dprediction, contiguous."""
+    P, C = prediction.shape
+    N = len(image_offsets) - 1
+    dprediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    if N:
+        tensors, strides = _rows(prediction, target, x_0)
+        with on_device(prediction):
+            diffusion_mse_backward_kernel[(N + P // block_p(C),)](
+                dloss.contiguous(), *tensors, image_offsets, dprediction, N, P, *strides, **constants(C),
+                num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return dprediction
+
+
+@_forward.register_fake
+def _(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    return prediction.new_empty(image_offsets.shape[0] - 1, dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(dloss: Tensor, prediction: Tensor, *_: Any) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    prediction, target, image_offsets, x_0 = ctx.saved_tensors
+    _, needs_target, _, needs_x_0 = ctx.needs_input_grad
+    # Training differentiates the prediction alone. The others' gradient is the same one, not rounded to its dtype.
+    wide = prediction.float() if needs_target or needs_x_0 else prediction
+    gradient = _backward(dloss, wide, target, image_offsets, x_0)
+    return (
+        gradient.to(prediction.dtype),
+        -gradient.to(target.dtype) if needs_target else None,
+        None,
+        gradient.to(x_0.dtype) if needs_x_0 else None,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def block_p(C: int) -> int:
+    """Patches of a piece."""
+    return VALUES // min(triton.next_power_of_2(C), MOST_COLUMNS)
+
+
+def constants(C: int) -> dict[str, int]:
+    """What the kernels over patches of C values are compiled for, besides the number types."""
+    return {"C": C, "BLOCK_P": block_p(C), "BLOCK_C": min(triton.next_power_of_2(C), MOST_COLUMNS)}
+
+
+def _rows(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int | None]]:
+    """The tensors, copied where a row's numbers are not side by side, and the strides of the rows that are not contiguous."""
+    rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return rows, [None if x is None or x.is_contiguous() else x.stride(0) for x in rows]

@@ -1,0 +1,155 @@
+"""silu(gate) * up (GLU variants, arXiv 2002.05202), each number read and written once.
+
+    y = gate sigma(gate) up,   dup = dy gate sigma(gate),   dgate = dy up sigma(gate) (1 + gate (1 - sigma(gate)))
+
+The two inputs are tensors of their own, or the halves of one projection [.., 2F]: then their gradients are written side
+by side too, where autograd would join them in another pass over memory. Arithmetic is fp32. Saved for backward are the
+inputs alone; the sigmoid sigma is computed anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transfusion_fast.kernels.launch import as_rows, check_device, check_dtype, on_device
+
+BLOCK = 1024  # numbers of a program: one load of 16 bytes a thread, of 4 warps, in 16 bits
+WARPS = 4
+
+
+@triton.jit
+def _inputs(gate_ptr, up_ptr, cols, mask):
+    """(gate, sigmoid of gate, up) in fp32."""
+    gate = tl.load(gate_ptr + cols, mask=mask).to(tl.float32)
+    up = tl.load(up_ptr + cols, mask=mask).to(tl.float32)
+    return gate, 1.0 / (1.0 + tl.exp(-gate)), up
+
+
+@triton.jit
+def _forward_block(gate_ptr, up_ptr, y_ptr, cols, mask):
+    gate, sigmoid, up = _inputs(gate_ptr, up_ptr, cols, mask)
+    tl.store(y_ptr + cols, (gate * sigmoid * up).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_block(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, mask):
+    gate, sigmoid, up = _inputs(gate_ptr, up_ptr, cols, mask)
+    dy = tl.load(dy_ptr + cols, mask=mask).to(tl.float32)
+    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    tl.store(dgate_ptr + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + cols, (dy * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, F, stride_gate, stride_up, stride_y, BLOCK: tl.constexpr):
+    """y of BLOCK columns of one row; all rows have F columns."""
+    blocks = tl.cdiv(F, BLOCK)
+    row, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    gate_ptr += row * stride_gate + start
+    up_ptr += row * stride_up + start
+    y_ptr += row * stride_y + start
+    cols = tl.arange(0, BLOCK)
+    # Without a mask loads are 16 bytes wide whatever F is; with one, only where F is known to be a multiple.
+    if start + BLOCK <= F:
+        _forward_block(gate_ptr, up_ptr, y_ptr, cols, None)
+    else:
+        _forward_block(gate_ptr, up_ptr, y_ptr, cols, cols < F - start)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, F, stride_dy, stride_gate, stride_up, stride_dgate, stride_dup,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dgate and dup of BLOCK columns of one row."""
+    blocks = tl.cdiv(F, BLOCK)
+    row, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    dy_ptr += row * stride_dy + start
+    gate_ptr += row * stride_gate + start
+    up_ptr += row * stride_up + start
+    dgate_ptr += row * stride_dgate + start
+    dup_ptr += row * stride_dup + start
+    cols = tl.arange(0, BLOCK)
+    if start + BLOCK <= F:
+        _backward_block(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, None)
+    else:
+        _backward_block(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, cols < F - start)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, differentiable.
+
+    Args:
+        gate, up: of one shape and dtype, fp16, bf16 or fp32, rows of any stride; or gate alone, [.., 2F], which holds
+            both: gate first, up second.
+
+    Returns:
+        [.., F] in gate's dtype, contiguous.
+
+    Raises:
+        ValueError: a device or dtype that the kernels do not run.
+    """
+    check_device("swiglu", gate)
+    check_dtype("gate", gate)
+    return _forward(gate, up)
+
+
+@torch.library.custom_op("transfusion_fast::swiglu", mutates_args=())
+def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
+    gate, up = _halves(gate, up)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _launch(swiglu_forward_kernel, gate, up, y)
+    return y
+
+
+@torch.library.custom_op("transfusion_fast::swiglu_backward", mutates_args=())
+def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
+    """[dgate, dup], or [their joint tensor] where gate holds both."""
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
+    _launch(swiglu_backward_kernel, dy, *_halves(gate, up), *_halves(*gradients))
+    return gradients
+
+
+@_forward.register_fake
+def _(gate: Tensor, up: Tensor | None) -> Tensor:
+    return gate.new_empty(_halves(gate, up)[0].shape)
+
+
+@_backward.register_fake
+def _(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (gate, up) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    gradients = _backward(dy, *ctx.saved_tensors)
+    return gradients[0], gradients[1] if len(gradients) > 1 else None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    first, second = gate.chunk(2, dim=-1)
+    return first, second
+
+
+def _launch(kernel: Any, *tensors: Tensor) -> None:
+    """Runs a kernel over the rows of tensors of one shape. The last ones, which it writes, are never copies."""
+    if not tensors[0].numel():
+        return
+    rows = as_rows(*tensors)
+    count, F = rows[0].shape
+    grid = (count * triton.cdiv(F, BLOCK),)
+    with on_device(tensors[0]):
+        kernel[grid](*rows, F, *(x.stride(0) for x in rows), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
