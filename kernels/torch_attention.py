@@ -12,6 +12,7 @@ in fp32 (torch 2.13), so there `_HalfPrecision` differentiates it by plain matri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -57,6 +58,8 @@ class Plan:
     scatter: Tensor  # int64 [positions of all stretches]: for each of them, its row
 
 
+# A compiler would follow every number of the plan, and compile anew for every batch.
+@torch.compiler.disable
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T + mask) V. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
     plan = layout.plan(make_plan)
@@ -127,8 +130,10 @@ class _HalfPrecision(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+        # As a number to add, which is what the op turns a boolean mask into, over all heads.
+        bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -math.inf)
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=visible is None, attn_mask=_bias(visible, q.dtype), scale=scale
+            q, k, v, is_causal=visible is None, attn_mask=bias, scale=scale
         )
         ctx.save_for_backward(q, k, v, lse)
         ctx.visible, ctx.scale = visible, scale  # the plan's, shared by all layers
@@ -139,21 +144,15 @@ class _HalfPrecision(torch.autograd.Function):
         q, k, v, lse = ctx.saved_tensors
         q, k, v, do = (x.contiguous() for x in (q * ctx.scale, k, v, do))
         # The product itself subtracts lse, in two parts that together have its precision, before anything is rounded.
-        high = lse.to(q.dtype)
+        limit = torch.finfo(q.dtype).max
+        high = lse.clamp(-limit, limit).to(q.dtype)
         low = (lse - high).to(q.dtype)
         columns = torch.stack([-high, -low], dim=-1)
         p = torch.cat([q, columns], dim=-1) @ torch.cat([k, torch.ones_like(k[..., :2])], dim=-1).transpose(-1, -2)
         visible = torch.ones(p.shape[-2:], dtype=torch.bool).tril() if ctx.visible is None else ctx.visible
-        p = p.add_(_bias(visible, p.dtype)).exp_()
+        p = p.exp_().masked_fill_(~visible, 0.0)
         ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(-1, -2), p, -1, p.dtype)
         return ds @ (k * ctx.scale), ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do, None, None
-
-
-def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """0 where a key is seen, -inf elsewhere."""
-    if visible is None:
-        return None
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def make_plan(layout: AttentionLayout) -> Plan:

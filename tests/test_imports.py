@@ -27,7 +27,7 @@ LEAVES = {
     "checkpointing",
     "kernels.layout",
 }
-MODEL = LEAVES | {"ops", "layers", "codec", "loss", "inputs"}
+MODEL = LEAVES | {"backends", "ops", "layers", "codec", "loss", "inputs"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "checkpointing": set(),
     "kernels": {"kernels.layout"},
     "kernels.layout": {"kernels"},
-    "ops": {"errors", "kernels", "kernels.layout"},
+    "backends": {"kernels", "kernels.layout"},
+    "ops": {"backends", "kernels", "kernels.layout"},
     "layers": LEAVES | {"ops"},
     "codec": LEAVES | {"ops", "layers"},
     "loss": LEAVES | {"ops", "kernels"},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transfusion_fast import ops
+from transfusion_fast.backends import IMPLEMENTATIONS
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.kernels import launch, reference
 from transfusion_fast.kernels.layout import AttentionLayout
@@ -30,7 +31,7 @@ each_op = pytest.mark.parametrize("op", CALLS)
 
 
 @each_op
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
 def test_on_the_cpu_every_op_is_the_reference(op, backend, tolerance):
     got, expected = getattr(ops, op)(*CALLS[op], backend=backend), getattr(reference, op)(*CALLS[op])
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
@@ -62,7 +63,7 @@ def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
     def kernel(*args, **kwargs):
         return "the triton kernel"
 
-    monkeypatch.setattr(ops, "_TRITON", dict.fromkeys(ops._TRITON, kernel))
+    monkeypatch.setitem(IMPLEMENTATIONS, "triton", dict.fromkeys(IMPLEMENTATIONS["triton"], kernel))
     assert getattr(ops, op)(*CALLS[op], backend="triton") == "the triton kernel"
     for backend in ("torch", "auto"):
         assert not isinstance(getattr(ops, op)(*CALLS[op], backend=backend), str)
@@ -70,7 +71,7 @@ def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
 
 @each_op
 def test_an_unknown_backend_is_refused_with_the_known_ones(op):
-    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, reference, got 'cuda'"):
         getattr(ops, op)(*CALLS[op], backend="cuda")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from transfusion_fast import ops
+from transfusion_fast import backends
 from transfusion_fast.config import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
@@ -37,7 +37,7 @@ def main() -> int:
         config = load_config(path, arguments)
         index = open_data(config)
         check_output(Path(config.train.output))
-        ops.describe_backend(config.model.backend, torch.device("cpu"))  # refuses one that is not built
+        backends.describe(config.model.backend, torch.device("cpu"))  # refuses one that cannot run here
         from transfusion_fast.training.ranks import join_ranks
         from transfusion_fast.training.trainer import train
 

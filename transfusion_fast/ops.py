@@ -1,66 +1,23 @@
-"""The one seam between the model and the kernels: four ops, each on a backend chosen by name.
+"""The one seam between the model and the kernels: the fused ops, each on a backend chosen by name.
 
-`backend` is "torch" (plain PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), or
-"auto": triton for CUDA tensors, torch everywhere else; or a mapping from ops to these,
-auto for an op that it does not name. A backend named outright is used or refused, never replaced.
+`backend` is "torch" (PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), "reference"
+(the specification as it is written, with attention over all pairs of positions, to compare with), or "auto": triton for
+CUDA tensors, torch everywhere else; or a mapping from ops to these, auto for an op that it does not name. A backend
+named outright is used or refused, never replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from transfusion_fast.kernels import reference, torch_attention
+from transfusion_fast.backends import Backend, implementation
+from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.reference import Rotary
-
-BACKENDS = ("auto", "torch", "triton")
-Backend = str | Mapping[Any, str]
-
-
-def _torch_rope(
-    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
-
-
-def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    """The reference without its detour over fp32, which on a CPU costs more than the matmuls around it."""
-    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
-    return F.silu(gate) * up
-
-
-def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    return reference.diffusion_mse(prediction, target if x_0 is None else target - x_0, image_offsets)
-
-
-def _triton(op: str) -> Callable:
-    """The function `op` of kernels/`op`.py, imported at the first call: machines without Triton never need it."""
-
-    def call(*args: Any) -> Any:
-        try:
-            kernels = import_module(f"transfusion_fast.kernels.{op}")
-        except ModuleNotFoundError as error:
-            hint = 'install it, or use backend="torch"'
-            raise NotImplementedError(f'{op}: backend="triton" needs the package {error.name}; {hint}') from error
-        return getattr(kernels, op)(*args)
-
-    return call
-
-
-_TORCH: dict[str, Callable] = {
-    "hybrid_attention": torch_attention.tiled_attention,
-    "rope": _torch_rope,
-    "swiglu": _torch_swiglu,
-    "diffusion_mse": _torch_diffusion_mse,
-}
-_TRITON: dict[str, Callable] = {op: _triton(op) for op in _TORCH}
 
 
 def hybrid_attention(
@@ -94,7 +51,7 @@ def hybrid_attention(
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
-    return _implementation("hybrid_attention", q, backend)(q, k, v, layout, scale)
+    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
@@ -153,7 +110,7 @@ def rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.shape != (D,) or weight.device != q.device):
             raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
-    return _implementation("rope", q, backend)(q, k, positions, q_weight, k_weight)
+    return implementation("rope", q.device, backend)(q, k, positions, q_weight, k_weight)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -175,7 +132,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
             f"up must be like gate, {tuple(gate.shape)} {gate.dtype} on {gate.device}, "
             f"got {tuple(up.shape)} {up.dtype} on {up.device}"
         )
-    return _implementation("swiglu", gate, backend)(gate, up)
+    return implementation("swiglu", gate.device, backend)(gate, up)
 
 
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -192,7 +149,7 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
         ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
     _check_patches(prediction, image_offsets, target=target)
-    return _implementation("diffusion_mse", prediction, backend)(prediction, target, image_offsets, None)
+    return implementation("diffusion_mse", prediction.device, backend)(prediction, target, image_offsets, None)
 
 
 def diffusion_mse_from_noise(
@@ -221,29 +178,7 @@ def diffusion_mse_from_noise(
         raise ValueError(f'objective must be "ddpm" or "flow", got {objective!r}')
     _check_patches(prediction, image_offsets, x_0=x_0, eps=eps)
     subtracted = x_0 if objective == "flow" else None
-    return _implementation("diffusion_mse", prediction, backend)(prediction, eps, image_offsets, subtracted)
-
-
-def describe_backend(backend: Backend, device: torch.device) -> str:
-    """Which ops run on which backend for tensors of `device`, for people. NotImplementedError as the ops raise it."""
-    chosen = {op: _choose(op, device, backend) for op in _TORCH}
-    if len(set(chosen.values())) == 1:
-        return f"all ops on {next(iter(chosen.values()))}"
-    return ", ".join(f"{op} on {name}" for op, name in chosen.items())
-
-
-def _implementation(op: str, x: Tensor, backend: Backend) -> Callable:
-    return {"torch": _TORCH, "triton": _TRITON}[_choose(op, x.device, backend)][op]
-
-
-def _choose(op: str, device: torch.device, backend: Backend) -> str:
-    if not isinstance(backend, str):
-        backend = backend.get(op, "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    return backend
+    return implementation("diffusion_mse", prediction.device, backend)(prediction, eps, image_offsets, subtracted)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:

@@ -1,7 +1,9 @@
 """Attention in tiles on the torch backend: the reference's values and gradients, without its cost."""
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,12 +83,22 @@ def test_double_precision_is_the_references_to_double_precision(tolerance):
         torch.testing.assert_close(got, wanted, **tolerance["fp64"])
 
 
-def test_half_precision_is_near_the_reference(tolerance):
-    layout = AttentionLayout.from_spans([9, 17, 4], [(2, 5), (9, 17)], 33)
-    inputs = [x.bfloat16() for x in qkv(layout)]
-    out = tiled(*inputs, layout)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, reference.hybrid_attention(*inputs, layout), **tolerance["bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spans", [([9, 17, 4], [(2, 5), (9, 17)], 33), ([300, 12, 280], [(20, 200)], 600)])
+def test_half_precision_obeys_the_error_rule(dtype, spans):
+    """Output and gradients of short and long documents, with images and without, whose backward has its own formula."""
+    layout = AttentionLayout.from_spans(*spans)
+    inputs = attention_cases.qkv(layout, (4, 2), dtype=dtype)
+    assert_accurate(attention_cases.run(tiled, inputs, layout, 0.3), inputs, layout, 0.3)
+
+
+def test_half_precision_takes_scores_that_overflow_it():
+    """Log-sum-exps beyond 65,504, which fp16 cannot hold, are subtracted in parts."""
+    layout = AttentionLayout.from_spans([5], [])
+    q, k, v = qkv(layout, (1, 1), dtype=torch.float32)
+    inputs = [x.half() for x in (100 * q, 100 * k, v)]
+    for got in run(tiled, inputs, layout, 1.0):
+        assert got.isfinite().all()
 
 
 def test_padding_yields_zeros_and_takes_no_gradient_whatever_it_holds():

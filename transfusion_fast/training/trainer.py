@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from transfusion_fast import ops
+from transfusion_fast import backends
 from transfusion_fast.config import Config
 from transfusion_fast.data.index import INDEX_NAME, Index
 from transfusion_fast.data.loader import Share, training_batches
@@ -212,5 +212,5 @@ def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: 
         print(f"trained to step {meta.step} already; raise train.steps, or give another train.output", flush=True)
         return
     begin = f"resuming at step {meta.step}" if meta.step else "training"
-    backend = ops.describe_backend(config.model.backend, ranks.device)
+    backend = backends.describe(config.model.backend, ranks.device)
     print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}, {backend}", flush=True)
