@@ -55,18 +55,27 @@ def _bounds(offsets_ptr, N, P, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, first, last, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """fp32 [BLOCK_P, BLOCK_C] of the patches [first, last) from column `start` on, and their mask; zeros elsewhere.
+def _pointers(ptr, first, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_P, BLOCK_C]: to the patches from `first` on, from column `start` on.
 
     No stride is that of contiguous rows: C is known, and with it how wide loads may be.
     """
-    step = C if stride is None else stride
-    rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    ptrs = ptr + first.to(tl.int64) * step + start + (rows[:, None] * step + cols[None, :])
-    mask = (rows < last - first)[:, None]
+    patches = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
+    return ptr + (patches * (C if stride is None else stride))[:, None] + (start + tl.arange(0, BLOCK_C))[None, :]
+
+
+@triton.jit
+def _mask(first, last, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_P, BLOCK_C]: which values of a tile there are."""
+    mask = (first + tl.arange(0, BLOCK_P) < last)[:, None]
     if C % BLOCK_C != 0:
-        mask = mask & (cols < C - start)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), mask
+        mask = mask & (start + tl.arange(0, BLOCK_C) < C)[None, :]
+    return mask
+
+
+@triton.jit
+def _load(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -75,11 +84,11 @@ def _difference(
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """prediction - target of a tile, zero outside it, and its mask."""
-    prediction, mask = _load(prediction_ptr, first, last, stride_prediction, start, C, BLOCK_P, BLOCK_C)
-    target, _ = _load(target_ptr, first, last, stride_target, start, C, BLOCK_P, BLOCK_C)
+    mask = _mask(first, last, start, C, BLOCK_P, BLOCK_C)
+    prediction = _load(_pointers(prediction_ptr, first, stride_prediction, start, C, BLOCK_P, BLOCK_C), mask)
+    target = _load(_pointers(target_ptr, first, stride_target, start, C, BLOCK_P, BLOCK_C), mask)
     if x_0_ptr is not None:
-        x_0, _ = _load(x_0_ptr, first, last, stride_x_0, start, C, BLOCK_P, BLOCK_C)
-        target -= x_0
+        target -= _load(_pointers(x_0_ptr, first, stride_x_0, start, C, BLOCK_P, BLOCK_C), mask)
     return prediction - target, mask
 
 
@@ -89,12 +98,12 @@ def diffusion_mse_forward_kernel(
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The sum of the squared errors of one piece."""
-    _, first, last, _ = _bounds(offsets_ptr, N, P, BLOCK_P)
+    _image, first, last, _patches = _bounds(offsets_ptr, N, P, BLOCK_P)
     if first >= last:
         return
     total = 0.0
     for start in tl.range(0, C, BLOCK_C):
-        difference, _ = _difference(
+        difference, _mask = _difference(
             prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
             C, BLOCK_P, BLOCK_C,
         )  # fmt: skip
@@ -135,8 +144,7 @@ def diffusion_mse_backward_kernel(
             prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
             C, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        rows, cols = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-        ptrs = dprediction_ptr + first.to(tl.int64) * C + start + (rows[:, None] * C + cols[None, :])
+        ptrs = _pointers(dprediction_ptr, first, None, start, C, BLOCK_P, BLOCK_C)
         tl.store(ptrs, (difference * scale).to(dprediction_ptr.dtype.element_ty), mask=mask)
 
 
@@ -165,17 +173,14 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0
 def _forward(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
     P, C = prediction.shape
     N = len(image_offsets) - 1
-    loss, sums = (torch.empty(n, dtype=torch.float32, device=prediction.device) for n in (N, N + P // block_p(C)))
+    loss, sums = (torch.empty(n, dtype=torch.float32, device=prediction.device) for n in (N, _pieces(N, P, C)))
     if N:
         tensors, strides = _rows(prediction, target, x_0)
-        sizes = constants(C)
-        options = {"num_warps": WARPS, "enable_fp_fusion": True}
+        sizes, options = constants("forward", C)
         with on_device(prediction):
-            diffusion_mse_forward_kernel[sums.shape](
-                *tensors, image_offsets, sums, N, P, *strides, **sizes, **options
-            )
-            del sizes["BLOCK_C"]
-            diffusion_mse_mean_kernel[(N,)](sums, image_offsets, loss, **sizes, PIECES=PIECES, **options)
+            diffusion_mse_forward_kernel[sums.shape](*tensors, image_offsets, sums, N, P, *strides, **sizes, **options)
+            sizes, options = constants("mean", C)
+            diffusion_mse_mean_kernel[(N,)](sums, image_offsets, loss, **sizes, **options)
     return loss
 
 
@@ -187,11 +192,11 @@ def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: 
     dprediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if N:
         tensors, strides = _rows(prediction, target, x_0)
+        sizes, options = constants("backward", C)
         with on_device(prediction):
-            diffusion_mse_backward_kernel[(N + P // block_p(C),)](
-                dloss.contiguous(), *tensors, image_offsets, dprediction, N, P, *strides, **constants(C),
-                num_warps=WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+            diffusion_mse_backward_kernel[(_pieces(N, P, C),)](
+                dloss.contiguous(), *tensors, image_offsets, dprediction, N, P, *strides, **sizes, **options
+            )
     return dprediction
 
 
@@ -219,24 +224,26 @@ def _differentiate(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradient.to(prediction.dtype),
         -gradient.to(target.dtype) if needs_target else None,
         None,
-        gradient.to(x_0.dtype) if needs_x_0 else None,
+        gradient.to(x_0.dtype, copy=True) if needs_x_0 else None,
     )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def block_p(C: int) -> int:
-    """Patches of a piece."""
-    return VALUES // min(triton.next_power_of_2(C), MOST_COLUMNS)
+def constants(kernel: str, C: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernel "forward", "mean" or "backward" is compiled for, besides number types, and how."""
+    block_c = min(triton.next_power_of_2(C), MOST_COLUMNS)
+    last = {"PIECES": PIECES} if kernel == "mean" else {"BLOCK_C": block_c}
+    return {"C": C, "BLOCK_P": VALUES // block_c} | last, {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
-def constants(C: int) -> dict[str, int]:
-    """What the kernels over patches of C values are compiled for, besides the number types."""
-    return {"C": C, "BLOCK_P": block_p(C), "BLOCK_C": min(triton.next_power_of_2(C), MOST_COLUMNS)}
+def _pieces(N: int, P: int, C: int) -> int:
+    """An upper bound of how many pieces there are."""
+    return N + P // constants("forward", C)[0]["BLOCK_P"]
 
 
 def _rows(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int | None]]:
-    """The tensors, copied where a row's numbers are not side by side, and the strides of the rows that are not contiguous."""
+    """The tensors, copied where a row's numbers are not side by side, and the strides of those not contiguous."""
     rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     return rows, [None if x is None or x.is_contiguous() else x.stride(0) for x in rows]

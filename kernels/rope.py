@@ -8,13 +8,17 @@ A rotation's gradient is turned back: dx' is dy turned by minus the angle. Throu
     dx = r (w dx' - n mean(n w dx')),   dw = sum over tokens and heads of n dx'
 
 cos and sin are a table, made once a step and shared by all layers. Saved for backward are the table alone, and with the
-norm q, k and the weights; r is computed anew. Arithmetic is fp32. A program takes a tile of tokens with all their
-heads, the halves of a head as two tiles of pairs. In backward through the norm it adds up dw over its tokens, and the
-programs' sums are added in their order: equal inputs give equal bits.
+norm q, k and the weights; r is computed anew. Arithmetic is fp32.
+
+The heads of q and those of k are cut into chunks of one size, and a program takes a tile of one chunk: few heads of k
+fill the threads as well as many of q. Programs of the same tokens are neighbours and find cos and sin in the L2 cache.
+A tile is two tiles of pairs, the halves of its heads. In backward through the norm a program walks several tiles of its
+chunk and adds up dw, and the programs' sums are added in their order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,37 +29,38 @@ from torch import Tensor
 from transfusion_fast.kernels.launch import check_device, check_dtype, on_device
 from transfusion_fast.kernels.reference import Rotary
 
-PAIRS = 1024  # of a tile at least: for each thread of 4 warps one load of 16 bytes of either half, in 16 bits
+EPS = 1e-6  # added to the mean square
+PAIRS = 1024  # of a tile: for each thread of 4 warps one load of 16 bytes of either half, in 16 bits
 PAIRS_OF_WARP = 256
-MOST_WARPS = 16
-NORM_TILES = 16  # whose dw a program of the norm's backward adds up
+LEAST_HEADS, MOST_HEADS = 4, 16  # of a chunk
+TILES = 16  # whose dw a program of the norm's backward adds up
 
 
 @triton.jit
-def _mask(first, T, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-          BLOCK_T: tl.constexpr):  # fmt: skip
-    """[BLOCK_T * BLOCK_H, BLOCK_HALF]: which pairs of a tile there are. Its rows are the heads of one token after another."""
-    rows, dims = tl.arange(0, BLOCK_T * BLOCK_H), tl.arange(0, BLOCK_HALF)
-    mask = (rows // BLOCK_H < T - first)[:, None]
-    if HEADS != BLOCK_H:
-        mask = mask & (rows % BLOCK_H < HEADS)[:, None]
+def _mask(first, head, T, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr,
+          BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """[BLOCK_T * BLOCK_HEADS, BLOCK_HALF]: which pairs of a tile there are. Rows are the heads of token after token."""
+    rows, dims = tl.arange(0, BLOCK_T * BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
+    mask = (first + rows // BLOCK_HEADS < T)[:, None]
+    if HEADS % BLOCK_HEADS != 0:
+        mask = mask & (head + rows % BLOCK_HEADS < HEADS)[:, None]
     if HALF != BLOCK_HALF:
         mask = mask & (dims < HALF)[None, :]
     return mask
 
 
 @triton.jit
-def _pointers(ptr, first, stride_t, stride_h, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr):
+def _pointers(ptr, first, head, stride_t, stride_h, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+              BLOCK_T: tl.constexpr):  # fmt: skip
     """To the first half of each head of a tile; the second lies HALF further."""
-    rows, dims = tl.arange(0, BLOCK_T * BLOCK_H), tl.arange(0, BLOCK_HALF)
-    # One 64-bit base for the tile, 32-bit offsets in it.
-    offsets = rows // BLOCK_H * stride_t + rows % BLOCK_H * stride_h
-    return ptr + first.to(tl.int64) * stride_t + (offsets[:, None] + dims[None, :])
+    rows, dims = tl.arange(0, BLOCK_T * BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
+    tokens, heads = (first + rows // BLOCK_HEADS).to(tl.int64), (head + rows % BLOCK_HEADS).to(tl.int64)
+    return ptr + (tokens * stride_t + heads * stride_h)[:, None] + dims[None, :]
 
 
 @triton.jit
 def _load(ptrs, mask, HALF: tl.constexpr):
-    """Both halves in fp32."""
+    """Both halves in fp32, zero where the mask is not."""
     first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     return first, tl.load(ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
 
@@ -82,122 +87,139 @@ def _normed(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, first, mask, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
+def _angles(cos_ptr, sin_ptr, first, mask, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
             BLOCK_T: tl.constexpr):  # fmt: skip
     """(cos, sin) of every pair of a tile: the heads of a token turn alike."""
-    cos = tl.load(_pointers(cos_ptr, first, HALF, 0, BLOCK_H, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
-    return cos, tl.load(_pointers(sin_ptr, first, HALF, 0, BLOCK_H, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
+    cos = tl.load(_pointers(cos_ptr, first, 0, HALF, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
+    return cos, tl.load(_pointers(sin_ptr, first, 0, HALF, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
 
 
 @triton.jit
-def _turn_heads(
-    x_ptr, weight_ptr, y_ptr, cos_ptr, sin_ptr, first, T, stride_t, stride_h,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr,
-    EPS: tl.constexpr, INVERSE: tl.constexpr,
+def _turn_tile(
+    x_ptr, weight_ptr, y_ptr, cos_ptr, sin_ptr, first, head, T, stride_t, stride_h,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """y [T, HEADS, D], contiguous, of a tile of x."""
-    mask = _mask(first, T, HEADS, BLOCK_H, HALF, BLOCK_HALF, BLOCK_T)
-    x_1, x_2 = _load(_pointers(x_ptr, first, stride_t, stride_h, BLOCK_H, BLOCK_HALF, BLOCK_T), mask, HALF)
+    mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
+    x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     if weight_ptr is not None:
         x_1, x_2, _ = _normed(x_1, x_2, HALF, EPS)
         w_1, w_2 = _weights(weight_ptr, HALF, BLOCK_HALF)
         x_1 *= w_1
         x_2 *= w_2
-    cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_H, BLOCK_HALF, BLOCK_T)
+    cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     sin = -sin if INVERSE else sin
-    ptrs = _pointers(y_ptr, first, HEADS * 2 * HALF, 2 * HALF, BLOCK_H, BLOCK_HALF, BLOCK_T)
+    ptrs = _pointers(y_ptr, first, head, HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     _store(ptrs, mask, x_1 * cos - x_2 * sin, x_2 * cos + x_1 * sin, HALF)
 
 
 @triton.jit(do_not_specialize=["T"])
-def rope_kernel(
+def rope_forward_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, T,
     stride_qt, stride_qh, stride_kt, stride_kh,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """q and k of BLOCK_T tokens, turned; INVERSE: turned back, which is the gradient."""
-    first = tl.program_id(0) * BLOCK_T
-    _turn_heads(
-        q_ptr, q_weight_ptr, q_out_ptr, cos_ptr, sin_ptr, first, T, stride_qt, stride_qh,
-        H, BLOCK_H, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
-    )  # fmt: skip
-    _turn_heads(
-        k_ptr, k_weight_ptr, k_out_ptr, cos_ptr, sin_ptr, first, T, stride_kt, stride_kh,
-        G, BLOCK_G, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
-    )  # fmt: skip
+    """BLOCK_T tokens of a chunk of q or k, turned; INVERSE: turned back, which is the gradient."""
+    q_chunks = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
+    chunks = q_chunks + (G + BLOCK_HEADS - 1) // BLOCK_HEADS
+    first, chunk = tl.program_id(0) // chunks * BLOCK_T, tl.program_id(0) % chunks
+    if chunk < q_chunks:
+        _turn_tile(
+            q_ptr, q_weight_ptr, q_out_ptr, cos_ptr, sin_ptr, first, chunk * BLOCK_HEADS, T, stride_qt, stride_qh,
+            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
+        )  # fmt: skip
+    else:
+        head = (chunk - q_chunks) * BLOCK_HEADS
+        _turn_tile(
+            k_ptr, k_weight_ptr, k_out_ptr, cos_ptr, sin_ptr, first, head, T, stride_kt, stride_kh,
+            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _norm_gradient(
-    dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, first, T, stride_dt, stride_dh, stride_t, stride_h,
-    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr,
-    EPS: tl.constexpr,
+    dy_ptr, x_ptr, w_1, w_2, dx_ptr, cos_ptr, sin_ptr, first, head, T, stride_dt, stride_dh, stride_t, stride_h,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx of a tile and returns dw of both halves, summed over its rows: fp32 [BLOCK_HALF]."""
-    mask = _mask(first, T, HEADS, BLOCK_H, HALF, BLOCK_HALF, BLOCK_T)
-    dy_1, dy_2 = _load(_pointers(dy_ptr, first, stride_dt, stride_dh, BLOCK_H, BLOCK_HALF, BLOCK_T), mask, HALF)
-    cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_H, BLOCK_HALF, BLOCK_T)
+    """Writes dx of a tile and returns each pair's part of dw, of both halves."""
+    mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
+    ptrs = _pointers(dy_ptr, first, head, stride_dt, stride_dh, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
+    dy_1, dy_2 = _load(ptrs, mask, HALF)
+    cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     g_1, g_2 = dy_1 * cos + dy_2 * sin, dy_2 * cos - dy_1 * sin
-    x_1, x_2 = _load(_pointers(x_ptr, first, stride_t, stride_h, BLOCK_H, BLOCK_HALF, BLOCK_T), mask, HALF)
+    x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     n_1, n_2, r = _normed(x_1, x_2, HALF, EPS)
-    w_1, w_2 = _weights(weight_ptr, HALF, BLOCK_HALF)
     dn_1, dn_2 = g_1 * w_1, g_2 * w_2
     mean = (tl.sum(n_1 * dn_1 + n_2 * dn_2, 1) / (2 * HALF))[:, None]
-    ptrs = _pointers(dx_ptr, first, HEADS * 2 * HALF, 2 * HALF, BLOCK_H, BLOCK_HALF, BLOCK_T)
+    ptrs = _pointers(dx_ptr, first, head, HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     _store(ptrs, mask, r * (dn_1 - n_1 * mean), r * (dn_2 - n_2 * mean), HALF)
-    return tl.sum(n_1 * g_1, 0), tl.sum(n_2 * g_2, 0)
+    return n_1 * g_1, n_2 * g_2
 
 
 @triton.jit
-def _store_sums(ptr, first, second, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def _norm_gradients(
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, sums_ptr, start, head, T,
+    stride_dt, stride_dh, stride_t, stride_h,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """dx of TILES tiles, and the sum of their parts of dw: sums fp32 [D]."""
+    w_1, w_2 = _weights(weight_ptr, HALF, BLOCK_HALF)
+    dw_1 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    dw_2 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
+    for first in tl.range(start, tl.minimum(start + TILES * BLOCK_T, T), BLOCK_T):
+        part_1, part_2 = _norm_gradient(
+            dy_ptr, x_ptr, w_1, w_2, dx_ptr, cos_ptr, sin_ptr, first, head, T,
+            stride_dt, stride_dh, stride_t, stride_h, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS,
+        )  # fmt: skip
+        dw_1 += part_1
+        dw_2 += part_2
     dims = tl.arange(0, BLOCK_HALF)
-    _store(ptr + dims, dims < HALF, first, second, HALF)
+    _store(sums_ptr + dims, dims < HALF, tl.sum(dw_1, 0), tl.sum(dw_2, 0), HALF)
 
 
 @triton.jit(do_not_specialize=["T"])
-def rope_norm_backward_kernel(
+def rope_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, sums_ptr, T,
     stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_qt, stride_qh, stride_kt, stride_kh,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of TILES * BLOCK_T tokens, and their part of the weights' gradients: sums fp32 [programs, 2, D]."""
-    dq_weight_1, dq_weight_2 = tl.zeros([BLOCK_HALF], tl.float32), tl.zeros([BLOCK_HALF], tl.float32)
-    dk_weight_1, dk_weight_2 = tl.zeros([BLOCK_HALF], tl.float32), tl.zeros([BLOCK_HALF], tl.float32)
-    start = tl.program_id(0) * TILES * BLOCK_T
-    for first in tl.range(start, tl.minimum(start + TILES * BLOCK_T, T), BLOCK_T):
-        dw_1, dw_2 = _norm_gradient(
-            dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, cos_ptr, sin_ptr, first, T,
-            stride_dqt, stride_dqh, stride_qt, stride_qh, H, BLOCK_H, HALF, BLOCK_HALF, BLOCK_T, EPS,
+    """Through the norm: the gradient of TILES * BLOCK_T tokens of a chunk of q or k, and its part of the weights'.
+
+    sums: fp32 [programs, D], of the chunks of q, then of k, over and over.
+    """
+    q_chunks = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
+    chunks = q_chunks + (G + BLOCK_HEADS - 1) // BLOCK_HEADS
+    start, chunk = tl.program_id(0) // chunks * (TILES * BLOCK_T), tl.program_id(0) % chunks
+    sums_ptr += tl.program_id(0).to(tl.int64) * (2 * HALF)
+    if chunk < q_chunks:
+        _norm_gradients(
+            dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, cos_ptr, sin_ptr, sums_ptr, start, chunk * BLOCK_HEADS, T,
+            stride_dqt, stride_dqh, stride_qt, stride_qh,
+            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES,
         )  # fmt: skip
-        dq_weight_1 += dw_1
-        dq_weight_2 += dw_2
-        dw_1, dw_2 = _norm_gradient(
-            dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, cos_ptr, sin_ptr, first, T,
-            stride_dkt, stride_dkh, stride_kt, stride_kh, G, BLOCK_G, HALF, BLOCK_HALF, BLOCK_T, EPS,
+    else:
+        head = (chunk - q_chunks) * BLOCK_HEADS
+        _norm_gradients(
+            dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, cos_ptr, sin_ptr, sums_ptr, start, head, T,
+            stride_dkt, stride_dkh, stride_kt, stride_kh,
+            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES,
         )  # fmt: skip
-        dk_weight_1 += dw_1
-        dk_weight_2 += dw_2
-    sums_ptr += tl.program_id(0) * 4 * HALF
-    _store_sums(sums_ptr, dq_weight_1, dq_weight_2, HALF, BLOCK_HALF)
-    _store_sums(sums_ptr + 2 * HALF, dk_weight_1, dk_weight_2, HALF, BLOCK_HALF)
 
 
 def rope(
-    q: Tensor,
-    k: Tensor,
-    rotary: Rotary,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-6,
+    q: Tensor, k: Tensor, rotary: Rotary, q_weight: Tensor | None = None, k_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """q and k turned by `rotary`, after an RMS norm of each head where weights are given; differentiable.
 
     Args:
         q: [T, H, D], k: [T, G, D], of one dtype, fp16, bf16 or fp32; views of one projection are read as they lie.
         rotary: cos and sin, fp32 [T, D / 2].
-        q_weight, k_weight: [D], both or neither.
+        q_weight, k_weight: [D], fp16, bf16 or fp32, both or neither.
 
     Returns:
         Contiguous tensors like q and k.
@@ -209,42 +231,44 @@ def rope(
     check_dtype("q", q)
     if q_weight is None or k_weight is None:
         return _turn(q, k, *rotary, False)
-    return _norm_and_turn(q, k, *rotary, q_weight, k_weight, eps)
+    check_dtype("q_weight", q_weight)
+    check_dtype("k_weight", k_weight)
+    return _norm_and_turn(q, k, *rotary, q_weight, k_weight)
 
 
 @torch.library.custom_op("transfusion_fast::rope", mutates_args=())
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, cos, sin, None, None, 0.0, inverse)
+    return _launch_forward(q, k, cos, sin, None, None, inverse)
 
 
 @torch.library.custom_op("transfusion_fast::rope_norm", mutates_args=())
 def _norm_and_turn(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, cos, sin, q_weight, k_weight, eps, False)
+    return _launch_forward(q, k, cos, sin, q_weight, k_weight, False)
 
 
 @torch.library.custom_op("transfusion_fast::rope_norm_backward", mutates_args=())
 def _norm_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dq_weight, dk_weight), contiguous."""
     T, H, D = q.shape
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes, options = constants(H, k.shape[1], D)
-    programs = triton.cdiv(T, NORM_TILES * sizes["BLOCK_T"])
-    sums = torch.empty((programs, 2, D), dtype=torch.float32, device=q.device)
-    dq_out, dk_out, q, k = (_heads_in_rows(x) for x in (dq_out, dk_out, q, k))
-    if programs:
+    sizes, options = constants("backward", H, k.shape[1], D)
+    q_chunks, k_chunks = (triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, k.shape[1]))
+    steps = triton.cdiv(T, TILES * sizes["BLOCK_T"])
+    sums = torch.empty((steps, q_chunks + k_chunks, D), dtype=torch.float32, device=q.device)
+    if T:
+        dq_out, dk_out, q, k = (_heads_in_rows(x) for x in (dq_out, dk_out, q, k))
         strides = [stride for x in (dq_out, dk_out, q, k) for stride in x.stride()[:2]]
+        shared = [x.contiguous() for x in (cos, sin, q_weight, k_weight)]
         with on_device(q):
-            rope_norm_backward_kernel[(programs,)](
-                dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, dq, dk, sums, T, *strides,
-                **sizes, EPS=eps, TILES=NORM_TILES, **options,
-            )  # fmt: skip
-    dq_weight, dk_weight = sums.sum(dim=0)
-    return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype, copy=True)
+            rope_backward_kernel[(steps * (q_chunks + k_chunks),)](
+                dq_out, dk_out, q, k, *shared, dq, dk, sums, T, *strides, **sizes, **options
+            )
+    dq_weight, dk_weight = sums[:, :q_chunks].sum(dim=(0, 1)), sums[:, q_chunks:].sum(dim=(0, 1))
+    return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
 @_turn.register_fake
@@ -255,9 +279,8 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_norm_backward.register_fake
 def _(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (q, k, q_weight, k_weight))  # type: ignore[return-value]
 
 
@@ -270,46 +293,56 @@ def _turn_back(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *_turn(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _differentiate_norm(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dq_weight, dk_weight = _norm_backward(dq, dk, *ctx.saved_tensors, ctx.eps)
-    return dq, dk, None, None, dq_weight, dk_weight, None
+    dq, dk, dq_weight, dk_weight = _norm_backward(dq, dk, *ctx.saved_tensors)
+    return dq, dk, None, None, dq_weight, dk_weight
 
 
 _turn.register_autograd(_turn_back, setup_context=_save_table)
 _norm_and_turn.register_autograd(_differentiate_norm, setup_context=_save_inputs)
 
 
-def constants(H: int, G: int, D: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """What the kernels are compiled for, besides the number types: sizes, and options of the compiler."""
+def constants(kernel: str, H: int, G: int, D: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernel "forward" or "backward" is compiled for, besides number types and INVERSE, and how."""
     half = D // 2
-    block_half, block_h, block_g = (triton.next_power_of_2(n) for n in (half, H, G))
-    block_t = max(1, PAIRS // (block_h * block_half))
+    block_half = triton.next_power_of_2(half)
+    block_heads = _block_heads(H, G, block_half)
+    block_t = max(1, PAIRS // (block_heads * block_half))
     sizes = {
-        "H": H, "BLOCK_H": block_h, "G": G, "BLOCK_G": block_g, "HALF": half, "BLOCK_HALF": block_half,
-        "BLOCK_T": block_t,
+        "H": H, "G": G, "BLOCK_HEADS": block_heads, "HALF": half, "BLOCK_HALF": block_half, "BLOCK_T": block_t,
+        "EPS": EPS,
     }  # fmt: skip
-    warps = min(MOST_WARPS, max(1, block_t * block_h * block_half // PAIRS_OF_WARP))
-    return sizes, {"num_warps": warps, "enable_fp_fusion": True}
+    walked = {"TILES": TILES} if kernel == "backward" else {}
+    warps = max(1, block_t * block_heads * block_half // PAIRS_OF_WARP)
+    return sizes | walked, {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def _block_heads(H: int, G: int, block_half: int) -> int:
+    """Heads of a chunk: the largest power of two that divides both H and G, within bounds."""
+    dividing = math.gcd(H, G, MOST_HEADS)
+    least = min(LEAST_HEADS, triton.next_power_of_2(max(H, G)))
+    return min(max(dividing, least), max(1, PAIRS // block_half))
 
 
 def _launch_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
     T, H, D = q.shape
+    G = k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes, options = constants(H, k.shape[1], D)
-    q, k = _heads_in_rows(q), _heads_in_rows(k)
     if T:
+        sizes, options = constants("forward", H, G, D)
+        chunks = sum(triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, G))
+        q, k = _heads_in_rows(q), _heads_in_rows(k)
+        shared = [x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
         with on_device(q):
-            rope_kernel[(triton.cdiv(T, sizes["BLOCK_T"]),)](
-                q, k, cos, sin, q_weight, k_weight, q_out, k_out, T, *q.stride()[:2], *k.stride()[:2],
-                **sizes, EPS=eps, INVERSE=inverse, **options,
+            rope_forward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]) * chunks,)](
+                q, k, *shared, q_out, k_out, T, *q.stride()[:2], *k.stride()[:2],
+                **sizes, INVERSE=inverse, **options,
             )  # fmt: skip
     return q_out, k_out
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from transfusion_fast.kernels.launch import as_rows, check_device, check_dtype, on_device
 
-BLOCK = 1024  # numbers of a program: one load of 16 bytes a thread, of 4 warps, in 16 bits
-WARPS = 4
+BLOCK = 1024  # numbers of a program at most: for each thread of 4 warps one load of 16 bytes, in 16 bits
+NUMBERS_OF_WARP = 256
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up = _halves(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(swiglu_forward_kernel, gate, up, y)
+    _launch("forward", gate, up, y)
     return y
 
 
@@ -111,7 +111,7 @@ def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     """[dgate, dup], or [their joint tensor] where gate holds both."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
-    _launch(swiglu_backward_kernel, dy, *_halves(gate, up), *_halves(*gradients))
+    _launch("backward", dy, *_halves(gate, up), *_halves(*gradients))
     return gradients
 
 
@@ -144,12 +144,19 @@ def _halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _launch(kernel: Any, *tensors: Tensor) -> None:
+def constants(kernel: str, F: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the kernel "forward" or "backward" over rows of F numbers is compiled for, besides types, and how."""
+    block = min(BLOCK, triton.next_power_of_2(F))
+    return {"BLOCK": block}, {"num_warps": max(1, block // NUMBERS_OF_WARP), "enable_fp_fusion": True}
+
+
+def _launch(kernel: str, *tensors: Tensor) -> None:
     """Runs a kernel over the rows of tensors of one shape. The last ones, which it writes, are never copies."""
     if not tensors[0].numel():
         return
+    function = {"forward": swiglu_forward_kernel, "backward": swiglu_backward_kernel}[kernel]
     rows = as_rows(*tensors)
     count, F = rows[0].shape
-    grid = (count * triton.cdiv(F, BLOCK),)
+    sizes, options = constants(kernel, F)
     with on_device(tensors[0]):
-        kernel[grid](*rows, F, *(x.stride(0) for x in rows), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+        function[(count * triton.cdiv(F, sizes["BLOCK"]),)](*rows, F, *(x.stride(0) for x in rows), **sizes, **options)
