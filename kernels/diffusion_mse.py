@@ -103,7 +103,7 @@ def diffusion_mse_forward_kernel(
         return
     total = 0.0
     for start in tl.range(0, C, BLOCK_C):
-        difference, _mask = _difference(
+        difference, _there = _difference(
             prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
             C, BLOCK_P, BLOCK_C,
         )  # fmt: skip

@@ -193,8 +193,8 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
 
 def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) -> None:
     """`others` by name must be like prediction [P, C]; dtypes may differ."""
-    if prediction.ndim != 2:
-        raise ValueError(f"prediction must be [P, C], got {tuple(prediction.shape)}")
+    if prediction.ndim != 2 or not prediction.shape[1]:
+        raise ValueError(f"prediction must be [P, C] with at least one value C, got {tuple(prediction.shape)}")
     for name, x in others.items():
         if x.shape != prediction.shape or x.device != prediction.device:
             raise ValueError(
