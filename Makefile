@@ -64,6 +64,7 @@ bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	failed=0; \
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/attn_bench.py --out $(REPORT) --minutes 30 || failed=1; \
+	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed
 
 kernel-report: $(STAMP)  ## compile every kernel for its GPUs, which none is needed for, and report on them into REPORT

@@ -1,8 +1,9 @@
 """The correctness gate: what a backend computes is held against the definition in high precision before it is timed.
 
 The reference takes one document at a time, a block of rows at a time, in float64 up to 16,384 positions and in float32
-beyond, where the first and the last key/value head stand for all. A result may be off by twice the error of plain
-PyTorch in its dtype, plus one rounding, both by the root mean square and by the largest difference.
+beyond, where the first and the last key/value head stand for all. In half precision a result may be off by twice the
+error of plain PyTorch, plus one rounding, both by the root mean square and by the largest difference. In fp32, where
+the errors of two right ways to add up differ by more than that, by 2e-6 of the reference, a gradient by 1e-5.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Gate:
             for kind in ("rms", "largest"):
                 value, of_plain = getattr(error, kind), getattr(plain, kind)
                 bound = 2 * of_plain + rounding * getattr(size, kind)
+                if self.problem.dtype == torch.float32:
+                    bound = (2e-6 if name == "output" else 1e-5) * getattr(size, kind)
                 if not value <= bound:  # so that NaN fails
                     return f"{kind} error of {name} is {value:.3g}, above {bound:.3g} (plain PyTorch: {of_plain:.3g})"
         return None

@@ -1,0 +1,297 @@
+"""Times whole training steps: forward, backward and AdamW, the fused ops against the same model on plain references.
+
+    python benchmarks/step_bench.py --out DIR [--preset mini|0.16b|..] [--device cuda|cpu] [--peer transfusion-pytorch]
+
+Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses of all backends must be equal to 1e-5 in
+fp32. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does. On a CPU the steps take
+turns, and so do matrix products, forward and backward, at [1424, 256] x [256, 1024]: what a machine reaches in them is
+what its steps are held to. Freed memory stays with the process there (`mallopt`), for all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Before triton is imported: kernels are compiled here, whatever the shell says.
+    os.environ["TRITON_INTERPRET"] = "0"
+
+import measure
+import step_memory
+import step_report
+import step_workload
+import torch
+from measure import Effort, Step, Timing
+from step_report import MATMUL, Row
+from torch import Tensor, nn
+
+from transfusion_fast import Transfusion
+from transfusion_fast.errors import InputError
+from transfusion_fast.sequence import PackedBatch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINTING = ("none", "selective", "full")
+EQUAL = 1e-5  # of the losses in fp32
+PEER = "transfusion-pytorch"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model."""
+
+    dtype: str
+    backend: str
+    compiled: bool = False
+    checkpointing: str = "none"
+
+    def __str__(self) -> str:
+        compiled = ", compiled" if self.compiled else ""
+        kept = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
+        return f"{self.dtype} {self.backend}{compiled}{kept}"
+
+
+class MasterAdamW:
+    """AdamW on fp32 copies of half-precision weights, which follow them; on the weights themselves in fp32."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.weights = list(parameters)
+        self.in_place = self.weights[0].dtype == torch.float32
+        self.masters = self.weights if self.in_place else [p.detach().float().requires_grad_() for p in self.weights]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
+
+    def step(self) -> None:
+        if not self.in_place:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+        self.optimizer.step()
+        if not self.in_place:
+            torch._foreach_copy_([p.data for p in self.weights], self.masters)
+        for weight in self.weights:
+            weight.grad = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark that the command line asks for; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        device = _device(options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+        if device.type == "cpu":
+            _keep_freed_memory()
+        rows = _measure(options, device)
+    except (InputError, OSError) as error:
+        print(f"step_bench: {error}", file=sys.stderr)
+        return 2
+    step_report.write(rows, options.out)
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--preset", choices=step_workload.TRANSFORMERS, help="default: mini on a CPU, 0.37b on cuda")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--peer", choices=(PEER,), help="time this package too, if it is installed")
+    parser.add_argument("--seconds", type=float, default=8, help="to time each step for (default: 8)")
+    return parser.parse_args(arguments)
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to hand no freed memory back, whose pages every step would have to be given anew."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    gpu = device.type == "cuda"
+    preset = options.preset or ("0.37b" if gpu else step_workload.RAGGED_PRESET)
+    ragged = preset == step_workload.RAGGED_PRESET
+    documents = step_workload.ragged_documents() if ragged else step_workload.mix_documents("mixed", 16384)
+    ours = "triton" if gpu else "torch"
+    _check_losses(preset, documents, device, [ours, "torch"])
+    machine = measure.describe_machine(device)
+    effort = Effort(30, options.seconds)
+    rows: list[Row] = []
+    for dtype in options.dtypes:
+        rates = _matmul_rates(device, effort)
+        if ragged:
+            variants = [Variant(dtype, "reference"), Variant(dtype, ours), Variant(dtype, ours, compiled=True)]
+        else:
+            variants = [Variant(dtype, "torch"), Variant(dtype, ours), Variant(dtype, ours, compiled=True)]
+        variants += [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING[1:]]
+        for variant in variants:
+            # Once is enough for what takes many times as long.
+            own = Effort(1, 0) if variant.backend == "reference" else effort
+            rows.append(_row(variant, preset, documents, device, own, rates, machine))
+            print(step_report.line(rows[-1]), file=sys.stderr)
+    if options.peer:
+        rows.append(_peer_row(documents, preset, device, effort, _matmul_rates(device, effort), machine))
+        print(step_report.line(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def _model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
+    torch.manual_seed(0)
+    model = Transfusion(step_workload.model_config(preset, variant.backend, variant.checkpointing))
+    return model.to(device, DTYPES[variant.dtype])
+
+
+def _check_losses(preset: str, documents: step_workload.Documents, device: torch.device, backends: list[str]) -> None:
+    """Raises InputError where a backend's losses differ from the reference's in fp32."""
+    losses = {}
+    for backend in dict.fromkeys(["reference", *backends]):
+        model = _model(preset, Variant("fp32", backend), device)
+        with torch.no_grad():
+            found = model(step_workload.pack(model, documents[:24]).to(device))
+        losses[backend] = torch.stack([found.text, found.diffusion])
+    for backend, found in losses.items():
+        difference = ((found - losses["reference"]) / losses["reference"]).abs().max()
+        if not difference <= EQUAL:
+            raise InputError(f"losses on {backend} must be the reference's to {EQUAL}, they differ by {difference:.2e}")
+
+
+def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """Forward, then what runs backward and the optimizer."""
+    optimizer = MasterAdamW(list(model.parameters()))
+
+    def step() -> Callable[[], None]:
+        value = loss()
+
+        def finish() -> None:
+            value.backward()
+            optimizer.step()
+
+        return finish
+
+    return step
+
+
+def _row(
+    variant: Variant, preset: str, documents: step_workload.Documents, device: torch.device, effort: Effort,
+    rates: dict[str, float], machine: measure.Machine,
+) -> Row:  # fmt: skip
+    model = _model(preset, variant, device)
+    batch = step_workload.pack(model, documents).to(device)
+    kept = None if variant.compiled else step_memory.kept_bytes(lambda: model(batch).total)
+    begun = time.perf_counter()
+    if variant.compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    step = _train_step(model, lambda: model(batch).total)
+    step()()
+    first = time.perf_counter() - begun
+    timing = measure.time_steps({"step": step}, device, effort)["step"]
+    return step_report.row(
+        name=str(variant),
+        preset=preset,
+        dtype=variant.dtype,
+        parameters=_count(model),
+        tokens=_tokens(batch),
+        flops=step_workload.model_flops(model, batch),
+        timing=timing,
+        rates=rates,
+        peak=_peak_bytes(step, device),
+        kept=kept,
+        compile_s=max(0.0, first - timing.total / 1e3) if variant.compiled else None,
+        machine=machine,
+    )
+
+
+def _peer_row(
+    documents: step_workload.Documents, preset: str, device: torch.device, effort: Effort, rates: dict[str, float],
+    machine: measure.Machine,
+) -> Row:  # fmt: skip
+    """The other package's model of about as many parameters: our width and heads, as deep as that takes."""
+    try:
+        from transfusion_pytorch import Transfusion as Peer
+    except ImportError as error:
+        raise InputError(f"--peer {PEER} needs that package: {error}; install it, or leave --peer out") from error
+    config = step_workload.TRANSFORMERS[preset]
+    ours = _model(preset, Variant("fp32", "torch"), torch.device("cpu"))
+
+    def build(depth: int) -> nn.Module:
+        transformer = {"dim": config.dim, "depth": depth, "heads": config.num_heads, "dim_head": config.head_dim}
+        shape = (step_workload.PATCHES,)
+        return Peer(
+            num_text_tokens=step_workload.TEXT_TOKENS, dim_latent=step_workload.CHANNELS, transformer=transformer,
+            modality_default_shape=shape,
+        )  # fmt: skip
+
+    depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
+    torch.manual_seed(0)
+    model = build(depth).to(device)
+    moved = [[piece.to(device) for piece in document] for document in documents]
+    step = _train_step(model, lambda: model(moved))
+    batch = step_workload.pack(ours, documents)
+    return step_report.row(
+        name=f"fp32 {PEER}, depth {depth}",
+        preset=preset,
+        dtype="fp32",
+        parameters=_count(model),
+        tokens=_tokens(batch),
+        flops=None,
+        timing=measure.time_steps({"step": step}, device, effort)["step"],
+        rates=rates,
+        peak=_peak_bytes(step, device),
+        kept=None,
+        compile_s=None,
+        machine=machine,
+    )
+
+
+def _matmul_rates(device: torch.device, effort: Effort) -> dict[str, float]:
+    """GFLOP/s of one linear layer, forward and backward, by dtype."""
+    T, K, N = MATMUL
+    repeats, steps = 10, {}
+    for name, dtype in DTYPES.items():
+        a, b, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((T, K), (N, K), (T, N)))
+
+        def step(a: Tensor = a, b: Tensor = b, g: Tensor = g) -> Callable[[], None]:
+            for _ in range(repeats):
+                a @ b.t()
+
+            def backward() -> None:
+                for _ in range(repeats):
+                    g @ b
+                    g.t() @ a
+
+            return backward
+
+        steps[name] = step
+    timings: dict[str, Timing] = measure.time_steps(steps, device, effort)
+    return {name: repeats * 6 * T * K * N / timing.total / 1e6 for name, timing in timings.items()}
+
+
+def _peak_bytes(step: Step, device: torch.device) -> float:
+    if device.type == "cpu":
+        return step_memory.peak_cpu_bytes(lambda: step()())
+    return (measure.peak_memory_mib(step, device) or 0) * 2**20
+
+
+def _tokens(batch: PackedBatch) -> int:
+    return batch.num_tokens
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Rows of the step benchmark: a table, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from measure import Machine, Timing, peaks_of, write_csv
+
+MATMUL = (1424, 256, 1024)  # positions, inputs, outputs of the linear layer that a machine's rate is measured with
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model, on one machine. None where it was not measured or does not apply."""
+
+    op: str
+    name: str
+    preset: str
+    dtype: str
+    parameters: int
+    tokens: int
+    forward_p20_ms: float
+    forward_p50_ms: float
+    forward_p80_ms: float
+    backward_p20_ms: float
+    backward_p50_ms: float
+    backward_p80_ms: float
+    tokens_per_s: float
+    weight_gflops: float
+    matmul_gflops: float
+    share_of_matmul: float
+    share_of_fp32_matmul: float
+    mfu: float | None
+    peak_mib: float
+    kept_bytes_per_token: float | None
+    compile_s: float | None
+    hardware: str
+    torch: str
+    triton: str
+    git: str
+
+
+def row(
+    *, name: str, preset: str, dtype: str, parameters: int, tokens: int, flops: int | None, timing: Timing,
+    rates: dict[str, float], peak: float, kept: int | None, compile_s: float | None, machine: Machine,
+) -> Row:  # fmt: skip
+    """`backward` is backward and optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly."""
+    seconds = timing.total / 1e3
+    weight_gflops = 6 * parameters * tokens / seconds / 1e9
+    peaks = peaks_of(machine.hardware)
+    peak_gflops = peaks[0] * 1e3 if peaks and dtype != "fp32" else rates[dtype]
+    passes = {
+        f"{which}_{quantile}_ms": value
+        for which in ("forward", "backward")
+        for quantile, value in asdict(getattr(timing, which)).items()
+    }
+    return Row(
+        op="step",
+        name=name,
+        preset=preset,
+        dtype=dtype,
+        parameters=parameters,
+        tokens=tokens,
+        **passes,
+        tokens_per_s=tokens / seconds,
+        weight_gflops=weight_gflops,
+        matmul_gflops=rates[dtype],
+        share_of_matmul=weight_gflops / rates[dtype],
+        share_of_fp32_matmul=weight_gflops / rates["fp32"],
+        mfu=None if flops is None else flops / seconds / 1e9 / peak_gflops,
+        peak_mib=peak / 2**20,
+        kept_bytes_per_token=None if kept is None else kept / tokens,
+        compile_s=compile_s,
+        hardware=machine.hardware,
+        torch=machine.torch,
+        triton=machine.triton,
+        git=machine.git,
+    )
+
+
+def line(r: Row) -> str:
+    """For the terminal."""
+    return f"{r.name}: {r.tokens_per_s:,.0f} tokens/s, {r.share_of_fp32_matmul:.2f} of the fp32 matmul rate"
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """step.csv, step.md, step.png."""
+    write_csv(rows, out / "step.csv")
+    text = markdown(rows)
+    (out / "step.md").write_text(text, encoding="utf-8")
+    _draw(rows, out / "step.png")
+    print(text)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, and what its columns mean."""
+    first, (T, K, N) = rows[0], MATMUL
+    lines = [
+        "# Whole training steps",
+        "",
+        f"{first.hardware}; torch {first.torch}, triton {first.triton}, revision {first.git}; preset {first.preset}, "
+        f"{first.tokens:,} tokens in one micro-batch. Forward, backward and AdamW. Losses of all backends were equal "
+        "to 1e-5 in fp32 before anything was timed.",
+        "",
+        "| step | parameters | tokens/s | of the matmul rate in its dtype | of the fp32 matmul rate | MFU | peak MiB | "
+        "kept for backward, bytes a token | compilation |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        mfu, kept = _or_not(r.mfu, "{:.1%}"), _or_not(r.kept_bytes_per_token, "{:,.0f}")
+        compiled = "-" if r.compile_s is None else f"{r.compile_s:.1f} s"
+        lines.append(
+            f"| {r.name} | {r.parameters / 1e6:.2f} M | {r.tokens_per_s:,.0f} | {r.share_of_matmul:.1%} | "
+            f"{r.share_of_fp32_matmul:.2f} | {mfu} | {r.peak_mib:,.0f} | {kept} | {compiled} |"
+        )
+    lines += [
+        "",
+        f"The matmul rate is that of a linear layer, forward and backward, at [{T}, {K}] x [{K}, {N}] on the same "
+        "machine minutes before; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each "
+        "visible pair, of the GPU's peak or, on a CPU, of that rate. Times on a shared CPU are worth their ratios.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _or_not(value: float | None, form: str) -> str:
+    return "not measured" if value is None else form.format(value)
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    figure, panel = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
+    names = [r.name for r in rows]
+    panel.barh(names, [r.tokens_per_s for r in rows], color=["C0" if r.dtype == "bf16" else "C1" for r in rows])
+    panel.invert_yaxis()
+    panel.set_xlabel(f"tokens a second, {rows[0].preset}, {rows[0].hardware}")
+    panel.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,73 @@
+"""The step benchmark: what it trains, how it counts, and that it times nothing that computes something else."""
+
+import mixes
+import pytest
+import step_bench
+import step_workload
+import torch
+from step_bench import MasterAdamW
+
+from transfusion_fast import Transfusion, backends
+from transfusion_fast.config import ModelConfig
+from transfusion_fast.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_ragged_documents_are_24_of_4_to_160_tokens_every_other_one_with_an_image():
+    documents = step_workload.ragged_documents()
+    assert len(documents) == 24
+    assert all(4 <= len(document[0]) <= 160 for document in documents)
+    assert [len(document) for document in documents] == [2, 1] * 12
+    assert {tuple(piece.shape) for document in documents for piece in document[1:]} == {(64, 16)}
+
+
+@pytest.mark.parametrize("mix", mixes.NAMES)
+def test_the_documents_of_a_mix_are_packed_as_the_mix_has_them(mix):
+    model = Transfusion(
+        ModelConfig(num_text_tokens=256, dim_latent=16, transformer={"dim": 32, "depth": 1, "heads": 1})
+    )
+    batch = step_workload.pack(model, step_workload.mix_documents(mix, 2048))
+    lengths, spans = mixes.generate(mix, 2048)
+    assert batch.layout.image_spans.tolist() == [list(span) for span in sorted(spans)]
+    assert batch.layout.document_offsets.diff().tolist() == lengths
+
+
+def test_flops_count_each_use_of_a_weight_and_each_visible_pair():
+    transformer = {"dim": 32, "depth": 3, "heads": 2, "ffn_dim": 64}
+    model = Transfusion(ModelConfig(num_text_tokens=256, dim_latent=16, transformer=transformer))
+    batch = step_workload.pack(model, [[torch.arange(3), torch.randn(2, 16)]])
+    # <bos> a b c <boi> p p <eoi> <eos>: five labels, and of 9 positions the first patch sees the second.
+    weights = 9 * 3 * (4 * 32 * 32 + 3 * 32 * 64) + 5 * 260 * 32 + 2 * 2 * 16 * 32
+    assert step_workload.model_flops(model, batch) == 6 * weights + 12 * 3 * 32 * (45 + 1)
+
+
+def test_half_precision_weights_follow_fp32_masters_that_adamw_moves():
+    torch.manual_seed(0)
+    exact = torch.randn(5, 3).requires_grad_()
+    half = exact.detach().bfloat16().requires_grad_()
+    master = half.detach().float().requires_grad_()
+    ours, plain = MasterAdamW([half]), torch.optim.AdamW([master], lr=1e-5, fused=True)
+    for step in range(3):
+        half.grad = torch.full_like(half, step + 1.0)
+        master.grad = half.grad.float()
+        ours.step()
+        plain.step()
+        assert half.grad is None
+        assert torch.equal(ours.masters[0], master)
+        assert torch.equal(half, master.bfloat16())
+
+
+def test_nothing_is_timed_where_a_backends_losses_are_not_the_references(monkeypatch):
+    documents = step_workload.ragged_documents(2)
+    step_bench._check_losses("mini", documents, CPU, ["torch"])
+    wrong = backends.IMPLEMENTATIONS["torch"] | {"swiglu": lambda gate, up: gate.chunk(2, dim=-1)[0]}
+    monkeypatch.setitem(backends.IMPLEMENTATIONS, "torch", wrong)
+    with pytest.raises(InputError, match="losses on torch must be the reference's to 1e-05, they differ by"):
+        step_bench._check_losses("mini", documents, CPU, ["torch"])
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(step_bench.sys.modules, "transfusion_pytorch", None)
+    with pytest.raises(InputError, match="--peer transfusion-pytorch needs that package"):
+        step_bench._peer_row([], "mini", CPU, None, {}, None)
