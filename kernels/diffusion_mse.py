@@ -7,6 +7,9 @@ The target is a tensor, or formed in registers from the noise eps and the clean 
 (DDPM, arXiv 2006.11239, equation 14), eps - x_0 for flow matching (arXiv 2210.02747); neither depends on the timestep.
 Arithmetic is fp32. Saved for backward are the inputs alone.
 
+Loads and stores are 16 bytes wide where a patch is a multiple of 16 bytes. Else an image may start in between, and they
+are narrower.
+
 An image is cut into pieces of BLOCK_P patches, one program each. Piece 0 of image n is piece `offset[n] // BLOCK_P + n`
 of all: an image has at most one piece more than it starts blocks of the flat patches, so pieces of two images never
 have one number, and a launch needs nothing but P and N. A program finds its image by bisection. Forward leaves the sum

@@ -158,5 +158,7 @@ def _launch(kernel: str, *tensors: Tensor) -> None:
     rows = as_rows(*tensors)
     count, F = rows[0].shape
     sizes, options = constants(kernel, F)
+    # One row has no use for a stride, and one that 16 does not divide would make its loads narrow.
+    strides = [x.stride(0) if count > 1 else 0 for x in rows]
     with on_device(tensors[0]):
-        function[(count * triton.cdiv(F, sizes["BLOCK"]),)](*rows, F, *(x.stride(0) for x in rows), **sizes, **options)
+        function[(count * triton.cdiv(F, sizes["BLOCK"]),)](*rows, F, *strides, **sizes, **options)
