@@ -1,15 +1,20 @@
-"""What the compiler makes of every attention kernel, and what follows from it; needs no GPU.
+"""What the compiler makes of every kernel, and what follows from it; needs no GPU.
 
     python benchmarks/kernel_report.py --out reports/kernels
 
-Compiles each shipped configuration for its real targets, checks it against the rules below, reads its inner loops off
-the machine code, counts the area that the tiles visit on six mixes of documents, and estimates times from these.
-Writes kernels.csv, areas.csv, estimates.csv, kernel_report.md and kernel_report.png, and exits with 1 if a rule is
-broken:
+Compiles each shipped configuration of attention for its real targets, checks it against the rules below, reads its
+inner loops off the machine code, counts the area that the tiles visit on six mixes of documents, and estimates times
+from these. Of the memory-bound kernels it reads how wide they load and store, and counts the bytes that they move.
+Writes kernels.csv, areas.csv, estimates.csv, pointwise.csv, kernel_report.md and kernel_report.png, and exits with 1
+if a rule is broken. Of attention:
 
     no spilled register; shared memory within the target's limit; a matrix instruction for every matrix product; no
     transposed result of a matrix product; on sm_90 in 16 bits, per step that all rows see, max(issue, MUFU) / matrix
     cycles at most 0.53 at D = 128 and 1.06 at D = 64, and no more integer compares than the loop itself needs.
+
+Of the memory-bound kernels:
+
+    no spilled register; no stack; 16 bytes a thread in every load and store of a large tensor.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ import kernel_estimates
 import kernel_rows
 import kernel_summary
 import measure
+import pointwise_rows
+import pointwise_summary
 from offline import Variant
 
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS
@@ -73,16 +80,20 @@ def main() -> int:
     with get_context("fork").Pool(arguments.jobs) as pool:
         row_of = partial(kernel_rows.row_of, rules_only=arguments.rules_only)
         rows = list(pool.imap(row_of, distinct(chosen) if arguments.rules_only else chosen))
+        memory_bound = pointwise_rows.variants(arguments.archs, arguments.rules_only)
+        pointwise = list(pool.imap(pointwise_rows.row_of, memory_bound))
     measure.write_csv(rows, arguments.out / "kernels.csv")
     areas = kernel_areas.rows(arguments.archs)
     measure.write_csv(areas, arguments.out / "areas.csv")
     estimates = kernel_estimates.rows(rows)
     measure.write_csv(estimates, arguments.out / "estimates.csv")
-    summary = kernel_summary.text(rows, areas, estimates)
+    if pointwise:
+        measure.write_csv(pointwise, arguments.out / "pointwise.csv")
+    summary = kernel_summary.text(rows, areas, estimates) + "\n" + pointwise_summary.text(pointwise)
     (arguments.out / "kernel_report.md").write_text(summary, encoding="utf-8")
     kernel_summary.plot(rows, areas, arguments.out / "kernel_report.png")
     print(summary)
-    broken = [row for row in rows if row.broken_rules]
+    broken = [row for row in (*rows, *pointwise) if row.broken_rules]
     for row in broken:
         print(f"BROKEN: {row.name}: {row.broken_rules}", file=sys.stderr)
     return 1 if broken else 0

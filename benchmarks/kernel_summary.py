@@ -62,7 +62,7 @@ def _assemblers(architectures: Iterable[int]) -> list[str]:
     return lines
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
     return "\n".join(["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |", *body])
 
@@ -74,7 +74,7 @@ def _shape(row: kernel_rows.Row) -> str:
 def _resources(rows: Sequence[kernel_rows.Row]) -> str:
     head = ("target", "kernel", "type", "D", "tiles", "H/G", "rows x step / edge", "warps", "stages", "registers",
             "spills", "shared KiB", "blocks")  # fmt: skip
-    return _table(
+    return table(
         head,
         (
             (f"sm_{r.arch}", KERNEL_NAMES[r.kernel], r.dtype, r.head_dim, r.height, r.heads, _shape(r), r.warps,
@@ -87,7 +87,7 @@ def _resources(rows: Sequence[kernel_rows.Row]) -> str:
 def _loops(rows: Sequence[kernel_rows.Row]) -> str:
     head = ("kernel", "D", "tiles", "H/G", "instructions", "compares", "matrix / issue / MUFU cycles", "ratio",
             "serial bound", "in flight", "order")  # fmt: skip
-    return _table(
+    return table(
         head,
         (
             (KERNEL_NAMES[r.kernel], r.head_dim, r.height, r.heads, r.whole_instructions, r.whole_compares,
@@ -114,13 +114,13 @@ def _areas(areas: Sequence[kernel_areas.Row]) -> str:
         )
         for arch, head_dim, direction in groups
     ]
-    return _table(("", "target", "D", *mixes.NAMES), lines)
+    return table(("", "target", "D", *mixes.NAMES), lines)
 
 
 def _estimates(estimates: Sequence[kernel_estimates.Row]) -> str:
     head = ("estimate for", "kernel", "mix", "D", "us, best to worst", "visible TFLOP/s", "memory alone us",
             "loaded / least bytes")  # fmt: skip
-    return _table(
+    return table(
         head,
         (
             (e.gpu, KERNEL_NAMES[e.kernel], e.mix, e.head_dim, f"{e.estimated_us_best} to {e.estimated_us_worst}",

@@ -6,7 +6,9 @@ Run in a process without TRITON_INTERPRET, in which the kernels are compiled fun
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -46,7 +48,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a variant."""
+    """What the compiler made of a kernel."""
 
     cubin: bytes
     shared_bytes: int
@@ -61,18 +63,36 @@ def compile_variant(variant: Variant) -> Compiled:
     function = getattr(attention_kernels, f"hybrid_attention_{variant.kernel}_kernel")
     sizes = variant.heads, variant.kv_heads, variant.head_dim, variant.height
     values = hybrid_attention.constants(variant.kernel, c, *sizes)
-    signature, constants, attributes = {}, {}, {}
+    types = {n: _type_of(n, variant, values["BLOCK_D"]) for n in function.arg_names if n not in values}
+    values |= {name: None for name, kind in types.items() if kind is None}
+    aligned = {name for name in types if name.endswith("_ptr") or name.startswith("stride")}
+    return compile_kernel(function, types, values, aligned, hybrid_attention.compiler_options(c), variant.arch)
+
+
+def compile_kernel(
+    function: triton.JITFunction,
+    types: Mapping[str, str | None],
+    constants: Mapping[str, Any],
+    aligned: Collection[str],
+    options: Mapping[str, Any],
+    arch: int,
+) -> Compiled:
+    """Compiles a kernel for sm_`arch`.
+
+    Args:
+        types: Triton's name of the type of every argument that is not among `constants`.
+        constants: arguments whose values the compiler knows; None for a tensor or stride that there is not.
+        aligned: arguments that the compiler knows to be multiples of 16, as a launch tells it.
+    """
+    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    values, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
-        kind = values.get(name, _type_of(name, variant, values["BLOCK_D"]))
-        if name in values or kind is None:
-            signature[name], constants[(index,)] = "constexpr", kind
-        else:
-            signature[name] = kind
-        if name.endswith("_ptr") or name.startswith("stride"):
+        if name in constants:
+            values[(index,)] = constants[name]
+        elif name in aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    options = hybrid_attention.compiler_options(c)
-    kernel = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+    source = ASTSource(function, signature, constexprs=values, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
     texts = (kernel.asm[stage] for stage in ("ttir", "ttgir", "ptx"))
     return Compiled(kernel.asm["cubin"], kernel.metadata.shared, *texts)
 

@@ -179,7 +179,7 @@ _MATRIX_RATE = {
 
 def resources(cubin: bytes, instructions: Sequence[Instruction]) -> Resources:
     """Registers, stack, static shared memory and spills of the only kernel in `cubin`; `instructions` are its own."""
-    return parse_resources(_run_tool("cuobjdump", "-res-usage", cubin), instructions)
+    return parse_resources(run_tool("cuobjdump", "-res-usage", cubin), instructions)
 
 
 def parse_resources(usage: str, instructions: Sequence[Instruction]) -> Resources:
@@ -194,7 +194,7 @@ def parse_resources(usage: str, instructions: Sequence[Instruction]) -> Resource
 
 def disassemble(cubin: bytes) -> list[Instruction]:
     """Instructions of the only kernel in `cubin`, by address."""
-    return parse_sass(_run_tool("nvdisasm", "-c", cubin))
+    return parse_sass(run_tool("nvdisasm", "-c", cubin))
 
 
 def parse_sass(text: str) -> list[Instruction]:
@@ -227,7 +227,7 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     Not handled: indirect branches; loops whose header is not their lowest address; loops entered other than by their
     header. Two loops with one header are taken as one.
     """
-    successors = _successors(instructions)
+    successors = control_flow(instructions)
     found = []
     for header, latches in sorted(_latches(successors).items()):
         body = _natural_loop(successors, header, latches)
@@ -325,7 +325,7 @@ def exponentials_in_flight(instructions: Sequence[Instruction]) -> int:
     return in_flight
 
 
-def _run_tool(tool: str, option: str, cubin: bytes) -> str:
+def run_tool(tool: str, option: str, cubin: bytes) -> str:
     """What a tool that comes with Triton prints about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -336,7 +336,7 @@ def _run_tool(tool: str, option: str, cubin: bytes) -> str:
     return done.stdout
 
 
-def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
+def control_flow(instructions: Sequence[Instruction]) -> list[list[int]]:
     """Indices of the instructions that can follow each. BSYNC waits just before its target, so it falls through."""
     index = {instruction.address: i for i, instruction in enumerate(instructions)}
     successors = []

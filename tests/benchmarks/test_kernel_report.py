@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pointwise_launches import CASES
 
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS
 
@@ -43,6 +44,26 @@ def test_every_configuration_keeps_the_rules(report, kernels, kernel, arch):
         (dtype, head_dim) for dtype in ("bf16", "fp32") for head_dim in (32, 64, 128, 256)
     }
     assert [f"{row['name']}: {row['broken_rules']}" for row in chosen if row["broken_rules"]] == []
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_memory_bound_kernels_move_16_bytes_a_thread_without_spills(report, arch):
+    chosen = [row for row in rows(report / "pointwise.csv") if (row["arch"], row["dtype"]) == (arch, "bf16")]
+    assert {row["case"] for row in chosen} == CASES.keys()
+    assert [f"{row['name']}: {row['broken_rules']}" for row in chosen if row["broken_rules"]] == []
+    # The mean of the diffusion error reads one number of each 4 KiB that forward reads, wherever an image starts.
+    for row in (row for row in chosen if row["case"] != "diffusion_mse mean"):
+        assert row["load_bits"] == "128"
+        assert row["store_bits"] == ("" if row["case"].startswith("diffusion_mse forward") else "128")
+        assert float(row["wide_share"]) > 0.995, row["name"]
+
+
+def test_memory_bound_kernels_touch_device_memory_once_in_and_once_out(report):
+    for row in rows(report / "pointwise.csv"):
+        assert 1 <= float(row["once_by_least"]) < 1.01, row["name"]
+        # With four chunks of heads of q and one of k, reading the table anew adds 4/21, the weights of a norm 1/34.
+        most = 1.25 if row["case"].startswith("rope") else 1.01
+        assert 1 <= float(row["moved_by_least"]) < most, row["name"]
 
 
 def test_the_forward_loop_on_hopper_works_on_matrices_during_exponentials(kernels):
