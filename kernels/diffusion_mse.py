@@ -63,8 +63,9 @@ def _pointers(ptr, first, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr,
 
     No stride is that of contiguous rows: C is known, and with it how wide loads may be.
     """
-    patches = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
-    return ptr + (patches * (C if stride is None else stride))[:, None] + (start + tl.arange(0, BLOCK_C))[None, :]
+    stride = C if stride is None else stride
+    ptr += first.to(tl.int64) * stride + start
+    return ptr + (tl.arange(0, BLOCK_P).to(tl.int64) * stride)[:, None] + tl.arange(0, BLOCK_C)[None, :]
 
 
 @triton.jit

@@ -33,7 +33,7 @@ EPS = 1e-6  # added to the mean square
 PAIRS = 1024  # of a tile: for each thread of 4 warps one load of 16 bytes of either half, in 16 bits
 PAIRS_OF_WARP = 256
 LEAST_HEADS, MOST_HEADS = 4, 16  # of a chunk
-TILES = 16  # whose dw a program of the norm's backward adds up
+TILES = 8  # whose dw a program of the norm's backward adds up: few, so that 8,192 tokens fill a GPU
 
 
 @triton.jit
@@ -72,10 +72,13 @@ def _store(ptrs, mask, first, second, HALF: tl.constexpr):
 
 
 @triton.jit
-def _weights(weight_ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """The two halves of a norm's weights, fp32 [1, BLOCK_HALF]."""
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    return _load(weight_ptr + dims, dims < HALF, HALF)
+def _weights(weight_ptr, mask, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+             BLOCK_T: tl.constexpr):  # fmt: skip
+    """The two halves of a norm's weights, for every pair of a tile.
+
+    In a tile's shape each thread loads those of its own pairs; as one row they would go through shared memory.
+    """
+    return _load(_pointers(weight_ptr, 0, 0, 0, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def _turn_tile(
     x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     if weight_ptr is not None:
         x_1, x_2, _ = _normed(x_1, x_2, HALF, EPS)
-        w_1, w_2 = _weights(weight_ptr, HALF, BLOCK_HALF)
+        w_1, w_2 = _weights(weight_ptr, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
         x_1 *= w_1
         x_2 *= w_2
     cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
@@ -140,7 +143,7 @@ def rope_forward_kernel(
 
 @triton.jit
 def _norm_gradient(
-    dy_ptr, x_ptr, w_1, w_2, dx_ptr, cos_ptr, sin_ptr, first, head, T, stride_dt, stride_dh, stride_t, stride_h,
+    dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, first, head, T, stride_dt, stride_dh, stride_t, stride_h,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -152,6 +155,8 @@ def _norm_gradient(
     g_1, g_2 = dy_1 * cos + dy_2 * sin, dy_2 * cos - dy_1 * sin
     x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     n_1, n_2, r = _normed(x_1, x_2, HALF, EPS)
+    # Anew for each tile, out of the L1 cache: kept, they would cost the registers of another block.
+    w_1, w_2 = _weights(weight_ptr, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     dn_1, dn_2 = g_1 * w_1, g_2 * w_2
     mean = (tl.sum(n_1 * dn_1 + n_2 * dn_2, 1) / (2 * HALF))[:, None]
     ptrs = _pointers(dx_ptr, first, head, HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
@@ -167,12 +172,11 @@ def _norm_gradients(
     BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES tiles, and the sum of their parts of dw: sums fp32 [D]."""
-    w_1, w_2 = _weights(weight_ptr, HALF, BLOCK_HALF)
     dw_1 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw_2 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
     for first in tl.range(start, tl.minimum(start + TILES * BLOCK_T, T), BLOCK_T):
         part_1, part_2 = _norm_gradient(
-            dy_ptr, x_ptr, w_1, w_2, dx_ptr, cos_ptr, sin_ptr, first, head, T,
+            dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, first, head, T,
             stride_dt, stride_dh, stride_t, stride_h, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS,
         )  # fmt: skip
         dw_1 += part_1

@@ -10,6 +10,7 @@ from transfusion_fast import ops
 from transfusion_fast.kernels import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GUARD = 8192  # numbers, more than a tile has
 
 # T, H, G, D.
 ROPE_SHAPES = {
@@ -141,8 +142,10 @@ def nan_in_new_memory():
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def run(op, tensors, upstream=None):
@@ -214,6 +217,23 @@ def assert_repeatable(op, tensors):
         assert torch.equal(one, other), name
     for x, (value, version) in zip(kept, before, strict=True):
         assert torch.equal(x, value) and x._version == version
+
+
+def assert_writes_stay_inside(op, tensors, monkeypatch):
+    """Neither direction writes to memory right before or behind a tensor that it makes."""
+    empty, made = torch.empty, []
+
+    def between_guards(*args, **options):
+        new = empty(*args, **options)
+        made.append(torch.full((new.numel() + 2 * GUARD,), 7, dtype=new.dtype, device=new.device))
+        return made[-1][GUARD:-GUARD].view(new.shape)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", between_guards)
+        run(op, tensors)
+    assert len(made) >= 2
+    for memory in made:
+        assert (memory[:GUARD] == 7).all() and (memory[-GUARD:] == 7).all()
 
 
 def saved_by(op, tensors):

@@ -11,6 +11,7 @@ from pointwise_cases import (
     assert_accurate,
     assert_nan_where_the_reference_has_it,
     assert_same_bits,
+    assert_writes_stay_inside,
     heads_first,
     mse_case,
     mse_of,
@@ -115,6 +116,13 @@ def test_nan_comes_out_where_the_reference_has_it_and_nowhere_else(op):
         spoiled = tensors | {name: tensors[name].clone()}
         spoiled[name].view(-1)[-40] = float("nan")
         assert_nan_where_the_reference_has_it(operations, spoiled)
+
+
+@EACH_DTYPE
+@EACH_OP
+def test_tiles_that_are_not_whole_write_to_nothing_beside_outputs_and_gradients(op, dtype, monkeypatch):
+    (kernel, *_), tensors = CASES[op](dtype)
+    assert_writes_stay_inside(kernel, tensors, monkeypatch)
 
 
 @EACH_DTYPE

@@ -13,6 +13,7 @@ from pointwise_cases import (
     assert_repeatable,
     assert_same_bits,
     assert_saved,
+    assert_writes_stay_inside,
     mse_case,
     mse_of,
     nan_in_new_memory,
@@ -132,6 +133,12 @@ def test_rows_of_any_stride_are_read_where_they_lie(monkeypatch):
 def test_a_repeated_backward_is_bitwise_equal_and_writes_to_nothing_it_was_given(flow):
     tensors, offsets = mse_case(IMAGES["pieces that images share"], flow=flow)
     assert_repeatable(mse_of(offsets)[0], tensors)
+
+
+@pytest.mark.parametrize("name", ["images of one patch", "pieces that images share", "wider than a tile"])
+def test_pieces_that_are_not_whole_write_to_nothing_beside_errors_and_gradients(name, monkeypatch):
+    tensors, offsets = mse_case(IMAGES[name])
+    assert_writes_stay_inside(mse_of(offsets)[0], tensors, monkeypatch)
 
 
 @FLOW

@@ -11,6 +11,7 @@ from pointwise_cases import (
     assert_repeatable,
     assert_same_bits,
     assert_saved,
+    assert_writes_stay_inside,
     nan_in_new_memory,
     record,
     run,
@@ -125,6 +126,12 @@ def test_outputs_are_tensors_of_their_own():
 @FUSED
 def test_a_repeated_backward_is_bitwise_equal_and_writes_to_nothing_it_was_given(fused):
     assert_repeatable(SWIGLU[0], swiglu_case((3, 1100), fused=fused))
+
+
+@pytest.mark.parametrize("shape", [(63,), (1023,), SHAPE], ids=str)
+@FUSED
+def test_blocks_that_are_not_whole_write_to_nothing_beside_outputs_and_gradients(shape, fused, monkeypatch):
+    assert_writes_stay_inside(SWIGLU[0], swiglu_case(shape, fused=fused), monkeypatch)
 
 
 @FUSED

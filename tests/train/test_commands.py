@@ -125,7 +125,6 @@ def test_bad_input_gets_one_line_and_exit_code_2(run: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("model.backend=triton", 'has no "triton" kernel yet'),
         ("train.output=/dev/null", "train.output must be new, empty or the folder of a run, got /dev/null"),
     ],
 )
