@@ -23,7 +23,7 @@ ROPE_SHAPES = {
     "chunks that are not whole": (9, 6, 2, 32),
     "chunks of q and of k": (7, 16, 4, 128),
     "as many heads of k as of q": (19, 12, 12, 64),
-    "more tokens than a program of backward walks": (150, 4, 4, 64),
+    "more tokens than a program of backward walks": (70, 4, 4, 64),
     "head wider than a chunk of four": (3, 5, 5, 512),
 }
 

@@ -55,12 +55,13 @@ def test_memory_bound_kernels_move_16_bytes_a_thread_without_spills(report, arch
     for row in (row for row in chosen if row["case"] != "diffusion_mse mean"):
         assert row["load_bits"] == "128"
         assert row["store_bits"] == ("" if row["case"].startswith("diffusion_mse forward") else "128")
-        assert float(row["wide_share"]) > 0.995, row["name"]
+        assert float(row["wide_share"]) > 0.99, row["name"]
 
 
 def test_memory_bound_kernels_touch_device_memory_once_in_and_once_out(report):
     for row in rows(report / "pointwise.csv"):
-        assert 1 <= float(row["once_by_least"]) < 1.01, row["name"]
+        # Beyond that, through the norm, each program's sums of the weights' gradients: written, and read again.
+        assert 1 <= float(row["once_by_least"]) < (1.02 if "norm backward" in row["case"] else 1.002), row["name"]
         # With four chunks of heads of q and one of k, reading the table anew adds 4/21, the weights of a norm 1/34.
         most = 1.25 if row["case"].startswith("rope") else 1.01
         assert 1 <= float(row["moved_by_least"]) < most, row["name"]

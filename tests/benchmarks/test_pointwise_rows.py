@@ -140,7 +140,7 @@ def test_each_chunk_of_heads_reads_the_rotary_table():
 
 
 def test_each_program_reads_the_weights_of_its_norm_and_leaves_sums_for_pytorch():
-    """Tiles of 64 tokens forward, walks of 16 tiles backward: 3 programs a chunk there, 1 here."""
+    """130 tokens are three tiles of 64, which a program a chunk walks backward: 3 programs a chunk forward, 1 there."""
     import pointwise_bytes
 
     weight = 8 * 2
