@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from transfusion_fast import backends
 from transfusion_fast.config import load_config
@@ -42,10 +43,17 @@ def main() -> int:
         from transfusion_fast.training.trainer import train
 
         train(config, index, join_ranks(config.train))
-    except (InputError, NotImplementedError, OSError) as error:
+        code = 0
+    except OSError as error:
         _report(error)
         return 2
-    return 0
+    except (InputError, NotImplementedError) as error:
+        _report(error)
+        code = 2
+    # A thread of gloo that still holds the last collective while Python ends would abort the process.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def _report(error: Exception) -> None:

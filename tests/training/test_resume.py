@@ -71,7 +71,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
         manifest.write_text("{")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     codes, printed = start(1, digits, run).wait()
-    assert codes == [2]
+    assert codes == [2], printed
     assert "all 3 checkpoints are damaged; move the run folder to start anew" in printed.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

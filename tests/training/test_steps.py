@@ -114,7 +114,7 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
         "train.checkpoint_every=1",
         "train.precision=bf16",
     ).wait()
-    assert codes == [2]
+    assert codes == [2], printed
     line = printed.splitlines()[-1]
     assert line.startswith("pretrain: ") and "not finite in 2 steps in a row" in line
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
@@ -133,7 +133,7 @@ def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digi
     content[index.shards[shard].offsets[place] + 600] ^= 0xFF
     file.write_bytes(content)
     codes, printed = start(2, data, tmp_path / "run").wait()
-    assert codes == [2, 2]
+    assert codes == [2, 2], printed
     ours = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
     assert len(ours) == 1 and file.name in ours[0] and "Traceback" not in printed
 
