@@ -3,9 +3,10 @@
     python benchmarks/step_bench.py --out DIR [--preset mini|0.16b|..] [--device cuda|cpu] [--peer transfusion-pytorch]
 
 Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses of all backends must be equal to 1e-5 in
-fp32. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does. On a CPU the steps take
-turns, and so do matrix products, forward and backward, at [1424, 256] x [256, 1024]: what a machine reaches in them is
-what its steps are held to. Freed memory stays with the process there (`mallopt`), for all alike.
+fp32. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does. What the machine reaches
+in the matrix products of a linear layer, forward and backward, is what its steps are held to. On a CPU all of these
+take turns, and freed memory stays with the process (`mallopt`), for all alike. The reference attends over all pairs of
+positions; where that is too much, the torch backend stands for plain PyTorch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,17 +32,17 @@ import step_report
 import step_workload
 import torch
 from measure import Effort, Step, Timing
-from step_report import MATMUL, Row
+from step_report import MATMUL, Facts, Row
 from torch import Tensor, nn
 
 from transfusion_fast import Transfusion
 from transfusion_fast.errors import InputError
-from transfusion_fast.sequence import PackedBatch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINTING = ("none", "selective", "full")
 EQUAL = 1e-5  # of the losses in fp32
 PEER = "transfusion-pytorch"
+_MATMULS = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ class Variant:
         compiled = ", compiled" if self.compiled else ""
         kept = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
         return f"{self.dtype} {self.backend}{compiled}{kept}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step that is ready to be timed, and what is known of it already."""
+
+    facts: Facts
+    step: Step
 
 
 class MasterAdamW:
@@ -120,31 +131,37 @@ def _keep_freed_memory() -> None:
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    gpu = device.type == "cuda"
-    preset = options.preset or ("0.37b" if gpu else step_workload.RAGGED_PRESET)
+    preset = options.preset or ("0.37b" if device.type == "cuda" else step_workload.RAGGED_PRESET)
     ragged = preset == step_workload.RAGGED_PRESET
     documents = step_workload.ragged_documents() if ragged else step_workload.mix_documents("mixed", 16384)
-    ours = "triton" if gpu else "torch"
+    ours = "triton" if device.type == "cuda" else "torch"
     _check_losses(preset, documents, device, [ours, "torch"])
-    machine = measure.describe_machine(device)
-    effort = Effort(30, options.seconds)
-    rows: list[Row] = []
-    for dtype in options.dtypes:
-        rates = _matmul_rates(device, effort)
-        if ragged:
-            variants = [Variant(dtype, "reference"), Variant(dtype, ours), Variant(dtype, ours, compiled=True)]
-        else:
-            variants = [Variant(dtype, "torch"), Variant(dtype, ours), Variant(dtype, ours, compiled=True)]
-        variants += [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING[1:]]
-        for variant in variants:
-            # Once is enough for what takes many times as long.
-            own = Effort(1, 0) if variant.backend == "reference" else effort
-            rows.append(_row(variant, preset, documents, device, own, rates, machine))
-            print(step_report.line(rows[-1]), file=sys.stderr)
+    variants = [v for dtype in options.dtypes for v in _variants(dtype, "reference" if ragged else "torch", ours)]
+    makers = {str(v): partial(_prepare, v, preset, documents, device) for v in variants}
     if options.peer:
-        rows.append(_peer_row(documents, preset, device, effort, _matmul_rates(device, effort), machine))
-        print(step_report.line(rows[-1]), file=sys.stderr)
-    return rows
+        makers[PEER] = partial(_prepare_peer, preset, documents, device)
+    prepared: list[Prepared] = []
+    for name, make in makers.items():
+        print(f"{name}: preparing", file=sys.stderr)
+        prepared.append(make())
+    timings = _time(prepared, device, Effort(30, options.seconds))
+    rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timings[dtype].total / 1e6 for dtype in DTYPES}
+    machine = measure.describe_machine(device)
+    return [step_report.row(p.facts, timings[p.facts.name], rates, machine) for p in prepared]
+
+
+def _variants(dtype: str, plain: str, ours: str) -> list[Variant]:
+    """Plain PyTorch, then ours."""
+    settings = [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING]
+    return list(dict.fromkeys([Variant(dtype, plain), *settings, Variant(dtype, ours, compiled=True)]))
+
+
+def _time(prepared: Sequence[Prepared], device: torch.device, effort: Effort) -> dict[str, Timing]:
+    """Of each step by name, and of the matrix products by dtype: in turns on a CPU, each by itself on a GPU."""
+    steps = {p.facts.name: p.step for p in prepared} | _matmuls(device)
+    if device.type == "cpu":
+        return measure.time_steps(steps, device, effort)
+    return {name: measure.time_steps({name: step}, device, effort)[name] for name, step in steps.items()}
 
 
 def _model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
@@ -183,42 +200,31 @@ def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _row(
-    variant: Variant, preset: str, documents: step_workload.Documents, device: torch.device, effort: Effort,
-    rates: dict[str, float], machine: measure.Machine,
-) -> Row:  # fmt: skip
+def _prepare(variant: Variant, preset: str, documents: step_workload.Documents, device: torch.device) -> Prepared:
     model = _model(preset, variant, device)
     batch = step_workload.pack(model, documents).to(device)
     kept = None if variant.compiled else step_memory.kept_bytes(lambda: model(batch).total)
-    begun = time.perf_counter()
     if variant.compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
     step = _train_step(model, lambda: model(batch).total)
-    step()()
-    first = time.perf_counter() - begun
-    timing = measure.time_steps({"step": step}, device, effort)["step"]
-    return step_report.row(
+    first, second = (_seconds(step, device) for _ in range(2))
+    facts = Facts(
         name=str(variant),
         preset=preset,
         dtype=variant.dtype,
         parameters=_count(model),
-        tokens=_tokens(batch),
+        tokens=batch.num_tokens,
         flops=step_workload.model_flops(model, batch),
-        timing=timing,
-        rates=rates,
-        peak=_peak_bytes(step, device),
-        kept=kept,
-        compile_s=max(0.0, first - timing.total / 1e3) if variant.compiled else None,
-        machine=machine,
+        peak_bytes=_peak_bytes(step, device),
+        kept_bytes=kept,
+        compile_s=first - second if variant.compiled else None,
     )
+    return Prepared(facts, step)
 
 
-def _peer_row(
-    documents: step_workload.Documents, preset: str, device: torch.device, effort: Effort, rates: dict[str, float],
-    machine: measure.Machine,
-) -> Row:  # fmt: skip
-    """The other package's model of about as many parameters: our width and heads, as deep as that takes."""
+def _prepare_peer(preset: str, documents: step_workload.Documents, device: torch.device) -> Prepared:
+    """The other package's model of about as many parameters: our width and heads, as deep as that takes; fp32."""
     try:
         from transfusion_pytorch import Transfusion as Peer
     except ImportError as error:
@@ -228,65 +234,65 @@ def _peer_row(
 
     def build(depth: int) -> nn.Module:
         transformer = {"dim": config.dim, "depth": depth, "heads": config.num_heads, "dim_head": config.head_dim}
-        shape = (step_workload.PATCHES,)
         return Peer(
-            num_text_tokens=step_workload.TEXT_TOKENS, dim_latent=step_workload.CHANNELS, transformer=transformer,
-            modality_default_shape=shape,
-        )  # fmt: skip
+            num_text_tokens=step_workload.TEXT_TOKENS,
+            dim_latent=step_workload.CHANNELS,
+            transformer=transformer,
+            modality_default_shape=(step_workload.PATCHES,),
+        )
 
     depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
     torch.manual_seed(0)
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
     step = _train_step(model, lambda: model(moved))
-    batch = step_workload.pack(ours, documents)
-    return step_report.row(
+    facts = Facts(
         name=f"fp32 {PEER}, depth {depth}",
         preset=preset,
         dtype="fp32",
         parameters=_count(model),
-        tokens=_tokens(batch),
+        tokens=step_workload.pack(ours, documents).num_tokens,
         flops=None,
-        timing=measure.time_steps({"step": step}, device, effort)["step"],
-        rates=rates,
-        peak=_peak_bytes(step, device),
-        kept=None,
+        peak_bytes=_peak_bytes(step, device),
+        kept_bytes=None,
         compile_s=None,
-        machine=machine,
     )
+    return Prepared(facts, step)
 
 
-def _matmul_rates(device: torch.device, effort: Effort) -> dict[str, float]:
-    """GFLOP/s of one linear layer, forward and backward, by dtype."""
+def _matmuls(device: torch.device) -> dict[str, Step]:
+    """The matrix products of one linear layer, forward and backward, `_MATMULS` times each, by dtype."""
     T, K, N = MATMUL
-    repeats, steps = 10, {}
-    for name, dtype in DTYPES.items():
-        a, b, g = (torch.randn(shape, device=device, dtype=dtype) for shape in ((T, K), (N, K), (T, N)))
 
-        def step(a: Tensor = a, b: Tensor = b, g: Tensor = g) -> Callable[[], None]:
-            for _ in range(repeats):
-                a @ b.t()
+    def step(a: Tensor, b: Tensor, g: Tensor) -> Callable[[], None]:
+        for _ in range(_MATMULS):
+            a @ b.t()
 
-            def backward() -> None:
-                for _ in range(repeats):
-                    g @ b
-                    g.t() @ a
+        def backward() -> None:
+            for _ in range(_MATMULS):
+                g @ b
+                g.t() @ a
 
-            return backward
+        return backward
 
-        steps[name] = step
-    timings: dict[str, Timing] = measure.time_steps(steps, device, effort)
-    return {name: repeats * 6 * T * K * N / timing.total / 1e6 for name, timing in timings.items()}
+    return {
+        name: partial(step, *(torch.randn(shape, device=device, dtype=dtype) for shape in ((T, K), (N, K), (T, N))))
+        for name, dtype in DTYPES.items()
+    }
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    begun = time.perf_counter()
+    step()()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def _peak_bytes(step: Step, device: torch.device) -> float:
     if device.type == "cpu":
         return step_memory.peak_cpu_bytes(lambda: step()())
     return (measure.peak_memory_mib(step, device) or 0) * 2**20
-
-
-def _tokens(batch: PackedBatch) -> int:
-    return batch.num_tokens
 
 
 def _count(model: nn.Module) -> int:

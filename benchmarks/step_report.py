@@ -16,6 +16,21 @@ MATMUL = (1424, 256, 1024)  # positions, inputs, outputs of the linear layer tha
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of a step before it is timed. None where it was not measured or does not apply."""
+
+    name: str
+    preset: str
+    dtype: str
+    parameters: int
+    tokens: int
+    flops: int | None
+    peak_bytes: float
+    kept_bytes: int | None
+    compile_s: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One way to run the model, on one machine. None where it was not measured or does not apply."""
 
@@ -46,13 +61,14 @@ class Row:
     git: str
 
 
-def row(
-    *, name: str, preset: str, dtype: str, parameters: int, tokens: int, flops: int | None, timing: Timing,
-    rates: dict[str, float], peak: float, kept: int | None, compile_s: float | None, machine: Machine,
-) -> Row:  # fmt: skip
-    """`backward` is backward and optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly."""
+def row(facts: Facts, timing: Timing, rates: dict[str, float], machine: Machine) -> Row:
+    """`backward` is backward and optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly.
+
+    `rates` are the GFLOP/s of matrix products by dtype.
+    """
     seconds = timing.total / 1e3
-    weight_gflops = 6 * parameters * tokens / seconds / 1e9
+    tokens, dtype, flops, kept = facts.tokens, facts.dtype, facts.flops, facts.kept_bytes
+    weight_gflops = 6 * facts.parameters * tokens / seconds / 1e9
     peaks = peaks_of(machine.hardware)
     peak_gflops = peaks[0] * 1e3 if peaks and dtype != "fp32" else rates[dtype]
     passes = {
@@ -62,10 +78,10 @@ def row(
     }
     return Row(
         op="step",
-        name=name,
-        preset=preset,
+        name=facts.name,
+        preset=facts.preset,
         dtype=dtype,
-        parameters=parameters,
+        parameters=facts.parameters,
         tokens=tokens,
         **passes,
         tokens_per_s=tokens / seconds,
@@ -74,19 +90,14 @@ def row(
         share_of_matmul=weight_gflops / rates[dtype],
         share_of_fp32_matmul=weight_gflops / rates["fp32"],
         mfu=None if flops is None else flops / seconds / 1e9 / peak_gflops,
-        peak_mib=peak / 2**20,
+        peak_mib=facts.peak_bytes / 2**20,
         kept_bytes_per_token=None if kept is None else kept / tokens,
-        compile_s=compile_s,
+        compile_s=facts.compile_s,
         hardware=machine.hardware,
         torch=machine.torch,
         triton=machine.triton,
         git=machine.git,
     )
-
-
-def line(r: Row) -> str:
-    """For the terminal."""
-    return f"{r.name}: {r.tokens_per_s:,.0f} tokens/s, {r.share_of_fp32_matmul:.2f} of the fp32 matmul rate"
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
@@ -122,7 +133,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"The matmul rate is that of a linear layer, forward and backward, at [{T}, {K}] x [{K}, {N}] on the same "
-        "machine minutes before; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each "
+        "machine in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each "
         "visible pair, of the GPU's peak or, on a CPU, of that rate. Times on a shared CPU are worth their ratios.",
         "",
     ]

@@ -1,14 +1,19 @@
 """The step benchmark: what it trains, how it counts, and that it times nothing that computes something else."""
 
+import csv
+
 import mixes
 import pytest
 import step_bench
+import step_report
 import step_workload
 import torch
-from step_bench import MasterAdamW
+from measure import Machine, Quantiles, Timing
+from step_bench import MasterAdamW, Variant
+from step_report import Facts
 
 from transfusion_fast import Transfusion, backends
-from transfusion_fast.config import ModelConfig
+from transfusion_fast.config import ModelConfig, TransformerConfig
 from transfusion_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -70,4 +75,29 @@ def test_nothing_is_timed_where_a_backends_losses_are_not_the_references(monkeyp
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(step_bench.sys.modules, "transfusion_pytorch", None)
     with pytest.raises(InputError, match="--peer transfusion-pytorch needs that package"):
-        step_bench._peer_row([], "mini", CPU, None, {}, None)
+        step_bench._prepare_peer("mini", [], CPU)
+
+
+def test_a_row_counts_tokens_and_flops_by_the_time_of_both_passes():
+    timing = Timing(Quantiles(90, 100, 110), Quantiles(280, 300, 320))
+    facts = Facts("bf16 torch", "mini", "bf16", 5_000_000, 2000, 40 * 10**9, 2**21, 8000, None)
+    row = step_report.row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, Machine("a CPU", "2.13", "-", "-", "abc"))
+    assert row.tokens_per_s == 5000
+    assert (row.weight_gflops, row.share_of_matmul, row.share_of_fp32_matmul) == (150, 0.15, 0.75)
+    assert (row.mfu, row.peak_mib, row.kept_bytes_per_token) == (0.1, 2, 4)
+    assert (row.forward_p20_ms, row.backward_p80_ms) == (90, 320)
+
+
+def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    monkeypatch.setattr(step_workload, "ragged_documents", lambda: [[torch.arange(9)], [torch.randn(4, 16)]])
+    monkeypatch.setattr(
+        step_bench, "_variants", lambda *names: [Variant("fp32", "reference"), Variant("fp32", "torch")]
+    )
+    assert step_bench.main(["--out", str(tmp_path), "--device", "cpu", "--dtypes", "fp32", "--seconds", "0.1"]) == 0
+    with (tmp_path / "step.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["fp32 reference", "fp32 torch"]
+    assert all(float(row["tokens_per_s"]) > 0 and float(row["matmul_gflops"]) > 0 for row in rows)
+    assert "| fp32 torch |" in (tmp_path / "step.md").read_text()
+    assert (tmp_path / "step.png").stat().st_size > 0
