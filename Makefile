@@ -64,6 +64,8 @@ bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	failed=0; \
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/attn_bench.py --out $(REPORT) --minutes 30 || failed=1; \
+	$(RUN) benchmarks/rope_swiglu_bench.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/diffusion_mse_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import memory
 import torch
 from attn_gate import Gate, Inputs, Tensors, make_gate, make_inputs, run
 from attn_problem import Backend, Forward, Problem
@@ -20,7 +21,6 @@ from measure import (
     autograd_step,
     failure_reason,
     is_out_of_memory,
-    peak_memory_mib,
     time_host,
     time_steps,
 )
@@ -101,7 +101,7 @@ def _check(backend: Backend, problem: Problem, inputs: Inputs, gate: Gate) -> Fo
 
 
 def _finish(backend: Backend, problem: Problem, timing: Timing, step: Step) -> Outcome:
-    peak_mib = peak_memory_mib(step, problem.device)
+    peak_mib = memory.peak_bytes(step, problem.device) / 2**20
     prepare_ms = time_host(lambda: backend.prepare(problem), problem.device)
     status = "ok: reference rate of a causal mask, not gated" if backend.causal_only else "ok"
     return Outcome(status, Measured(prepare_ms, timing, peak_mib))

@@ -21,7 +21,7 @@ class Measured:
 
     prepare_ms: float
     timing: Timing
-    peak_mib: float | None
+    peak_mib: float
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _figures(problem: Problem, area: int, measured: Measured, hardware: str) -> 
         "prepare_ms": measured.prepare_ms,
         **{f"forward_{name}": ms for name, ms in asdict(forward).items()},
         **{f"backward_{name}": ms for name, ms in asdict(backward).items()},
-        "peak_mib": NOT_MEASURED if measured.peak_mib is None else measured.peak_mib,
+        "peak_mib": measured.peak_mib,
         "forward_tflops": forward_tflops,
         "backward_tflops": backward_tflops,
         "forward_percent_of_peak": _percent(forward_tflops, peak_tflops),
@@ -191,8 +191,6 @@ def _not_measured(rows: Sequence[Row]) -> list[str]:
         f"- {backend}, {'all shapes' if len(where) == every else ', '.join(where)}: {reason}"
         for (backend, reason), where in shapes.items()
     ]
-    if any(row.total_ms is not None and row.peak_mib == NOT_MEASURED for row in rows):
-        lines.append("- peak memory, all backends: the CPU's allocator keeps no count")
     if any(row.total_ms is not None and row.forward_percent_of_peak == "" for row in rows):
         lines.append("- percent of peak: no 16-bit peak is on record for this hardware and dtype")
     return lines

@@ -90,8 +90,10 @@ class Machine:
     git: str
 
 
-def autograd_step(forward: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> Step:
-    """The step of `forward(*inputs)`, whose backward returns the gradients of all inputs."""
+def autograd_step(
+    forward: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], gradient: Tensor | Sequence[Tensor]
+) -> Step:
+    """The step of `forward(*inputs)`, whose backward returns the gradients of all inputs; one `gradient` an output."""
 
     def step() -> Callable[[], tuple[Tensor, ...]]:
         out = forward(*inputs)
@@ -100,8 +102,13 @@ def autograd_step(forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad
     return step
 
 
-def time_steps(steps: dict[str, Step], device: torch.device, effort: Effort) -> dict[str, Timing]:
-    """Times the steps in turns, after one untimed turn; every other turn backwards, as a neighbour warms the caches."""
+def time_steps(
+    steps: dict[str, Step], device: torch.device, effort: Effort, rehearse: bool = False
+) -> dict[str, Timing]:
+    """Times the steps in turns, after one untimed turn; every other turn backwards, as a neighbour warms the caches.
+
+    With `rehearse`, each runs once more right before it is timed, as a training step follows another of its kind.
+    """
     clock = _cuda_clock(device) if device.type == "cuda" else _host_clock
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for step in steps.values():
@@ -111,6 +118,8 @@ def time_steps(steps: dict[str, Step], device: torch.device, effort: Effort) -> 
         if repeat >= _MIN_REPEATS and time.perf_counter() - start > effort.seconds * len(steps):
             break
         for name, step in steps.items() if repeat % 2 else reversed(steps.items()):
+            if rehearse:
+                step()()
             backward, forward_ms = clock(step)
             _, backward_ms = clock(backward)
             samples[name].append((forward_ms, backward_ms))
@@ -128,18 +137,6 @@ def time_host(call: Callable[[], object], device: torch.device, repeats: int = 3
         _synchronize(device)
         samples.append((time.perf_counter() - start) * 1e3)
     return float(np.median(samples))
-
-
-def peak_memory_mib(step: Step, device: torch.device) -> float | None:
-    """MiB that a forward and backward allocate at most beyond what is allocated before; None where unknown (CPU)."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def peaks_of(hardware: str) -> tuple[float, float] | None:

@@ -5,8 +5,8 @@
 Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses of all backends must be equal to 1e-5 in
 fp32. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does. What the machine reaches
 in the matrix products of a linear layer, forward and backward, is what its steps are held to. On a CPU all of these
-take turns, and freed memory stays with the process (`mallopt`), for all alike. The reference attends over all pairs of
-positions; where that is too much, the torch backend stands for plain PyTorch.
+take turns, each right after an untimed one of its kind, and freed memory stays with the process (`mallopt`). The
+reference attends over all pairs of positions; where that is too much, the torch backend stands for plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"
 
 import measure
-import step_memory
+import memory
 import step_report
 import step_workload
 import torch
@@ -111,7 +111,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=step_workload.TRANSFORMERS, help="default: mini on a CPU, 0.37b on cuda")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peer", choices=(PEER,), help="time this package too, if it is installed")
-    parser.add_argument("--seconds", type=float, default=8, help="to time each step for (default: 8)")
+    parser.add_argument("--seconds", type=float, default=20, help="to time each step for (default: 20)")
     return parser.parse_args(arguments)
 
 
@@ -160,7 +160,7 @@ def _time(prepared: Sequence[Prepared], device: torch.device, effort: Effort) ->
     """Of each step by name, and of the matrix products by dtype: in turns on a CPU, each by itself on a GPU."""
     steps = {p.facts.name: p.step for p in prepared} | _matmuls(device)
     if device.type == "cpu":
-        return measure.time_steps(steps, device, effort)
+        return measure.time_steps(steps, device, effort, rehearse=True)
     return {name: measure.time_steps({name: step}, device, effort)[name] for name, step in steps.items()}
 
 
@@ -203,7 +203,7 @@ def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 def _prepare(variant: Variant, preset: str, documents: step_workload.Documents, device: torch.device) -> Prepared:
     model = _model(preset, variant, device)
     batch = step_workload.pack(model, documents).to(device)
-    kept = None if variant.compiled else step_memory.kept_bytes(lambda: model(batch).total)
+    kept = None if variant.compiled else memory.kept_bytes(lambda: model(batch).total)
     if variant.compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -216,7 +216,7 @@ def _prepare(variant: Variant, preset: str, documents: step_workload.Documents, 
         parameters=_count(model),
         tokens=batch.num_tokens,
         flops=step_workload.model_flops(model, batch),
-        peak_bytes=_peak_bytes(step, device),
+        peak_bytes=memory.peak_bytes(step, device),
         kept_bytes=kept,
         compile_s=first - second if variant.compiled else None,
     )
@@ -253,7 +253,7 @@ def _prepare_peer(preset: str, documents: step_workload.Documents, device: torch
         parameters=_count(model),
         tokens=step_workload.pack(ours, documents).num_tokens,
         flops=None,
-        peak_bytes=_peak_bytes(step, device),
+        peak_bytes=memory.peak_bytes(step, device),
         kept_bytes=None,
         compile_s=None,
     )
@@ -287,12 +287,6 @@ def _seconds(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun
-
-
-def _peak_bytes(step: Step, device: torch.device) -> float:
-    if device.type == "cpu":
-        return step_memory.peak_cpu_bytes(lambda: step()())
-    return (measure.peak_memory_mib(step, device) or 0) * 2**20
 
 
 def _count(model: nn.Module) -> int:

@@ -3,8 +3,8 @@
 Long documents are computed one by one, where they lie: text alone by causal attention, which needs no mask and skips
 what it hides; a document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the
 document's start to the furthest key that one of their rows sees. Short documents of about one length are gathered into
-a batch, padded to a common shape, since a call for each would cost more than its work. The masks, a byte a pair, are
-made once for all layers, on the device.
+a batch, padded to a common shape, since a call for each would cost more than its work. The masks are made once for all
+layers, on the device: a byte a pair, and on CPUs in half precision also as numbers to add.
 
 Every product is one scaled_dot_product_attention. On CPUs its backward in half precision takes several times as long as
 in fp32 (torch 2.13), so there `_HalfPrecision` differentiates it by plain matrix products.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +30,26 @@ _LONGEST_OF_CLASS = list(accumulate(range(40), lambda longest, _: max(longest + 
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
 
 
+class Mask:
+    """Which keys the queries of a batch see, in the forms that PyTorch's ops take; each is made at most once."""
+
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible  # bool [B, 1, L, S]
+        self._biases: dict[torch.dtype, Tensor] = {}
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """What is not visible."""
+        return ~self.visible
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """To add to the scores."""
+        if dtype not in self._biases:
+            zeros = torch.zeros_like(self.visible, dtype=dtype)
+            self._biases[dtype] = zeros.masked_fill_(self.hidden, -math.inf)
+        return self._biases[dtype]
+
+
 @dataclass(frozen=True)
 class Tile:
     """Queries [start, end) of a document and the keys [0, keys) that they see."""
@@ -36,7 +57,7 @@ class Tile:
     start: int
     end: int
     keys: int
-    visible: Tensor | None  # bool [1, 1, end - start, keys]; None for the whole of a text, causal
+    mask: Mask | None  # None for the whole of a text, causal
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,7 @@ class ShortBatch:
     """B short documents of one padded length L. Positions beyond a document's own repeat its last one."""
 
     shape: tuple[int, int]  # B, L
-    visible: Tensor  # bool [B, 1, L, L]
+    mask: Mask
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,7 @@ def _long_document(tiles: tuple[Tile, ...], q: Tensor, k: Tensor, v: Tensor, sca
     outs = []
     for tile, rows in zip(tiles, q_1HLD.split([tile.end - tile.start for tile in tiles], dim=2), strict=True):
         keys, values = k_1HLD[:, :, : tile.keys], v_1HLD[:, :, : tile.keys]
-        outs.append(_attend(rows, keys, values, tile.visible, scale)[0].transpose(0, 1))
+        outs.append(_attend(rows, keys, values, tile.mask, scale)[0].transpose(0, 1))
     return outs
 
 
@@ -104,7 +125,7 @@ def _short_documents(
     outs = []
     for batch, *rows in zip(plan.batches, q_rows, k_rows, v_rows, strict=True):
         q_BHLD, k_BHLD, v_BHLD = _by_heads(*(x.unflatten(0, batch.shape) for x in rows))
-        outs.append(_attend(q_BHLD, k_BHLD, v_BHLD, batch.visible, scale).transpose(1, 2).flatten(0, 1))
+        outs.append(_attend(q_BHLD, k_BHLD, v_BHLD, batch.mask, scale).transpose(1, 2).flatten(0, 1))
     return list(_Scatter.apply(_join(outs), plan.scatter).split([len(run) for run in q_runs]))
 
 
@@ -115,11 +136,12 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float | None) -> Tensor:
-    """q [B, H, L, D], k and v [B, H, S, D], visible bool [B, 1, L, S], or None for causal -> [B, H, L, D]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None) -> Tensor:
+    """q [B, H, L, D], k and v [B, H, S, D], mask None for causal -> [B, H, L, D]."""
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        return _HalfPrecision.apply(q, k, v, visible, q.shape[-1] ** -0.5 if scale is None else scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
+        return _HalfPrecision.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = None if mask is None else mask.visible
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=mask is None, scale=scale)
 
 
 class _HalfPrecision(torch.autograd.Function):
@@ -129,14 +151,14 @@ class _HalfPrecision(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float) -> Tensor:
         # As a number to add, which is what the op turns a boolean mask into, over all heads.
-        bias = None if visible is None else torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -math.inf)
+        bias = None if mask is None else mask.bias(q.dtype)
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=visible is None, attn_mask=bias, scale=scale
+            q, k, v, is_causal=mask is None, attn_mask=bias, scale=scale
         )
         ctx.save_for_backward(q, k, v, lse)
-        ctx.visible, ctx.scale = visible, scale  # the plan's, shared by all layers
+        ctx.mask, ctx.scale = mask, scale  # the plan's, shared by all layers
         return o
 
     @staticmethod
@@ -149,8 +171,8 @@ class _HalfPrecision(torch.autograd.Function):
         low = (lse - high).to(q.dtype)
         columns = torch.stack([-high, -low], dim=-1)
         p = torch.cat([q, columns], dim=-1) @ torch.cat([k, torch.ones_like(k[..., :2])], dim=-1).transpose(-1, -2)
-        visible = torch.ones(p.shape[-2:], dtype=torch.bool).tril() if ctx.visible is None else ctx.visible
-        p = p.exp_().masked_fill_(~visible, 0.0)
+        hidden = torch.ones(p.shape[-2:], dtype=torch.bool).triu(1) if ctx.mask is None else ctx.mask.hidden
+        p = p.exp_().masked_fill_(hidden, 0.0)
         ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(-1, -2), p, -1, p.dtype)
         return ds @ (k * ctx.scale), ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do, None, None
 
@@ -190,7 +212,7 @@ def _tiles(key_end: np.ndarray, has_image: bool, device: torch.device) -> tuple[
         ends = key_end[start : start + MAX_ROWS]
         keys = int(ends[-1])
         visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None]
-        tiles.append(Tile(start, start + len(ends), keys, visible[None, None]))
+        tiles.append(Tile(start, start + len(ends), keys, Mask(visible[None, None])))
     return tuple(tiles)
 
 
@@ -211,7 +233,7 @@ def _batches(
         own_end = torch.from_numpy(key_end[starts[chosen, None] + place] - starts[chosen, None]).to(device)
         # What a document repeats lies at columns >= its length, and is hidden by comparing columns, not positions.
         visible = torch.arange(L, device=device) < own_end[:, None, :, None]
-        batches.append(ShortBatch((len(chosen), L), visible))
+        batches.append(ShortBatch((len(chosen), L), Mask(visible)))
         among_short = (first[chosen, None] + place).reshape(-1)
         is_own = (np.arange(L) < own).reshape(-1)
         scatter[among_short[is_own]] = rows_before + np.flatnonzero(is_own)

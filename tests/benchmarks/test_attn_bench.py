@@ -85,7 +85,7 @@ def test_quick_measures_what_a_cpu_has_and_names_the_rest(quick) -> None:
         if name in MEASURED_ON_CPU:
             assert row["status"] == "ok"
             assert float(row["forward_p20"]) <= float(row["forward_p50"]) <= float(row["forward_p80"])
-            assert row["peak_mib"] == NOT_MEASURED
+            assert float(row["peak_mib"]) > 0
         else:
             assert row["status"].startswith("not measured: needs a CUDA device")
             assert row["forward_p50"] == row["times_sdpa_dense"] == NOT_MEASURED
@@ -98,7 +98,6 @@ def test_quick_writes_a_picture_and_a_summary(quick) -> None:
     summary = (out / "attention.md").read_text(encoding="utf-8")
     for text in (summary, done.stdout):
         assert "flex, all shapes: needs a CUDA device: FlexAttention has no backward on a CPU" in text
-        assert "peak memory, all backends" in text
 
 
 @pytest.mark.parametrize("spoil", ["output", "gradient", "error"])

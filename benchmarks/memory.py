@@ -1,17 +1,21 @@
-"""Memory of a training step: what forward keeps for backward, and the most that is allocated at any time."""
+"""Memory of a step: what forward keeps for backward, and the most that is allocated at any time."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from measure import Step
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start and end of its own
 
 
 class _Made(TorchDispatchMode):
@@ -48,10 +52,21 @@ def kept_bytes(forward: Callable[[], object]) -> int:
     return alive
 
 
-def peak_cpu_bytes(step: Callable[[], object]) -> int:
-    """The most bytes that tensors on the CPU take at any time in `step` beyond those before it."""
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most bytes that tensors on the device take at any time of a forward and backward beyond those before it."""
+    if device.type != "cuda":
+        return _peak_cpu_bytes(step)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_cpu_bytes(step: Step) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        step()
+        step()()
     now = peak = 0
     for event in trace.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
