@@ -25,6 +25,8 @@ from pathlib import Path
 if __name__ == "__main__":
     # Before triton is imported: kernels are compiled here, whatever the shell says.
     os.environ["TRITON_INTERPRET"] = "0"
+    # Compilation is measured, which a cache of an earlier run would hide.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import measure
 import memory
