@@ -166,12 +166,12 @@ def _draw(rows: Sequence[Row], title: str, path: Path) -> None:
             shares = [getattr(row, f"{name}_of_copy") for row in own]
             panel.barh(places, shares, height, color=f"C{number}", label=backend)
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xlabel(f"{name}: share of the rate of a copy of the least bytes")
+        panel.set_xlabel(f"{name}: share of a copy's rate")
         panel.grid(axis="x", alpha=0.3)
     if rows:
         middle = height * (len(backends) - 1) / 2
         panels[0].set_yticks([i + middle for i in range(len(problems))], [f"{o}, {s}, {d}" for o, s, d in problems])
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(problems) - 1 + 0.8, -0.2)
         panels[1].legend(loc="best")
         figure.suptitle(f"{title}, {rows[0].hardware}")
     figure.tight_layout()

@@ -6,7 +6,8 @@ Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses 
 fp32. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does. What the machine reaches
 in the matrix products of a linear layer, forward and backward, is what its steps are held to. On a CPU all of these
 take turns, each right after an untimed one of its kind, and freed memory stays with the process (`mallopt`). The
-reference attends over all pairs of positions; where that is too much, the torch backend stands for plain PyTorch.
+reference, which attends over all pairs of positions, is timed after all others, likewise in turns with the products;
+where that is too much for it, the torch backend stands for plain PyTorch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import memory
 import step_report
 import step_workload
 import torch
-from measure import Effort, Step, Timing
+from measure import Effort, Step
 from step_report import MATMUL, Facts, Row
 from torch import Tensor, nn
 
@@ -96,8 +97,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device = _device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
-        if device.type == "cpu":
-            _keep_freed_memory()
         rows = _measure(options, device)
     except (InputError, OSError) as error:
         print(f"step_bench: {error}", file=sys.stderr)
@@ -138,17 +137,33 @@ def _measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
     documents = step_workload.ragged_documents() if ragged else step_workload.mix_documents("mixed", 16384)
     ours = "triton" if device.type == "cuda" else "torch"
     _check_losses(preset, documents, device, [ours, "torch"])
+    if device.type == "cpu":
+        _keep_freed_memory()
     variants = [v for dtype in options.dtypes for v in _variants(dtype, "reference" if ragged else "torch", ours)]
-    makers = {str(v): partial(_prepare, v, preset, documents, device) for v in variants}
+    makers = {str(v): partial(_prepare, v, preset, documents, device) for v in variants if v.backend != "reference"}
     if options.peer:
         makers[PEER] = partial(_prepare_peer, preset, documents, device)
+    slow = {str(v): partial(_prepare, v, preset, documents, device) for v in variants if v.backend == "reference"}
+    machine = measure.describe_machine(device)
+    effort = Effort(30, options.seconds)
+    # The reference's gigabytes would put the memory of all others out of reach of the caches.
+    return [row for group in (makers, slow) if group for row in _rows(group, device, effort, machine)]
+
+
+def _rows(
+    makers: dict[str, Callable[[], Prepared]], device: torch.device, effort: Effort, machine: measure.Machine
+) -> list[Row]:
+    """What is made is timed, and so are the matrix products: in turns on a CPU, each by itself on a GPU."""
     prepared: list[Prepared] = []
     for name, make in makers.items():
         print(f"{name}: preparing", file=sys.stderr)
         prepared.append(make())
-    timings = _time(prepared, device, Effort(30, options.seconds))
+    steps = {p.facts.name: p.step for p in prepared} | _matmuls(device)
+    if device.type == "cpu":
+        timings = measure.time_steps(steps, device, effort, rehearse=True)
+    else:
+        timings = {name: measure.time_steps({name: step}, device, effort)[name] for name, step in steps.items()}
     rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timings[dtype].total / 1e6 for dtype in DTYPES}
-    machine = measure.describe_machine(device)
     return [step_report.row(p.facts, timings[p.facts.name], rates, machine) for p in prepared]
 
 
@@ -156,14 +171,6 @@ def _variants(dtype: str, plain: str, ours: str) -> list[Variant]:
     """Plain PyTorch, then ours."""
     settings = [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING]
     return list(dict.fromkeys([Variant(dtype, plain), *settings, Variant(dtype, ours, compiled=True)]))
-
-
-def _time(prepared: Sequence[Prepared], device: torch.device, effort: Effort) -> dict[str, Timing]:
-    """Of each step by name, and of the matrix products by dtype: in turns on a CPU, each by itself on a GPU."""
-    steps = {p.facts.name: p.step for p in prepared} | _matmuls(device)
-    if device.type == "cpu":
-        return measure.time_steps(steps, device, effort, rehearse=True)
-    return {name: measure.time_steps({name: step}, device, effort)[name] for name, step in steps.items()}
 
 
 def _model(preset: str, variant: Variant, device: torch.device) -> Transfusion:

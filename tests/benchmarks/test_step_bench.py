@@ -97,7 +97,7 @@ def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monke
     assert step_bench.main(["--out", str(tmp_path), "--device", "cpu", "--dtypes", "fp32", "--seconds", "0.1"]) == 0
     with (tmp_path / "step.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["fp32 reference", "fp32 torch"]
+    assert [row["name"] for row in rows] == ["fp32 torch", "fp32 reference"]
     assert all(float(row["tokens_per_s"]) > 0 and float(row["matmul_gflops"]) > 0 for row in rows)
     assert "| fp32 torch |" in (tmp_path / "step.md").read_text()
     assert (tmp_path / "step.png").stat().st_size > 0
