@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 
 from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
-from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.inputs import pack_documents
@@ -52,7 +52,7 @@ class Report:
     seconds: float
 
 
-def read_captioned(folder: Path, tokenizer: ByteTokenizer) -> Captioned:
+def read_captioned(folder: Path, tokenizer: Tokenizer) -> Captioned:
     """Reads all packs of a folder; InputError where its images are not pixels of one size."""
     reader = PackReader(folder)
     images: list[np.ndarray] = []
@@ -72,7 +72,7 @@ def read_captioned(folder: Path, tokenizer: ByteTokenizer) -> Captioned:
 
 def generated_accuracy(
     model: Transfusion,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     train: Captioned,
     heldout: Captioned,
     *,
@@ -100,7 +100,7 @@ def generated_accuracy(
     return accuracy, real, dict(zip(captions, pixels.reshape(len(captions), each, *pixels.shape[1:]), strict=True))
 
 
-def caption_images(model: Transfusion, tokenizer: ByteTokenizer, images: np.ndarray, patch_size: int) -> list[str]:
+def caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray, patch_size: int) -> list[str]:
     """Greedy captions of uint8 images [n, height, width, channels]."""
     prompts = [[latents] for latents in pixels_to_latents(images, patch_size)]
     grid = prompts[0][0].shape[:2]
@@ -109,7 +109,7 @@ def caption_images(model: Transfusion, tokenizer: ByteTokenizer, images: np.ndar
 
 
 @torch.no_grad()
-def text_perplexity(model: Transfusion, tokenizer: ByteTokenizer, texts: Sequence[str]) -> float:
+def text_perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
     documents = [[Text(torch.from_numpy(tokenizer.encode(text)).long())] for text in texts]
     batch = pack_documents(documents, model.config).to(model.device)
@@ -118,7 +118,7 @@ def text_perplexity(model: Transfusion, tokenizer: ByteTokenizer, texts: Sequenc
 
 def evaluate(
     model: Transfusion,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     train: Captioned,
     heldout: Captioned,
     *,

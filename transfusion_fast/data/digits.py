@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 Split = Literal["train", "heldout"]
@@ -47,7 +47,7 @@ def arithmetic_sentences(split: Split) -> list[str]:
     return [sentences[i] for i in np.sort(_select(shuffled, split, _HELDOUT_SUMS))]
 
 
-def digit_documents(split: Split, tokenizer: ByteTokenizer) -> list[Document]:
+def digit_documents(split: Split, tokenizer: Tokenizer) -> list[Document]:
     """The documents of a split: (caption, image) pairs, then sums as text alone."""
     images, labels = load_split(split)
     captions = [TextSegment(tokenizer.encode(word)) for word in DIGIT_WORDS]

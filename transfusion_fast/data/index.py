@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
 from transfusion_fast.data.shards import decode_pack, padded
-from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 INDEX_NAME = "index.json"
@@ -85,7 +85,7 @@ def build_index(
     folder: Path,
     files: Sequence[str],
     sequence_length: int,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     modalities: Sequence[ModalityInfo],
 ) -> Index:
     """The index of shards as they lie on disk: every pack is read back and validated on the way."""

@@ -18,7 +18,7 @@ from transfusion_fast.data.pack import (
     make_pack,
 )
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shards
-from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer
 from transfusion_fast.errors import InputError
 
 DIGIT_PACKS_PER_SHARD = 16
@@ -39,7 +39,7 @@ def prepare(
     folder: Path,
     *,
     sequence_length: int,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     modalities: Sequence[ModalityInfo],
     packs_per_shard: int = PACKS_PER_SHARD,
     seed: int = 0,
@@ -60,6 +60,7 @@ def prepare(
     with staged_folder(folder) as staging:
         files = write_shards(packs, staging, packs_per_shard)
         index = build_index(staging, files, sequence_length, tokenizer, modalities)
+        tokenizer.write(staging)
         write_index(staging, index)
     return index
 

@@ -1,50 +1,150 @@
-"""Text to token ids: the byte tokenizer, and the fingerprint by which a data folder names its tokenizer."""
+"""Text to token ids: bytes, or a tokenizer.json; and the fingerprint by which a data folder names its tokenizer."""
+
+from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from transfusion_fast.errors import InputError
 
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_NAME = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What the rest knows of a tokenizer. Special tokens of documents are not its business."""
+
+    name: str
+    num_text_tokens: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32 [n]."""
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, and the character of `text` that each begins with, int64 [n], ascending."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; what is not UTF-8 becomes U+FFFD. InputError for an id that it does not have."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What a data folder's index says of it: equal exactly where two tokenizers give equal ids."""
+
+    def write(self, folder: Path) -> None:
+        """Puts beside an index what `load_tokenizer` needs."""
+
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids 0..255; special tokens are not its business."""
+    """UTF-8 bytes as token ids 0..255."""
 
     name = "bytes"
     num_text_tokens = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """The UTF-8 bytes of `text` as int32 [n]."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text)
+        begins_character = (ids & 0xC0) != 0x80
+        return ids, np.cumsum(begins_character) - 1
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. InputError for an id outside 0..255."""
-        values = np.asarray(ids, dtype=np.int64)
-        outside = values[(values < 0) | (values >= self.num_text_tokens)]
-        if outside.size:
-            raise InputError(f"text ids must be in 0..255, got {outside[0]}; remove special tokens before decoding")
-        return values.astype(np.uint8).tobytes().decode(errors="replace")
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 (hex) of a canonical description: equal exactly where two tokenizers give equal ids."""
-        description = {"name": self.name, "num_text_tokens": self.num_text_tokens, "encoding": "utf-8"}
-        return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+        return _checked(ids, self.num_text_tokens).astype(np.uint8).tobytes().decode(errors="replace")
 
     def describe(self) -> dict[str, str | int]:
-        """What a data folder's index says of its tokenizer."""
-        return {"name": self.name, "num_text_tokens": self.num_text_tokens, "sha256": self.fingerprint}
+        description = {"name": self.name, "num_text_tokens": self.num_text_tokens, "encoding": "utf-8"}
+        sha256 = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+        return {"name": self.name, "num_text_tokens": self.num_text_tokens, "sha256": sha256}
+
+    def write(self, folder: Path) -> None:
+        """Nothing is needed."""
 
 
-def load_tokenizer(description: Mapping[str, str | int]) -> ByteTokenizer:
-    """The tokenizer that an index describes; InputError where it is unknown, or not the one known by that name."""
-    tokenizer = ByteTokenizer()
-    if description.get("name") != tokenizer.name:
+class FileTokenizer:
+    """A tokenizer.json of the `tokenizers` library; none of its special tokens are added."""
+
+    name = TOKENIZER_NAME
+
+    def __init__(self, content: bytes, where: str = TOKENIZER_NAME) -> None:
+        """Raises InputError for what is no tokenizer; the file is JSON and runs no code."""
+        self.content = content
+        try:
+            self._tokenizer: tokenizers.Tokenizer = _library().Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise InputError(f"{where} must be a tokenizer of the tokenizers library, and is not ({error})") from error
+        # A length or padding that it came with would cut texts in silence.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.num_text_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encode(text).ids, dtype=np.int32)
+
+    def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._encode(text)
+        starts = np.array([start for start, _ in encoded.offsets], dtype=np.int64)
+        return np.array(encoded.ids, dtype=np.int32), np.maximum.accumulate(starts)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(_checked(ids, self.num_text_tokens).tolist(), skip_special_tokens=False)
+
+    def describe(self) -> dict[str, str | int]:
+        sha256 = hashlib.sha256(self.content).hexdigest()
+        return {"name": self.name, "num_text_tokens": self.num_text_tokens, "sha256": sha256}
+
+    def write(self, folder: Path) -> None:
+        (folder / TOKENIZER_NAME).write_bytes(self.content)
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        return self._tokenizer.encode(_utf8(text).decode(), add_special_tokens=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileTokenizer, (self.content,)
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int) -> FileTokenizer:
+    """Byte-level BPE of `vocabulary` tokens, any text encodes; the same texts give the same bytes.
+
+    Raises:
+        InputError: fewer tokens than the 256 bytes, or than the texts yield.
+    """
+    if vocabulary < 256:
+        raise InputError(f"vocabulary of a byte-level BPE must be at least 256, got {vocabulary}; give a larger one")
+    library = _library()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocabulary:
         raise InputError(
-            f"tokenizer must be {tokenizer.name!r}, got {description.get('name')!r}; prepare the data again with it"
+            f"vocabulary must be at most the {tokenizer.get_vocab_size()} tokens that these texts yield, "
+            f"got {vocabulary}; give a smaller one or more text"
         )
+    return FileTokenizer(tokenizer.to_str().encode())
+
+
+def load_tokenizer(description: Mapping[str, str | int], folder: Path) -> Tokenizer:
+    """The tokenizer that an index describes, with what `write` left in `folder`.
+
+    Raises:
+        InputError: it is unknown, or its file is missing or another one.
+    """
+    name = description.get("name")
+    if name == ByteTokenizer.name:
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif name == FileTokenizer.name:
+        tokenizer = read_tokenizer(folder / TOKENIZER_NAME)
+    else:
+        known = f"{ByteTokenizer.name!r} or {FileTokenizer.name!r}"
+        raise InputError(f"tokenizer must be {known}, got {name!r}; prepare the data again with it")
     for field, value in tokenizer.describe().items():
         if description.get(field) != value:
             raise InputError(
@@ -52,3 +152,32 @@ def load_tokenizer(description: Mapping[str, str | int]) -> ByteTokenizer:
                 "the data was made with another tokenizer: prepare it again"
             )
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> FileTokenizer:
+    """The tokenizer of a file; InputError where there is none."""
+    try:
+        return FileTokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"tokenizer {path} cannot be read ({error.strerror}); give a tokenizer.json") from error
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise InputError("a tokenizer.json needs the package tokenizers, which is missing; install it") from error
+    return tokenizers
+
+
+def _utf8(text: str) -> bytes:
+    """Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks."""
+    return text.encode(errors="replace")
+
+
+def _checked(ids: Sequence[int] | np.ndarray, end: int) -> np.ndarray:
+    values = np.asarray(ids, dtype=np.int64)
+    outside = values[(values < 0) | (values >= end)]
+    if outside.size:
+        raise InputError(f"text ids must be in 0..{end - 1}, got {outside[0]}; remove special tokens before decoding")
+    return values

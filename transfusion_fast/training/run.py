@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from transfusion_fast.config import ModelConfig, parse
 from transfusion_fast.data.index import Index, PackReader
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
-from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
+from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model import Transfusion
 
@@ -63,7 +63,7 @@ class Meta:
 class DataDescription:
     """What sampling must know of the training data."""
 
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     modalities: tuple[ModalityInfo, ...]
     image_sizes: tuple[tuple[int, int], ...]
     """(height, width) in values of the first image of each modality: what is drawn unless asked otherwise."""
@@ -89,11 +89,12 @@ def describe_data(folder: Path, index: Index) -> DataDescription:
                 sizes[kind - 1] = (height, width)
                 missing.remove(kind - 1)
     image_sizes = tuple(sizes[m] for m in range(len(index.modalities)))
-    return DataDescription(load_tokenizer(index.tokenizer), index.modalities, image_sizes)
+    return DataDescription(load_tokenizer(index.tokenizer, folder), index.modalities, image_sizes)
 
 
 def write_data_description(run: Path, data: DataDescription) -> None:
-    """Puts data.json into the run folder."""
+    """Puts data.json, and the tokenizer that it names, into the run folder."""
+    data.tokenizer.write(run)
     record = {
         "tokenizer": data.tokenizer.describe(),
         "modalities": [asdict(m) for m in data.modalities],
@@ -110,7 +111,7 @@ def read_data_description(run: Path) -> DataDescription:
         record = json.loads((run / DATA).read_text())
         modalities = tuple(ModalityInfo(**m) for m in record["modalities"])
         sizes = tuple((int(height), int(width)) for height, width in record["image_sizes"])
-        return DataDescription(load_tokenizer(record["tokenizer"]), modalities, sizes)
+        return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes)
     except FileNotFoundError as error:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,105 @@
+"""Tokenizers give back every text, name themselves, and are refused where data was made with another."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfusion_fast.data.tokenizer import (
+    TOKENIZER_NAME,
+    ByteTokenizer,
+    FileTokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    train_bpe,
+)
+from transfusion_fast.errors import InputError
+
+TEXTS = ["the cat sat on the mat. " * 5, "once upon a time there was a cat\n" * 4, "日本語 and français " * 3]
+BPE = train_bpe(TEXTS, 300)
+TOKENIZERS = [ByteTokenizer(), BPE]
+# JSON can hold lone surrogates; UTF-8 cannot.
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+@given(text=WORDS)
+def test_every_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.num_text_tokens
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+@given(text=WORDS)
+def test_starts_name_the_character_of_each_token(tokenizer, text):
+    ids, starts = tokenizer.encode_with_starts(text)
+    assert np.array_equal(ids, tokenizer.encode(text)) and len(starts) == len(ids)
+    assert (np.diff(starts) >= 0).all()
+    # A cut before a token that begins another character than the one before it cuts the text there.
+    for at in np.flatnonzero(np.diff(starts, prepend=-1)).tolist():
+        assert tokenizer.decode(ids[:at]) == text[: starts[at]]
+
+
+def test_bpe_is_shorter_than_bytes_and_the_same_each_time():
+    assert BPE.num_text_tokens == 300
+    assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+    assert train_bpe(TEXTS, 300).content == BPE.content
+
+
+def test_a_lone_surrogate_becomes_a_question_mark():
+    text = json.loads('"a\\ud800b"')
+    assert all(tokenizer.decode(tokenizer.encode(text)) == "a?b" for tokenizer in TOKENIZERS)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+def test_what_is_written_is_loaded_again(tmp_path, tokenizer):
+    tokenizer.write(tmp_path)
+    loaded = load_tokenizer(tokenizer.describe(), tmp_path)
+    assert loaded.describe() == tokenizer.describe()
+    assert loaded.encode("cats").tolist() == tokenizer.encode("cats").tolist()
+    assert pickle.loads(pickle.dumps(tokenizer)).describe() == tokenizer.describe()  # as worker processes get it
+
+
+def test_a_length_that_a_file_asks_for_cuts_nothing():
+    settings = json.loads(BPE.content)
+    settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    assert FileTokenizer(json.dumps(settings).encode()).decode(BPE.encode(TEXTS[0])) == TEXTS[0]
+    assert len(FileTokenizer(json.dumps(settings).encode()).encode(TEXTS[0])) == len(BPE.encode(TEXTS[0]))
+
+
+def test_another_file_than_the_data_was_made_with_is_refused(tmp_path):
+    train_bpe(TEXTS, 290).write(tmp_path)
+    with pytest.raises(InputError, match=r"num_text_tokens of tokenizer 'tokenizer.json' must be 290, got 300"):
+        load_tokenizer(BPE.describe(), tmp_path)
+    (tmp_path / TOKENIZER_NAME).write_bytes(BPE.content.replace(b'"merges"', b'"merges" '))
+    with pytest.raises(InputError, match="sha256 of tokenizer"):
+        load_tokenizer(BPE.describe(), tmp_path)
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be read .*; give a tokenizer.json"):
+        read_tokenizer(tmp_path / "missing.json")
+    (tmp_path / "bad.json").write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match="must be a tokenizer of the tokenizers library") as caught:
+        read_tokenizer(tmp_path / "bad.json")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"tokenizer must be 'bytes' or 'tokenizer.json', got 'sentencepiece'"):
+        load_tokenizer({"name": "sentencepiece"}, tmp_path)
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
+    with pytest.raises(InputError, match=r"must be at most the .* tokens that these texts yield, got 5000"):
+        train_bpe(TEXTS, 5000)
+    with pytest.raises(InputError, match="at least 256, got 100"):
+        train_bpe(TEXTS, 100)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
+def test_an_id_that_is_no_token_is_refused(tokenizer):
+    with pytest.raises(InputError, match="text ids must be in 0"):
+        tokenizer.decode([0, tokenizer.num_text_tokens])

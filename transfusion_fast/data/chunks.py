@@ -1,0 +1,59 @@
+"""Cuts texts that are longer than a pack, where a reader would pause.
+
+A piece ends at the end of a paragraph if there is one in the second half of what fits, else of a line, a sentence, a
+word; a run of letters longer than that is cut between two of them. Nothing is dropped: the pieces are the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_PAUSE = re.compile(r"(?P<stop>[.!?;:][\"')\]]*)?(?P<space>\s+)")
+_PARAGRAPH, _LINE, _SENTENCE, _WORD = range(4)
+
+
+def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iterator[int]:
+    """How many tokens each piece of a text takes.
+
+    Args:
+        starts: int64 [n], the character of `text` that each token begins with, ascending.
+        first: tokens that the first piece may have, at least 1; the others have at most `limit`.
+    """
+    begin, room = 0, first
+    places: list[np.ndarray] = []
+    while len(starts) - begin > room:
+        places = places or _places(text, starts)
+        least, most = begin + (room + 1) // 2, begin + room
+        found = (_last_in(tokens, least, most) for tokens in places)
+        end = next((at for at in found if at is not None), most)
+        yield end - begin
+        begin, room = end, limit
+    yield len(starts) - begin
+
+
+def _places(text: str, starts: np.ndarray) -> list[np.ndarray]:
+    """The tokens that a piece may begin with, ascending, from the best kind of place to the worst."""
+    pauses = [(_kind(m), m.start("space"), m.end()) for m in _PAUSE.finditer(text)]
+    kind, space, end = np.array(pauses, dtype=np.int64).reshape(-1, 3).T
+    behind = np.searchsorted(starts, end)
+    begins_there = starts[np.minimum(behind, len(starts) - 1)] == end
+    # Most vocabularies put a space before its word, into one token.
+    token = np.where(begins_there, behind, np.searchsorted(starts, space))
+    between_letters = np.flatnonzero(np.diff(starts, prepend=-1))
+    return [*(token[kind == k] for k in (_PARAGRAPH, _LINE, _SENTENCE, _WORD)), between_letters]
+
+
+def _kind(pause: re.Match[str]) -> int:
+    lines = pause["space"].count("\n")
+    if lines:
+        return _PARAGRAPH if lines > 1 else _LINE
+    return _SENTENCE if pause["stop"] else _WORD
+
+
+def _last_in(tokens: np.ndarray, low: int, high: int) -> int | None:
+    """The largest of ascending numbers that is in [low, high]."""
+    at = int(np.searchsorted(tokens, high, side="right")) - 1
+    return int(tokens[at]) if at >= 0 and tokens[at] >= low else None
