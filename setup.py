@@ -16,6 +16,7 @@ setup(
     packages=[
         "transfusion_fast",
         "transfusion_fast.data",
+        "transfusion_fast.data.sources",
         "transfusion_fast.kernels",
         "transfusion_fast.training",
     ],
@@ -33,11 +34,23 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "tqdm>=4.66",
         "webdataset>=1.0",
     ],
     extras_require={
         # Triton is in them for its interpreter and its compiler, neither of which needs a GPU.
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "triton>=3.6", "types-PyYAML>=6.0"],
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "triton>=3.6",
+            "types-PyYAML>=6.0",
+            "tokenizers>=0.20",
+            "pyarrow>=17.0",
+        ],
+        # A tokenizer.json, and Parquet.
+        "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
         "vae": ["diffusers>=0.30"],
         "gpu": ["triton>=3.6", "flash-attn>=2.7"],
         "logging": ["wandb>=0.17", "tensorboard>=2.16"],

@@ -1,12 +1,21 @@
-"""Turn a source into a data folder: `python train/prepare.py digits OUT`."""
+"""Turn a source into a data folder: `python train/prepare.py digits OUT`, or `text` or `pairs` of files of your own."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transfusion_fast.data.build import Built, Recipe, build
+from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.index import Index
+from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import prepare_digits
+from transfusion_fast.data.shards import PACKS_PER_SHARD
+from transfusion_fast.data.source import RawDocument, Source
+from transfusion_fast.data.sources.pairs import PairsSource
+from transfusion_fast.data.sources.text import TextSource
+from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, train_bpe
 from transfusion_fast.errors import InputError
 
 
@@ -28,7 +37,34 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("out", type=Path, metavar="OUT", help="folder to make; gets train/ and heldout/")
     digits.add_argument("--seq-len", type=int, default=512, help="positions of a pack (default: %(default)s)")
     digits.set_defaults(run=_digits)
+    text = sources.add_parser("text", help="text: JSON lines, plain text files, Parquet")
+    _add_files(text, ".jsonl (a document a line), .txt (one a file), .parquet (one a row)")
+    text.add_argument("--field", default="text", help="of .jsonl and .parquet (default: %(default)s)")
+    text.set_defaults(run=_text)
+    pairs = sources.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
+    _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
+    pairs.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
+    pairs.add_argument("--patch-size", type=int, default=16, help="of a token, in pixels (default: %(default)s)")
+    pairs.add_argument(
+        "--shape", choices=("crop", "native"), default="crop",
+        help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
+    )  # fmt: skip
+    pairs.set_defaults(run=_pairs)
     return parser
+
+
+def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make; run again to go on")
+    parser.add_argument("--seq-len", type=int, default=4096, help="positions of a pack (default: %(default)s)")
+    parser.add_argument(
+        "--long", choices=("split", "reject"), default="split",
+        help="what becomes of documents longer than a pack: cut where a reader pauses, or left out (default: split)",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")
+    parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(default: every core)")
 
 
 def _digits(options: argparse.Namespace) -> None:
@@ -36,6 +72,41 @@ def _digits(options: argparse.Namespace) -> None:
     state = "already there" if prepared.reused else "written"
     for split, index in prepared.splits.items():
         print(f"{options.out / split}: {state}: {_summary(index)}")
+
+
+def _text(options: argparse.Namespace) -> None:
+    source = TextSource.of(options.files, options.field)
+    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long))
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    source = PairsSource.of(options.files)
+    modality = ModalityInfo("images", channels=3, patch_size=options.patch_size, encoding="pixels")
+    rule = ImageRule(options.shape, options.image_size, options.patch_size)
+    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, modality, rule, options.long))
+
+
+def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
+    if options.tokenizer and options.train_bpe:
+        raise InputError("--tokenizer and --train-bpe were both given; give one of them")
+    if options.tokenizer:
+        return read_tokenizer(options.tokenizer)
+    if options.train_bpe:
+        documents = (found for unit in source.units() for found in source.documents(unit))
+        parts = (part for found in documents if isinstance(found, RawDocument) for part in found.parts)
+        return train_bpe((part for part in parts if isinstance(part, str)), options.train_bpe)
+    return ByteTokenizer()
+
+
+def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
+    built = build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes)
+    for line in _rejected(built):
+        print(f"{options.out}: {line}", file=sys.stderr)
+    print(f"{options.out}: written: {_summary(built.index)}")
+
+
+def _rejected(built: Built) -> list[str]:
+    return [f"left out {count}: {built.examples[reason]}" for reason, count in built.rejected.items()]
 
 
 def _summary(index: Index) -> str:

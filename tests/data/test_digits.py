@@ -81,9 +81,9 @@ def test_a_special_token_is_no_text():
         TOKENIZER.decode([65, 256])
 
 
-def test_a_tokenizer_is_loaded_from_its_description_only():
+def test_a_tokenizer_is_loaded_from_its_description_only(tmp_path):
     description = TOKENIZER.describe()
-    assert load_tokenizer(description).describe() == description
+    assert load_tokenizer(description, tmp_path).describe() == description
     for field, value in {"name": "bpe", "num_text_tokens": 512, "sha256": "0" * 64}.items():
         with pytest.raises(InputError, match=repr(value)):
-            load_tokenizer({**description, field: value})
+            load_tokenizer({**description, field: value}, tmp_path)

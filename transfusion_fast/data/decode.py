@@ -12,18 +12,12 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from transfusion_fast.data.source import Rejected
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
-
-
-class Rejected(ValueError):
-    """A document, or a part of one, that cannot be used. `reason` is for counting, the message for the reader."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

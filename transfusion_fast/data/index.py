@@ -81,6 +81,45 @@ class Index:
         return 1 - self.tokens / (self.num_packs * self.sequence_length)
 
 
+@dataclass(frozen=True)
+class IndexedShard:
+    """A shard, and what its packs hold."""
+
+    info: ShardInfo
+    documents: int
+    tokens: int
+
+
+def index_shard(
+    path: Path, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
+) -> IndexedShard:
+    """What is to be known of a shard as it lies on disk: every pack is read back and validated on the way."""
+    spans, crc32 = _pack_spans(path), []
+    documents = tokens = 0
+    for payload in _read_spans(path, spans):
+        pack = decode_pack(payload)
+        validate_pack(pack, modalities, num_text_tokens, sequence_length)
+        crc32.append(zlib.crc32(payload))
+        documents += pack.num_documents
+        tokens += pack.num_positions
+    return IndexedShard(_shard_info(path, spans, crc32), documents, tokens)
+
+
+def make_index(
+    shards: Sequence[IndexedShard], sequence_length: int, tokenizer: Tokenizer, modalities: Sequence[ModalityInfo]
+) -> Index:
+    """The index of shards in their order."""
+    return Index(
+        sequence_length=sequence_length,
+        tokenizer=tokenizer.describe(),
+        modalities=tuple(modalities),
+        latents_dtype=latents_dtype(modalities).name,
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        shards=tuple(shard.info for shard in shards),
+    )
+
+
 def build_index(
     folder: Path,
     files: Sequence[str],
@@ -88,27 +127,10 @@ def build_index(
     tokenizer: Tokenizer,
     modalities: Sequence[ModalityInfo],
 ) -> Index:
-    """The index of shards as they lie on disk: every pack is read back and validated on the way."""
-    shards = []
-    documents = tokens = 0
-    for file in files:
-        spans, crc32 = _pack_spans(folder / file), []
-        for payload in _read_spans(folder / file, spans):
-            pack = decode_pack(payload)
-            validate_pack(pack, modalities, tokenizer.num_text_tokens, sequence_length)
-            crc32.append(zlib.crc32(payload))
-            documents += pack.num_documents
-            tokens += pack.num_positions
-        shards.append(_shard_info(folder / file, spans, crc32))
-    return Index(
-        sequence_length=sequence_length,
-        tokenizer=tokenizer.describe(),
-        modalities=tuple(modalities),
-        latents_dtype=latents_dtype(modalities).name,
-        documents=documents,
-        tokens=tokens,
-        shards=tuple(shards),
-    )
+    """The index of shards as they lie in a folder."""
+    num_text_tokens = tokenizer.num_text_tokens
+    shards = [index_shard(folder / file, sequence_length, num_text_tokens, modalities) for file in files]
+    return make_index(shards, sequence_length, tokenizer, modalities)
 
 
 def _pack_spans(shard: Path) -> list[tuple[int, int]]:
@@ -190,7 +212,7 @@ def _parse_index(entry: object, where: str) -> Index:
         latents_dtype=_field(entry, "latents_dtype", str, where),
         documents=_field(entry, "documents", int, where),
         tokens=_field(entry, "tokens", int, where),
-        shards=tuple(_parse_shard(item, where) for item in _field(entry, "shards", list, where)),
+        shards=tuple(parse_shard(item, where) for item in _field(entry, "shards", list, where)),
     )
     if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
         raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
@@ -220,7 +242,8 @@ def _parse_modality(entry: object, where: str) -> ModalityInfo:
     return ModalityInfo(**{name: _field(entry, name, kind, where) for name, kind in kinds.items()})
 
 
-def _parse_shard(entry: object, where: str) -> ShardInfo:
+def parse_shard(entry: object, where: str) -> ShardInfo:
+    """One entry of an index, as JSON; InputError naming `where` for what `asdict` would not have written."""
     file = _field(entry, "file", str, where)
     if not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
         raise InputError(f"shard file in {where} must be a plain name of that folder, got {file!r}; prepare it again")

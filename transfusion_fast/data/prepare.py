@@ -6,24 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from transfusion_fast.data.digits import MODALITY, Split, digit_documents
 from transfusion_fast.data.index import Index, build_index, read_index, write_index
-from transfusion_fast.data.order import keyed_permutation
-from transfusion_fast.data.pack import (
-    Document,
-    ModalityInfo,
-    best_fit_decreasing,
-    check_lengths,
-    document_length,
-    make_pack,
-)
+from transfusion_fast.data.pack import Document, ModalityInfo, check_lengths, document_length, make_pack
+from transfusion_fast.data.packing import pack_stream
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shards
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer
 from transfusion_fast.errors import InputError
 
 DIGIT_PACKS_PER_SHARD = 16
 DIGIT_SPLITS: tuple[Split, ...] = ("train", "heldout")
-_DOCUMENT_STREAM, _PACK_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
@@ -46,17 +40,14 @@ def prepare(
 ) -> Index:
     """Pack `documents` into the data folder `folder`, which must be free; the same input gives the same bytes.
 
-    Documents are shuffled before packing, so that packs mix those of one length, and packs after it, since best-fit
-    decreasing makes neighbours alike. InputError for what cannot be packed, naming the document by its number.
+    InputError for what cannot be packed, naming the document by its number.
     """
     if not documents:
         raise InputError("documents must be one or more, got none; give a source that holds some")
     lengths = [document_length(document, modalities) for document in documents]
     check_lengths(lengths, sequence_length)
-    shuffled = keyed_permutation(len(documents), seed, _DOCUMENT_STREAM).tolist()
-    bins = best_fit_decreasing([lengths[document] for document in shuffled], sequence_length)
-    bin_order = keyed_permutation(len(bins), seed, _PACK_STREAM)
-    packs = (make_pack([documents[shuffled[i]] for i in bins[b]], modalities) for b in bin_order)
+    numbers = pack_stream([np.array(lengths)], sequence_length, seed, buffer=len(documents) + 1)
+    packs = (make_pack([documents[number] for number in pack], modalities) for pack in numbers)
     with staged_folder(folder) as staging:
         files = write_shards(packs, staging, packs_per_shard)
         index = build_index(staging, files, sequence_length, tokenizer, modalities)
@@ -108,6 +99,12 @@ def _check_same(folder: Path, expected: Index) -> None:
         raise InputError(f"{_not_free(folder.parent)} ({folder.name} was prepared from other data or settings)")
 
 
+def check_free(folder: Path) -> None:
+    """InputError where a data folder cannot be made there without touching what is there."""
+    if not _is_free(folder):
+        raise InputError(_not_free(folder))
+
+
 def _is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
@@ -123,8 +120,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     InputError where `folder` is not free before or after.
     """
     folder = Path(folder).resolve()
-    if not _is_free(folder):
-        raise InputError(_not_free(folder))
+    check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as holder:
         staging = Path(holder) / folder.name

@@ -23,24 +23,28 @@ _NDIM = {"tokens": 1, "segments": 2, "latents": 1}
 
 
 def write_shards(packs: Iterable[Pack], folder: Path, packs_per_shard: int = PACKS_PER_SHARD) -> list[str]:
-    """Write shard-000000.tar, shard-000001.tar, ... into `folder`, and return their names.
-
-    Equal packs give equal bytes. A shard bears its name only once it is whole.
-    """
+    """Write shard-000000.tar, shard-000001.tar, ... into `folder`, and return their names."""
     if packs_per_shard < 1:
         raise InputError(f"packs per shard must be positive, got {packs_per_shard}; give a larger number")
     remaining = iter(packs)
-    files: list[str] = []
-    for number, first in enumerate(remaining):
-        batch = itertools.chain([first], itertools.islice(remaining, packs_per_shard - 1))
-        name = f"shard-{number:06d}.tar"
-        unfinished = folder / f".{name}.partial"
-        with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
-            for i, pack in enumerate(batch):
-                writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
-        unfinished.rename(folder / name)
-        files.append(name)
-    return files
+    return [
+        write_shard(itertools.chain([first], itertools.islice(remaining, packs_per_shard - 1)), folder, number)
+        for number, first in enumerate(remaining)
+    ]
+
+
+def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
+    """Write the shard of that number, and return its name, which it bears only once it is whole.
+
+    Equal packs give equal bytes.
+    """
+    name = f"shard-{number:06d}.tar"
+    unfinished = folder / f".{name}.partial"
+    with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
+        for i, pack in enumerate(packs):
+            writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
+    unfinished.rename(folder / name)
+    return name
 
 
 def _tar_writer(stream: io.BufferedWriter) -> wds.TarWriter:

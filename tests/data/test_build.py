@@ -1,0 +1,166 @@
+"""Data folders from sources: the same bytes for any number of processes, whenever the run was cut off."""
+
+import hashlib
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from transfusion_fast.data import build as building
+from transfusion_fast.data.build import Recipe, build
+from transfusion_fast.data.encode import Encoder, ImageRule
+from transfusion_fast.data.index import PackReader, read_index
+from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
+from transfusion_fast.data.sources.pairs import PairsSource
+from transfusion_fast.data.sources.text import TextSource
+from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
+from transfusion_fast.errors import InputError
+
+TOKENIZER = ByteTokenizer()
+RGB = ModalityInfo("images", channels=3, patch_size=4, encoding="pixels")
+IMAGES = Encoder(TOKENIZER, 64, RGB, ImageRule("native", 16, 4))
+PER_SHARD = 5
+
+
+def jpeg(seed):
+    generator = np.random.default_rng(seed)
+    file = io.BytesIO()
+    pixels = generator.integers(0, 256, (*generator.integers(8, 30, 2), 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tars")
+    for number in range(3):
+        with wds.TarWriter(str(folder / f"{number:05d}.tar")) as writer:
+            for i in range(20):
+                image = jpeg(100 * number + i)
+                broken = image[:80] if i == 7 else image
+                writer.write({"__key__": f"{number:05d}{i:04d}", "jpg": broken, "txt": f"picture {number} {i}"})
+    return folder
+
+
+@pytest.fixture
+def recipe(tars):
+    return Recipe(PairsSource.of([tars]), IMAGES, packs_per_shard=PER_SHARD)
+
+
+def content(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def documents_in(folder):
+    reader = PackReader(folder)
+    return [d for number in range(len(reader)) for d in reader.read(number).documents(reader.index.modalities)]
+
+
+def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path, recipe):
+    built = build(recipe, tmp_path / "out")
+    captions = Counter(TOKENIZER.decode(text.ids) for text, _ in documents_in(tmp_path / "out"))
+    assert captions == Counter(f"picture {n} {i}" for n in range(3) for i in range(20) if i != 7)
+    assert all(isinstance(image, ImageSegment) for _, image in documents_in(tmp_path / "out"))
+    assert built.rejected == {"image damaged": 3}
+    assert "000000007 in " in built.examples["image damaged"] and "00000.tar" in built.examples["image damaged"]
+    assert built.index == read_index(tmp_path / "out") and built.index.documents == 57
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
+    for processes in (1, 3):
+        build(recipe, tmp_path / str(processes), processes)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+
+
+def test_plain_webdataset_reads_the_shards(tmp_path, recipe):
+    built = build(recipe, tmp_path / "out")
+    files = [str(tmp_path / "out" / shard.file) for shard in built.index.shards]
+    samples = list(wds.WebDataset(files, shardshuffle=False, empty_check=False))
+    assert len(samples) == built.index.num_packs
+    assert all({"tokens.npy", "segments.npy", "latents.npy"} <= sample.keys() for sample in samples)
+
+
+class Stop(BaseException):
+    """A kill."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 6])
+def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(tmp_path, recipe, monkeypatch, after):
+    build(recipe, tmp_path / "whole")
+    done = {"units": 0, "shards": 0, "left": after}
+
+    def counted(kind, function):
+        def call(*arguments):
+            if done["left"] == 0:
+                raise Stop
+            done["left"] -= 1
+            done[kind] += 1
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "write_unit", counted("units", building.write_unit))
+        patched.setattr(building, "write_shard", counted("shards", building.write_shard))
+        with pytest.raises(Stop):
+            build(recipe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        before = done["units"], done["shards"]
+        done["left"] = 1000
+        build(recipe, tmp_path / "out")
+    assert sum(before) == after
+    assert done["units"] == 3 and done["shards"] == len(list((tmp_path / "whole").glob("*.tar")))  # none of them twice
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkeypatch, tars):
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "write_shard", lambda *arguments: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            build(recipe, tmp_path / "out")
+    begun = content(tmp_path / "out.partial" / "units")
+    other = Recipe(recipe.source, Encoder(TOKENIZER, 128, RGB, IMAGES.image), packs_per_shard=PER_SHARD)
+    with pytest.raises(InputError, match=r"out.partial was begun with other encoder; go on with those, or remove it"):
+        build(other, tmp_path / "out")
+    with pytest.raises(InputError, match="was begun with other source and files"):
+        build(Recipe(PairsSource.of([tars / "00000.tar"]), IMAGES, packs_per_shard=PER_SHARD), tmp_path / "out")
+    assert content(tmp_path / "out.partial" / "units") == begun
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
+    with building._locked(tmp_path / "out.partial"), pytest.raises(InputError, match="another is at work in it"):
+        build(recipe, tmp_path / "out")
+
+
+def test_a_folder_that_is_not_free_is_left_alone(tmp_path, recipe):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(InputError, match="output folder must be new or empty"):
+        build(recipe, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_source_of_nothing_but_rejects_makes_no_folder(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n5\n')
+    with pytest.raises(InputError, match=r"has none \(1 x empty text, 1 x no text\)"):
+        build(Recipe(TextSource.of([tmp_path / "a.jsonl"]), Encoder(TOKENIZER, 64)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_with_a_tokenizer_of_its_own_is_split_at_pauses_and_read_back(tmp_path):
+    text = "The quick brown fox jumps over the lazy dog. " * 40
+    tokenizer = train_bpe([text], 280)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(9)))
+    recipe = Recipe(TextSource.of([tmp_path / "a.jsonl"]), Encoder(tokenizer, 256), buffer=20)
+    built = build(recipe, tmp_path / "out", processes=2)
+    documents = documents_in(tmp_path / "out")
+    assert all(isinstance(segment, TextSegment) for document in documents for segment in document)
+    pieces = [tokenizer.decode(text.ids) for (text,) in documents]
+    assert sum(map(len, pieces)) == sum(len(f"{i} {text}") for i in range(9))
+    assert built.index.tokenizer == tokenizer.describe() and built.index.num_text_tokens == 280
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.content

@@ -1,0 +1,113 @@
+"""Raw documents become documents that fit a pack, and nothing of them is lost without a word."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from transfusion_fast.data.encode import Encoder, ImageRule
+from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, document_length
+from transfusion_fast.data.source import RawDocument, Rejected
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
+
+TOKENIZER = ByteTokenizer()
+RGB = ModalityInfo("images", channels=3, patch_size=4, encoding="pixels")
+
+
+def png(height, width, seed=0):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def encoder(sequence_length, long="split", shape="crop", size=8):
+    return Encoder(TOKENIZER, sequence_length, RGB, ImageRule(shape, size, 4), long)
+
+
+def encode(parts, sequence_length=32, **options):
+    return encoder(sequence_length, **options)(RawDocument("here", tuple(parts)))
+
+
+def words(document):
+    return [TOKENIZER.decode(s.ids) if isinstance(s, TextSegment) else s.values.shape[:2] for s in document]
+
+
+def test_texts_and_images_keep_their_order():
+    [document] = encode(["a", png(8, 8), "b"])
+    assert words(document) == ["a", (8, 8), "b"]
+    assert np.array_equal(document[1].values, np.asarray(Image.open(io.BytesIO(png(8, 8)))))
+
+
+@given(st.lists(st.one_of(st.text("ab. \n", max_size=60), st.just(png(8, 8))), max_size=6), st.integers(9, 40))
+def test_parts_fit_and_hold_everything(parts, sequence_length):
+    expected = [part for part in parts if part]
+    if not expected:
+        with pytest.raises(Rejected, match="empty document"):
+            encode(parts, sequence_length)
+        return
+    documents = encode(parts, sequence_length)
+    assert all(document_length(document, (RGB,)) <= sequence_length for document in documents)
+    segments = [segment for document in documents for segment in document]
+    texts = "".join(TOKENIZER.decode(s.ids) for s in segments if isinstance(s, TextSegment))
+    assert texts == "".join(part for part in expected if isinstance(part, str))
+    assert sum(isinstance(s, ImageSegment) for s in segments) == sum(isinstance(part, bytes) for part in expected)
+
+
+def test_a_text_that_does_not_fit_behind_an_image_begins_a_document_of_its_own():
+    assert [words(d) for d in encode(["x" * 12, "y" * 20])] == [["x" * 12, "y" * 18], ["yy"]]
+    assert [words(d) for d in encode(["x" * 20, "y" * 20])] == [["x" * 20], ["y" * 20]]
+
+
+def test_long_documents_are_rejected_where_that_is_asked_for():
+    assert len(encode(["x" * 30], long="reject")) == 1
+    with pytest.raises(Rejected, match="too long: it takes more than 32 positions"):
+        encode(["x" * 31], long="reject")
+
+
+def test_an_image_that_no_pack_holds_is_rejected():
+    with pytest.raises(Rejected, match="image too long: its 18 positions do not fit a pack"):
+        encode([png(16, 16)], sequence_length=18, size=16)
+
+
+def test_text_alone_refuses_images():
+    with pytest.raises(Rejected, match="image in text"):
+        Encoder(TOKENIZER, 32)(RawDocument("here", ("a", b"x")))
+
+
+def test_a_crop_is_the_middle_at_the_size_asked_for():
+    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+    pixels[:, 8:24] = 200
+    assert np.array_equal(ImageRule("crop", 16, 4)(pixels), np.full((16, 16, 3), 200))
+    for height, width in ((5, 7), (100, 8), (8, 100), (1, 300)):
+        assert ImageRule("crop", 8, 4)(np.zeros((height, width, 3), dtype=np.uint8)).shape == (8, 8, 3)
+
+
+@given(st.integers(4, 200), st.integers(4, 200))
+def test_native_images_keep_their_shape_within_the_budget(height, width):
+    rule = ImageRule("native", 32, 4)
+    try:
+        rows, columns, _ = rule(np.zeros((height, width, 3), dtype=np.uint8)).shape
+    except Rejected as rejected:
+        assert rejected.reason == "image too thin" and max(height, width) > 8 * min(height, width)
+        return
+    assert rows % 4 == columns % 4 == 0 and rows * columns <= 32 * 32
+    scale = min(1, 32 / (height * width) ** 0.5)
+    lost = np.array([height * scale - rows, width * scale - columns])
+    assert (lost > -1e-6).all() and (lost < 4).all()
+
+
+def test_a_small_native_image_is_cut_and_not_scaled():
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 9, 3), dtype=np.uint8)
+    assert np.array_equal(ImageRule("native", 32, 4)(pixels), pixels[1:9, :8])
+
+
+def test_sizes_that_cannot_be_cut_into_patches_are_refused():
+    with pytest.raises(InputError, match="image size must be a positive multiple of 4, got 10"):
+        ImageRule("crop", 10, 4)
+    with pytest.raises(InputError, match="sequence length must be at least 5, got 4"):
+        Encoder(TOKENIZER, 4)

@@ -1,0 +1,185 @@
+"""Sources give every document once, however their files are cut, and name what they cannot use."""
+
+import io
+import json
+import pickle
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfusion_fast.data import source as base
+from transfusion_fast.data.source import Rejected, byte_ranges, lines_of
+from transfusion_fast.data.sources.pairs import PairsSource
+from transfusion_fast.data.sources.text import TextSource
+from transfusion_fast.errors import InputError
+
+
+def read(source):
+    """(parts of every document, reasons of what was rejected)."""
+    found = [entry for unit in source.units() for entry in source.documents(unit)]
+    assert all("\n" not in str(entry) for entry in found if isinstance(entry, Rejected))
+    documents = [entry.parts for entry in found if not isinstance(entry, Rejected)]
+    return documents, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
+
+
+def texts_of(paths, **options):
+    documents, rejected = read(TextSource.of(paths, **options))
+    return [text for (text,) in documents], rejected
+
+
+def make_tar(path, members, ending=True):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        end = archive.offset
+    path.write_bytes(file.getvalue() if ending else file.getvalue()[:end])
+
+
+# Text.
+
+
+@given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"")), max_size=9))
+def test_every_line_is_in_one_unit_wherever_the_file_is_cut(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    content = path.read_bytes()
+    expected = content.split(b"\n")
+    expected = expected[:-1] if not expected[-1] else expected
+    for size in (1, 2, 3, 7, 1000):
+        found = [line for unit in byte_ranges(path, size) for line in lines_of(unit)]
+        assert [line for _, line in found] == expected
+        assert all(content[at:].startswith(line) for at, line in found)
+
+
+def test_json_lines_text_files_and_parquet_are_read_in_order(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two\\nlines"}\r\n', encoding="utf-8")
+    (tmp_path / "b.txt").write_text("a whole\n\nfile\n", encoding="utf-8")
+    table = pyarrow.table({"text": ["three", "four", "five"], "other": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=2)
+    texts, rejected = texts_of([tmp_path])
+    assert texts == ["one", "two\nlines", "a whole\n\nfile\n", "three", "four", "five"]
+    assert not rejected
+
+
+def test_what_is_no_text_is_counted_and_the_rest_goes_on(tmp_path):
+    lines = ['{"text": 5}', "nonsense", '{"other": "x"}', '"bare"', '{"text": " "}', "[" * 100_000, '{"text": "good"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.txt").write_text("", encoding="utf-8")
+    texts, rejected = texts_of([tmp_path])
+    assert texts == ["bare", "good"]
+    assert rejected == {"no text": 2, "not JSON": 2, "empty text": 2, "not UTF-8": 1}
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MAX_BYTES", 40)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 99}) + '\n{"text": "next"}\n', encoding="utf-8")
+    texts, rejected = texts_of([tmp_path / "a.jsonl"])
+    assert texts == ["next"] and rejected == {"line too long": 1}
+
+
+def test_another_field_can_be_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n', encoding="utf-8")
+    assert texts_of([tmp_path], field="content")[0] == ["x"]
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["y"]}), tmp_path / "b.parquet")
+    with pytest.raises(
+        InputError, match=r"column of .*b.parquet must be of content, got 'text'; name one with --field"
+    ):
+        texts_of([tmp_path / "b.parquet"])
+
+
+def test_files_that_are_not_there_or_not_theirs_are_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"source .* must exist, and does not"):
+        TextSource.of([tmp_path / "none.jsonl"])
+    with pytest.raises(InputError, match=r"folder .* must hold files of .jsonl, .txt, .parquet, and holds none"):
+        TextSource.of([tmp_path])
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(InputError, match=r"source must be of .jsonl, .txt, .parquet, got .*a.csv"):
+        TextSource.of([tmp_path / "a.csv"])
+    (tmp_path / "b.parquet").write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match="must be a Parquet file, and cannot be read as one") as caught:
+        texts_of([tmp_path / "b.parquet"])
+    assert "\n" not in str(caught.value)
+
+
+# Pairs.
+
+
+def test_tars_of_img2dataset_and_of_webdataset_are_read(tmp_path):
+    with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "000000000", "jpg": b"first", "txt": "a cat", "json": {"caption": "not this"}})
+        writer.write({"__key__": "000000001", "png": b"second", "json": {"caption": " a dog ", "width": 3}})
+    assert read(PairsSource.of([tmp_path])) == ([("a cat", b"first"), ("a dog", b"second")], {})
+
+
+def test_samples_that_are_no_pairs_are_counted(tmp_path):
+    members = [
+        ("a.txt", b"alone"), ("b.jpg", b"x"), ("c.jpg", b"x"), ("c.txt", b"  "), ("d.jpg", b"x"), ("d.txt", b"\xff"),
+        ("e.jpg", b"x"), ("e.jpg", b"y"), ("e.txt", b"twice"), ("f.jpg", b"x"), ("f.json", b"{"), ("g.jpg", b"x"),
+        ("g.json", b'{"caption": null}'), ("h.jpg", b"x"), ("h.txt", b"good"), ("i.pyd", pickle.dumps(print)),
+    ]  # fmt: skip
+    make_tar(tmp_path / "a.tar", members)
+    documents, rejected = read(PairsSource.of([tmp_path]))
+    assert documents == [("good", b"x")]
+    assert rejected == {"no image": 2, "no caption": 3, "not UTF-8": 1, "duplicate key": 1, "not JSON": 1}
+
+
+def test_names_that_lead_elsewhere_lead_nowhere(tmp_path):
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    make_tar(
+        folder / "a.tar",
+        [("../../evil.jpg", b"x"), ("../../evil.txt", b"a"), ("/abs/b.jpg", b"y"), ("/abs/b.txt", b"b")],
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert read(PairsSource.of([folder]))[0] == [("a", b"x"), ("b", b"y")]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_and_devices_are_not_files(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert read(PairsSource.of([tmp_path])) == ([], {})
+
+
+PAIRS = [(f"{i}.{kind}", bytes([65 + i]) * 700) for i in range(4) for kind in ("jpg", "txt")]
+
+
+@pytest.mark.parametrize("cut", np.linspace(0, 8 * 1536 + 511, 20).astype(int).tolist())
+def test_a_truncated_tar_is_named_and_what_lies_before_is_kept(tmp_path, cut):
+    make_tar(tmp_path / "a.tar", PAIRS)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:cut])
+    documents, rejected = read(PairsSource.of([tmp_path]))
+    assert len(documents) >= cut // (2 * 1536) - 1 and rejected["tar damaged"] == 1
+    assert documents == [(chr(65 + i) * 700, bytes([65 + i]) * 700) for i in range(len(documents))]
+
+
+def test_a_tar_that_ends_at_a_member_or_in_a_bad_header_is_named(tmp_path):
+    make_tar(tmp_path / "a.tar", PAIRS, ending=False)
+    assert read(PairsSource.of([tmp_path]))[1] == {"tar damaged": 1}
+    make_tar(tmp_path / "a.tar", PAIRS)
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[2 * 1536 * 2 + 3] ^= 0xFF  # in the header of the third pair
+    (tmp_path / "a.tar").write_bytes(content)
+    documents, rejected = read(PairsSource.of([tmp_path]))
+    assert len(documents) == 2 and rejected == {"tar damaged": 1}
+
+
+def test_an_image_too_large_for_a_file_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfusion_fast.data.sources.pairs.MAX_BYTES", 100)
+    make_tar(tmp_path / "a.tar", [("a.jpg", b"x" * 101), ("a.txt", b"a")])
+    assert read(PairsSource.of([tmp_path]))[1] == {"file too large": 1}

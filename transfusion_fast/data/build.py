@@ -1,0 +1,257 @@
+"""From a source to a data folder, by several processes: the same bytes whatever their number, and whatever befell.
+
+Units of the source are encoded, each to files of documents; documents are planned into packs by their lengths alone;
+packs are written shard by shard. All of it happens in FOLDER.partial, which keeps what is finished if the run is cut
+off, and becomes FOLDER at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from transfusion_fast.data.encode import Encoder
+from transfusion_fast.data.index import (
+    Index,
+    IndexedShard,
+    index_shard,
+    make_index,
+    parse_shard,
+    write_index,
+)
+from transfusion_fast.data.pack import Document, Pack, make_pack
+from transfusion_fast.data.packing import BUFFER, pack_stream
+from transfusion_fast.data.prepare import check_free
+from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shard
+from transfusion_fast.data.source import Rejected, Source, Unit
+from transfusion_fast.data.store import UnitReader, UnitReport, read_lengths, read_report, write_unit
+from transfusion_fast.errors import InputError
+
+_RECIPE, _LOCK, _UNITS = "recipe.json", ".lock", "units"
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the data folder depends on."""
+
+    source: Source
+    encoder: Encoder
+    packs_per_shard: int = PACKS_PER_SHARD
+    seed: int = 0
+    buffer: int = BUFFER
+    """Documents that are packed together."""
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON, with what would tell that a file of the source has changed."""
+        files = sorted({unit.path for unit in self.source.units()})
+        return {
+            "source": self.source.describe(),
+            "files": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+            "encoder": self.encoder.describe(),
+            "packing": [self.packs_per_shard, self.seed, self.buffer],
+        }
+
+
+@dataclass(frozen=True)
+class Built:
+    """The index, and what became of the source's documents."""
+
+    index: Index
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Of each reason, how many."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Of each reason, the first."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every process has."""
+
+    recipe: Recipe
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class _ShardTask:
+    number: int
+    packs: list[np.ndarray]
+    """Of each pack the (unit, document) of every document."""
+
+
+def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
+    """Makes the data folder, or goes on making it.
+
+    Raises:
+        InputError: `folder` is not free; what lies in FOLDER.partial was begun with another recipe, or is being made
+            by another process; the source holds no document that can be used.
+    """
+    folder = Path(folder).resolve()
+    check_free(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    units = recipe.source.units()
+    with _locked(partial):
+        _check_recipe(partial, recipe)
+        (partial / _UNITS).mkdir(exist_ok=True)
+        with _pool(_Job(recipe, partial), processes) as each:
+            reports = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
+            built = _merge([reports[number] for number in range(len(units))])
+            tasks = _shard_tasks(recipe, partial, len(units))
+            shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
+        if not shards:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in built[0].items()) or "it is empty"
+            raise InputError(f"source must hold documents that can be used, and has none ({reasons})")
+        encoder = recipe.encoder
+        ordered = [shards[number] for number in range(len(shards))]
+        index = make_index(ordered, encoder.sequence_length, encoder.tokenizer, encoder.modalities)
+        _finish(partial, folder, encoder, index)
+    return Built(index, *built)
+
+
+def _check_recipe(partial: Path, recipe: Recipe) -> None:
+    """Writes the recipe, or finds the one that the work in `partial` was begun with to be the same."""
+    path, now = partial / _RECIPE, json.loads(json.dumps(recipe.describe()))
+    if not path.exists():
+        staged = path.with_suffix(".staged")
+        staged.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        staged.replace(path)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = [name for name, value in now.items() if before.get(name) != value]
+    if differing:
+        raise InputError(
+            f"{partial} was begun with other {' and '.join(differing)}; go on with those, or remove it to begin anew"
+        )
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{partial} must be made by one process, and another is at work in it") from error
+        yield
+
+
+def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
+    number, unit = numbered
+    folder, encoder = job.folder / _UNITS, job.recipe.encoder
+    report = read_report(folder, number)
+    if report is None:
+        report = write_unit(folder, number, _encoded(job.recipe, unit), encoder.modalities)
+    return number, report
+
+
+def _encoded(recipe: Recipe, unit: Unit) -> Iterator[list[Document] | Rejected]:
+    for raw in recipe.source.documents(unit):
+        if isinstance(raw, Rejected):
+            yield raw
+            continue
+        try:
+            yield recipe.encoder(raw)
+        except Rejected as rejected:
+            yield Rejected(rejected.reason, f"{rejected.detail}, {raw.where}")
+
+
+def _merge(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str]]:
+    rejected: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for report in reports:
+        rejected.update(report.rejected)
+        examples = report.examples | examples
+    return dict(sorted(rejected.items())), examples
+
+
+def _shard_tasks(recipe: Recipe, partial: Path, num_units: int) -> Iterator[_ShardTask]:
+    """The plan of all packs, a shard at a time; only a buffer of it is ever in memory."""
+    starts = [0]
+
+    def lengths() -> Iterator[np.ndarray]:
+        for number in range(num_units):
+            part = read_lengths(partial / _UNITS, number)
+            starts.append(starts[-1] + len(part))
+            yield part
+
+    packs = pack_stream(lengths(), recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
+    number = 0
+    while chosen := list(islice(packs, recipe.packs_per_shard)):
+        first = np.array(starts)
+        units = [np.searchsorted(first, pack, side="right") - 1 for pack in chosen]
+        located = [np.stack([unit, pack - first[unit]], axis=1) for unit, pack in zip(units, chosen, strict=True)]
+        yield _ShardTask(number, located)
+        number += 1
+
+
+def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
+    record = job.folder / _UNITS / f"shard-{task.number:06d}.json"
+    if record.exists():
+        info, documents, tokens = json.loads(record.read_text(encoding="utf-8"))
+        return task.number, IndexedShard(parse_shard(info, str(record)), documents, tokens)
+    encoder = job.recipe.encoder
+    name = write_shard(_packs(job, task), job.folder, task.number)
+    num_text_tokens = encoder.tokenizer.num_text_tokens
+    shard = index_shard(job.folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
+    staged = record.with_suffix(".staged")
+    staged.write_text(json.dumps([asdict(shard.info), shard.documents, shard.tokens]), encoding="utf-8")
+    staged.replace(record)
+    return task.number, shard
+
+
+def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
+    modalities = job.recipe.encoder.modalities
+    units = np.unique(np.concatenate(task.packs)[:, 0]).tolist()
+    readers = {unit: UnitReader(job.folder / _UNITS, unit, modalities) for unit in units}
+    for pack in task.packs:
+        yield make_pack([readers[unit][document] for unit, document in pack.tolist()], modalities)
+
+
+def _finish(partial: Path, folder: Path, encoder: Encoder, index: Index) -> None:
+    encoder.tokenizer.write(partial)
+    write_index(partial, index)
+    shutil.rmtree(partial / _UNITS)
+    (partial / _RECIPE).unlink()
+    (partial / _LOCK).unlink()
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        raise InputError(f"{partial} is whole, but cannot become {folder} ({error}); rename it yourself") from error
+
+
+@contextmanager
+def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
+    """Gives `each(function, tasks)`: function(job, task) of every task, in any order, in so many processes."""
+    if processes < 1:
+        raise InputError(f"processes must be 1 or more, got {processes}")
+    if processes == 1:
+        yield lambda function, tasks: (function(job, task) for task in tasks)
+        return
+    context = get_context("forkserver")  # threads of libraries do not survive a fork
+    with ProcessPoolExecutor(processes, context) as executor:
+
+        def each(function: Callable[[_Job, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+            waiting: set[Future[Result]] = set()
+            for task in tasks:
+                waiting.add(executor.submit(function, job, task))
+                if len(waiting) > 2 * processes:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            yield from (future.result() for future in waiting)
+
+        yield each

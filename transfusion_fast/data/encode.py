@@ -1,0 +1,141 @@
+"""Raw documents to documents of token ids and patches, none longer than a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from transfusion_fast.data.chunks import piece_lengths
+from transfusion_fast.data.decode import decode_image
+from transfusion_fast.data.pack import (
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
+    Document,
+    ImageSegment,
+    ModalityInfo,
+    Segment,
+    TextSegment,
+    segment_length,
+)
+from transfusion_fast.data.source import RawDocument, Rejected
+from transfusion_fast.data.tokenizer import Tokenizer
+from transfusion_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ImageRule:
+    """How an image becomes pixels [height, width, 3] whose sides are multiples of `multiple`.
+
+    `crop`: the shorter side is scaled to `size`, and the middle `size` x `size` kept. `native`: about its own shape,
+    scaled down to at most `size`^2 pixels where it has more; what is over a multiple is cut off evenly.
+    """
+
+    shape: Literal["crop", "native"]
+    size: int
+    multiple: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.multiple <= self.size or self.size % self.multiple:
+            raise InputError(f"image size must be a positive multiple of {self.multiple}, got {self.size}")
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [height, width, 3]; Rejected where an image is too thin for one patch."""
+        height, width = pixels.shape[:2]
+        if self.shape == "crop":
+            scale, target = self.size / min(height, width), (self.size, self.size)
+        else:
+            scale = min(1.0, self.size / (height * width) ** 0.5)
+            target = (self._multiple(height * scale), self._multiple(width * scale))
+            if not all(target):
+                raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
+        # Rounding must not make an image smaller than what is cut out of it.
+        scaled = [max(side, round(length * scale)) for side, length in zip(target, (height, width), strict=True)]
+        if scaled != [height, width]:
+            resized = Image.fromarray(pixels).resize((scaled[1], scaled[0]), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            pixels = np.asarray(resized)
+        top, left = ((length - side) // 2 for length, side in zip(scaled, target, strict=True))
+        return pixels[top : top + target[0], left : left + target[1]]
+
+    def _multiple(self, length: float) -> int:
+        return int(length + 1e-9) // self.multiple * self.multiple
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes documents of raw ones. Picklable.
+
+    `long` says what becomes of a document that is longer than a pack: "split" into several, its texts where a reader
+    would pause, its images whole; or "reject".
+    """
+
+    tokenizer: Tokenizer
+    sequence_length: int
+    modality: ModalityInfo | None = None
+    image: ImageRule | None = None
+    long: Literal["split", "reject"] = "split"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
+            raise InputError(f"sequence length must be at least 5, got {self.sequence_length}")
+
+    @property
+    def modalities(self) -> tuple[ModalityInfo, ...]:
+        return () if self.modality is None else (self.modality,)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON: encoders of one description make the same documents."""
+        return {
+            "tokenizer": self.tokenizer.describe(),
+            "sequence_length": self.sequence_length,
+            "modalities": [asdict(modality) for modality in self.modalities],
+            "image": None if self.image is None else asdict(self.image),
+            "long": self.long,
+        }
+
+    def __call__(self, raw: RawDocument) -> list[Document]:
+        """One document, or its parts; Rejected where it cannot be used."""
+        room = self.sequence_length - DOCUMENT_TOKENS
+        parts: list[list[Segment]] = [[]]
+        free = room
+        for piece in raw.parts:
+            for number, segment in enumerate(self._segments(piece, free, room)):
+                length = segment_length(segment, self.modalities) + IMAGE_TOKENS * isinstance(segment, ImageSegment)
+                if number or length > free:
+                    parts.append([])
+                    free = room
+                parts[-1].append(segment)
+                free -= length
+        documents = [tuple(part) for part in parts if part]
+        if not documents:
+            raise Rejected("empty document", "nothing is left of it")
+        if len(documents) > 1 and self.long == "reject":
+            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
+        return documents
+
+    def _segments(self, piece: str | bytes, free: int, room: int) -> Sequence[Segment]:
+        if isinstance(piece, bytes):
+            return [self._image(piece, room)]
+        return self._text(piece, free, room)
+
+    def _text(self, text: str, free: int, room: int) -> list[TextSegment]:
+        """A text in pieces that fit: the first into what is `free`, if it all fits there or half of a pack is free."""
+        ids, starts = self.tokenizer.encode_with_starts(text)
+        if not len(ids):
+            return []
+        first = free if len(ids) <= free or 2 * free >= room else room
+        ends = np.cumsum(list(piece_lengths(text, starts, first, room)))
+        return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
+
+    def _image(self, data: bytes, room: int) -> ImageSegment:
+        if self.image is None or self.modality is None:
+            raise Rejected("image in text", "these documents are prepared as text alone")
+        pixels = self.image(decode_image(data))
+        segment = ImageSegment(np.ascontiguousarray(pixels))
+        length = segment_length(segment, self.modalities) + IMAGE_TOKENS
+        if length > room:
+            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+        return segment

@@ -1,0 +1,103 @@
+"""What every source of documents is: files cut into units, read in any order and by any process.
+
+What cannot be used is yielded as `Rejected`, to be counted; the rest goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from transfusion_fast.errors import InputError
+
+UNIT_BYTES = 64 << 20
+MAX_BYTES = 64 << 20  # of a line, or of a file in an archive: more is no document
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """A document as its source has it."""
+
+    where: str
+    """For messages: its place in the source."""
+    parts: tuple[str | bytes, ...]
+    """Texts, and images as the bytes of their files."""
+
+
+class Rejected(ValueError):
+    """A document that cannot be used. `reason` is one of a few, for counting; the message is for the reader."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a file: what begins in [start, end), in bytes or whatever the source counts by."""
+
+    path: Path
+    start: int
+    end: int
+
+
+class Source(Protocol):
+    """Picklable."""
+
+    def units(self) -> list[Unit]:
+        """All of it, in the order of documents; InputError where there is nothing to read."""
+
+    def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
+        """Those of a unit, in order."""
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as JSON: two sources of one description and the same files have the same documents."""
+
+
+def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    """The files given, and those of `suffixes` in the folders given, by name; InputError where there is none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            if not found:
+                raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, and holds none")
+            files += found
+        elif not path.is_file():
+            raise InputError(f"source {path} must exist, and does not; give files or folders of them")
+        elif path.suffix.lower() not in suffixes:
+            raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
+        else:
+            files.append(path)
+    return files
+
+
+def byte_ranges(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
+    """A file in pieces of about `size` bytes."""
+    total = path.stat().st_size
+    return [Unit(path, start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
+    """(offset, line without its end) of the lines that begin in the unit; a line in two units is the first's."""
+    with unit.path.open("rb") as file:
+        if unit.start:
+            file.seek(unit.start - 1)
+            _read_line(file)
+        while (at := file.tell()) < unit.end and (line := _read_line(file)) is not None:
+            yield at, line
+
+
+def _read_line(file: BinaryIO) -> bytes | Rejected | None:
+    """The next line; None at the end. No more of it than a document may have is ever in memory."""
+    at = file.tell()
+    line = file.readline(MAX_BYTES)
+    if not line:
+        return None
+    if len(line) < MAX_BYTES or line.endswith(b"\n"):
+        return line.rstrip(b"\r\n")
+    while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
+        pass
+    return Rejected("line too long", f"more than {MAX_BYTES} bytes, byte {at} of {file.name}")

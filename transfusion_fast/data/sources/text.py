@@ -1,0 +1,107 @@
+"""Text documents: JSON lines, plain text files, Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, byte_ranges, existing_files, lines_of
+from transfusion_fast.errors import InputError
+
+SUFFIXES = (".jsonl", ".txt", ".parquet")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The documents of files: one a line of .jsonl and a row of .parquet, under `field`; one a .txt."""
+
+    files: tuple[Path, ...]
+    field: str = "text"
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], field: str = "text") -> TextSource:
+        """Of files and folders; InputError where there are none."""
+        return cls(tuple(existing_files(paths, SUFFIXES)), field)
+
+    def units(self) -> list[Unit]:
+        return [unit for file in self.files for unit in self._units_of(file)]
+
+    def _units_of(self, file: Path) -> list[Unit]:
+        if file.suffix.lower() == ".jsonl":
+            return byte_ranges(file)
+        if file.suffix.lower() == ".txt":
+            return [Unit(file, 0, file.stat().st_size)]
+        with _parquet(file) as table:
+            if self.field not in table.schema_arrow.names:
+                names = ", ".join(table.schema_arrow.names)
+                raise InputError(f"column of {file} must be of {names}, got {self.field!r}; name one with --field")
+            return [Unit(file, group, group + 1) for group in range(table.num_row_groups)]
+
+    def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
+        readers: dict[str, Callable[[Unit], Iterator[tuple[str, Any]]]] = {
+            ".txt": _whole_file,
+            ".jsonl": self._json_values,
+            ".parquet": self._parquet_values,
+        }
+        for where, value in readers[unit.path.suffix.lower()](unit):
+            if isinstance(value, Rejected):
+                yield value
+            elif not isinstance(value, str):
+                yield Rejected("no text", f"{self.field} is {type(value).__name__}, {where}")
+            elif not value.strip():
+                yield Rejected("empty text", where)
+            else:
+                yield RawDocument(where, (value,))
+
+    def _json_values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        for at, line in lines_of(unit):
+            where = f"byte {at} of {unit.path}"
+            entry = parse_json(line, where)
+            yield where, entry.get(self.field) if isinstance(entry, dict) else entry
+
+    def _parquet_values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        with _parquet(unit.path) as table:
+            row = 0
+            for batch in table.iter_batches(row_groups=[unit.start], columns=[self.field]):
+                for value in batch.column(0).to_pylist():
+                    yield f"row {row} of row group {unit.start} of {unit.path}", value
+                    row += 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "text", "files": [str(file) for file in self.files], "field": self.field}
+
+
+def parse_json(line: bytes | Rejected, where: str) -> Any:
+    """The value of a line, or why it is rejected."""
+    if isinstance(line, Rejected):
+        return line
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Rejected("not JSON", f"{error}, {where}")
+
+
+def _whole_file(unit: Unit) -> Iterator[tuple[str, str | Rejected]]:
+    where = str(unit.path)
+    if unit.end > MAX_BYTES:
+        yield where, Rejected("file too large", f"more than {MAX_BYTES} bytes, {where}")
+        return
+    try:
+        yield where, unit.path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        yield where, Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {where}")
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
+    try:
+        return ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} must be a Parquet file, and cannot be read as one ({error})") from error
