@@ -44,8 +44,8 @@ def error(where: Where, ragged: bool, flow: bool) -> Problem:
         lengths = torch.randint(1, 1025, (count,), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int().to(where.device)
     P = int(lengths.sum())
-    prediction = where.normal(P, C)
-    eps, x_0 = where.normal(2, P, C, dtype=torch.float32)
+    prediction = where.normal(0, P, C)
+    eps, x_0 = where.normal(1, 2, P, C, dtype=torch.float32)
     targets = (eps, x_0) if flow else (eps,)
     read = bytes_of(prediction, *targets, offsets) + 4 * count
 

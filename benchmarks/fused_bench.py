@@ -27,9 +27,9 @@ class Where:
     dtype: torch.dtype
     tiny: bool
 
-    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Normal noise, of `dtype` if given."""
-        generator = torch.Generator(self.device).manual_seed(0)
+    def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Normal noise, of `dtype` if given; another for each seed."""
+        generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(dtype or self.dtype)
 
 

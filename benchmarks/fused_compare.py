@@ -1,8 +1,8 @@
 """Gates and times the fused memory-bound ops against plain PyTorch: what their two benchmarks measure with.
 
-An op's bound is a copy of as many bytes as it must read and write at least, timed in the same run. Results are held to
-the specification in fp64: fp32 by 2e-6 of its root mean square, a gradient by 1e-5; half precision by twice the error
-of plain PyTorch, plus one rounding.
+The yardstick is a copy of as many bytes as an op must read and write at least, timed in the same run. Results are held
+to the specification in fp64: fp32 by 2e-6 of its root mean square, a gradient by 1e-5; half precision by twice the
+error of plain PyTorch, plus one rounding.
 """
 
 from __future__ import annotations

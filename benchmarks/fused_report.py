@@ -124,10 +124,11 @@ def markdown(rows: Sequence[Row], title: str, picture: str) -> str:
         *(_line(row) for row in rows if row.measured),
         "",
         "Medians (20th to 80th percentile). GB/s count each input and each output once; a copy of as many bytes, timed "
-        "in the same run, is what they are held to. `x plain`: how many times as fast as plain PyTorch, forward and "
+        "in the same run, is their yardstick, not a limit: a pass that reads more than it writes may be "
+        "faster. `x plain`: how many times as fast as plain PyTorch, forward and "
         "backward together. Peak memory is of one forward and backward beyond the inputs. Everything was checked "
-        "against the specification in fp64 before it was timed. Times of a CPU that others use too are worth no more "
-        "than their ratios.",
+        "against the specification in fp64 before it was timed. Times of a CPU that others use too are worth nothing "
+        "where their spread is wide, and otherwise no more than their ratios.",
         "",
     ]
     left = list(dict.fromkeys(f"- {row.op}, {row.backend}: {row.status}" for row in rows if not row.measured))

@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 def rope(where: Where, H: int, G: int, D: int, norm: bool) -> Problem:
     """T tokens of H query heads and G key heads of D numbers."""
     T = _tokens(where)
-    projection = where.normal(T, H + 2 * G, D)
+    projection = where.normal(0, T, H + 2 * G, D)
     q, k = projection[:, :H], projection[:, H : H + G]
-    weights = [1 + 0.1 * where.normal(D) for _ in range(2)] if norm else []
+    weights = [1 + 0.1 * where.normal(seed, D) for seed in (1, 2)] if norm else []
     inputs = tuple(x.detach().requires_grad_() for x in (q, k, *weights))
     table = ops.rotary(torch.arange(T, device=where.device), D)
     # In and out, and through a norm backward also what was normed.
@@ -68,7 +68,7 @@ def rope(where: Where, H: int, G: int, D: int, norm: bool) -> Problem:
 def swiglu(where: Where, fused: bool) -> Problem:
     """Of two tensors [T, F], or of one [T, 2F] that has both."""
     T, width = _tokens(where), 256 if where.tiny else 4096 if where.device.type == "cuda" else 1408
-    both = where.normal(T, 2 * width)
+    both = where.normal(0, T, 2 * width)
     tensors = (both,) if fused else tuple(x.contiguous() for x in both.chunk(2, dim=-1))
     half = bytes_of(both) // 2
 

@@ -116,28 +116,38 @@ def markdown(rows: Sequence[Row]) -> str:
         "# Whole training steps",
         "",
         f"{first.hardware}; torch {first.torch}, triton {first.triton}, revision {first.git}; preset {first.preset}, "
-        f"{first.tokens:,} tokens in one micro-batch. Forward, backward and AdamW. Losses of all backends were equal "
+        f"{first.tokens:,} tokens in one micro-batch. Forward, backward and AdamW. Losses of all rows were equal "
         "to 1e-5 in fp32 before anything was timed.",
         "",
-        "| step | parameters | tokens/s | of the matmul rate in its dtype | of the fp32 matmul rate | MFU | peak MiB | "
+        "| step | parameters | forward ms | backward and optimizer ms | tokens/s | "
+        "of the matmul rate in its dtype | of the fp32 matmul rate | MFU | peak MiB | "
         "kept for backward, bytes a token | compilation |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
         mfu, kept = _or_not(r.mfu, "{:.1%}"), _or_not(r.kept_bytes_per_token, "{:,.0f}")
         compiled = "-" if r.compile_s is None else f"{r.compile_s:.1f} s"
         lines.append(
-            f"| {r.name} | {r.parameters / 1e6:.2f} M | {r.tokens_per_s:,.0f} | {r.share_of_matmul:.1%} | "
+            f"| {r.name} | {r.parameters / 1e6:.2f} M | {_spread(r, 'forward')} | {_spread(r, 'backward')} | "
+            f"{r.tokens_per_s:,.0f} | {r.share_of_matmul:.1%} | "
             f"{r.share_of_fp32_matmul:.2f} | {mfu} | {r.peak_mib:,.0f} | {kept} | {compiled} |"
         )
     lines += [
         "",
-        f"The matmul rate is that of a linear layer, forward and backward, at [{T}, {K}] x [{K}, {N}] on the same "
-        "machine in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each "
-        "visible pair, of the GPU's peak or, on a CPU, of that rate. Times on a shared CPU are worth their ratios.",
+        "Times are medians (20th to 80th percentile). The matmul rate is that of a linear layer, forward and backward, "
+        f"at [{T}, {K}] x [{K}, {N}] in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use "
+        "of a weight and each visible pair, of the GPU's peak or, where that is not known, of that rate. Peak memory "
+        "is what a step takes beyond weights and the optimizer's state. Compilation starts without a cache; the first "
+        "row that compiles also pays for starting the compiler. Times of a CPU that others use too are worth nothing "
+        "where their spread is wide, and otherwise no more than their ratios.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _spread(r: Row, name: str) -> str:
+    p20, p50, p80 = (getattr(r, f"{name}_{quantile}_ms") for quantile in ("p20", "p50", "p80"))
+    return f"{p50:.0f} ({p20:.0f}-{p80:.0f})"
 
 
 def _or_not(value: float | None, form: str) -> str:

@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import mixes
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion_fast import Transfusion, inputs
 from transfusion_fast.config import PRESETS, ModelConfig, TransformerConfig
+from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.sequence import PackedBatch
 
 # Documents as a model takes them: integers are text, [patches, C] numbers an image.
@@ -69,6 +71,18 @@ def pack(model: Transfusion, documents: Documents) -> PackedBatch:
     """One micro-batch of the documents, with the same noise and timesteps each time."""
     laid_out = [inputs.as_document(document, model.config, i) for i, document in enumerate(documents)]
     return inputs.pack_documents(laid_out, model.config, torch.Generator().manual_seed(0))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
+    """One scaled_dot_product_attention under a dense mask that all layers share."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale).transpose(0, 1)
+
+
+def _mask(layout: AttentionLayout) -> Tensor:
+    mask = layout.dense_mask()
+    return mask | ~mask.any(dim=-1, keepdim=True)  # padding may see anything but nothing, whose softmax is NaN
 
 
 def model_flops(model: Transfusion, batch: PackedBatch) -> int:

@@ -92,7 +92,7 @@ def diffusion_mse_from_noise(
     prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
 ) -> Tensor:
     """`diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
-    target = {"ddpm": eps, "flow": eps - x_0}[objective]
+    target = {"ddpm": eps, "flow": _wide(eps) - _wide(x_0)}[objective]
     return diffusion_mse(prediction, target, image_offsets)
 
 

@@ -118,6 +118,11 @@ REFUSED = [
     ),
     ("rope", (heads(dim=7), heads(dim=7), torch.arange(6)), "head dimension must be even.*got 7"),
     ("rope", (heads(), heads(length=5), torch.arange(6)), r"rope: q must be .*k \[T, G, D\], got .* and \(5, 2, 8\)"),
+    ("rope", (heads(dim=0), heads(dim=0), torch.arange(6)), "head dimension must be even.*got 0"),
+    ("rope", (heads(), heads(), torch.tensor(3)), r"positions must be \[6\] or \[6, 2\].*got \(\)"),
+    ("rope", (heads().long(), heads().long(), torch.arange(6)), "rope: q must be of a floating dtype, got torch.int64"),
+    ("swiglu", (heads().int(),), "swiglu: gate must be of a floating dtype, got torch.int32"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0].int(), OFFSETS), "target must be of a floating dtype, got .*int32"),
     ("swiglu", (heads(2), heads(3)), r"up must be like gate, \(6, 2, 8\).*got \(6, 3, 8\)"),
     ("swiglu", (heads(), heads().half()), "up must be like gate, .*float32.*got .*float16"),
     ("swiglu", (heads(), META), "up must be like gate, .*cpu.*got .* on meta"),
@@ -161,9 +166,28 @@ def test_the_error_formed_from_noise_is_that_against_the_objectives_target(objec
     assert torch.equal(got, ops.diffusion_mse(prediction, target, OFFSETS))
 
 
+def test_the_flow_target_does_not_overflow_the_half_precision_of_its_parts():
+    prediction, x_0, eps = (torch.full((1, 1), value, dtype=torch.float16) for value in (0.0, -6e4, 6e4))
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    for backend in ("torch", "reference"):
+        [error] = ops.diffusion_mse_from_noise(prediction, x_0, eps, offsets, "flow", backend=backend)
+        assert error.item() == pytest.approx(120_000.0**2, rel=1e-3)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_theta_that_is_not_a_positive_number_is_refused(theta):
+    with pytest.raises(ValueError, match=f"theta must be a positive number, got {theta}"):
+        ops.rope(heads(), heads(), torch.arange(6), theta=theta)
+
+
+def test_a_backend_for_an_op_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"backend must name ops of hybrid_attention, rope, .*, got 'ropes'"):
+        ops.rope(heads(), heads(), torch.arange(6), backend={"ropes": "torch"})
+
+
 @pytest.mark.parametrize("given", ["q_weight", "k_weight"])
 def test_one_norm_weight_without_the_other_is_refused(given):
-    with pytest.raises(ValueError, match="q_weight and k_weight must be given together"):
+    with pytest.raises(ValueError, match=f"q_weight and k_weight must be given together, got {given} alone"):
         ops.rope(heads(), heads(), torch.arange(6), **{given: torch.ones(8)})
 
 

@@ -40,6 +40,10 @@ def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
 def choose(op: str, device: torch.device, backend: Backend) -> str:
     """The name of the backend that computes `op` on tensors of `device`; ValueError for an unknown one."""
     if not isinstance(backend, str):
+        unknown = set(backend) - set(IMPLEMENTATIONS["torch"])
+        if unknown:
+            names = ", ".join(IMPLEMENTATIONS["torch"])
+            raise ValueError(f"backend must name ops of {names}, got {min(unknown)!r}; correct it")
         backend = backend.get(op, "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -78,7 +82,9 @@ def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    return reference.diffusion_mse(prediction, target if x_0 is None else target - x_0, image_offsets)
+    if x_0 is not None:
+        target = target.to(torch.promote_types(target.dtype, torch.float32)) - x_0
+    return reference.diffusion_mse(prediction, target, image_offsets)
 
 
 def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:

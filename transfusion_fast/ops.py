@@ -69,8 +69,10 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     """
     if positions.ndim not in (1, 2) or positions.shape[1:] not in ((), (2,)):
         raise ValueError(f"positions must be [T] or [T, 2], got {tuple(positions.shape)}")
-    if head_dim % 2:
+    if head_dim < 2 or head_dim % 2:
         raise ValueError(f"the head dimension must be even to be rotated in pairs, got {head_dim}")
+    if not 0 < theta < float("inf"):
+        raise ValueError(f"theta must be a positive number, got {theta}")
     return reference.rotary(positions, head_dim, theta)
 
 
@@ -88,7 +90,8 @@ def rope(
 
     Args:
         q: [T, H, D]. k: [T, G, D], D even; views of one fused projection are read where they lie.
-        positions: as `rotary` takes them, or the table that it made of them, which has its own theta.
+        positions: as `rotary` takes them, or the table that it made of them. A table has its own theta; this one is
+            then not used.
         q_weight, k_weight: [D], both or neither; the norm adds 1e-6 to the mean square.
 
     Raises:
@@ -96,7 +99,7 @@ def rope(
     """
     T, _, D = _check_heads("rope", q, k)
     if isinstance(positions, Tensor):
-        if len(positions) != T:
+        if positions.shape[:1] != (T,):
             raise ValueError(f"positions must be [{T}] or [{T}, 2] for q of length {T}, got {tuple(positions.shape)}")
         positions = rotary(positions, D, theta)
     for name, table in zip(("cos", "sin"), positions, strict=True):
@@ -106,7 +109,8 @@ def rope(
                 f"got {table.dtype} {tuple(table.shape)} on {table.device}; call rotary for this batch"
             )
     if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must be given together, got one of them")
+        given = "k_weight" if q_weight is None else "q_weight"
+        raise ValueError(f"q_weight and k_weight must be given together, got {given} alone")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.shape != (D,) or weight.device != q.device):
             raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
@@ -125,6 +129,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     Raises:
         ValueError: shapes, dtypes or devices that differ. NotImplementedError: the backend cannot run here.
     """
+    _check_floating("swiglu", "gate", gate)
     if up is None and (not gate.ndim or gate.shape[-1] % 2):
         raise ValueError(f"gate must be [.., 2F] where it holds up too, got {tuple(gate.shape)}; give up as well")
     if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device):
@@ -141,6 +146,8 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
     Args:
         prediction, target: [P, C].
         image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offset n, offset n + 1), not empty.
+            On a GPU, or under a compiler, that is not checked, which would wait for the device: patches of no image
+            then have undefined gradients.
 
     Returns:
         fp32 [N].
@@ -184,6 +191,7 @@ def diffusion_mse_from_noise(
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(f"{op}: q must be [T, H, D] and k [T, G, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    _check_floating(op, "q", q)
     if q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
             f"{op}: k must have q's dtype and device, got {k.dtype} on {k.device}, q {q.dtype} on {q.device}"
@@ -191,11 +199,17 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
     return q.shape[0], q.shape[1], q.shape[2]
 
 
+def _check_floating(op: str, name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {name} must be of a floating dtype, got {x.dtype}; convert it")
+
+
 def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) -> None:
     """`others` by name must be like prediction [P, C]; dtypes may differ."""
     if prediction.ndim != 2 or not prediction.shape[1]:
         raise ValueError(f"prediction must be [P, C] with at least one value C, got {tuple(prediction.shape)}")
-    for name, x in others.items():
+    for name, x in {"prediction": prediction, **others}.items():
+        _check_floating("diffusion_mse", name, x)
         if x.shape != prediction.shape or x.device != prediction.device:
             raise ValueError(
                 f"{name} must be {list(prediction.shape)} on {prediction.device} as the prediction is, "

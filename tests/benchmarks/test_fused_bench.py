@@ -69,6 +69,16 @@ def test_a_wrong_backend_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, c
     assert status["swiglu"].startswith(expected[spoil])
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_diffusion_error_that_is_off_by_a_hundredth_is_found_in_every_precision(monkeypatch, flow):
+    right = backends.IMPLEMENTATIONS["torch"]["diffusion_mse"]
+    monkeypatch.setitem(backends.IMPLEMENTATIONS["torch"], "diffusion_mse", lambda *tensors: 1.01 * right(*tensors))
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = diffusion_mse_bench.error(Where(BF16.device, dtype, tiny=True), ragged=True, flow=flow)
+        [outcome], _ = compare(problem, ["torch"], Effort(1, 0))
+        assert outcome.status.startswith("FAILED: output 0 is off by")
+
+
 def test_ours_that_breaks_fails_and_a_compiler_that_breaks_is_left_out(monkeypatch):
     problem = rope_swiglu_bench.swiglu(BF16, fused=False)
 

@@ -64,12 +64,13 @@ def test_half_precision_weights_follow_fp32_masters_that_adamw_moves():
 
 
 def test_nothing_is_timed_where_a_backends_losses_are_not_the_references(monkeypatch):
+    monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
     documents = step_workload.ragged_documents(2)
-    step_bench._check_losses("mini", documents, CPU, ["torch"])
+    step_bench._check_losses("mini", documents, CPU, "torch")
     wrong = backends.IMPLEMENTATIONS["torch"] | {"swiglu": lambda gate, up: gate.chunk(2, dim=-1)[0]}
     monkeypatch.setitem(backends.IMPLEMENTATIONS, "torch", wrong)
-    with pytest.raises(InputError, match="losses on torch must be the reference's to 1e-05, they differ by"):
-        step_bench._check_losses("mini", documents, CPU, ["torch"])
+    with pytest.raises(InputError, match="losses of fp32 torch must be the reference's to 1e-05, they differ by"):
+        step_bench._check_losses("mini", documents, CPU, "torch")
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
@@ -91,13 +92,11 @@ def test_a_row_counts_tokens_and_flops_by_the_time_of_both_passes():
 def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
     monkeypatch.setattr(step_workload, "ragged_documents", lambda: [[torch.arange(9)], [torch.randn(4, 16)]])
-    monkeypatch.setattr(
-        step_bench, "_variants", lambda *names: [Variant("fp32", "reference"), Variant("fp32", "torch")]
-    )
+    monkeypatch.setattr(step_bench, "_variants", lambda *names: [Variant("fp32", "plain"), Variant("fp32", "torch")])
     assert step_bench.main(["--out", str(tmp_path), "--device", "cpu", "--dtypes", "fp32", "--seconds", "0.1"]) == 0
     with (tmp_path / "step.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["fp32 torch", "fp32 reference"]
+    assert [row["name"] for row in rows] == ["fp32 plain", "fp32 torch"]
     assert all(float(row["tokens_per_s"]) > 0 and float(row["matmul_gflops"]) > 0 for row in rows)
     assert "| fp32 torch |" in (tmp_path / "step.md").read_text()
     assert (tmp_path / "step.png").stat().st_size > 0

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
+from transfusion_fast.training.heap import keep_freed_memory
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -79,6 +80,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(config.cpu_threads or _threads_of_a_rank())
+        keep_freed_memory()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     runner = _deepspeed_command() if launched else None
