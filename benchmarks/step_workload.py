@@ -76,8 +76,9 @@ def pack(model: Transfusion, documents: Documents) -> PackedBatch:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
     """One scaled_dot_product_attention under a dense mask that all layers share."""
     group = q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale).transpose(0, 1)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # without a batch the fused kernels are not taken
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale)[0].transpose(0, 1)
 
 
 def _mask(layout: AttentionLayout) -> Tensor:
