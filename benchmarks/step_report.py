@@ -119,6 +119,8 @@ def markdown(rows: Sequence[Row]) -> str:
         f"{first.tokens:,} tokens in one micro-batch. Forward, backward and AdamW. Losses of all rows were equal "
         "to 1e-5 in fp32 before anything was timed.",
         "",
+        "![Tokens a second](step.png)",
+        "",
         "| step | parameters | forward ms | backward and optimizer ms | tokens/s | "
         "of the matmul rate in its dtype | of the fp32 matmul rate | MFU | peak MiB | "
         "kept for backward, bytes a token | compilation |",
