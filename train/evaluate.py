@@ -48,6 +48,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError(f"--each must be at least 1, got {options.each}")
     picture = options.out or options.run / "samples.png"
     data = read_data_description(options.run)
+    if not data.modalities:
+        raise InputError(f"evaluation needs a run on captioned images, got {options.run}, on text alone")
     check_picture(picture)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     folder = options.data or _data_of(options.run)

@@ -68,7 +68,9 @@ def _sample(options: argparse.Namespace) -> None:
     check_picture(options.out)
     data = read_data_description(options.run)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
-    clip = 1.0 if data.modalities[0].encoding == "pixels" else None
+    if not data.modalities and not options.text:
+        raise InputError(f"--prompt and --caption need a run on images, got {options.run}, on text alone; give --text")
+    clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
     image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:

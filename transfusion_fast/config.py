@@ -105,8 +105,8 @@ class ModelConfig(_Settings):
 
     num_text_tokens: Positive = 256
     """Text ids of the tokenizer; special tokens come on top."""
-    dim_latent: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4,)
-    """Values C of a patch, for each modality; one number stands for one modality."""
+    dim_latent: tuple[Positive, ...] = (4,)
+    """Values C of a patch, for each modality; one number stands for one modality, [] for text alone."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()

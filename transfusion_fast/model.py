@@ -100,7 +100,7 @@ class Transfusion(nn.Module):
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
-        image_losses, backend = [], self.config.backend
+        image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
             clean, noise, offsets = images.latents, images.noise, images.image_offsets
