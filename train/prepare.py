@@ -64,7 +64,7 @@ def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")
     parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(default: every core)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
 
 
 def _digits(options: argparse.Namespace) -> None:
@@ -87,11 +87,11 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
-    if options.tokenizer and options.train_bpe:
+    if options.tokenizer and options.train_bpe is not None:
         raise InputError("--tokenizer and --train-bpe were both given; give one of them")
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
-    if options.train_bpe:
+    if options.train_bpe is not None:
         documents = (found for unit in source.units() for found in source.documents(unit))
         parts = (part for found in documents if isinstance(found, RawDocument) for part in found.parts)
         return train_bpe((part for part in parts if isinstance(part, str)), options.train_bpe)

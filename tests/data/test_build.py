@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import signal
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +145,29 @@ def test_a_folder_that_is_not_free_is_left_alone(tmp_path, recipe):
     with pytest.raises(InputError, match="output folder must be new or empty"):
         build(recipe, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+class Deadly(ByteTokenizer):
+    """Ends the process that it is sent to, as the system does where memory is short."""
+
+    def __reduce__(self):
+        return signal.raise_signal, (signal.SIGKILL,)
+
+
+def test_a_process_that_was_killed_is_one_line_and_what_was_begun_goes_on(tmp_path, recipe):
+    deadly = replace(recipe, encoder=replace(IMAGES, tokenizer=Deadly()))
+    with pytest.raises(InputError, match="one of 2 processes was killed, perhaps for memory; run it again with fewer"):
+        build(deadly, tmp_path / "out", processes=2)
+    build(recipe, tmp_path / "out")  # of the same description
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe):
+    with pytest.raises(InputError, match="packs_per_shard must be 1 or more, got 0"):
+        Recipe(recipe.source, IMAGES, packs_per_shard=0)
+    with pytest.raises(InputError, match="processes must be 1 or more, got 0"):
+        build(recipe, tmp_path / "out", processes=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_of_nothing_but_rejects_makes_no_folder(tmp_path):

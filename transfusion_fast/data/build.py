@@ -2,7 +2,7 @@
 
 Units of the source are encoded, each to files of documents; documents are planned into packs by their lengths alone;
 packs are written shard by shard. All of it happens in FOLDER.partial, which keeps what is finished if the run is cut
-off, and becomes FOLDER at the end.
+off; the folder of shards within it becomes FOLDER in one step at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -40,7 +41,7 @@ from transfusion_fast.data.source import Rejected, Source, Unit
 from transfusion_fast.data.store import UnitReader, UnitReport, read_lengths, read_report, write_unit
 from transfusion_fast.errors import InputError
 
-_RECIPE, _LOCK, _UNITS = "recipe.json", ".lock", "units"
+_RECIPE, _LOCK, _UNITS, _SHARDS = "recipe.json", ".lock", "units", "shards"
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -56,6 +57,11 @@ class Recipe:
     seed: int = 0
     buffer: int = BUFFER
     """Documents that are packed together."""
+
+    def __post_init__(self) -> None:
+        for name in ("packs_per_shard", "buffer"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}; give a larger number")
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with what would tell that a file of the source has changed."""
@@ -101,13 +107,16 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
         InputError: `folder` is not free; what lies in FOLDER.partial was begun with another recipe, or is being made
             by another process; the source holds no document that can be used.
     """
+    if processes < 1:
+        raise InputError(f"processes must be 1 or more, got {processes}")
     folder = Path(folder).resolve()
     check_free(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     units = recipe.source.units()
     with _locked(partial):
         _check_recipe(partial, recipe)
-        (partial / _UNITS).mkdir(exist_ok=True)
+        for name in (_UNITS, _SHARDS):
+            (partial / name).mkdir(exist_ok=True)
         with _pool(_Job(recipe, partial), processes) as each:
             reports = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
             built = _merge([reports[number] for number in range(len(units))])
@@ -205,9 +214,10 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
         info, documents, tokens = json.loads(record.read_text(encoding="utf-8"))
         return task.number, IndexedShard(parse_shard(info, str(record)), documents, tokens)
     encoder = job.recipe.encoder
-    name = write_shard(_packs(job, task), job.folder, task.number)
+    folder = job.folder / _SHARDS
+    name = write_shard(_packs(job, task), folder, task.number)
     num_text_tokens = encoder.tokenizer.num_text_tokens
-    shard = index_shard(job.folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
+    shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
     staged = record.with_suffix(".staged")
     staged.write_text(json.dumps([asdict(shard.info), shard.documents, shard.tokens]), encoding="utf-8")
     staged.replace(record)
@@ -223,22 +233,20 @@ def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
 
 
 def _finish(partial: Path, folder: Path, encoder: Encoder, index: Index) -> None:
-    encoder.tokenizer.write(partial)
-    write_index(partial, index)
-    shutil.rmtree(partial / _UNITS)
-    (partial / _RECIPE).unlink()
-    (partial / _LOCK).unlink()
+    encoder.tokenizer.write(partial / _SHARDS)
+    write_index(partial / _SHARDS, index)
     try:
-        partial.rename(folder)
+        (partial / _SHARDS).rename(folder)
     except OSError as error:
-        raise InputError(f"{partial} is whole, but cannot become {folder} ({error}); rename it yourself") from error
+        raise InputError(
+            f"{partial / _SHARDS} is whole, but cannot become {folder} ({error}); move it there"
+        ) from error
+    shutil.rmtree(partial)
 
 
 @contextmanager
 def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
     """Gives `each(function, tasks)`: function(job, task) of every task, in any order, in so many processes."""
-    if processes < 1:
-        raise InputError(f"processes must be 1 or more, got {processes}")
     if processes == 1:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
@@ -254,4 +262,9 @@ def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
                     yield from (future.result() for future in done)
             yield from (future.result() for future in waiting)
 
-        yield each
+        try:
+            yield each
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of {processes} processes was killed, perhaps for memory; run it again with fewer: it goes on"
+            ) from error
