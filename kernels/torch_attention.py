@@ -1,18 +1,18 @@
 """Hybrid attention in plain PyTorch, made for speed: the torch backend, and the one to train with on a CPU.
 
-Long documents are computed one by one, where they lie: text alone by causal attention, which needs no mask and skips
-what it hides; a document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the
-document's start to the furthest key that one of their rows sees. Short documents of about one length are gathered into
-a batch, padded to a common shape, since a call for each would cost more than its work. The masks are made once for all
-layers, on the device: a byte a pair, and on CPUs in half precision also as numbers to add.
+Long documents are computed one by one: text alone by causal attention, which needs no mask and skips what it hides; a
+document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the document's start to the
+furthest key that one of their rows sees. Short documents of about one length are gathered into a batch, padded to a
+common length, since a call for each would cost more than its work. The masks are made once for all layers, on the
+device: a byte a pair, and on CPUs in half precision also as numbers to add.
 
-Every product is one scaled_dot_product_attention. On CPUs its backward in half precision takes several times as long as
-in fp32 (torch 2.13), so there `_HalfPrecision` differentiates it by plain matrix products.
+Every product is one scaled_dot_product_attention, but for half precision on CPUs: see cpu_half_attention.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -23,10 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfusion_fast.kernels.cpu_half_attention import HalfPrecisionAttention
 from transfusion_fast.kernels.layout import AttentionLayout
 
 SHORT = 256  # documents of up to so many positions share batches
-_LONGEST_OF_CLASS = list(accumulate(range(40), lambda longest, _: max(longest + 8, longest * 5 // 4), initial=8))
+ALIGNMENT = 16  # of lengths: CPUs take up to 5 times as long for half-precision products whose rows begin at odd places
+_LONGEST_OF_CLASS = list(
+    accumulate(range(40), lambda longest, _: longest + ALIGNMENT * max(1, longest // 4 // ALIGNMENT), initial=ALIGNMENT)
+)
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
 
 
@@ -52,31 +56,38 @@ class Mask:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries [start, end) of a document and the keys [0, keys) that they see."""
+    """Queries `rows` of each document of a batch and the keys [0, keys) that they see."""
 
-    start: int
-    end: int
+    rows: slice
     keys: int
     mask: Mask | None  # None for the whole of a text, causal
 
 
 @dataclass(frozen=True)
-class ShortBatch:
-    """B short documents of one padded length L. Positions beyond a document's own repeat its last one."""
+class Batch:
+    """B documents of one padded length L, whose rows lie one after another from `start` on."""
 
+    start: int
     shape: tuple[int, int]  # B, L
-    mask: Mask
+    tiles: tuple[Tile, ...]  # together all L queries; the last of them sees every key
+
+    def of(self, rows: Tensor) -> Tensor:
+        """This batch's part of the rows of all [R, H, D], a view [B, H, L, D]."""
+        B, L = self.shape
+        return rows[self.start : self.start + B * L].unflatten(0, (B, L)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of positions that a layout falls into: long documents, stretches of short ones, padding."""
+    """The batches that a layout falls into: one for each long document, one for all short ones of a class.
 
-    run_lengths: list[int]
-    documents: list[tuple[Tile, ...] | None]  # of each run; None for a stretch of short documents; padding has none
-    batches: list[ShortBatch]
-    gather: Tensor  # int64 [sum of B * L]: the place of each row of the batches among the positions of all stretches
-    scatter: Tensor  # int64 [positions of all stretches]: for each of them, its row
+    Rows of a batch beyond a document's own repeat its last position.
+    """
+
+    batches: list[Batch]
+    positions: int  # of all documents; what follows is padding
+    gather: Tensor  # int64 [R]: the position of each row
+    scatter: Tensor  # int64 [positions]: the row of each
 
 
 # A compiler would follow every number of the plan, and compile anew for every batch.
@@ -84,97 +95,37 @@ class Plan:
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T + mask) V. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
     plan = layout.plan(make_plan)
-    # One split, whose gradient is one concatenation: that of a slice takes a pass over all T positions.
-    q_runs, k_runs, v_runs = (x.split(plan.run_lengths) for x in (q, k, v))
-    stretches = [run for run, tiles in enumerate(plan.documents) if tiles is None]
-    short_q, short_k, short_v = ([runs[i] for i in stretches] for runs in (q_runs, k_runs, v_runs))
-    short = iter(_short_documents(plan, short_q, short_k, short_v, scale))
-    outs: list[Tensor] = []
-    for run, tiles in enumerate(plan.documents):
-        if tiles is None:
-            outs.append(next(short))
-        else:
-            outs += _long_document(tiles, q_runs[run], k_runs[run], v_runs[run], scale)
-    if not outs:
+    if not plan.batches:
         # Nothing is seen; an empty piece keeps the gradient's path to all three.
-        outs = [q[:0] + k[:0].sum() + v[:0].sum()]
-    padding = plan.run_lengths[-1]
-    return _join([*outs, q.new_zeros(padding, *q.shape[1:])] if padding else outs)
-
-
-def _long_document(tiles: tuple[Tile, ...], q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> list[Tensor]:
-    """One document, q [L, H, D], k and v [L, G, D]; [rows, H, D] of each tile."""
-    q_1HLD, k_1HLD, v_1HLD = _by_heads(q[None], k[None], v[None])
-    outs = []
-    for tile, rows in zip(tiles, q_1HLD.split([tile.end - tile.start for tile in tiles], dim=2), strict=True):
-        keys, values = k_1HLD[:, :, : tile.keys], v_1HLD[:, :, : tile.keys]
-        outs.append(_attend(rows, keys, values, tile.mask, scale)[0].transpose(0, 1))
-    return outs
-
-
-def _short_documents(
-    plan: Plan, q_runs: list[Tensor], k_runs: list[Tensor], v_runs: list[Tensor], scale: float | None
-) -> list[Tensor]:
-    """The stretches of short documents, each [positions, H, D], by batches of documents of about one length."""
-    if not q_runs:
-        return []
-    sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
-    q_rows, k_rows, v_rows = (
-        _Gather.apply(_join(runs), plan.gather, plan.scatter).split(sizes) for runs in (q_runs, k_runs, v_runs)
-    )
-    outs = []
-    for batch, *rows in zip(plan.batches, q_rows, k_rows, v_rows, strict=True):
-        q_BHLD, k_BHLD, v_BHLD = _by_heads(*(x.unflatten(0, batch.shape) for x in rows))
-        outs.append(_attend(q_BHLD, k_BHLD, v_BHLD, batch.mask, scale).transpose(1, 2).flatten(0, 1))
-    return list(_Scatter.apply(_join(outs), plan.scatter).split([len(run) for run in q_runs]))
-
-
-def _by_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, L, heads, D] -> [B, H, L, D], keys and values repeated: with a mask, the fused kernels take no groups."""
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k, v))
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None) -> Tensor:
-    """q [B, H, L, D], k and v [B, H, S, D], mask None for causal -> [B, H, L, D]."""
+        return _pad(q[:0] + k[:0].sum() + v[:0].sum(), len(q))
+    q_rows, k_rows, v_rows = (_Gather.apply(x, plan) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # with a mask, the fused kernels take no groups
+        k_rows, v_rows = (x.repeat_interleave(group, dim=1) for x in (k_rows, v_rows))
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        return _HalfPrecision.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = None if mask is None else mask.visible
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=mask is None, scale=scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out = HalfPrecisionAttention.apply(q_rows, k_rows, v_rows, plan.batches, scale)
+    else:
+        out = _join(list(_products(plan, q_rows, k_rows, v_rows, scale)))
+    return _Scatter.apply(out, plan, len(q))
 
 
-class _HalfPrecision(torch.autograd.Function):
-    """scaled_dot_product_attention on a CPU, saving what it saves; backward in matrix products of half precision.
-
-    P = exp(scale Q K^T - lse),   dV = P^T dO,   dS = softmax's gradient of dO V^T at P,   dQ, dK = dS K, dS^T Q
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float) -> Tensor:
-        # As a number to add, which is what the op turns a boolean mask into, over all heads.
-        bias = None if mask is None else mask.bias(q.dtype)
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=mask is None, attn_mask=bias, scale=scale
-        )
-        ctx.save_for_backward(q, k, v, lse)
-        ctx.mask, ctx.scale = mask, scale  # the plan's, shared by all layers
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lse = ctx.saved_tensors
-        q, k, v, do = (x.contiguous() for x in (q * ctx.scale, k, v, do))
-        # The product itself subtracts lse, in two parts that together have its precision, before anything is rounded.
-        limit = torch.finfo(q.dtype).max
-        high = lse.clamp(-limit, limit).to(q.dtype)
-        low = (lse - high).to(q.dtype)
-        columns = torch.stack([-high, -low], dim=-1)
-        p = torch.cat([q, columns], dim=-1) @ torch.cat([k, torch.ones_like(k[..., :2])], dim=-1).transpose(-1, -2)
-        hidden = torch.ones(p.shape[-2:], dtype=torch.bool).triu(1) if ctx.mask is None else ctx.mask.hidden
-        p = p.exp_().masked_fill_(hidden, 0.0)
-        ds = torch.ops.aten._softmax_backward_data(do @ v.transpose(-1, -2), p, -1, p.dtype)
-        return ds @ (k * ctx.scale), ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ do, None, None
+def _products(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Iterator[Tensor]:
+    """The outputs [rows, H, D] of all batches, one after another."""
+    # One split, whose gradient is one concatenation: that of a slice takes a pass over all rows.
+    sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
+    for batch, *rows in zip(plan.batches, *(x.split(sizes) for x in (q, k, v)), strict=True):
+        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, batch.shape).transpose(1, 2) for x in rows)
+        outs = []
+        lengths = [tile.rows.stop - tile.rows.start for tile in batch.tiles]
+        for tile, queries in zip(batch.tiles, q_BHLD.split(lengths, dim=2), strict=True):
+            visible = None if tile.mask is None else tile.mask.visible
+            keys, values = k_BHLD[:, :, : tile.keys], v_BHLD[:, :, : tile.keys]
+            o_BHLD = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=scale
+            )
+            outs.append(o_BHLD.transpose(1, 2))
+        yield _join(outs, dim=1).flatten(0, 1)
 
 
 def make_plan(layout: AttentionLayout) -> Plan:
@@ -184,96 +135,98 @@ def make_plan(layout: AttentionLayout) -> Plan:
     lengths = np.diff(offsets)
     has_image = np.zeros(len(lengths), dtype=bool)
     has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
-    run_lengths: list[int] = []
-    documents: list[tuple[Tile, ...] | None] = []
-    is_short = lengths <= SHORT
-    for number, length in enumerate(lengths.tolist()):
-        if not is_short[number]:
-            own_ends = key_end[offsets[number] : offsets[number + 1]] - offsets[number]
-            documents.append(_tiles(own_ends, bool(has_image[number]), layout.device))
-            run_lengths.append(length)
-        elif documents and documents[-1] is None:
-            run_lengths[-1] += length
-        else:
-            documents.append(None)
-            run_lengths.append(length)
-    run_lengths.append(layout.total_length - int(offsets[-1]))
-    short = np.flatnonzero(is_short)
-    batches, gather, scatter = _batches(lengths[short], offsets[short], key_end, layout.device)
-    return Plan(run_lengths, documents, batches, gather, scatter)
+    batches: list[Batch] = []
+    gather, scatter, start = [np.zeros(0, dtype=np.int64)], np.zeros(int(offsets[-1]), dtype=np.int64), 0
+    for chosen in _batched(lengths):
+        own, L = lengths[chosen, None], _aligned(int(lengths[chosen].max()))
+        places = offsets[chosen, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
+        # What a document repeats lies at columns >= its length, which no row of it sees.
+        ends = key_end[places] - offsets[chosen, None]
+        causal = L > SHORT and not has_image[chosen[0]]
+        tiles = (Tile(slice(0, L), L, None),) if causal else _tiles(ends, layout.device)
+        batches.append(Batch(start, places.shape, tiles))
+        is_own = np.arange(L) < own
+        scatter[places[is_own]] = start + np.flatnonzero(is_own)
+        gather.append(places.reshape(-1))
+        start += places.size
+    rows, positions = (torch.from_numpy(x).to(layout.device) for x in (np.concatenate(gather), scatter))
+    return Plan(batches, int(offsets[-1]), rows, positions)
 
 
-def _tiles(key_end: np.ndarray, has_image: bool, device: torch.device) -> tuple[Tile, ...]:
-    """The tiles of one document, whose rows see the keys [0, key_end)."""
-    if not has_image:
-        return (Tile(0, len(key_end), len(key_end), None),)
+def _batched(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """The documents of each batch: one long one, or the short ones of a class.
+
+    Lengths of a class differ by less than 16, or by less than a quarter.
+    """
+    classes = np.searchsorted(_LONGEST_OF_CLASS, lengths)
+    is_long = lengths > SHORT
+    classes[is_long] = len(_LONGEST_OF_CLASS) + np.arange(is_long.sum())
+    order = np.argsort(classes, kind="stable")
+    yield from np.split(order, np.flatnonzero(np.diff(classes[order])) + 1) if len(order) else ()
+
+
+def _aligned(length: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _tiles(key_end: np.ndarray, device: torch.device) -> tuple[Tile, ...]:
+    """The tiles of B documents of one length L, whose rows see the keys [0, key_end), key_end [B, L]."""
+    length = key_end.shape[1]
     tiles = []
-    for start in range(0, len(key_end), MAX_ROWS):
-        ends = key_end[start : start + MAX_ROWS]
-        keys = int(ends[-1])
-        visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None]
-        tiles.append(Tile(start, start + len(ends), keys, Mask(visible[None, None])))
+    for start in range(0, length, MAX_ROWS):
+        ends = key_end[:, start : start + MAX_ROWS]
+        keys = _aligned(int(ends.max()))
+        visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None, :, None]
+        tiles.append(Tile(slice(start, start + ends.shape[1]), keys, Mask(visible)))
     return tuple(tiles)
 
 
-def _batches(
-    lengths: np.ndarray, starts: np.ndarray, key_end: np.ndarray, device: torch.device
-) -> tuple[list[ShortBatch], Tensor, Tensor]:
-    """Batches the short documents [start, start + length), and where their rows come from and go to: see `Plan`."""
-    first = np.cumsum(lengths) - lengths  # of each document, among the positions of short ones
-    batches, gather = [], [np.zeros(0, dtype=np.int64)]
-    scatter = np.zeros(int(lengths.sum()), dtype=np.int64)
-    rows_before = 0
-    classes = _classes(lengths)
-    for number in np.unique(classes):
-        chosen = np.flatnonzero(classes == number)
-        own = lengths[chosen, None]
-        L = int(own.max())
-        place = np.minimum(np.arange(L), own - 1)
-        own_end = torch.from_numpy(key_end[starts[chosen, None] + place] - starts[chosen, None]).to(device)
-        # What a document repeats lies at columns >= its length, and is hidden by comparing columns, not positions.
-        visible = torch.arange(L, device=device) < own_end[:, None, :, None]
-        batches.append(ShortBatch((len(chosen), L), Mask(visible)))
-        among_short = (first[chosen, None] + place).reshape(-1)
-        is_own = (np.arange(L) < own).reshape(-1)
-        scatter[among_short[is_own]] = rows_before + np.flatnonzero(is_own)
-        gather.append(among_short)
-        rows_before += len(among_short)
-    return batches, torch.from_numpy(np.concatenate(gather)).to(device), torch.from_numpy(scatter).to(device)
-
-
-def _classes(lengths: np.ndarray) -> np.ndarray:
-    """Documents of one class share a batch: their lengths differ by less than 8, or by less than a quarter."""
-    return np.searchsorted(_LONGEST_OF_CLASS, lengths)
-
-
 class _Gather(torch.autograd.Function):
-    """x[gather]. What repeats a position is seen by no other and its output is dropped, so its gradient is zero."""
+    """Positions [T, ..] to rows [R, ..].
+
+    What repeats a position is seen by no other and its output is dropped, so its gradient is zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.scatter = scatter
-        return x.flatten(1).index_select(0, gather).unflatten(1, x.shape[1:])
+    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
+        ctx.plan, ctx.length = plan, len(x)
+        return _select(x, plan.gather)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        return dx.flatten(1).index_select(0, ctx.scatter).unflatten(1, dx.shape[1:]), None, None
+        return _pad(_select(dx, ctx.plan.scatter), ctx.length), None
 
 
 class _Scatter(torch.autograd.Function):
-    """x[scatter], which holds no row twice: the gradient is put in place, where index_select's would be added up."""
+    """Rows [R, ..] to positions [T, ..], padding zero.
+
+    It takes no row twice: the gradient is put in place, where index_select's would be added up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scatter: Tensor) -> Tensor:
-        ctx.scatter, ctx.rows = scatter, len(x)
-        return x.flatten(1).index_select(0, scatter).unflatten(1, x.shape[1:])
+    def forward(ctx: Any, x: Tensor, plan: Plan, length: int) -> Tensor:
+        ctx.plan = plan
+        return _pad(_select(x, plan.scatter), length)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        rows = dx.new_zeros(ctx.rows, dx[0].numel()).index_copy_(0, ctx.scatter, dx.flatten(1))
-        return rows.unflatten(1, dx.shape[1:]), None
+        plan = ctx.plan
+        rows = dx.new_zeros(len(plan.gather), dx[0].numel())
+        rows.index_copy_(0, plan.scatter, dx[: plan.positions].flatten(1))
+        return rows.unflatten(1, dx.shape[1:]), None, None
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], row by row."""
+    return x.flatten(1).index_select(0, index).unflatten(1, x.shape[1:])
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """x [.., H, D] with zeros after it, `length` in all."""
+    return x if len(x) == length else torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
+
+
+def _join(parts: list[Tensor], dim: int = 0) -> Tensor:
     """One after another, without a copy of a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -84,9 +84,11 @@ def test_double_precision_is_the_references_to_double_precision(tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("max_rows", [torch_attention.MAX_ROWS, 64], ids=["one tile", "several tiles"])
 @pytest.mark.parametrize("spans", [([9, 17, 4], [(2, 5), (9, 17)], 33), ([300, 12, 280], [(20, 200)], 600)])
-def test_half_precision_obeys_the_error_rule(dtype, spans):
+def test_half_precision_obeys_the_error_rule(monkeypatch, dtype, max_rows, spans):
     """Output and gradients of short and long documents, with images and without, whose backward has its own formula."""
+    monkeypatch.setattr(torch_attention, "MAX_ROWS", max_rows)
     layout = AttentionLayout.from_spans(*spans)
     inputs = attention_cases.qkv(layout, (4, 2), dtype=dtype)
     assert_accurate(attention_cases.run(tiled, inputs, layout, 0.3), inputs, layout, 0.3)
