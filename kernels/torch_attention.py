@@ -27,10 +27,7 @@ from transfusion_fast.kernels.cpu_half_attention import HalfPrecisionAttention
 from transfusion_fast.kernels.layout import AttentionLayout
 
 SHORT = 256  # documents of up to so many positions share batches
-ALIGNMENT = 16  # of lengths: CPUs take up to 5 times as long for half-precision products whose rows begin at odd places
-_LONGEST_OF_CLASS = list(
-    accumulate(range(40), lambda longest, _: longest + ALIGNMENT * max(1, longest // 4 // ALIGNMENT), initial=ALIGNMENT)
-)
+HALF_ALIGNMENT = 16  # of lengths: CPUs take up to 5 times as long for products whose rows begin at odd places
 MAX_ROWS = 512  # longer tiles would mask away up to half of their keys; shorter ones cost a call each
 
 
@@ -94,15 +91,16 @@ class Plan:
 @torch.compiler.disable
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T + mask) V. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
-    plan = layout.plan(make_plan)
+    in_half = q.dtype in (torch.bfloat16, torch.float16)
+    plan = layout.plan(_plan_for_half if in_half else make_plan)
     if not plan.batches:
         # Nothing is seen; an empty piece keeps the gradient's path to all three.
-        return _pad(q[:0] + k[:0].sum() + v[:0].sum(), len(q))
+        return torch.cat([q[:0] + k[:0].sum() + v[:0].sum(), torch.zeros_like(q)])
     q_rows, k_rows, v_rows = (_Gather.apply(x, plan) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1:  # with a mask, the fused kernels take no groups
         k_rows, v_rows = (x.repeat_interleave(group, dim=1) for x in (k_rows, v_rows))
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+    if in_half and q.device.type == "cpu":
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = HalfPrecisionAttention.apply(q_rows, k_rows, v_rows, plan.batches, scale)
     else:
@@ -128,8 +126,12 @@ def _products(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None) 
         yield _join(outs, dim=1).flatten(0, 1)
 
 
-def make_plan(layout: AttentionLayout) -> Plan:
-    """How to compute `layout`, on its device."""
+def _plan_for_half(layout: AttentionLayout) -> Plan:
+    return make_plan(layout, HALF_ALIGNMENT)
+
+
+def make_plan(layout: AttentionLayout, alignment: int = 1) -> Plan:
+    """How to compute `layout`, on its device; padded lengths are multiples of `alignment`."""
     offsets = layout.document_offsets.numpy()
     key_end = layout.key_ends()
     lengths = np.diff(offsets)
@@ -137,13 +139,13 @@ def make_plan(layout: AttentionLayout) -> Plan:
     has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
     batches: list[Batch] = []
     gather, scatter, start = [np.zeros(0, dtype=np.int64)], np.zeros(int(offsets[-1]), dtype=np.int64), 0
-    for chosen in _batched(lengths):
-        own, L = lengths[chosen, None], _aligned(int(lengths[chosen].max()))
+    for chosen in _batched(lengths, max(alignment, 8)):
+        own, L = lengths[chosen, None], _aligned(int(lengths[chosen].max()), alignment)
         places = offsets[chosen, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
         # What a document repeats lies at columns >= its length, which no row of it sees.
         ends = key_end[places] - offsets[chosen, None]
         causal = L > SHORT and not has_image[chosen[0]]
-        tiles = (Tile(slice(0, L), L, None),) if causal else _tiles(ends, layout.device)
+        tiles = (Tile(slice(0, L), L, None),) if causal else _tiles(ends, alignment, layout.device)
         batches.append(Batch(start, places.shape, tiles))
         is_own = np.arange(L) < own
         scatter[places[is_own]] = start + np.flatnonzero(is_own)
@@ -153,30 +155,31 @@ def make_plan(layout: AttentionLayout) -> Plan:
     return Plan(batches, int(offsets[-1]), rows, positions)
 
 
-def _batched(lengths: np.ndarray) -> Iterator[np.ndarray]:
+def _batched(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:
     """The documents of each batch: one long one, or the short ones of a class.
 
-    Lengths of a class differ by less than 16, or by less than a quarter.
+    Lengths of a class differ by less than `step`, or by less than a quarter.
     """
-    classes = np.searchsorted(_LONGEST_OF_CLASS, lengths)
+    longest = list(accumulate(range(SHORT // step), lambda n, _: n + step * max(1, n // 4 // step), initial=step))
+    classes = np.searchsorted(longest, lengths)
     is_long = lengths > SHORT
-    classes[is_long] = len(_LONGEST_OF_CLASS) + np.arange(is_long.sum())
+    classes[is_long] = len(longest) + np.arange(is_long.sum())
     order = np.argsort(classes, kind="stable")
     yield from np.split(order, np.flatnonzero(np.diff(classes[order])) + 1) if len(order) else ()
 
 
-def _aligned(length: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
-    return -(-length // ALIGNMENT) * ALIGNMENT
+def _aligned(length: int, alignment: int) -> int:
+    """The next multiple."""
+    return -(-length // alignment) * alignment
 
 
-def _tiles(key_end: np.ndarray, device: torch.device) -> tuple[Tile, ...]:
+def _tiles(key_end: np.ndarray, alignment: int, device: torch.device) -> tuple[Tile, ...]:
     """The tiles of B documents of one length L, whose rows see the keys [0, key_end), key_end [B, L]."""
     length = key_end.shape[1]
     tiles = []
     for start in range(0, length, MAX_ROWS):
         ends = key_end[:, start : start + MAX_ROWS]
-        keys = _aligned(int(ends.max()))
+        keys = _aligned(int(ends.max()), alignment)
         visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None, :, None]
         tiles.append(Tile(slice(start, start + ends.shape[1]), keys, Mask(visible)))
     return tuple(tiles)
@@ -191,11 +194,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
         ctx.plan, ctx.length = plan, len(x)
-        return _select(x, plan.gather)
+        return _select(x, plan.gather, len(plan.gather))
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        return _pad(_select(dx, ctx.plan.scatter), ctx.length), None
+        return _select(dx, ctx.plan.scatter, ctx.length), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -207,7 +210,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan, length: int) -> Tensor:
         ctx.plan = plan
-        return _pad(_select(x, plan.scatter), length)
+        return _select(x, plan.scatter, length)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,14 +220,12 @@ class _Scatter(torch.autograd.Function):
         return rows.unflatten(1, dx.shape[1:]), None, None
 
 
-def _select(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], row by row."""
-    return x.flatten(1).index_select(0, index).unflatten(1, x.shape[1:])
-
-
-def _pad(x: Tensor, length: int) -> Tensor:
-    """x [.., H, D] with zeros after it, `length` in all."""
-    return x if len(x) == length else torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
+def _select(x: Tensor, index: Tensor, length: int) -> Tensor:
+    """x[index], row by row, and zeros up to `length` rows."""
+    out = x.new_empty(length, *x.shape[1:])
+    torch.index_select(x.flatten(1), 0, index, out=out[: len(index)].flatten(1))
+    out[len(index) :] = 0.0
+    return out
 
 
 def _join(parts: list[Tensor], dim: int = 0) -> Tensor:
