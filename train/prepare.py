@@ -1,4 +1,6 @@
-"""Turn a source into a data folder: `python train/prepare.py digits OUT`, or `text` or `pairs` of files of your own."""
+"""Turn a source into a data folder: `python train/prepare.py digits OUT`, or `text`, `pairs` or `interleaved` of files
+of your own; and look after one: `verify`, `info`, `index`.
+"""
 
 import argparse
 import os
@@ -6,33 +8,41 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
 from transfusion_fast.data.build import Built, Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
-from transfusion_fast.data.index import Index
+from transfusion_fast.data.index import Index, PackReader, parse_index
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import prepare_digits
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source
+from transfusion_fast.data.sources.interleaved import InterleavedSource
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
+from transfusion_fast.data.statistics import draw_lengths, pack_statistics, summed
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, train_bpe
+from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError
+from transfusion_fast.pictures import check_picture
+
+CAPACITIES = (2048, 4096, 8192, 16384)  # whose waste `info` tells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare what the command line asks for; 0 on success, 2 with one line on stderr for input that cannot be used."""
+    """Do what the command line asks for; 0 on success, 1 where verify finds damage, 2 with one line for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare", description="Turn a source into a data folder.")
-    sources = parser.add_subparsers(required=True, metavar="SOURCE")
+    parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
+    sources = parser.add_subparsers(required=True, metavar="COMMAND")
     digits = sources.add_parser("digits", help="scikit-learn's 1797 handwritten digits, and sums in words")
     digits.add_argument("out", type=Path, metavar="OUT", help="folder to make; gets train/ and heldout/")
     digits.add_argument("--seq-len", type=int, default=512, help="positions of a pack (default: %(default)s)")
@@ -43,14 +53,30 @@ def _parser() -> argparse.ArgumentParser:
     text.set_defaults(run=_text)
     pairs = sources.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
     _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
-    pairs.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
-    pairs.add_argument("--patch-size", type=int, default=16, help="of a token, in pixels (default: %(default)s)")
-    pairs.add_argument(
-        "--shape", choices=("crop", "native"), default="crop",
-        help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
-    )  # fmt: skip
+    _add_images(pairs)
     pairs.set_defaults(run=_pairs)
+    interleaved = sources.add_parser("interleaved", help="texts and images in turn: JSON lines beside their pictures")
+    _add_files(interleaved, '.jsonl, a line a document: {"content": ["text", {"image": "PATH"}, {"base64": ".."}]}')
+    _add_images(interleaved)
+    interleaved.set_defaults(run=_interleaved)
+    _add_upkeep(sources)
     return parser
+
+
+def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    checks = commands.add_parser("verify", help="compare every byte of a data folder with its index")
+    checks.set_defaults(run=_verify)
+    info = commands.add_parser("info", help="what a data folder holds, and what other pack lengths would waste")
+    info.add_argument("--picture", type=Path, metavar="PNG", help="draw the lengths of its documents")
+    info.set_defaults(run=_info)
+    index = commands.add_parser("index", help="write index.json anew, for the shards that lie in a folder")
+    index.add_argument(
+        "--like", type=Path, metavar="OTHER",
+        help="data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
+    )  # fmt: skip
+    index.set_defaults(run=_index)
+    for command in (checks, info, index):
+        command.add_argument("folder", type=Path, metavar="FOLDER", help="data folder")
 
 
 def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
@@ -67,6 +93,15 @@ def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
 
 
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
+    parser.add_argument("--patch-size", type=int, default=16, help="of a token, in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--shape", choices=("crop", "native"), default="crop",
+        help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
+    )  # fmt: skip
+
+
 def _digits(options: argparse.Namespace) -> None:
     prepared = prepare_digits(options.out, sequence_length=options.seq_len)
     state = "already there" if prepared.reused else "written"
@@ -80,7 +115,14 @@ def _text(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    source = PairsSource.of(options.files)
+    _build_images(options, PairsSource.of(options.files))
+
+
+def _interleaved(options: argparse.Namespace) -> None:
+    _build_images(options, InterleavedSource.of(options.files))
+
+
+def _build_images(options: argparse.Namespace, source: Source) -> None:
     modality = ModalityInfo("images", channels=3, patch_size=options.patch_size, encoding="pixels")
     rule = ImageRule(options.shape, options.image_size, options.patch_size)
     _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, modality, rule, options.long))
@@ -103,6 +145,43 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> Non
     for line in _rejected(built):
         print(f"{options.out}: {line}", file=sys.stderr)
     print(f"{options.out}: written: {_summary(built.index)}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    total = len(parse_index(options.folder).shards)
+    found = 0
+    for findings in tqdm(verify(options.folder), "verifying", total + 1, unit="shard", disable=None):
+        found += len(findings)
+        for finding in findings:
+            print(finding, file=sys.stderr)
+    if found:
+        print(f"prepare: {options.folder}: {found} findings", file=sys.stderr)
+        return 1
+    print(f"{options.folder}: as its index says: {_summary(parse_index(options.folder))}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    if options.picture:
+        check_picture(options.picture)
+    reader = PackReader(options.folder)
+    packs = tqdm(pack_statistics(reader), "reading", len(reader), unit="pack", disable=None)
+    found = summed(packs)
+    print(f"{options.folder}: {_summary(reader.index)}")
+    print(f"text: {found.text} ids, {100 * found.text_share:.1f} % of ids and patches")
+    print(f"images: {found.images} of {found.patches} patches")
+    quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
+    print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
+    wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
+    print(f"waste, packed anew, longer documents cut: {wastes}")
+    if options.picture:
+        draw_lengths(found, f"{options.folder}: {len(found.lengths)} documents", options.picture)
+        print(f"picture: {options.picture}")
+
+
+def _index(options: argparse.Namespace) -> None:
+    index = rebuild_index(options.folder, options.like)
+    print(f"{options.folder}: index written: {_summary(index)}")
 
 
 def _rejected(built: Built) -> list[str]:

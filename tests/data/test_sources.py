@@ -1,5 +1,6 @@
 """Sources give every document once, however their files are cut, and name what they cannot use."""
 
+import base64
 import io
 import json
 import pickle
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from transfusion_fast.data import source as base
 from transfusion_fast.data.source import Rejected, byte_ranges, lines_of
+from transfusion_fast.data.sources.interleaved import InterleavedSource
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.errors import InputError
@@ -183,3 +185,44 @@ def test_an_image_too_large_for_a_file_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("transfusion_fast.data.sources.pairs.MAX_BYTES", 100)
     make_tar(tmp_path / "a.tar", [("a.jpg", b"x" * 101), ("a.txt", b"a")])
     assert read(PairsSource.of([tmp_path]))[1] == {"file too large": 1}
+
+
+# Texts and images in turn.
+
+
+def write_lines(folder, *entries):
+    (folder / "a.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries), encoding="utf-8")
+    return InterleavedSource.of([folder])
+
+
+def test_texts_and_images_alternate_as_written(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(b"first")
+    parts = ["once", {"image": "pictures/1.png"}, {"text": "then"}, {"base64": base64.b64encode(b"second").decode()}]
+    documents, rejected = read(write_lines(tmp_path, {"content": parts}, parts[:2]))
+    assert documents == [("once", b"first", "then", b"second"), ("once", b"first")]
+    assert not rejected
+
+
+def test_what_is_no_interleaved_document_is_counted_and_the_rest_goes_on(tmp_path):
+    bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
+           [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}]]  # fmt: skip
+    documents, rejected = read(write_lines(tmp_path, *bad, ["good"]))
+    assert documents == [("good",)]
+    assert rejected == {
+        "no content": 3, "empty document": 1, "unknown part": 2, "image missing": 1, "not base64": 1,
+        "image unreadable": 2,
+    }  # fmt: skip
+
+
+def test_no_path_leads_out_of_the_folder(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    (inside / "link.png").symlink_to(secret)
+    (inside / "circle.png").symlink_to(inside / "circle.png")
+    names = ["../secret.png", str(secret), "link.png", "sub/../../secret.png", "circle.png"]
+    documents, rejected = read(write_lines(inside, *([{"image": name}] for name in names)))
+    assert not documents
+    assert rejected["path leads out"] == 4 and rejected.total() == 5

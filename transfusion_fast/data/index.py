@@ -93,12 +93,18 @@ class IndexedShard:
 def index_shard(
     path: Path, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
 ) -> IndexedShard:
-    """What is to be known of a shard as it lies on disk: every pack is read back and validated on the way."""
-    spans, crc32 = _pack_spans(path), []
+    """What is to be known of a shard as it lies on disk: every pack is read back and validated on the way.
+
+    InputError naming the shard, and the pack, where one cannot be used.
+    """
+    spans, crc32 = pack_spans(path), []
     documents = tokens = 0
-    for payload in _read_spans(path, spans):
-        pack = decode_pack(payload)
-        validate_pack(pack, modalities, num_text_tokens, sequence_length)
+    for place, payload in enumerate(_read_spans(path, spans)):
+        try:
+            pack = decode_pack(payload)
+            validate_pack(pack, modalities, num_text_tokens, sequence_length)
+        except InputError as error:
+            raise InputError(f"pack {place} of shard {path} cannot be used: {error}; copy the shard again") from error
         crc32.append(zlib.crc32(payload))
         documents += pack.num_documents
         tokens += pack.num_positions
@@ -133,14 +139,39 @@ def build_index(
     return make_index(shards, sequence_length, tokenizer, modalities)
 
 
-def _pack_spans(shard: Path) -> list[tuple[int, int]]:
-    """First and end byte of each sample of a shard: members that follow each other under one key."""
+def pack_spans(shard: Path) -> list[tuple[int, int]]:
+    """First and end byte of each sample of a shard: members that follow each other under one key.
+
+    InputError where the tar is not whole, holds nothing, or comes back to a key.
+    """
     spans = []
-    with tarfile.open(shard, "r:") as archive:
-        for _, sample in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
-            members = list(sample)
-            spans.append((members[0].offset, members[-1].offset_data + padded(members[-1].size)))
+    keys = set()
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for key, sample in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
+                members = list(sample)
+                if key in keys:
+                    raise InputError(f"keys of shard {shard} must differ, got {key!r} twice; prepare the data again")
+                keys.add(key)
+                spans.append((members[0].offset, members[-1].offset_data + padded(members[-1].size)))
+    except tarfile.TarError as error:
+        raise InputError(f"shard {shard} must be a whole tar, and is not ({error}); copy it again") from error
+    if not spans:
+        raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
+    _check_end(shard, spans[-1][1])
     return spans
+
+
+def _check_end(shard: Path, end: int) -> None:
+    """A tar ends in two blocks of zeros at least; a reader of tars takes a damaged header for that."""
+    with shard.open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read(_HASH_BLOCK)
+    if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
+        raise InputError(
+            f"shard {shard} must end in zeros after its last pack, and does not after byte {end}; "
+            "it is truncated or damaged there: copy it again"
+        )
 
 
 def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -151,12 +182,17 @@ def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes
 
 
 def _shard_info(shard: Path, spans: Sequence[tuple[int, int]], crc32: Sequence[int]) -> ShardInfo:
+    offsets = tuple(start for start, _ in spans)
+    return ShardInfo(shard.name, shard.stat().st_size, file_sha256(shard), offsets, spans[-1][1], tuple(crc32))
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
     sha256 = hashlib.sha256()
-    with shard.open("rb") as stream:
+    with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
             sha256.update(block)
-    offsets = tuple(start for start, _ in spans)
-    return ShardInfo(shard.name, shard.stat().st_size, sha256.hexdigest(), offsets, spans[-1][1], tuple(crc32))
+    return sha256.hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -173,12 +209,16 @@ def write_index(folder: Path, index: Index) -> None:
 
 def read_index(folder: Path) -> Index:
     """The index of a data folder, each shard present and of the size recorded; else an InputError saying why not."""
-    folder = Path(folder)
-    entry = _load_json(folder)
-    index = _parse_index(entry, str(folder / INDEX_NAME))
+    index = parse_index(folder)
     for shard in index.shards:
-        _check_shard_file(folder / shard.file, shard.bytes)
+        check_shard_file(folder, shard)
     return index
+
+
+def parse_index(folder: Path) -> Index:
+    """The index of a data folder, whatever has become of its shards; InputError where there is none to use."""
+    folder = Path(folder)
+    return _parse_index(_load_json(folder), str(folder / INDEX_NAME))
 
 
 def _load_json(folder: Path) -> object:
@@ -256,7 +296,9 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
     return ShardInfo(file, size, _field(entry, "sha256", str, where), tuple(offsets), end, tuple(crc32))
 
 
-def _check_shard_file(path: Path, size: int) -> None:
+def check_shard_file(folder: Path, shard: ShardInfo) -> None:
+    """InputError where a shard is missing or of another size."""
+    path, size = Path(folder) / shard.file, shard.bytes
     if not path.is_file():
         raise InputError(f"shard {path} must exist, and is missing; copy it again or prepare the data again")
     actual = path.stat().st_size

@@ -1,0 +1,93 @@
+"""Documents that alternate texts and images: JSON lines beside the folder of their pictures.
+
+A line is `{"content": [..]}` or the list alone. Its parts are a text, `"some words"` or `{"text": ..}`, or an image,
+`{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`. No path leads out of the folder that holds the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, byte_ranges, existing_files, lines_of
+from transfusion_fast.data.sources.text import parse_json
+
+CONTENT_FIELD = "content"
+
+
+@dataclass(frozen=True)
+class InterleavedSource:
+    """The documents of .jsonl files, one a line."""
+
+    files: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> InterleavedSource:
+        """Of files and folders; InputError where there are none."""
+        return cls(tuple(existing_files(paths, (".jsonl",))))
+
+    def units(self) -> list[Unit]:
+        return [unit for file in self.files for unit in byte_ranges(file)]
+
+    def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
+        folder = unit.path.parent.resolve()
+        for at, line in lines_of(unit):
+            where = f"byte {at} of {unit.path}"
+            try:
+                yield RawDocument(where, tuple(_parts(parse_json(line, where), folder)))
+            except Rejected as rejected:
+                at_fault = rejected.detail if where in rejected.detail else f"{rejected.detail}, {where}"
+                yield Rejected(rejected.reason, at_fault)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "interleaved", "files": [str(file) for file in self.files]}
+
+
+def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:
+    if isinstance(entry, Rejected):
+        raise entry
+    content = entry.get(CONTENT_FIELD) if isinstance(entry, dict) else entry
+    if not isinstance(content, list):
+        raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
+    if not content:
+        raise Rejected("empty document", f"{CONTENT_FIELD} is empty")
+    for number, part in enumerate(content):
+        match part:
+            case str() | {"text": str()}:
+                text = part if isinstance(part, str) else part["text"]
+                if text:
+                    yield text
+            case {"image": str(path)}:
+                yield _file(path, folder)
+            case {"base64": str(data)}:
+                yield _decoded(data, number)
+            case _:
+                raise Rejected("unknown part", f"part {number} must be a text, an image or base64, got {part!r:.60}")
+
+
+def _file(name: str, folder: Path) -> bytes:
+    """The bytes of an image below `folder`, links followed."""
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise Rejected("path leads out", f"image {name!r:.80} must lie below {folder}")
+        if not path.is_file():
+            raise Rejected("image missing", f"{name!r:.80} below {folder}")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise Rejected("file too large", f"{size} bytes of {name!r:.80}")
+        return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, of a zero byte, or of links in a circle
+        if isinstance(error, Rejected):
+            raise
+        raise Rejected("image unreadable", f"{name!r:.80} ({error})") from error
+
+
+def _decoded(data: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("not base64", f"part {number} ({error})") from error
