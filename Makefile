@@ -67,6 +67,7 @@ bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	$(RUN) benchmarks/rope_swiglu_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/diffusion_mse_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/data_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed
 
 kernel-report: $(STAMP)  ## compile every kernel for its GPUs, which none is needed for, and report on them into REPORT

@@ -1,0 +1,52 @@
+"""The benchmark of the feed: what it says that it times is what it times."""
+
+import csv
+
+import data_bench
+import numpy as np
+import pytest
+from measure import Effort, write_csv
+
+from transfusion_fast.data.index import PackReader
+from transfusion_fast.sequence import PackedBatch
+
+
+@pytest.fixture
+def loader(tmp_path):
+    return {stage.name: stage for stage in data_bench.loader_stages(tmp_path / "packs", documents=64)}
+
+
+def test_packs_are_half_patches_of_32_values(loader, tmp_path):
+    index = PackReader(tmp_path / "packs").index
+    assert loader["loader, all of it"].count == index.num_packs * data_bench.CAPACITY
+    assert index.modalities[0].channels * index.modalities[0].patch_size ** 2 == 32
+    assert 0.4 < 64 * 256 / index.tokens < 0.6
+    assert index.latents_dtype == "float16"
+
+
+def test_the_loader_stage_makes_a_batch_of_every_pack(loader):
+    stage = loader["loader, all of it"]
+    batches = stage.run()
+    assert len(batches) == stage.count // data_bench.CAPACITY
+    assert all(isinstance(batch, PackedBatch) and len(batch.tokens) == data_bench.CAPACITY for batch in batches)
+    images = [batch.modalities[0] for batch in batches]
+    assert sum(len(image.noise) for image in images) == 64 * 256
+    assert np.isfinite(images[0].noise.numpy()).all()
+
+
+def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
+    groups = [loader.values(), data_bench.preparing_stages(tmp_path, texts=20, images=2)]
+    rows = [row for group in groups for row in data_bench.time_group(list(group), Effort(1, 0.1))]
+    write_csv(rows, tmp_path / "data.csv")
+    with (tmp_path / "data.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["stage"] for row in written] == [*loader, "preparing text", "preparing pairs"]
+    assert all(float(row["units_per_s"]) > 0 and float(row["mb_per_s"]) > 0 for row in written)
+    text = data_bench.markdown(rows)
+    assert all(f"| {row.stage} |" in text for row in rows)
+
+
+def test_packing_is_timed_with_its_waste():
+    stages = data_bench.packing_stages(documents=20_000)
+    assert [stage.name for stage in stages] == [f"packing to {c}" for c in data_bench.CAPACITIES]
+    assert stages[1].waste < 0.005
