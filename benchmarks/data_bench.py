@@ -119,7 +119,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     reader, builder = PackReader(folder, index), batch_builder(config, index, 1)
     numbers = range(index.num_packs)
     keyed = [KeyedPack(reader.read(number), 0, number) for number in numbers]
-    batches = training_batches(config, index, Share(0, 1, 1, 1), 0)
+    loaded = training_batches(config, index, Share(0, 1, 1, 1), 0)
     tokens = index.num_packs * CAPACITY
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
     runs: dict[str, Callable[[], object]] = {
@@ -127,7 +127,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
         "read, checksum, decode, validate": lambda: [reader.read(number) for number in numbers],
         "draw order, timesteps, noise": lambda: [draw(pack, _SEED) for pack in keyed],
         "draw and lay out, attention's layout included": lambda: [builder([pack]) for pack in keyed],
-        "loader, all of it": lambda: list(islice(batches, index.num_packs)),
+        "loader, all of it": lambda: [each.batch for each in islice(loaded, index.num_packs)],
     }
     return [Stage(name, "tokens", tokens, run, megabytes) for name, run in runs.items()]
 

@@ -160,6 +160,8 @@ class DataConfig(_Settings):
     """Probability that the image of a pair is trained without its caption, for classifier-free guidance."""
     noise_cap: Timestep = 500.0
     """Largest timestep of an image that text follows."""
+    quarantine: Count = 0
+    """How many packs a run may leave out because they cannot be read; one more stops it."""
 
 
 class OptimizerConfig(_Settings):

@@ -1,5 +1,6 @@
 """The stream of batches: the same for any ranks and workers, and resumed by one integer."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 def batches(folder: Path, rank: int, ranks: int, micro: int, consumed: int, count: int, *overrides: str):
     config = config_of(folder, *overrides)
-    return list(islice(training_batches(config, open_data(config), Share(rank, ranks, micro, 8), consumed), count))
+    loaded = islice(training_batches(config, open_data(config), Share(rank, ranks, micro, 8), consumed), count)
+    found = list(loaded)
+    assert not any(each.unreadable for each in found)
+    return [each.batch for each in found]
 
 
 def contents(batch: PackedBatch) -> torch.Tensor:
@@ -84,15 +88,33 @@ def test_a_model_that_does_not_fit_the_data_is_refused(folder: Path, override: s
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_pack_is_an_error_of_one_line_whoever_reads_it(folder: Path, tmp_path: Path, workers: int) -> None:
+def test_a_damaged_pack_is_named_in_one_line_and_changes_no_other(folder: Path, tmp_path: Path, workers: int) -> None:
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder, copy)
     shard = copy / "shard-000001.tar"
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"shard-000001.tar") as error:
-        batches(copy, 0, 1, 1, 0, 24, f"data.workers={workers}")
-    assert "\n" not in str(error.value)
+    config = config_of(copy, f"data.workers={workers}")
+    index = open_data(config)
+    whole = batches(folder, 0, 1, 1, 0, index.num_packs)
+    found = list(islice(training_batches(config, index, Share(0, 1, 1, 8), 0), index.num_packs))
+    bad = [number for number, each in enumerate(found) if each.unreadable]
+    assert len(bad) == 1
+    (line,) = found[bad[0]].unreadable
+    assert shard.name in line and "\n" not in line
+    assert found[bad[0]].batch.num_tokens == 0 and len(found[bad[0]].batch.tokens) == index.sequence_length
+    for number, (each, expected) in enumerate(zip(found, whole, strict=True)):
+        assert number == bad[0] or torch.equal(contents(each.batch), contents(expected))
+
+
+def test_a_missing_shard_stops_a_run_unless_its_packs_may_be_quarantined(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "shard-000001.tar").unlink()
+    with pytest.raises(InputError, match="shard-000001"):
+        open_data(config_of(copy))
+    config = config_of(copy, "data.quarantine=4")
+    index = open_data(config)
+    found = islice(training_batches(config, index, Share(0, 1, 1, 8), 0), index.num_packs)
+    assert sum(len(each.unreadable) for each in found) == 4

@@ -35,7 +35,7 @@ def plain_course(config: Config) -> list[dict]:
     rows = []
     for step in range(config.train.steps):
         set_learning_rate(optimizer.param_groups, learning_rate(step, config.train.steps, config.optimizer))
-        losses = model(next(stream))
+        losses = model(next(stream).batch)
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()
@@ -92,7 +92,7 @@ def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_ba
     index = open_data(config)
     assert index.num_packs == 8
     stream = training_batches(config, index, Share(0, 1, 1, 2), 0)
-    batches = [next(stream) for _ in range(16)]
+    batches = [next(stream).batch for _ in range(16)]
     uneven = [
         bool(one.num_images) != bool(other.num_images) for one, other in zip(batches[::2], batches[1::2], strict=True)
     ]
@@ -120,22 +120,48 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
 
 
-def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
+def damage_packs(digits: Path, data: Path, *positions: int) -> str:
+    """A copy of `digits` where the packs at these positions of the order cannot be read; the first one's shard."""
     shutil.copytree(digits, data)
     config = small_config(data)
     index = open_data(config)
     order = PackOrder(config.train.seed, index.pack_counts, config.data.shuffle_window)
-    _, read_by_rank_1 = order[1]
-    shard, place = PackReader(data, index).locate(read_by_rank_1)
-    file = data / index.shards[shard].file
-    content = bytearray(file.read_bytes())
-    content[index.shards[shard].offsets[place] + 600] ^= 0xFF
-    file.write_bytes(content)
-    codes, printed = start(2, data, tmp_path / "run").wait()
+    files = []
+    for position in positions:
+        shard, place = PackReader(data, index).locate(order[position][1])
+        files.append(data / index.shards[shard].file)
+        content = bytearray(files[-1].read_bytes())
+        content[index.shards[shard].offsets[place] + 600] ^= 0xFF
+        files[-1].write_bytes(content)
+    return files[0].name
+
+
+def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    shard = damage_packs(digits, tmp_path / "data", 1)
+    codes, printed = start(2, tmp_path / "data", tmp_path / "run").wait()
     assert codes == [2, 2], printed
     ours = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
-    assert len(ours) == 1 and file.name in ours[0] and "Traceback" not in printed
+    assert len(ours) == 1 and shard in ours[0] and "Traceback" not in printed
+
+
+def test_packs_in_quarantine_are_left_out_counted_and_the_same_on_any_ranks(digits: Path, tmp_path: Path) -> None:
+    """A whole micro-batch of rank 1 is among them. The pack after the last one allowed ends the run."""
+    data = tmp_path / "data"
+    size = small_config(digits).train.global_batch
+    damage_packs(digits, data, 1, size, 2 * size + 1)
+    settings = ("train.steps=2", "data.quarantine=2")
+    shapes = {2: "train.micro_batch=1", 1: f"train.micro_batch={size}"}
+    courses = []
+    for ranks, shape in shapes.items():
+        output = tmp_path / str(ranks)
+        printed = train(ranks, data, output, *settings, shape)
+        assert printed.count("quarantined: pack ") == 2
+        courses.append(metrics(output))
+        assert [row["quarantined"] for row in courses[-1]] == [1, 2]
+    assert_same_course(*courses)
+    codes, printed = start(2, data, tmp_path / "2", *settings, shapes[2], "train.steps=3").wait()
+    assert codes == [2, 2], printed
+    assert "(3 such packs, data.quarantine allows 2)" in printed and "resuming at step 2" in printed
 
 
 def test_losses_of_a_cut_batch_add_up_whatever_the_cut(digits: Path) -> None:
@@ -143,8 +169,8 @@ def test_losses_of_a_cut_batch_add_up_whatever_the_cut(digits: Path) -> None:
     index = open_data(config)
     torch.manual_seed(0)
     model = Transfusion(config.model)
-    whole = model(next(training_batches(config, index, Share(0, 1, 4, 4), 0)))
+    whole = model(next(training_batches(config, index, Share(0, 1, 4, 4), 0)).batch)
     counts = Counts(*whole.counts)
     stream = training_batches(config, index, Share(0, 1, 1, 4), 0)
-    parts = [model(next(stream), counts=counts) for _ in range(4)]
+    parts = [model(next(stream).batch, counts=counts) for _ in range(4)]
     assert math.isclose(sum(p.total.item() for p in parts), whole.total.item(), rel_tol=1e-5)

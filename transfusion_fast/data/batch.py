@@ -118,7 +118,7 @@ class BatchBuilder:
         split = np.zeros(len(rows), dtype=np.int64)
         split[alone + 1] = 1
         rows[:, 0] += np.cumsum(split)
-        framed = np.ones(rows[-1, 0] + 1, dtype=bool)
+        framed = np.ones(rows[-1, 0] + 1 if len(rows) else 0, dtype=bool)
         framed[rows[alone, 0]] = False
         return rows, framed
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
-from transfusion_fast.data.index import Index, PackReader, read_index
+from transfusion_fast.data.index import Index, PackReader, parse_index, read_index
 from transfusion_fast.data.order import PackOrder
+from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError
 from transfusion_fast.sequence import PackedBatch, Vocabulary
@@ -49,27 +51,34 @@ class Share:
             start += self.world_size * self.micro_batch
 
 
+class LoadedBatch(NamedTuple):
+    """A micro-batch, and why each of the packs that it should hold and does not cannot be read."""
+
+    batch: PackedBatch
+    unreadable: tuple[str, ...]
+
+
 class PackDataset(Dataset):
-    """Position in the order -> pack. What cannot be read is returned, not raised, to reach the user as one line."""
+    """Position in the order -> pack, and why it is empty if it cannot be read: whether to go on is not for a worker."""
 
     def __init__(self, reader: PackReader, order: PackOrder):
         self.reader, self.order = reader, order
+        self.empty = empty_pack(reader.index.modalities)
 
-    def __getitem__(self, position: int) -> KeyedPack | InputError:
+    def __getitem__(self, position: int) -> tuple[KeyedPack, str]:
         epoch, number = self.order[position]
         try:
-            return KeyedPack(self.reader.read(number), epoch, number)
+            return KeyedPack(self.reader.read(number), epoch, number), ""
         except InputError as error:
-            return error
+            return KeyedPack(self.empty, epoch, number), str(error)
 
 
 @dataclass(frozen=True)
 class _Collate:
     builder: BatchBuilder
 
-    def __call__(self, packs: Sequence[KeyedPack | InputError]) -> PackedBatch | InputError:
-        errors = [p for p in packs if isinstance(p, InputError)]
-        return errors[0] if errors else self.builder([p for p in packs if isinstance(p, KeyedPack)])
+    def __call__(self, items: Sequence[tuple[KeyedPack, str]]) -> LoadedBatch:
+        return LoadedBatch(self.builder([pack for pack, _ in items]), tuple(error for _, error in items if error))
 
 
 def check_fits(config: Config, index: Index) -> None:
@@ -87,25 +96,20 @@ def check_fits(config: Config, index: Index) -> None:
 
 def training_batches(
     config: Config, index: Index, share: Share, packs_consumed: int, *, pin_memory: bool = False
-) -> Iterator[PackedBatch]:
+) -> Iterator[LoadedBatch]:
     """This rank's micro-batches, endless, from the global batch after `packs_consumed`.
 
-    Raises:
-        InputError: a pack that cannot be read, naming shard, pack, reason and remedy.
+    A pack that cannot be read is left out of its micro-batch, changes no other, and is named with shard and reason.
     """
     folder = Path(config.data.path)
     order = PackOrder(config.train.seed, index.pack_counts, config.data.shuffle_window)
-    loader = DataLoader(
+    yield from DataLoader(
         PackDataset(PackReader(folder, index), order),
         batch_sampler=_Endless(share, packs_consumed),
         collate_fn=_Collate(batch_builder(config, index, share.micro_batch)),
         num_workers=config.data.workers,
         pin_memory=pin_memory,
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
 
 
 def batch_builder(config: Config, index: Index, packs: int) -> BatchBuilder:
@@ -122,8 +126,11 @@ def batch_builder(config: Config, index: Index, packs: int) -> BatchBuilder:
 
 
 def open_data(config: Config) -> Index:
-    """The index of the run's data folder, checked against the model."""
-    index = read_index(Path(config.data.path))
+    """The index of the run's data folder, checked against the model, and whether its shards are there.
+
+    Where packs may be quarantined a missing or cut shard is no more than the packs that it lacks.
+    """
+    index = (parse_index if config.data.quarantine else read_index)(Path(config.data.path))
     check_fits(config, index)
     return index
 

@@ -210,6 +210,12 @@ def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo])
     return Pack(np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents))
 
 
+def empty_pack(modalities: Sequence[ModalityInfo]) -> Pack:
+    """What stands for a pack that cannot be read: it takes no position. No shard holds one."""
+    segments = np.empty((0, len(SEGMENT_COLUMNS)), np.int32)
+    return Pack(np.empty(0, np.int32), segments, np.empty(0, latents_dtype(modalities)))
+
+
 def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_tokens: int, sequence_length: int) -> None:
     """InputError where a pack read from disk is not one that `make_pack` makes for these settings.
 

@@ -29,6 +29,8 @@ class Row:
     """Without padding, over all ranks."""
     skipped_steps: int
     """Since the beginning of training: steps whose gradient was not finite."""
+    quarantined: int
+    """Since the beginning of training: packs left out because they could not be read."""
 
 
 class MetricsLog:
@@ -82,6 +84,7 @@ def progress_line(row: Row, steps: int, seconds_per_step: float) -> str:
     """The row for people."""
     left = int(seconds_per_step * (steps - row.step))
     skipped = f"  skipped {row.skipped_steps}" if row.skipped_steps else ""
+    skipped += f"  quarantined {row.quarantined}" if row.quarantined else ""
     return (
         f"step {row.step:>{len(str(steps))}}/{steps}  loss {row.loss:.4f}  text {row.text_loss:.4f}  "
         f"diffusion {row.diffusion_loss:.4f}  {row.tokens_per_second:,.0f} tokens/s  lr {row.lr:.2e}  "

@@ -57,6 +57,8 @@ class Meta:
     order: tuple[int, int]
     """Seed and shuffle window: what the order of the packs depends on."""
     model: dict[str, Any]
+    quarantined: int = 0
+    """Packs left out because they could not be read."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class DataDescription:
         return height // patch, width // patch
 
 
-def describe_data(folder: Path, index: Index) -> DataDescription:
+def describe_data(folder: Path, index: Index, pass_over_unreadable: bool = False) -> DataDescription:
     """Reads packs until every modality has shown an image; a modality that never does gets one patch."""
     sizes = {m: (info.patch_size, info.patch_size) for m, info in enumerate(index.modalities)}
     missing = set(sizes)
@@ -83,7 +85,12 @@ def describe_data(folder: Path, index: Index) -> DataDescription:
     for position in range(len(reader)):
         if not missing:
             break
-        rows = reader.read(position).segments
+        try:
+            rows = reader.read(position).segments
+        except InputError:
+            if pass_over_unreadable:
+                continue
+            raise
         for _, kind, _, _, height, width in rows[rows[:, 1] != KIND_TEXT].tolist():
             if kind - 1 in missing:
                 sizes[kind - 1] = (height, width)

@@ -86,7 +86,7 @@ class _Loop:
 
     def _step(self, stop_requested: bool) -> bool:
         """One optimizer step; returns whether any rank was asked to stop."""
-        batches, counts, tokens, stopping = self._next_batches(stop_requested)
+        batches, counts, tokens, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         set_learning_rate(self.engine.optimizer.param_groups, lr)
         losses = [self._micro_step(batch, counts) for batch in batches]
@@ -97,29 +97,39 @@ class _Loop:
             step=step,
             packs_consumed=self.meta.packs_consumed + self.share.global_batch,
             skipped_steps=self.engine.skipped_steps,
+            quarantined=quarantined,
         )
         self.clock.add(tokens)
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:
             self._report(losses, lr)
         return stopping
 
-    def _next_batches(self, stop_requested: bool) -> tuple[list[PackedBatch], Counts, float, bool]:
+    def _next_batches(self, stop_requested: bool) -> tuple[list[PackedBatch], Counts, float, bool, int]:
         """This rank's batches of a step, and what all ranks agree on before computing anything.
 
         Returns:
-            (batches, what the losses are divided by, tokens of the step, whether any rank was asked to stop).
+            (batches, what the losses are divided by, tokens of the step, whether any rank was asked to stop, packs
+            quarantined so far).
         """
-        batches, error = [], ""
-        try:
-            batches = [next(self.stream) for _ in range(self.share.accumulation_steps)]
-        except InputError as unreadable:
-            error = str(unreadable)
-        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches] or [(0, 0, 0)]
-        flags = (stop_requested, bool(error))
-        supervised, images, tokens, stop, failed = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
-        if failed:
-            raise InputError(next(filter(None, self.ranks.gather([error]))))
-        return batches, Counts(int(supervised), int(images)), tokens, stop > 0
+        loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
+        batches, unreadable = [one.batch for one in loaded], [error for one in loaded for error in one.unreadable]
+        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
+        flags = (stop_requested, len(unreadable))
+        supervised, images, tokens, stop, left_out = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        quarantined = self.meta.quarantined + int(left_out)
+        if left_out:
+            self._quarantine(self.ranks.gather(unreadable), quarantined)
+        return batches, Counts(int(supervised), int(images)), tokens, stop > 0, quarantined
+
+    def _quarantine(self, errors: list[str], quarantined: int) -> None:
+        """Goes on without packs that cannot be read, as far as the settings allow; all ranks come to the same."""
+        allowed = self.config.data.quarantine
+        if quarantined > allowed:
+            beyond = f" ({quarantined} such packs, data.quarantine allows {allowed})" if allowed else ""
+            raise InputError(errors[0] + beyond)
+        if self.ranks.is_main:
+            for error in errors:
+                print(f"quarantined: {error}", flush=True)
 
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Any, Any]:
         """Forward, backward, and DeepSpeed's step, which updates the weights after the last one only."""
@@ -154,6 +164,7 @@ class _Loop:
             grad_norm=float(self.engine.get_global_grad_norm()),
             tokens_per_second=tokens_per_second,
             skipped_steps=self.meta.skipped_steps,
+            quarantined=self.meta.quarantined,
         )
         self.log.write(row)
         print(progress_line(row, self.config.train.steps, seconds_per_step), flush=True)
@@ -201,7 +212,7 @@ def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: 
     """Saves the resolved config with the run and says what is about to happen."""
     run = Path(config.train.output)
     run.mkdir(parents=True, exist_ok=True)
-    write_data_description(run, describe_data(Path(config.data.path), index))
+    write_data_description(run, describe_data(Path(config.data.path), index, config.data.quarantine > 0))
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     print(
