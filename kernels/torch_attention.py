@@ -4,7 +4,7 @@ Long documents are computed one by one: text alone by causal attention, which ne
 document with images in tiles of at most `MAX_ROWS` queries, which need only the keys from the document's start to the
 furthest key that one of their rows sees. Short documents of about one length are gathered into a batch, padded to a
 common length, since a call for each would cost more than its work. The masks are made once for all layers, on the
-device: a byte a pair, and on CPUs in half precision also as numbers to add.
+device: a byte a pair, and on CPUs in half precision three more. Its gradients can be taken once.
 
 Every product is one scaled_dot_product_attention, but for half precision on CPUs: see cpu_half_attention.py.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from transfusion_fast.kernels.cpu_half_attention import HalfPrecisionAttention
 from transfusion_fast.kernels.layout import AttentionLayout
@@ -91,8 +92,8 @@ class Plan:
 @torch.compiler.disable
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T + mask) V. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
-    in_half = q.dtype in (torch.bfloat16, torch.float16)
-    plan = layout.plan(_plan_for_half if in_half else make_plan)
+    half_on_cpu = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    plan = layout.plan(_plan_for_half if half_on_cpu else make_plan)
     if not plan.batches:
         # Nothing is seen; an empty piece keeps the gradient's path to all three.
         return torch.cat([q[:0] + k[:0].sum() + v[:0].sum(), torch.zeros_like(q)])
@@ -100,7 +101,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
     group = q.shape[1] // k.shape[1]
     if group > 1:  # with a mask, the fused kernels take no groups
         k_rows, v_rows = (x.repeat_interleave(group, dim=1) for x in (k_rows, v_rows))
-    if in_half and q.device.type == "cpu":
+    if half_on_cpu:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = HalfPrecisionAttention.apply(q_rows, k_rows, v_rows, plan.batches, scale)
     else:
@@ -197,6 +198,7 @@ class _Gather(torch.autograd.Function):
         return _select(x, plan.gather, len(plan.gather))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         return _select(dx, ctx.plan.scatter, ctx.length), None
 
@@ -213,6 +215,7 @@ class _Scatter(torch.autograd.Function):
         return _select(x, plan.scatter, length)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
         rows = dx.new_zeros(len(plan.gather), dx[0].numel())

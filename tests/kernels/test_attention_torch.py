@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transfusion_fast import ops
-from transfusion_fast.kernels import reference, torch_attention
+from transfusion_fast.kernels import cpu_half_attention, reference, torch_attention
 from transfusion_fast.kernels.layout import AttentionLayout
 
 HEADS = [(1, 1), (3, 3), (4, 2), (4, 1), (6, 3)]  # H and G: one head, H = G, grouped, one key/value head, grouped
@@ -84,23 +84,38 @@ def test_double_precision_is_the_references_to_double_precision(tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("max_rows", [torch_attention.MAX_ROWS, 64], ids=["one tile", "several tiles"])
+@pytest.mark.parametrize("max_rows", [torch_attention.MAX_ROWS, 64, 48], ids=["one tile", "several", "uneven ones"])
 @pytest.mark.parametrize("spans", [([9, 17, 4], [(2, 5), (9, 17)], 33), ([300, 12, 280], [(20, 200)], 600)])
 def test_half_precision_obeys_the_error_rule(monkeypatch, dtype, max_rows, spans):
     """Output and gradients of short and long documents, with images and without, whose backward has its own formula."""
     monkeypatch.setattr(torch_attention, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(cpu_half_attention, "ROWS", max_rows)
     layout = AttentionLayout.from_spans(*spans)
     inputs = attention_cases.qkv(layout, (4, 2), dtype=dtype)
     assert_accurate(attention_cases.run(tiled, inputs, layout, 0.3), inputs, layout, 0.3)
 
 
 def test_half_precision_takes_scores_that_overflow_it():
-    """Log-sum-exps beyond 65,504, which fp16 cannot hold, are subtracted in parts."""
+    """Log-sum-exps beyond 65,504, which fp16 cannot hold, are subtracted in parts that keep every bit."""
     layout = AttentionLayout.from_spans([5], [])
     q, k, v = qkv(layout, (1, 1), dtype=torch.float32)
-    inputs = [x.half() for x in (100 * q, 100 * k, v)]
-    for got in run(tiled, inputs, layout, 1.0):
-        assert got.isfinite().all()
+    inputs = [x.half() for x in (120 * q, 120 * k, v)]
+    scores = inputs[0][:, 0].float() @ inputs[1][:, 0].float().T
+    assert scores.abs().max() > 70_000
+    out, dq, dk, dv = run(tiled, inputs, layout, 1.0)
+    expected = run(reference.hybrid_attention, [x.float() for x in inputs], layout, 1.0)
+    torch.testing.assert_close(out.float(), expected[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(dv.float(), expected[3], rtol=2e-3, atol=2e-3)
+    assert dq.isfinite().all() and dk.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_derivative_is_refused(dtype):
+    layout = AttentionLayout.from_spans([9, 3], [(2, 5)])
+    leaves = [x.requires_grad_() for x in qkv(layout, dtype=dtype)]
+    (gradient,) = torch.autograd.grad(tiled(*leaves, layout).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
 
 
 def test_padding_yields_zeros_and_takes_no_gradient_whatever_it_holds():

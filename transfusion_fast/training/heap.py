@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_NEVER = -1
 _LARGEST_THRESHOLD = 32 << 20  # of M_MMAP_THRESHOLD
-_HEAP = 32 << 30
+_LARGEST_HEAP = 32 << 30
 _GROWTH = 1 << 30
 _PAGE = 2 << 20  # a large one
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed in a heap of 32 GiB, and Linux to back that with large pages.
+    """Tells glibc to keep what is freed in a heap of half the machine's memory, and Linux to back it with large pages.
 
     Otherwise memory of some MiB goes back to the system when it is freed, and each of its pages is faulted in anew at
     its next use. Address space alone is taken, memory only as it is used. Elsewhere than on glibc nothing happens, nor
-    where address space is limited.
+    where address space is limited or accounted for.
     """
     libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "mallopt") or _address_space_is_limited():
+    if sys.platform != "linux" or not hasattr(libc, "mallopt") or _address_space_counts():
         return
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     libc.mallopt(_M_TOP_PAD, _GROWTH)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    # Linux forks no process with a piece of address space larger than its memory.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # Pieces below the threshold make the heap itself grow, by as many; advice given now holds for all of it.
     size = _LARGEST_THRESHOLD - _PAGE
-    for piece in [libc.malloc(size) for _ in range(_HEAP // size)]:
+    for piece in [libc.malloc(size) for _ in range(min(_LARGEST_HEAP, memory // 2) // size)]:
         libc.free(piece)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for line in Path("/proc/self/maps").read_text(encoding="ascii", errors="replace").splitlines():
@@ -40,7 +44,13 @@ def keep_freed_memory() -> None:
             libc.madvise(start, max(0, end - start), mmap.MADV_HUGEPAGE)
 
 
-def _address_space_is_limited() -> bool:
+def _address_space_counts() -> bool:
     import resource  # which only Unix has
 
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        return False
