@@ -74,6 +74,7 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--like", type=Path, metavar="OTHER",
         help="data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
     )  # fmt: skip
+    index.add_argument("--accept", action="store_true", help="take shards that the old index has otherwise, or not")
     index.set_defaults(run=_index)
     for command in (checks, info, index):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="data folder")
@@ -148,16 +149,16 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> Non
 
 
 def _verify(options: argparse.Namespace) -> int:
-    total = len(parse_index(options.folder).shards)
+    index = parse_index(options.folder)
     found = 0
-    for findings in tqdm(verify(options.folder), "verifying", total + 1, unit="shard", disable=None):
+    for findings in tqdm(verify(options.folder, index), "verifying", len(index.shards) + 1, unit="shard", disable=None):
         found += len(findings)
         for finding in findings:
-            print(finding, file=sys.stderr)
+            tqdm.write(finding, file=sys.stderr)
     if found:
         print(f"prepare: {options.folder}: {found} findings", file=sys.stderr)
         return 1
-    print(f"{options.folder}: as its index says: {_summary(parse_index(options.folder))}")
+    print(f"{options.folder}: as its index says: {_summary(index)}")
     return 0
 
 
@@ -173,14 +174,14 @@ def _info(options: argparse.Namespace) -> None:
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
-    print(f"waste, packed anew, longer documents cut: {wastes}")
+    print(f"waste at best, packed anew, longer documents cut anywhere: {wastes}")
     if options.picture:
         draw_lengths(found, f"{options.folder}: {len(found.lengths)} documents", options.picture)
         print(f"picture: {options.picture}")
 
 
 def _index(options: argparse.Namespace) -> None:
-    index = rebuild_index(options.folder, options.like)
+    index = rebuild_index(options.folder, options.like, options.accept)
     print(f"{options.folder}: index written: {_summary(index)}")
 
 

@@ -1,16 +1,17 @@
-"""The corruption matrix: whatever is done to a folder is named by `verify`, and no reader gives other data for it."""
+"""The corruption matrix: whatever is done to a shard is named by `verify`, and no reader gives other data for it."""
 
 import io
 import json
 import os
 import pickle
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, PackReader, read_index
+from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, pack_spans, parse_index, read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -22,16 +23,16 @@ SHARD = "shard-000001.tar"
 TRUNCATIONS = 20
 
 
-def documents():
-    rng = np.random.default_rng(0)
+def documents(seed):
+    rng = np.random.default_rng(seed)
     for _ in range(40):
         caption = TextSegment(rng.integers(0, 256, 9, dtype=np.int32))
         yield caption, ImageSegment(rng.integers(0, 256, (4, 6, 1), dtype=np.uint8))
 
 
-def write_folder(folder):
+def write_folder(folder, seed=0):
     prepare(
-        list(documents()), folder,
+        list(documents(seed)), folder,
         sequence_length=64, tokenizer=ByteTokenizer(), modalities=(GREY,), packs_per_shard=5,
     )  # fmt: skip
     return folder
@@ -73,9 +74,36 @@ def rewrite(folder, entries):
             archive.addfile(member, io.BytesIO(data))
 
 
+def align_index(folder):
+    """Makes the index say of the shard what lies there, so that only decoding it can object."""
+    path = folder / SHARD
+    content, spans = path.read_bytes(), pack_spans(path)
+    crc32 = [zlib.crc32(content[start:end]) for start, end in spans]
+    offsets = [start for start, _ in spans]
+    edit_index(
+        folder, bytes=len(content), sha256=file_sha256(path), offsets=offsets, end=spans[-1][1], crc32=crc32
+    )  # fmt: skip
+
+
 def replace_member(folder, data, number=3):
     entries = members(folder)
     rewrite(folder, [(name, data if i == number else old) for i, (name, old) in enumerate(entries)])
+    align_index(folder)
+
+
+def shard_of_another_folder(folder):
+    other = write_folder(folder.with_name("another"), seed=1)
+    (folder / SHARD).write_bytes((other / SHARD).read_bytes())
+
+
+def append_header(folder, **fields):
+    """A member before the end blocks whose header is valid and says what no shard has."""
+    member = tarfile.TarInfo("x.npy")
+    for name, value in fields.items():
+        setattr(member, name, value)
+    end = read_index(folder).shards[1].end
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[:end] + member.tobuf(tarfile.GNU_FORMAT) + content[end:])
 
 
 def truncate_at_fraction(part):
@@ -135,7 +163,14 @@ IN_PACKS = {
     "npy of absurd shape": lambda folder: replace_member(folder, absurd_shape()),
     "keys alike": keys_alike,
     "key again": a_key_again,
-    "shard of another folder": lambda folder: (folder / SHARD).write_bytes((folder / "shard-000000.tar").read_bytes()),
+    "shard of another folder": shard_of_another_folder,
+    "zeros from a pack on": lambda folder: patch(
+        folder, (start := read_index(folder).shards[1].offsets[2]), bytes((folder / SHARD).stat().st_size - start)
+    ),
+    "a header of a hundred terabytes": lambda folder: append_header(folder, size=10**14),
+    "a long name of a hundred terabytes": lambda folder: append_header(folder, size=10**14, type=b"L"),
+    "a link": lambda folder: append_header(folder, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "index with an absurd size": lambda folder: edit_index(folder, bytes=10**30, end=10**30),
     "index with other offsets": lambda folder: edit_index(
         folder, offsets=[o + 512 * (i == 1) for i, o in enumerate(read_index(folder).shards[1].offsets)]
     ),
@@ -149,7 +184,7 @@ ELSEWHERE = {
 
 
 def findings_of(folder):
-    found = [finding for findings in verify(folder) for finding in findings]
+    found = [finding for findings in verify(folder, parse_index(folder)) for finding in findings]
     assert all("\n" not in finding for finding in found)
     return found
 
@@ -187,12 +222,10 @@ def test_no_damage_is_read_past(folder, expected, name):
     assert errors and all(SHARD in error and "\n" not in error for error in errors)
 
 
-@pytest.mark.parametrize("name", ["truncated at 7/20", "truncated between packs", "header flipped", "block of zeros",
-                                  "empty file", "npy with a pickle", "npy of absurd shape", "keys alike", "key again",
-                                  "no end blocks"])  # fmt: skip
+@pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE] if not name.startswith("index")])
 def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
-    before = (folder / INDEX_NAME).read_bytes()
     (IN_PACKS | ELSEWHERE)[name](folder)
+    before = (folder / INDEX_NAME).read_bytes()
     with pytest.raises(InputError, match=SHARD):
         rebuild_index(folder)
     assert (folder / INDEX_NAME).read_bytes() == before
@@ -202,9 +235,27 @@ def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
 def test_a_wrong_index_is_rebuilt_as_it_was(folder, name):
     before = (folder / INDEX_NAME).read_bytes()
     (IN_PACKS | ELSEWHERE)[name](folder)
-    rebuild_index(folder)
+    rebuild_index(folder, accept="sha256" in name)
     assert (folder / INDEX_NAME).read_bytes() == before
     assert findings_of(folder) == []
+
+
+def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
+    write_folder(folder.with_name("whole"))
+    (folder / SHARD).unlink()
+    with pytest.raises(InputError, match=r"is missing; .* --accept"):
+        rebuild_index(folder)
+    before = read_index(folder.with_name("whole")).num_packs
+    assert rebuild_index(folder, accept=True).num_packs == before - 5
+    assert findings_of(folder) == []
+
+
+def test_a_name_that_no_reader_takes_is_not_indexed(folder):
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / "shard-000001 (1).tar").write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(InputError, match=r"shard-000001 \(1\).tar"):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
 
 
 def test_an_index_that_is_gone_is_made_like_that_of_another_folder(folder, tmp_path):
@@ -246,10 +297,15 @@ def test_nothing_planted_in_a_folder_is_run(folder, tmp_path, monkeypatch):
     whole = members(folder)
     for name in ("000001-000001.pyd", "000001-000001.pth", "000001-000001.pickle", "../escaped.npy", whole[3][0]):
         rewrite(folder, [*whole[:3], (name, data), *whole[4:]])
+        align_index(folder)
         assert findings_of(folder)
+        with pytest.raises(InputError, match=SHARD):
+            [reader.read(number) for reader in [PackReader(folder)] for number in range(len(reader))]
         with pytest.raises(InputError):
             rebuild_index(folder)
     rewrite(folder, whole)
+    align_index(folder)
+    assert findings_of(folder) == []
     monkeypatch.chdir(tmp_path)
     for file in (f"pipe:touch {trace}", "../data/shard-000000.tar", "/etc/passwd"):
         edit_index(folder, file=file)

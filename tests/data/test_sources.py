@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from transfusion_fast.data import source as base
 from transfusion_fast.data.source import Rejected, byte_ranges, lines_of
+from transfusion_fast.data.sources import interleaved
 from transfusion_fast.data.sources.interleaved import InterleavedSource
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
@@ -206,13 +207,22 @@ def test_texts_and_images_alternate_as_written(tmp_path):
 
 def test_what_is_no_interleaved_document_is_counted_and_the_rest_goes_on(tmp_path):
     bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
-           [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}]]  # fmt: skip
+           [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
+           [{"text": "", "image": "a.png"}], [{"image": "a.png", "base64": ""}]]  # fmt: skip
     documents, rejected = read(write_lines(tmp_path, *bad, ["good"]))
     assert documents == [("good",)]
     assert rejected == {
-        "no content": 3, "empty document": 1, "unknown part": 2, "image missing": 1, "not base64": 1,
+        "no content": 3, "empty document": 1, "unknown part": 4, "image missing": 1, "not base64": 1,
         "image unreadable": 2,
     }  # fmt: skip
+
+
+def test_a_document_of_many_large_images_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(interleaved, "MAX_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(bytes(40))
+    documents, rejected = read(write_lines(tmp_path, [{"image": "a.png"}] * 3, [{"image": "a.png"}] * 2))
+    assert documents == [(bytes(40), bytes(40))]
+    assert rejected == {"document too large": 1}
 
 
 def test_no_path_leads_out_of_the_folder(tmp_path):

@@ -142,34 +142,54 @@ def build_index(
 def pack_spans(shard: Path) -> list[tuple[int, int]]:
     """First and end byte of each sample of a shard: members that follow each other under one key.
 
-    InputError where the tar is not whole, holds nothing, or comes back to a key.
+    InputError where the tar is not whole, holds anything but plain files, holds nothing, or comes back to a key.
     """
-    spans = []
-    keys = set()
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for key, sample in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
-                members = list(sample)
-                if key in keys:
-                    raise InputError(f"keys of shard {shard} must differ, got {key!r} twice; prepare the data again")
-                keys.add(key)
-                spans.append((members[0].offset, members[-1].offset_data + padded(members[-1].size)))
-    except tarfile.TarError as error:
-        raise InputError(f"shard {shard} must be a whole tar, and is not ({error}); copy it again") from error
+    spans: list[tuple[int, int]] = []
+    keys: set[str] = set()
+    last = None
+    for key, start, end in _members(shard):
+        if key == last:
+            spans[-1] = (spans[-1][0], end)
+            continue
+        if key in keys:
+            raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
+        keys.add(key)
+        spans.append((start, end))
+        last = key
     if not spans:
         raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
-    _check_end(shard, spans[-1][1])
     return spans
 
 
-def _check_end(shard: Path, end: int) -> None:
-    """A tar ends in two blocks of zeros at least; a reader of tars takes a damaged header for that."""
+def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
+    """(key, first byte, end byte) of each file, up to the zeros that end a tar. tarfile would stop at any damage."""
+    total, position = shard.stat().st_size, 0
     with shard.open("rb") as stream:
-        stream.seek(end)
-        rest = stream.read(_HASH_BLOCK)
-    if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
+        while True:
+            stream.seek(position)
+            header = stream.read(tarfile.BLOCKSIZE)
+            if not any(header):
+                break
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except (tarfile.HeaderError, UnicodeError) as error:
+                raise InputError(
+                    f"shard {shard} must have a tar header at byte {position}, and has not; copy it again"
+                ) from error
+            end = position + tarfile.BLOCKSIZE + padded(member.size)
+            if member.type != tarfile.REGTYPE or member.size < 0 or end > total:
+                raise InputError(
+                    f"member {member.name!r:.80} of shard {shard} must be a file that ends within its {total} bytes, "
+                    f"got type {member.type!r} of {member.size} bytes; copy it again"
+                )
+            yield member.name.partition(".")[0], position, end
+            position = end
+        stream.seek(position)
+        least, most = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+        rest = stream.read(most + 1)
+    if not least <= len(rest) <= most or any(rest):
         raise InputError(
-            f"shard {shard} must end in zeros after its last pack, and does not after byte {end}; "
+            f"shard {shard} must end in some zeros after byte {position}, and does not; "
             "it is truncated or damaged there: copy it again"
         )
 
@@ -285,7 +305,7 @@ def _parse_modality(entry: object, where: str) -> ModalityInfo:
 def parse_shard(entry: object, where: str) -> ShardInfo:
     """One entry of an index, as JSON; InputError naming `where` for what `asdict` would not have written."""
     file = _field(entry, "file", str, where)
-    if not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
+    if not is_plain_name(file):
         raise InputError(f"shard file in {where} must be a plain name of that folder, got {file!r}; prepare it again")
     offsets, crc32 = (_field(entry, name, list, where) for name in ("offsets", "crc32"))
     size, end = (_field(entry, name, int, where) for name in ("bytes", "end"))
@@ -294,6 +314,11 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
     if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
         raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
     return ShardInfo(file, size, _field(entry, "sha256", str, where), tuple(offsets), end, tuple(crc32))
+
+
+def is_plain_name(file: str) -> bool:
+    """Whether an index may name that file: nothing that leads out of its folder or means more to some reader."""
+    return re.fullmatch(r"\w[\w.-]*", file, re.ASCII) is not None
 
 
 def check_shard_file(folder: Path, shard: ShardInfo) -> None:

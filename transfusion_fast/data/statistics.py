@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, KIND_TEXT
@@ -41,11 +40,16 @@ class Statistics:
         return self.text / (self.text + self.patches)
 
     def waste_at(self, capacity: int) -> float:
-        """The part of all positions that packs of `capacity` would leave empty; longer documents cut at it."""
-        whole, rest = np.divmod(self.lengths, capacity)
-        pieces = rest[rest > 0]
-        packs = int(whole.sum()) + sum(1 for _ in pack_stream([pieces], capacity, seed=0))
-        return 1 - int(self.lengths.sum()) / (packs * capacity)
+        """The part of all positions that packs of `capacity` would leave empty.
+
+        A longer document counts as cut into full packs and a rest, images too, so this is the least that is possible.
+        """
+        inner = capacity - DOCUMENT_TOKENS
+        whole, rest = np.divmod(np.where(self.lengths > capacity, self.lengths - DOCUMENT_TOKENS, 0), inner)
+        rest = np.where(self.lengths > capacity, np.where(rest, rest + DOCUMENT_TOKENS, 0), self.lengths)
+        pieces, full = rest[rest > 0], int(whole.sum())
+        packs = full + sum(1 for _ in pack_stream([pieces], capacity, seed=0))
+        return 1 - (full * capacity + int(pieces.sum())) / (packs * capacity)
 
 
 def pack_statistics(reader: PackReader) -> Iterator[PackStatistics]:
@@ -71,6 +75,8 @@ def summed(packs: Iterator[PackStatistics]) -> Statistics:
 
 def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
     """Writes a PNG: how many documents there are of each length, and how many positions lie in them."""
+    from matplotlib.figure import Figure  # a second to import, for this alone
+
     lengths = statistics.lengths
     scale = "log" if lengths.max() > 10 * lengths.min() else "linear"
     spaced = np.geomspace if scale == "log" else np.linspace

@@ -12,6 +12,7 @@ from transfusion_fast.data.index import (
     build_index,
     check_shard_file,
     file_sha256,
+    is_plain_name,
     pack_spans,
     parse_index,
     write_index,
@@ -20,34 +21,37 @@ from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
 
 
-def verify(folder: Path) -> Iterator[list[str]]:
+def verify(folder: Path, index: Index) -> Iterator[list[str]]:
     """What is wrong with a data folder: a list for each shard, then one for the folder. All empty: all is well.
 
-    Every byte is read: sizes, sha256 and crc32 are compared, tars walked through, packs decoded and validated.
-
-    Raises:
-        InputError: there is no index to compare with.
+    Every byte of the shards is read: sizes, sha256 and crc32 are compared, tars walked through, packs decoded and
+    validated. What the index says beside that (modalities, pack length) is held to the packs only.
     """
     folder = Path(folder)
-    index = parse_index(folder)
     reader = PackReader(folder, index)
-    found = [0, 0]  # documents and tokens
-    first, damaged = 0, False
+    documents = tokens = first = 0
+    damaged = False
     for shard in index.shards:
+        numbers = range(first, first + len(shard.offsets))
+        first = numbers.stop
         findings = _file_findings(folder, shard)
-        for number in range(first, first + len(shard.offsets)):
+        for number in numbers if _is_whole(folder, shard) else ():
             try:
                 pack = reader.read(number)
             except InputError as error:
                 findings.append(str(error))
                 continue
-            found[0] += pack.num_documents
-            found[1] += pack.num_positions
-        first += len(shard.offsets)
+            documents += pack.num_documents
+            tokens += pack.num_positions
         damaged = damaged or bool(findings)
         yield findings
     reader.close()
-    yield _folder_findings(folder, index, None if damaged else (found[0], found[1]))
+    yield _folder_findings(folder, index, None if damaged else (documents, tokens))
+
+
+def _is_whole(folder: Path, shard: ShardInfo) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes
 
 
 def _file_findings(folder: Path, shard: ShardInfo) -> list[str]:
@@ -55,17 +59,16 @@ def _file_findings(folder: Path, shard: ShardInfo) -> list[str]:
     findings = []
     try:
         check_shard_file(folder, shard)
-    except InputError as error:
-        findings.append(str(error))
-        if not path.is_file():
-            return findings
-    if (sha256 := file_sha256(path)) != shard.sha256:
-        findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
-    try:
+        sha256 = file_sha256(path)
+        if sha256 != shard.sha256:
+            findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
         if tuple(pack_spans(path)) != tuple(zip(shard.offsets, shard.ends, strict=True)):
-            findings.append(f"packs of shard {path} must lie where its index says, and do not; rebuild the index")
+            cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
+            findings.append(f"packs of shard {path} must lie where its index says, and do not; {cure}")
     except InputError as error:
         findings.append(str(error))
+    except OSError as error:
+        findings.append(f"shard {path} must be readable, and is not ({error}); copy it again")
     return findings
 
 
@@ -83,17 +86,19 @@ def _folder_findings(folder: Path, index: Index, found: tuple[int, int] | None) 
         findings.append(str(error))
     strange = {path.name for path in folder.glob("*.tar")} - {shard.file for shard in index.shards}
     findings += [f"shard {folder / name} is not in the index; rebuild it, or remove the shard" for name in strange]
-    return findings
+    return sorted(findings)
 
 
-def rebuild_index(folder: Path, like: Path | None = None) -> Index:
+def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False) -> Index:
     """Writes the index of the shards that lie in `folder`, by name, with the settings of the index of `like`.
 
     Args:
         like: another data folder of the same tokenizer, modalities and sequence length; default: `folder` itself.
+        accept: take shards as they lie where the folder's own index has another sha256 of them, or more of them.
 
     Raises:
-        InputError: no settings to go by, no shard, or one that does not hold what they say. Then nothing is written.
+        InputError: no settings to go by, no shard, one that does not hold what they say, or one that is not as the
+            folder's own index says. Then nothing is written.
     """
     folder = Path(folder)
     settings = parse_index(like or folder)
@@ -102,8 +107,25 @@ def rebuild_index(folder: Path, like: Path | None = None) -> Index:
     files = sorted(path.name for path in folder.glob("*.tar"))
     if not files:
         raise InputError(f"folder {folder} must hold shards *.tar to index, and holds none")
+    for file in files:
+        if not is_plain_name(file):
+            raise InputError(f"shard's name must be of letters, digits, _ . and -, got {file!r}; rename or remove it")
     index = build_index(folder, files, settings.sequence_length, tokenizer, settings.modalities)
+    if like is None and not accept:
+        _check_unchanged(folder, settings, index)
     if not own:
         tokenizer.write(folder)
     write_index(folder, index)
     return index
+
+
+def _check_unchanged(folder: Path, before: Index, now: Index) -> None:
+    """The old index is all that can tell damage from data."""
+    found = {shard.file: shard.sha256 for shard in now.shards}
+    for shard in before.shards:
+        if shard.file not in found or found[shard.file] != shard.sha256:
+            what = "is missing" if shard.file not in found else "has another sha256"
+            raise InputError(
+                f"shard {folder / shard.file} must be as the old index says, and {what}; copy it again, "
+                "or give --accept to index what lies there"
+            )

@@ -2,6 +2,7 @@
 
 A line is `{"content": [..]}` or the list alone. Its parts are a text, `"some words"` or `{"text": ..}`, or an image,
 `{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`. No path leads out of the folder that holds the file.
+Preparing that is cut off and goes on notices a file that has changed, but not a picture.
 """
 
 from __future__ import annotations
@@ -55,18 +56,23 @@ def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:
         raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
     if not content:
         raise Rejected("empty document", f"{CONTENT_FIELD} is empty")
+    size = 0
+    found: str | bytes
     for number, part in enumerate(content):
-        match part:
-            case str() | {"text": str()}:
-                text = part if isinstance(part, str) else part["text"]
-                if text:
-                    yield text
-            case {"image": str(path)}:
-                yield _file(path, folder)
-            case {"base64": str(data)}:
-                yield _decoded(data, number)
+        match part, len(part) if isinstance(part, dict) else 1:
+            case ((str(found) | {"text": str(found)}), 1):
+                pass
+            case {"image": str(path)}, 1:
+                found = _file(path, folder)
+            case {"base64": str(data)}, 1:
+                found = _decoded(data, number)
             case _:
                 raise Rejected("unknown part", f"part {number} must be a text, an image or base64, got {part!r:.60}")
+        size += len(found)
+        if size > MAX_BYTES:
+            raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
+        if found:
+            yield found
 
 
 def _file(name: str, folder: Path) -> bytes:

@@ -1,0 +1,78 @@
+"""The commands that look after a data folder: what they print and the codes they end with."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfusion_fast.data.index import INDEX_NAME, read_index
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
+import prepare
+
+
+@pytest.fixture
+def folder(tmp_path, capsys):
+    """Stories of two texts and a picture between them."""
+    stories = tmp_path / "stories"
+    stories.mkdir()
+    for number in range(12):
+        Image.fromarray(np.full((20, 30, 3), 20 * number, np.uint8)).save(stories / f"{number}.png")
+    lines = [json.dumps({"content": [f"once {n}", {"image": f"{n}.png"}, "the end"]}) for n in range(12)]
+    (stories / "stories.jsonl").write_text("\n".join([*lines, '{"content": [{"image": "none.png"}]}']))
+    size = ("--image-size", "16", "--patch-size", "8", "--seq-len", "64", "--processes", "1", "--packs-per-shard", "2")
+    code, out, err = run(capsys, "interleaved", stories, "--out", tmp_path / "data", *size)
+    assert code == 0 and "12 documents" in out
+    assert "left out 1: " in err and "none.png" in err
+    return tmp_path / "data"
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr)."""
+    code = prepare.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_info_counts_and_draws(folder, tmp_path, capsys):
+    code, out, err = run(capsys, "info", folder, "--picture", tmp_path / "new" / "lengths.png")
+    assert code == 0 and not err
+    assert "images: 12 of 48 patches" in out and "12 documents" in out
+    assert "% at 2048" in out and "% at 16384" in out
+    assert np.asarray(Image.open(tmp_path / "new" / "lengths.png").convert("L")).std() > 5
+
+
+def test_verify_says_all_or_ends_with_1(folder, capsys):
+    code, out, err = run(capsys, "verify", folder)
+    assert (code, err) == (0, "") and "as its index says" in out
+    (folder / "shard-000001.tar").unlink()
+    code, out, err = run(capsys, "verify", folder)
+    assert code == 1 and not out
+    assert err.count("\n") == 2, "one line for the shard, one for the sum"
+    assert "shard-000001.tar" in err and "1 findings" in err
+
+
+def test_index_is_made_anew_and_accepts_only_what_it_is_told_to(folder, tmp_path, capsys):
+    before = (folder / INDEX_NAME).read_bytes()
+    assert run(capsys, "index", folder)[0] == 0
+    assert (folder / INDEX_NAME).read_bytes() == before
+    (folder / "shard-000001.tar").unlink()
+    code, _, err = run(capsys, "index", folder)
+    assert code == 2 and err.count("\n") == 1 and "--accept" in err
+    assert run(capsys, "index", folder, "--accept")[0] == 0
+    assert len(read_index(folder).shards) == len(json.loads(before)["shards"]) - 1
+    like = tmp_path / "like"
+    like.mkdir()
+    (folder / "shard-000000.tar").rename(like / "shard-000000.tar")
+    assert run(capsys, "index", like, "--like", folder)[0] == 0
+    assert run(capsys, "verify", like)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "index"])
+def test_a_folder_that_is_none_gets_one_line_and_code_2(command, tmp_path, capsys):
+    code, out, err = run(capsys, command, tmp_path)
+    assert code == 2 and not out
+    assert err.startswith("prepare: ") and err.count("\n") == 1 and INDEX_NAME in err
