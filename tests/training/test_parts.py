@@ -62,7 +62,7 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
 
 
 def row(step: int) -> Row:
-    return Row(step, step * 8, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0)
+    return Row(step, step * 8, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0, 0)
 
 
 def test_rows_after_the_step_resumed_from_are_dropped_and_so_is_a_torn_one(tmp_path: Path) -> None:
@@ -95,6 +95,8 @@ def test_the_progress_line_names_what_a_person_watches() -> None:
     line = progress_line(row(90), 100, seconds_per_step=372.5)
     for part in ("step  90/100", "loss 1.5000", "12,346 tokens/s", "lr 1.00e-03", "norm 2.00", "left 1:02:05"):
         assert part in line
+    assert "quarantined" not in line
+    assert "quarantined 3" in progress_line(replace(row(90), quarantined=3), 100, seconds_per_step=1)
 
 
 def test_the_default_config_file_is_valid_and_small() -> None:
