@@ -174,7 +174,7 @@ def _info(options: argparse.Namespace) -> None:
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
-    print(f"waste at best, packed anew, longer documents cut anywhere: {wastes}")
+    print(f"waste, packed anew, longer documents cut anywhere: {wastes}")
     if options.picture:
         draw_lengths(found, f"{options.folder}: {len(found.lengths)} documents", options.picture)
         print(f"picture: {options.picture}")

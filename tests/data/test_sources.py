@@ -217,6 +217,13 @@ def test_what_is_no_interleaved_document_is_counted_and_the_rest_goes_on(tmp_pat
     }  # fmt: skip
 
 
+def test_an_image_of_no_bytes_is_left_to_the_decoder_and_empty_text_is_left_out(tmp_path):
+    (tmp_path / "a.png").touch()
+    documents, rejected = read(write_lines(tmp_path, ["", "once", {"base64": ""}, {"text": ""}, {"image": "a.png"}]))
+    assert documents == [("once", b"", b"")]
+    assert not rejected
+
+
 def test_a_document_of_many_large_images_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(interleaved, "MAX_BYTES", 100)
     (tmp_path / "a.png").write_bytes(bytes(40))

@@ -42,7 +42,7 @@ class Statistics:
     def waste_at(self, capacity: int) -> float:
         """The part of all positions that packs of `capacity` would leave empty.
 
-        A longer document counts as cut into full packs and a rest, images too, so this is the least that is possible.
+        A longer document counts as cut into full packs and a rest, images too, which no prepared folder does.
         """
         inner = capacity - DOCUMENT_TOKENS
         whole, rest = np.divmod(np.where(self.lengths > capacity, self.lengths - DOCUMENT_TOKENS, 0), inner)

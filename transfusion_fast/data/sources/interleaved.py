@@ -71,7 +71,7 @@ def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:
         size += len(found)
         if size > MAX_BYTES:
             raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
-        if found:
+        if found != "":  # an image of no bytes is for the decoder to reject
             yield found
 
 
