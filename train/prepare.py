@@ -4,25 +4,33 @@ of your own; and look after one: `verify`, `info`, `index`.
 
 import argparse
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from transfusion_fast.config import Config, parse
+from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.build import Built, Recipe, build
+from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
+from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.data.index import Index, PackReader, parse_index
+from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
-from transfusion_fast.data.prepare import prepare_digits
+from transfusion_fast.data.prepare import BuiltIn, prepare_splits
+from transfusion_fast.data.preview import pack_documents, page
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source
 from transfusion_fast.data.sources.interleaved import InterleavedSource
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.statistics import draw_lengths, pack_statistics, summed
-from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer, train_bpe
+from transfusion_fast.data.stories import Stories
+from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer, train_bpe
 from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError
 from transfusion_fast.pictures import check_picture
@@ -44,9 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
     sources = parser.add_subparsers(required=True, metavar="COMMAND")
     digits = sources.add_parser("digits", help="scikit-learn's 1797 handwritten digits, and sums in words")
-    digits.add_argument("out", type=Path, metavar="OUT", help="folder to make; gets train/ and heldout/")
-    digits.add_argument("--seq-len", type=int, default=512, help="positions of a pack (default: %(default)s)")
-    digits.set_defaults(run=_digits)
+    _add_built_in(digits, lambda options: Digits(), sequence_length=512, packs_per_shard=16)
+    fashion = sources.add_parser("fashion-mnist", help="70,000 pictures of clothes and their names")
+    _add_origin(fashion)
+    _add_built_in(fashion, lambda options: FashionMnist(options.source), sequence_length=2048, packs_per_shard=64)
+    stories = sources.add_parser("stories", help="21,000 short stories, Fashion-MNIST's pictures between the sentences")
+    _add_origin(stories)
+    _add_built_in(
+        stories, lambda options: Stories(FashionMnist(options.source)), sequence_length=4096, packs_per_shard=32
+    )
     text = sources.add_parser("text", help="text: JSON lines, plain text files, Parquet")
     _add_files(text, ".jsonl (a document a line), .txt (one a file), .parquet (one a row)")
     text.add_argument("--field", default="text", help="of .jsonl and .parquet (default: %(default)s)")
@@ -63,6 +77,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_built_in(
+    parser: argparse.ArgumentParser,
+    source: Callable[[argparse.Namespace], BuiltIn],
+    sequence_length: int,
+    packs_per_shard: int,
+) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; gets train/ and heldout/")
+    parser.add_argument(
+        "--seq-len", type=int, default=sequence_length, help="positions of a pack (default: %(default)s)"
+    )
+    parser.set_defaults(run=_built_in, built_in=source, packs_per_shard=packs_per_shard)
+
+
+def _add_origin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source", default=DEBIAN if shutil.which("apt-get") else WEB, metavar=f"{DEBIAN}|{WEB}|PATH",
+        help=f"of Fashion-MNIST: {DEBIAN} fetches Debian's package, {WEB} the files of its makers; or a folder of the "
+        "files, or a .deb (default here: %(default)s)",
+    )  # fmt: skip
+
+
 def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     checks = commands.add_parser("verify", help="compare every byte of a data folder with its index")
     checks.set_defaults(run=_verify)
@@ -76,7 +111,15 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )  # fmt: skip
     index.add_argument("--accept", action="store_true", help="take shards that the old index has otherwise, or not")
     index.set_defaults(run=_index)
-    for command in (checks, info, index):
+    preview = commands.add_parser("preview", help="a pack as a page of HTML: text and images as the model sees them")
+    preview.add_argument("--pack", type=int, default=0, metavar="N", help="its number (default: %(default)s)")
+    preview.add_argument("--epoch", type=int, default=0, help="whose order and noise are drawn (default: %(default)s)")
+    preview.add_argument("--seed", type=int, default=0, help="train.seed of the run (default: %(default)s)")
+    preview.add_argument(
+        "--out", type=Path, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)"
+    )
+    preview.set_defaults(run=_preview)
+    for command in (checks, info, index, preview):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="data folder")
 
 
@@ -103,8 +146,9 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _digits(options: argparse.Namespace) -> None:
-    prepared = prepare_digits(options.out, sequence_length=options.seq_len)
+def _built_in(options: argparse.Namespace) -> None:
+    source = options.built_in(options)
+    prepared = prepare_splits(source, options.out, options.seq_len, options.packs_per_shard)
     state = "already there" if prepared.reused else "written"
     for split, index in prepared.splits.items():
         print(f"{options.out / split}: {state}: {_summary(index)}")
@@ -183,6 +227,26 @@ def _info(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     index = rebuild_index(options.folder, options.like, options.accept)
     print(f"{options.folder}: index written: {_summary(index)}")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    reader = PackReader(options.folder)
+    index = reader.index
+    if not 0 <= options.pack < len(reader):
+        raise InputError(f"--pack must be in 0..{len(reader) - 1}, got {options.pack}")
+    for name in ("epoch", "seed"):
+        if getattr(options, name) < 0:
+            raise InputError(f"--{name} must be 0 or more, got {getattr(options, name)}")
+    widths = [info.channels * info.patch_size**2 for info in index.modalities]
+    model = {"num_text_tokens": index.num_text_tokens, "dim_latent": widths}
+    config = parse(Config, {"model": model, "train": {"seed": options.seed}}, str(options.folder))
+    keyed = KeyedPack(reader.read(options.pack), options.epoch, options.pack)
+    tokenizer = load_tokenizer(index.tokenizer, options.folder)
+    documents = pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer)
+    check_picture(options.out)
+    title = f"{options.folder}: pack {options.pack}, epoch {options.epoch}, seed {options.seed}"
+    options.out.write_text(page(title, documents), encoding="utf-8")
+    print(f"{len(documents)} documents: {options.out}")
 
 
 def _rejected(built: Built) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image as PillowImage
 
 from transfusion_fast.data.pack import ModalityInfo
+from transfusion_fast.data.preview import Picture, page
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.model import Transfusion
@@ -47,14 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
     what.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
     what.add_argument(
-        "--text", nargs="+", action="extend", help="texts to go on with; an image where the model begins one"
+        "--text", nargs="+", action="extend", help="texts to go on with; images where the model begins them"
     )
-    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("grid.png"),
+        help="picture to write; of --text also a page, NAME.html (default: %(default)s)",
+    )
     parser.add_argument("--each", type=int, default=8, help="images of every prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="(default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight, 1 is off (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of text, 0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-images", type=int, default=1, help="of each --text (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    for name, least in (("each", 1), ("max_tokens", 1), ("temperature", 0)):
+    for name, least in (("each", 1), ("max_images", 0), ("max_tokens", 1), ("temperature", 0)):
         if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     check_picture(options.out)
@@ -112,21 +119,31 @@ def _continue(
         prompts,
         grids=[data.grid(m) for m in range(len(data.modalities))],
         max_text_tokens=options.max_tokens,
-        max_images=0 if options.caption else 1,
+        max_images=0 if options.caption else options.max_images,
         temperature=options.temperature,
         image=image,
         generator=generator,
     )
-    rows = []
-    for what, pieces in zip(options.caption or options.text, produced, strict=True):
-        words = "".join(data.tokenizer.decode(p.ids.numpy()) if isinstance(p, Text) else " <image> " for p in pieces)
+    read = [[_piece(p, data) for p in pieces] for pieces in produced]
+    for what, pieces in zip(options.caption or options.text, read, strict=True):
+        words = "".join(p if isinstance(p, str) else " <image> " for p in pieces)
         print(f"{what}: {words}" if options.caption else f"{what}{words}")
-        drawn = [_pixels(p.latents[None], data.modalities[p.modality])[0] for p in pieces if isinstance(p, Image)]
-        if drawn:
-            rows.append((what, [drawn]))
+    if options.out.suffix == ".html" and options.text:
+        documents = [[text, *pieces] for text, pieces in zip(options.text, read, strict=True)]
+        options.out.write_text(page(str(options.run), documents), encoding="utf-8")
+        print(f"page: {options.out}")
+        return
+    drawn = [[p.images[0] for p in pieces if isinstance(p, Picture)] for pieces in read]
+    rows = [(what, [images]) for what, images in zip(options.caption or options.text, drawn, strict=True) if images]
     if rows:
         draw_grid(rows, options.out)
         print(f"pictures: {options.out}")
+
+
+def _piece(piece: Text | Image, data: DataDescription) -> str | Picture:
+    if isinstance(piece, Text):
+        return data.tokenizer.decode(piece.ids.numpy())
+    return Picture((_pixels(piece.latents[None], data.modalities[piece.modality])[0],), "")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """How good a run on captioned images is, measured on packs that training did not see.
 
-Three numbers: how many generated images a classifier, fitted to the training images, takes for what the prompt said;
+Three numbers: how many generated images a classifier, fitted to training images, takes for what the prompt said;
 how many held-out images get exactly their caption; the perplexity of held-out text.
 """
 
@@ -25,6 +25,11 @@ from transfusion_fast.inputs import pack_documents
 from transfusion_fast.model import Transfusion
 from transfusion_fast.sample import ImageSettings, generate_images, sample
 from transfusion_fast.sequence import Text
+
+FITTED = 10_000
+"""Training images, at most, that the classifier is fitted to: its time grows with the square."""
+CAPTIONED = 1_000
+"""Held-out images, at most, that are captioned; packs have them in random order."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def generated_accuracy(
     Returns:
         (accuracy on the drawn images, accuracy on held-out real ones, the drawn images of each caption in uint8).
     """
-    classifier = SVC(gamma="scale").fit(_features(train.images), train.captions)
+    classifier = SVC(gamma="scale").fit(_features(train.images[:FITTED]), train.captions[:FITTED])
     captions = sorted(set(train.captions), key=train.captions.index)
     prompts = [[torch.from_numpy(tokenizer.encode(caption)).long()] for caption in captions for _ in range(each)]
     height, width = train.images.shape[1:3]
@@ -131,10 +136,10 @@ def evaluate(
     accuracy, real, drawn = generated_accuracy(
         model, tokenizer, train, heldout, each=each, image=image, patch_size=patch_size
     )
-    captions = caption_images(model, tokenizer, heldout.images, patch_size)
+    captions = caption_images(model, tokenizer, heldout.images[:CAPTIONED], patch_size)
     report = Report(
         generated_accuracy=accuracy,
-        caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=True)])),
+        caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=False)])),
         text_perplexity=text_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
         classifier_accuracy=real,
         num_generated=each * len(drawn),

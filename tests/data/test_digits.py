@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from transfusion_fast.data.digits import DIGIT_WORDS, MODALITY, arithmetic_sentences, digit_documents, load_split
+from transfusion_fast.data.digits import DIGIT_WORDS, MODALITY, Digits, arithmetic_sentences, load_split
 from transfusion_fast.data.pack import document_length
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
@@ -39,7 +39,7 @@ def test_pixels_span_the_whole_of_uint8():
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_documents_are_captioned_digits_then_sums(split):
-    documents = digit_documents(split, TOKENIZER)
+    documents = Digits().documents(split, TOKENIZER)
     images, labels = load_split(split)
     for (caption, image), pixels, label in zip(documents[: len(images)], images, labels, strict=True):
         assert TOKENIZER.decode(caption.ids) == DIGIT_WORDS[label]
@@ -48,7 +48,7 @@ def test_documents_are_captioned_digits_then_sums(split):
 
 
 def test_a_captioned_digit_takes_sixteen_patches():
-    caption, image = digit_documents("heldout", TOKENIZER)[0]
+    caption, image = Digits().documents("heldout", TOKENIZER)[0]
     assert document_length((caption, image), (MODALITY,)) == 1 + len(caption.ids) + 1 + 16 + 1 + 1
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from transfusion_fast.config import Config, load_config
-from transfusion_fast.data.digits import MODALITY, digit_documents
+from transfusion_fast.data.digits import MODALITY, Digits
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 digits and some sums in about 20 packs of 64, 4 a shard."""
     folder = tmp_path_factory.mktemp("data") / "packs"
     tokenizer = ByteTokenizer()
-    documents = digit_documents("heldout", tokenizer)[-60:]
+    documents = Digits().documents("heldout", tokenizer)[-60:]
     prepare(documents, folder, sequence_length=64, tokenizer=tokenizer, modalities=(MODALITY,), packs_per_shard=4)
     return folder
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from transfusion_fast.data import prepare as preparation
-from transfusion_fast.data.digits import MODALITY, digit_documents
+from transfusion_fast.data.digits import MODALITY, Digits
 from transfusion_fast.data.index import PackReader, read_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
-from transfusion_fast.data.prepare import prepare, prepare_digits
+from transfusion_fast.data.prepare import prepare, prepare_splits
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 
 TOKENIZER = ByteTokenizer()
+DIGITS_SETTINGS = {"sequence_length": 512, "packs_per_shard": 16}
 SETTINGS = {"sequence_length": 64, "tokenizer": TOKENIZER, "modalities": (MODALITY,), "packs_per_shard": 4}
 
 
@@ -44,7 +45,7 @@ def refusal(action, *arguments, **settings):
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "digits"
-    prepare_digits(out)
+    prepare_splits(Digits(), out, **DIGITS_SETTINGS)
     return out
 
 
@@ -60,7 +61,7 @@ def load_script():
 def test_every_digit_document_is_in_one_pack(digits, split):
     reader = PackReader(digits / split)
     packed = [document for position in range(len(reader)) for document in reader.read(position).documents((MODALITY,))]
-    expected = digit_documents(split, TOKENIZER)
+    expected = Digits().documents(split, TOKENIZER)
     assert Counter(map(fingerprint, packed)) == Counter(map(fingerprint, expected))
     assert reader.index.documents == len(expected)
 
@@ -79,14 +80,14 @@ def test_packs_of_digits_mix_the_classes(digits):
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
-    documents = digit_documents("heldout", TOKENIZER)
+    documents = Digits().documents("heldout", TOKENIZER)
     for name in ("first", "second"):
         prepare(documents, tmp_path / name, **SETTINGS)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
 
 def test_another_seed_puts_other_documents_together(tmp_path):
-    documents = digit_documents("heldout", TOKENIZER)
+    documents = Digits().documents("heldout", TOKENIZER)
     packs = []
     for seed in (0, 1):
         prepare(documents, tmp_path / str(seed), seed=seed, **SETTINGS)
@@ -150,33 +151,33 @@ def test_a_folder_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
 
 def test_digits_prepared_again_are_left_as_they_are(digits):
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
-    again = prepare_digits(digits)
+    again = prepare_splits(Digits(), digits, **DIGITS_SETTINGS)
     assert again.reused
     assert again.splits == {split: read_index(digits / split) for split in ("train", "heldout")}
     assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
 
 
 def test_digits_of_other_settings_or_damaged_are_not_overwritten(digits, tmp_path):
-    message = refusal(prepare_digits, digits, sequence_length=256)
+    message = refusal(prepare_splits, Digits(), digits, **{**DIGITS_SETTINGS, "sequence_length": 256})
     assert "must be new or empty" in message and "other data or settings" in message
     out = tmp_path / "digits"
-    prepare_digits(out)
+    prepare_splits(Digits(), out, **DIGITS_SETTINGS)
     shard = out / "train" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
     before = contents(out)
-    assert "got 5000" in refusal(prepare_digits, out)
+    assert "got 5000" in refusal(prepare_splits, Digits(), out, **DIGITS_SETTINGS)
     assert contents(out) == before
 
 
-def test_digits_are_written_as_two_splits_or_not_at_all(tmp_path, monkeypatch):
-    def fail_on_heldout(split, tokenizer):
-        if split == "heldout":
-            raise KeyboardInterrupt
-        return digit_documents(split, tokenizer)
+def test_digits_are_written_as_two_splits_or_not_at_all(tmp_path):
+    class FailsOnHeldout(Digits):
+        def documents(self, split, tokenizer):
+            if split == "heldout":
+                raise KeyboardInterrupt
+            return super().documents(split, tokenizer)
 
-    monkeypatch.setattr(preparation, "digit_documents", fail_on_heldout)
     with pytest.raises(KeyboardInterrupt):
-        prepare_digits(tmp_path / "digits")
+        prepare_splits(FailsOnHeldout(), tmp_path / "digits", **DIGITS_SETTINGS)
     assert list(tmp_path.iterdir()) == []
 
 

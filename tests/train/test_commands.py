@@ -19,10 +19,11 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, in a folder with the digits it was trained on."""
-    from transfusion_fast.data.prepare import prepare_digits
+    from transfusion_fast.data.digits import Digits
+    from transfusion_fast.data.prepare import prepare_splits
 
     folder = tmp_path_factory.mktemp("commands")
-    prepare_digits(folder / "digits", sequence_length=128)
+    prepare_splits(Digits(), folder / "digits", sequence_length=128, packs_per_shard=16)
     train(1, folder / "digits" / "train", folder / "run", "train.steps=2")
     return folder / "run"
 

@@ -37,6 +37,16 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
+def test_preview_writes_a_page(folder, tmp_path, capsys):
+    page = tmp_path / "new" / "page.html"
+    assert run(capsys, "preview", folder, "--pack", 1, "--out", page) == (0, f"3 documents: {page}\n", "")
+    assert page.read_text().count("<img") == 6 and "the end" in page.read_text()
+    for option in (["--pack", 99], ["--pack", -1], ["--epoch", -1], ["--seed", -1]):
+        code, out, err = run(capsys, "preview", folder, *option, "--out", tmp_path / "other.html")
+        assert (code, out) == (2, "") and err.count("\n") == 1 and f"{option[0]} must be" in err
+    assert not (tmp_path / "other.html").exists()
+
+
 def test_info_counts_and_draws(folder, tmp_path, capsys):
     code, out, err = run(capsys, "info", folder, "--picture", tmp_path / "new" / "lengths.png")
     assert code == 0 and not err

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 from launching import train
 
-from transfusion_fast.data.prepare import prepare_digits
+from transfusion_fast.data.digits import Digits
+from transfusion_fast.data.prepare import prepare_splits
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits in short packs."""
     out = tmp_path_factory.mktemp("data") / "digits"
-    prepare_digits(out, sequence_length=128)
+    prepare_splits(Digits(), out, sequence_length=128, packs_per_shard=16)
     return out / "train"
 
 

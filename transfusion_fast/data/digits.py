@@ -4,17 +4,14 @@ A digit is an 8 x 8 grey image captioned with its name ("seven"); a sum is a tex
 seven"). The split is fixed: 300 images and every tenth sum are held out.
 """
 
-from typing import Literal
-
 import numpy as np
 from sklearn.datasets import load_digits
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
+from transfusion_fast.data.source import Split
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-
-Split = Literal["train", "heldout"]
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODALITY = ModalityInfo("digits", channels=1, patch_size=2, encoding="pixels")
@@ -24,6 +21,24 @@ _SPLIT_SEED = 1797
 _LARGEST_VALUE = 16  # of a pixel, in scikit-learn's copy
 _HELDOUT_IMAGES = 6  # one in so many
 _HELDOUT_SUMS = 10
+
+
+class Digits:
+    """The digits, as a data set to prepare."""
+
+    modality = MODALITY
+
+    def describe(self) -> dict[str, object]:
+        """As JSON: what the documents depend on."""
+        return {"data": "digits", "split": [_SPLIT_SEED, _HELDOUT_IMAGES, _HELDOUT_SUMS]}
+
+    def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
+        """(caption, image) pairs, then sums as text alone."""
+        images, labels = load_split(split)
+        captions = [TextSegment(tokenizer.encode(word)) for word in DIGIT_WORDS]
+        pairs = zip(images[..., None], labels, strict=True)
+        documents: list[Document] = [(captions[label], ImageSegment(image)) for image, label in pairs]
+        return documents + [(TextSegment(tokenizer.encode(sentence)),) for sentence in arithmetic_sentences(split)]
 
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -45,15 +60,6 @@ def arithmetic_sentences(split: Split) -> list[str]:
     sentences += [_sentence(a, "times", b, a * b) for a in digits for b in digits]
     shuffled = keyed_permutation(len(sentences), _SPLIT_SEED, 1)
     return [sentences[i] for i in np.sort(_select(shuffled, split, _HELDOUT_SUMS))]
-
-
-def digit_documents(split: Split, tokenizer: Tokenizer) -> list[Document]:
-    """The documents of a split: (caption, image) pairs, then sums as text alone."""
-    images, labels = load_split(split)
-    captions = [TextSegment(tokenizer.encode(word)) for word in DIGIT_WORDS]
-    pairs = zip(images[..., None], labels, strict=True)
-    documents: list[Document] = [(captions[label], ImageSegment(image)) for image, label in pairs]
-    return documents + [(TextSegment(tokenizer.encode(sentence)),) for sentence in arithmetic_sentences(split)]
 
 
 def _select(items: np.ndarray, split: Split, every: int) -> np.ndarray:

@@ -1,27 +1,41 @@
 """From documents to a data folder: pack, write, index, and put it in place only when it is whole."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from transfusion_fast.data.digits import MODALITY, Split, digit_documents
 from transfusion_fast.data.index import Index, build_index, read_index, write_index
 from transfusion_fast.data.pack import Document, ModalityInfo, check_lengths, document_length, make_pack
 from transfusion_fast.data.packing import pack_stream
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shards
+from transfusion_fast.data.source import Split
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer
 from transfusion_fast.errors import InputError
 
-DIGIT_PACKS_PER_SHARD = 16
-DIGIT_SPLITS: tuple[Split, ...] = ("train", "heldout")
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+_RECIPE = "recipe.json"
+
+
+class BuiltIn(Protocol):
+    """A data set that the project brings or fetches itself, in two splits."""
+
+    modality: ModalityInfo
+
+    def describe(self) -> dict[str, object]:
+        """As JSON: what the documents depend on."""
+
+    def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
+        """The documents of a split."""
 
 
 @dataclass(frozen=True)
-class PreparedDigits:
+class Prepared:
     """The index of each split, and whether the folder held this very data before."""
 
     splits: dict[Split, Index]
@@ -56,47 +70,42 @@ def prepare(
     return index
 
 
-def prepare_digits(
-    out: Path, sequence_length: int = 512, packs_per_shard: int = DIGIT_PACKS_PER_SHARD
-) -> PreparedDigits:
-    """Write the digits as `out`/train and `out`/heldout, both or neither.
+def prepare_splits(source: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int) -> Prepared:
+    """Write the data set as `out`/train and `out`/heldout, both or neither.
 
-    Where `out` holds exactly what would be written it is left as it is; InputError where it holds anything else.
+    Where `out` holds what was made of the same source and settings it is left as it is, without asking the source for
+    documents; InputError where it holds anything else.
     """
-    out = Path(out)
-    if _is_free(out):
-        with staged_folder(out) as staging:
-            splits = _write_digits(staging, sequence_length, packs_per_shard)
-        return PreparedDigits(splits, reused=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        splits = _write_digits(Path(scratch), sequence_length, packs_per_shard)
-    for split, index in splits.items():
-        _check_same(out / split, index)
-    return PreparedDigits(splits, reused=True)
+    out, tokenizer = Path(out), ByteTokenizer()
+    recipe = {**source.describe(), "packing": [sequence_length, packs_per_shard], "tokenizer": tokenizer.describe()}
+    text = json.dumps(recipe, indent=1)
+    if not _is_free(out):
+        return Prepared(_same(out, text), reused=True)
+    with staged_folder(out) as staging:
+        splits = {
+            split: prepare(
+                source.documents(split, tokenizer),
+                staging / split,
+                sequence_length=sequence_length,
+                tokenizer=tokenizer,
+                modalities=(source.modality,),
+                packs_per_shard=packs_per_shard,
+            )
+            for split in SPLITS
+        }
+        (staging / _RECIPE).write_text(text, encoding="utf-8")
+    return Prepared(splits, reused=False)
 
 
-def _write_digits(out: Path, sequence_length: int, packs_per_shard: int) -> dict[Split, Index]:
-    tokenizer = ByteTokenizer()
-    return {
-        split: prepare(
-            digit_documents(split, tokenizer),
-            out / split,
-            sequence_length=sequence_length,
-            tokenizer=tokenizer,
-            modalities=(MODALITY,),
-            packs_per_shard=packs_per_shard,
-        )
-        for split in DIGIT_SPLITS
-    }
-
-
-def _check_same(folder: Path, expected: Index) -> None:
+def _same(out: Path, recipe: str) -> dict[Split, Index]:
     try:
-        same = read_index(folder) == expected
-    except InputError as error:
-        raise InputError(f"{_not_free(folder.parent)} ({error})") from error
+        same = (out / _RECIPE).read_text(encoding="utf-8") == recipe
+        indexes = {split: read_index(out / split) for split in SPLITS}
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{_not_free(out)} ({error})") from error
     if not same:
-        raise InputError(f"{_not_free(folder.parent)} ({folder.name} was prepared from other data or settings)")
+        raise InputError(f"{_not_free(out)} ({_RECIPE} there is of other data or settings)")
+    return indexes
 
 
 def check_free(folder: Path) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 from transfusion_fast.errors import InputError
+
+Split = Literal["train", "heldout"]
 
 UNIT_BYTES = 64 << 20
 MAX_BYTES = 64 << 20  # of a line, or of a file in an archive: more is no document
