@@ -1,7 +1,6 @@
 """Fashion-MNIST and the stories with its pictures: what the documents hold, and where the files may come from."""
 
 import gzip
-import hashlib
 import http.server
 import shutil
 import subprocess
@@ -11,11 +10,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import fashion_files
 import numpy as np
 import pytest
+from fashion_files import SIZES
 
 from transfusion_fast.data import fashion, stories
-from transfusion_fast.data.fashion import CLASSES, FILES, MODALITY, FashionMnist
+from transfusion_fast.data.fashion import CLASSES, MODALITY, FashionMnist
 from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.prepare import prepare_splits
@@ -27,31 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import prepare as prepare_command
 
 TOKENIZER = ByteTokenizer()
-SIZES = {"train": 40, "heldout": 20}
-
-
-def contents():
-    """The four files of small sets in which picture i is all of value i, and of class i % 10."""
-    files = {}
-    for split, (images, labels) in FILES.items():
-        number = np.arange(SIZES[split], dtype=np.uint8)
-        files[images] = bytes(16) + np.repeat(number, 28 * 28).tobytes()
-        files[labels] = bytes(8) + (number % 10).tobytes()
-    return files
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder of them, some gzipped, some further below, and their checksums in place of the real ones."""
-    folder = tmp_path / "files"
-    (folder / "deeper").mkdir(parents=True)
-    for place, (name, content) in enumerate(contents().items()):
-        monkeypatch.setitem(fashion.SHA256, name, hashlib.sha256(content).hexdigest())
-        if place % 2:
-            (folder / "deeper" / name).write_bytes(content)
-        else:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-    return folder
+    return fashion_files.write(tmp_path / "files", monkeypatch)
 
 
 def refusal(origin):
