@@ -29,7 +29,7 @@ from attn_plot import draw
 from attn_problem import Backend, Problem
 from attn_report import Row, make_rows, markdown, text_summary
 from backends import BACKENDS
-from measure import Effort, Machine, describe_machine, write_csv
+from measure import Effort, Machine, choose_device, describe_machine, write_csv
 
 from transfusion_fast.errors import InputError
 
@@ -92,9 +92,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _resolve(options: argparse.Namespace) -> Plan:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
+    device = choose_device(options.device)
     gpu = device.type == "cuda"
     default_heads, default_dims, default_dtype = (16, [128, 64], "bf16") if gpu else (8, [64], "fp32")
     heads = (2 if options.quick else default_heads) if options.heads is None else options.heads

@@ -11,7 +11,7 @@ from pathlib import Path
 import fused_report
 import torch
 from fused_compare import COMPILED, OURS, PLAIN, Problem, compare
-from measure import Effort, describe_machine, write_csv
+from measure import Effort, choose_device, describe_machine, write_csv
 
 from transfusion_fast.errors import InputError
 
@@ -44,9 +44,7 @@ def main(
     options = _parse(description, arguments)
     program = f"{name}_bench"
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
+        device = choose_device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
         rows = _measure(program, name, problems, device, options)
         fused_report.write(rows, name, title, options.out)

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion_fast.errors import InputError
+
 try:
     from triton.errors import TritonError
 except ImportError:  # no triton, so nothing raises its errors
@@ -46,6 +48,14 @@ _PEAKS = {
     "A100 80GB": (312.0, 1935.0),
     "A100": (312.0, 1555.0),
 }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that --device names, by default a GPU where there is one; InputError for a GPU where there is none."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
+    return device
 
 
 @dataclass(frozen=True)

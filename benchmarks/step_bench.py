@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark that the command line asks for; returns the exit code."""
     options = _parse(arguments)
     try:
-        device = _device(options.device)
+        device = measure.choose_device(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
         rows = _measure(options, device)
     except (InputError, OSError) as error:
@@ -118,13 +118,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=(PEER,), help="time this package too, if it is installed")
     parser.add_argument("--seconds", type=float, default=20, help="to time each step for (default: 20)")
     return parser.parse_args(arguments)
-
-
-def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
-    return device
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
