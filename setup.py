@@ -48,9 +48,11 @@ setup(
             "types-PyYAML>=6.0",
             "tokenizers>=0.20",
             "pyarrow>=17.0",
+            "diffusers>=0.30",
         ],
         # A tokenizer.json, and Parquet.
         "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
+        # Images as an autoencoder's latents.
         "vae": ["diffusers>=0.30"],
         "gpu": ["triton>=3.6", "flash-attn>=2.7"],
         "logging": ["wandb>=0.17", "tensorboard>=2.16"],
