@@ -23,3 +23,9 @@ def tolerance():
         "fp32": {"rtol": 1e-5, "atol": 1e-5},
         "bf16": {"rtol": 2e-2, "atol": 2e-2},
     }
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """As on a machine without a GPU, whose bits differ."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -14,15 +14,29 @@ def scale_pixels(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / 127.5 - 1
 
 
+def unscale_pixels(values: np.ndarray) -> np.ndarray:
+    """fp32 to uint8, any shape; values beyond [-1, 1] are clipped."""
+    return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def to_grid(values: np.ndarray, patch_size: int) -> Tensor:
+    """[N, height, width, channels] -> fp32 [N, rows, columns, C], a vector a patch."""
+    rows, columns = values.shape[1] // patch_size, values.shape[2] // patch_size
+    patches = patchify(values.astype(np.float32, copy=False), patch_size)
+    return torch.from_numpy(patches.reshape(len(values), rows, columns, -1))
+
+
+def from_grid(patches: np.ndarray, patch_size: int) -> np.ndarray:
+    """The inverse of `to_grid`: [N, rows, columns, C] -> [N, height, width, channels]."""
+    rows, columns, width = patches.shape[1:]
+    return unpatchify(patches.reshape(-1, width), rows * patch_size, columns * patch_size, patch_size)
+
+
 def pixels_to_latents(pixels: np.ndarray, patch_size: int) -> Tensor:
     """uint8 [N, height, width, channels] -> fp32 [N, rows, columns, C]."""
-    rows, columns = pixels.shape[1] // patch_size, pixels.shape[2] // patch_size
-    patches = patchify(scale_pixels(pixels), patch_size)
-    return torch.from_numpy(patches.reshape(len(pixels), rows, columns, -1))
+    return to_grid(scale_pixels(pixels), patch_size)
 
 
 def latents_to_pixels(latents: np.ndarray, patch_size: int) -> np.ndarray:
     """fp32 [N, rows, columns, C] -> uint8 [N, height, width, channels]; values beyond [-1, 1] are clipped."""
-    rows, columns, width = latents.shape[1:]
-    images = unpatchify(latents.reshape(-1, width), rows * patch_size, columns * patch_size, patch_size)
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return unscale_pixels(from_grid(latents, patch_size))
