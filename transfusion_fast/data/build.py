@@ -33,11 +33,11 @@ from transfusion_fast.data.index import (
     parse_shard,
     write_index,
 )
-from transfusion_fast.data.pack import Document, Pack, make_pack
+from transfusion_fast.data.pack import Pack, make_pack
 from transfusion_fast.data.packing import BUFFER, pack_stream
 from transfusion_fast.data.prepare import check_free
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shard
-from transfusion_fast.data.source import Rejected, Source, Unit
+from transfusion_fast.data.source import Source, Unit
 from transfusion_fast.data.store import UnitReader, UnitReport, read_lengths, read_report, write_unit
 from transfusion_fast.errors import InputError
 
@@ -164,19 +164,9 @@ def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
     folder, encoder = job.folder / _UNITS, job.recipe.encoder
     report = read_report(folder, number)
     if report is None:
-        report = write_unit(folder, number, _encoded(job.recipe, unit), encoder.modalities)
+        documents = encoder.encode(job.recipe.source.documents(unit))
+        report = write_unit(folder, number, documents, encoder.modalities)
     return number, report
-
-
-def _encoded(recipe: Recipe, unit: Unit) -> Iterator[list[Document] | Rejected]:
-    for raw in recipe.source.documents(unit):
-        if isinstance(raw, Rejected):
-            yield raw
-            continue
-        try:
-            yield recipe.encoder(raw)
-        except Rejected as rejected:
-            yield Rejected(rejected.reason, f"{rejected.detail}, {raw.where}")
 
 
 def _merge(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str]]:

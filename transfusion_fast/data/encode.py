@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from transfusion_fast.data.chunks import piece_lengths
 from transfusion_fast.data.decode import decode_image
+from transfusion_fast.data.latents import LatentRule
 from transfusion_fast.data.pack import (
     DOCUMENT_TOKENS,
     IMAGE_TOKENS,
@@ -24,6 +25,9 @@ from transfusion_fast.data.pack import (
 from transfusion_fast.data.source import RawDocument, Rejected
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
+
+_BATCHES_TOGETHER = 16  # of images whose shapes may differ; the fuller the batches of each
+_BYTES_TOGETHER = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class ImageRule:
 
     def __post_init__(self) -> None:
         if not 1 <= self.multiple <= self.size or self.size % self.multiple:
-            raise InputError(f"image size must be a positive multiple of {self.multiple}, got {self.size}")
+            raise InputError(
+                f"image size must be a positive multiple of {self.multiple}, got {self.size}; give such a size"
+            )
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [height, width, 3]; Rejected where an image is too thin for one patch."""
@@ -65,11 +71,23 @@ class ImageRule:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """A raw document whose images are decoded: pixels, uint8 [height, width, 3]."""
+
+    where: str
+    parts: tuple[str | np.ndarray, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(part) if isinstance(part, str) else part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Encoder:
     """What makes documents of raw ones. Picklable.
 
     `long` says what becomes of a document that is longer than a pack: "split" into several, its texts where a reader
-    would pause, its images whole; or "reject".
+    would pause, its images whole; or "reject". With `latents` images are stored as those, else as pixels.
     """
 
     tokenizer: Tokenizer
@@ -77,6 +95,7 @@ class Encoder:
     modality: ModalityInfo | None = None
     image: ImageRule | None = None
     long: Literal["split", "reject"] = "split"
+    latents: LatentRule | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
@@ -94,19 +113,78 @@ class Encoder:
             "modalities": [asdict(modality) for modality in self.modalities],
             "image": None if self.image is None else asdict(self.image),
             "long": self.long,
+            "latents": None if self.latents is None else self.latents.describe(),
         }
 
     def __call__(self, raw: RawDocument) -> list[Document]:
         """One document, or its parts; Rejected where it cannot be used."""
-        room = self.sequence_length - DOCUMENT_TOKENS
+        [outcome] = self.encode([raw])
+        if isinstance(outcome, Rejected):
+            raise outcome
+        return outcome
+
+    def encode(self, raws: Iterable[RawDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+        """Of each raw document, in order, one document or its parts, or why it cannot be used.
+
+        Images become latents in batches: documents wait for those that follow, a bounded number and size of them.
+        """
+        together = 1 if self.latents is None else _BATCHES_TOGETHER * self.latents.batch
+        waiting: list[_Opened | Rejected] = []
+        size = 0
+        for raw in raws:
+            opened = raw if isinstance(raw, Rejected) else self._opened(raw)
+            waiting.append(opened)
+            size += 0 if isinstance(opened, Rejected) else opened.bytes
+            if len(waiting) >= together or size >= _BYTES_TOGETHER:
+                yield from self._encoded(waiting)
+                waiting, size = [], 0
+        yield from self._encoded(waiting)
+
+    def _opened(self, raw: RawDocument) -> _Opened | Rejected:
+        try:
+            return _Opened(
+                raw.where, tuple(part if isinstance(part, str) else self._pixels(part) for part in raw.parts)
+            )
+        except Rejected as rejected:
+            return rejected.at(raw.where)
+
+    def _pixels(self, data: bytes) -> np.ndarray:
+        if self.image is None or self.modality is None:
+            raise Rejected("image in text", "these documents are prepared as text alone")
+        pixels = np.ascontiguousarray(self.image(decode_image(data)))
+        patch = self.modality.patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
+        length = (pixels.shape[0] // patch) * (pixels.shape[1] // patch) + IMAGE_TOKENS
+        if length > self._room:
+            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+        return pixels
+
+    def _encoded(self, waiting: Sequence[_Opened | Rejected]) -> Iterator[list[Document] | Rejected]:
+        opened = [entry for entry in waiting if isinstance(entry, _Opened)]
+        images = [part for entry in opened for part in entry.parts if isinstance(part, np.ndarray)]
+        values = iter(images if self.latents is None else self.latents(images))
+        for entry in waiting:
+            if isinstance(entry, Rejected):
+                yield entry
+                continue
+            parts = [part if isinstance(part, str) else next(values) for part in entry.parts]
+            try:
+                yield self._documents(parts)
+            except Rejected as rejected:
+                yield rejected.at(entry.where)
+
+    @property
+    def _room(self) -> int:
+        return self.sequence_length - DOCUMENT_TOKENS
+
+    def _documents(self, pieces: Sequence[str | np.ndarray | Rejected]) -> list[Document]:
         parts: list[list[Segment]] = [[]]
-        free = room
-        for piece in raw.parts:
-            for number, segment in enumerate(self._segments(piece, free, room)):
+        free = self._room
+        for piece in pieces:
+            for number, segment in enumerate(self._segments(piece, free)):
                 length = segment_length(segment, self.modalities) + IMAGE_TOKENS * isinstance(segment, ImageSegment)
                 if number or length > free:
                     parts.append([])
-                    free = room
+                    free = self._room
                 parts[-1].append(segment)
                 free -= length
         documents = [tuple(part) for part in parts if part]
@@ -116,26 +194,16 @@ class Encoder:
             raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
         return documents
 
-    def _segments(self, piece: str | bytes, free: int, room: int) -> Sequence[Segment]:
-        if isinstance(piece, bytes):
-            return [self._image(piece, room)]
-        return self._text(piece, free, room)
+    def _segments(self, piece: str | np.ndarray | Rejected, free: int) -> Sequence[Segment]:
+        if isinstance(piece, Rejected):
+            raise piece
+        return self._text(piece, free) if isinstance(piece, str) else [ImageSegment(piece)]
 
-    def _text(self, text: str, free: int, room: int) -> list[TextSegment]:
+    def _text(self, text: str, free: int) -> list[TextSegment]:
         """A text in pieces that fit: the first into what is `free`, if it all fits there or half of a pack is free."""
         ids, starts = self.tokenizer.encode_with_starts(text)
         if not len(ids):
             return []
-        first = free if len(ids) <= free or 2 * free >= room else room
-        ends = np.cumsum(list(piece_lengths(text, starts, first, room)))
+        first = free if len(ids) <= free or 2 * free >= self._room else self._room
+        ends = np.cumsum(list(piece_lengths(text, starts, first, self._room)))
         return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
-
-    def _image(self, data: bytes, room: int) -> ImageSegment:
-        if self.image is None or self.modality is None:
-            raise Rejected("image in text", "these documents are prepared as text alone")
-        pixels = self.image(decode_image(data))
-        segment = ImageSegment(np.ascontiguousarray(pixels))
-        length = segment_length(segment, self.modalities) + IMAGE_TOKENS
-        if length > room:
-            raise Rejected("image too long", f"its {length} positions do not fit a pack")
-        return segment

@@ -27,7 +27,6 @@ INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 1
 _MAX_OPEN_SHARDS = 32
-_HASH_BLOCK = 1 << 20
 _T = TypeVar("_T")
 
 
@@ -208,11 +207,8 @@ def _shard_info(shard: Path, spans: Sequence[tuple[int, int]], crc32: Sequence[i
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, as hexadecimal digits."""
-    sha256 = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            sha256.update(block)
-    return sha256.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -299,6 +295,8 @@ def _parse_tokenizer(entry: object, where: str) -> dict[str, str | int]:
 
 def _parse_modality(entry: object, where: str) -> ModalityInfo:
     kinds = {"name": str, "channels": int, "patch_size": int, "encoding": str}
+    if isinstance(entry, Mapping) and "autoencoder" in entry:  # folders of pixels were once written without
+        kinds["autoencoder"] = str
     return ModalityInfo(**{name: _field(entry, name, kind, where) for name, kind in kinds.items()})
 
 

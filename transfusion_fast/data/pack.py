@@ -5,6 +5,7 @@ the sequence; a pack holds documents that together take at most `sequence_length
 out by the loader and never stored.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ class ModalityInfo:
     channels: int
     patch_size: int
     encoding: Literal["pixels", "latents"]
+    autoencoder: str = ""
+    """Fingerprint of what made the latents, 64 hexadecimal digits; empty for pixels, or where it is not known."""
 
     def __post_init__(self) -> None:
         for field in ("channels", "patch_size"):
@@ -36,6 +39,11 @@ class ModalityInfo:
                 raise InputError(f"{field} of modality {self.name!r} must be in 1..65535, got {getattr(self, field)}")
         if self.encoding not in _STORED_AS:
             raise InputError(f"encoding of modality {self.name!r} must be pixels or latents, got {self.encoding!r}")
+        if not re.fullmatch("([0-9a-f]{64})?" if self.encoding == "latents" else "", self.autoencoder):
+            raise InputError(
+                f"autoencoder of modality {self.name!r} must be 64 hexadecimal digits for latents, or empty, "
+                f"got {self.autoencoder!r:.80} for {self.encoding}; prepare the data again"
+            )
 
 
 @dataclass(frozen=True, eq=False)

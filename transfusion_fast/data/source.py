@@ -35,6 +35,10 @@ class Rejected(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
+    def at(self, where: str) -> Rejected:
+        """The same, and in which document."""
+        return Rejected(self.reason, f"{self.detail}, {where}")
+
 
 @dataclass(frozen=True)
 class Unit:
