@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from transfusion_fast.autoencoder import read_autoencoder
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.build import Built, Recipe, build
@@ -19,6 +20,7 @@ from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.data.index import Index, PackReader, parse_index
+from transfusion_fast.data.latents import BATCH, LatentRule
 from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import BuiltIn, prepare_splits
@@ -139,11 +141,26 @@ def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
-    parser.add_argument("--patch-size", type=int, default=16, help="of a token, in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--patch-size",
+        type=int,
+        help="of a token: in pixels (default: 16), with --vae in latent values (default: 2)",
+    )
     parser.add_argument(
         "--shape", choices=("crop", "native"), default="crop",
         help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--vae", type=Path, metavar="FOLDER",
+        help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); each of the "
+        "--processes holds one, on the GPU that they share where there is one, else on a core of its own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--latents", choices=("sampled", "mean"),
+        help="with --vae: a sample of each posterior, which is what its decoder was trained on and is drawn from the "
+        "image itself, the same every time; or its mean (default: sampled)",
+    )  # fmt: skip
+    parser.add_argument("--vae-batch", type=int, metavar="N", help=f"with --vae: images at a time (default: {BATCH})")
 
 
 def _built_in(options: argparse.Namespace) -> None:
@@ -168,9 +185,24 @@ def _interleaved(options: argparse.Namespace) -> None:
 
 
 def _build_images(options: argparse.Namespace, source: Source) -> None:
-    modality = ModalityInfo("images", channels=3, patch_size=options.patch_size, encoding="pixels")
-    rule = ImageRule(options.shape, options.image_size, options.patch_size)
-    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, modality, rule, options.long))
+    latents = _latents(options)
+    patch = options.patch_size if options.patch_size is not None else 2 if latents else 16
+    if latents:
+        modality, stride = latents.modality("images", patch), latents.autoencoder.stride
+    else:
+        modality, stride = ModalityInfo("images", channels=3, patch_size=patch, encoding="pixels"), 1
+    rule = ImageRule(options.shape, options.image_size, patch * stride)
+    tokenizer = _tokenizer(options, source)
+    _build(options, source, Encoder(tokenizer, options.seq_len, modality, rule, options.long, latents))
+
+
+def _latents(options: argparse.Namespace) -> LatentRule | None:
+    if options.vae is None:
+        if options.latents is not None or options.vae_batch is not None:
+            raise InputError("--latents and --vae-batch must come with --vae, got none; give the autoencoder's folder")
+        return None
+    batch = BATCH if options.vae_batch is None else options.vae_batch
+    return LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
 
 
 def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
+from transfusion_fast.autoencoder import Autoencoder, read_autoencoder
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.preview import Picture, page
 from transfusion_fast.errors import InputError
-from transfusion_fast.images import latents_to_pixels, pixels_to_latents
+from transfusion_fast.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.model import Transfusion
 from transfusion_fast.pictures import check_picture, draw_grid
 from transfusion_fast.sample import ImageSettings, generate_images, sample
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-images", type=int, default=1, help="of each --text (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="of a run on latents: the autoencoder of its data")
     parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
     return parser
 
@@ -77,26 +79,43 @@ def _sample(options: argparse.Namespace) -> None:
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     if not data.modalities and not options.text:
         raise InputError(f"--prompt and --caption need a run on images, got {options.run}, on text alone; give --text")
+    vae = _autoencoder(options, data)
     clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
     image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:
-        _draw(options, model, data, image, generator)
+        _draw(options, model, data, vae, image, generator)
     else:
-        _continue(options, model, data, image, generator)
+        _continue(options, model, data, vae, image, generator)
+
+
+def _autoencoder(options: argparse.Namespace, data: DataDescription) -> Autoencoder | None:
+    """What the run's latents were made with; None where its images are pixels, or there are none."""
+    latents = [modality for modality in data.modalities if modality.encoding == "latents"]
+    if not latents and options.vae is None:
+        return None
+    if not latents:
+        raise InputError(f"--vae needs a run on latents, got {options.run}, on pixels or text alone; leave it out")
+    if options.vae is None:
+        raise InputError(f"{options.run}: is on latents, which need the autoencoder of its data; give --vae FOLDER")
+    vae = read_autoencoder(options.vae)
+    for modality in latents:
+        vae.check_made(modality.autoencoder, modality.channels, str(options.run))
+    return vae
 
 
 def _draw(
     options: argparse.Namespace,
     model: Transfusion,
     data: DataDescription,
+    vae: Autoencoder | None,
     image: ImageSettings,
     generator: torch.Generator,
 ) -> None:
     """--prompt: a row of images for each."""
     prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
     latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
-    pixels = _pixels(latents, data.modalities[0])
+    pixels = _pixels(latents, data.modalities[0], vae)
     rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
     draw_grid(rows, options.out)
     print(f"drew {len(prompts)} images: {options.out}")
@@ -106,12 +125,13 @@ def _continue(
     options: argparse.Namespace,
     model: Transfusion,
     data: DataDescription,
+    vae: Autoencoder | None,
     image: ImageSettings,
     generator: torch.Generator,
 ) -> None:
     """--caption and --text: what the model produces after an image or a text."""
     if options.caption:
-        prompts = [[_read_image(path, data)] for path in options.caption]
+        prompts = [[_read_image(path, data, vae)] for path in options.caption]
     else:
         prompts = [[_ids(data, text)] for text in options.text]
     produced = sample(
@@ -124,7 +144,7 @@ def _continue(
         image=image,
         generator=generator,
     )
-    read = [[_piece(p, data) for p in pieces] for pieces in produced]
+    read = [[_piece(p, data, vae) for p in pieces] for pieces in produced]
     for what, pieces in zip(options.caption or options.text, read, strict=True):
         words = "".join(p if isinstance(p, str) else " <image> " for p in pieces)
         print(f"{what}: {words}" if options.caption else f"{what}{words}")
@@ -140,40 +160,47 @@ def _continue(
         print(f"pictures: {options.out}")
 
 
-def _piece(piece: Text | Image, data: DataDescription) -> str | Picture:
+def _piece(piece: Text | Image, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
     if isinstance(piece, Text):
         return data.tokenizer.decode(piece.ids.numpy())
-    return Picture((_pixels(piece.latents[None], data.modalities[piece.modality])[0],), "")
+    return Picture((_pixels(piece.latents[None], data.modalities[piece.modality], vae)[0],), "")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:
     return torch.from_numpy(data.tokenizer.encode(text)).long()
 
 
-def _pixels(latents: torch.Tensor, modality: ModalityInfo) -> np.ndarray:
-    if modality.encoding != "pixels":
-        raise InputError(f"modality {modality.name!r} is {modality.encoding}, which need their autoencoder to be drawn")
-    return latents_to_pixels(latents.numpy(), modality.patch_size)
+def _pixels(latents: torch.Tensor, modality: ModalityInfo, vae: Autoencoder | None) -> np.ndarray:
+    """uint8 [N, height, width, channels] of what the model draws, [N, rows, columns, C]."""
+    if vae is None:
+        return latents_to_pixels(latents.numpy(), modality.patch_size)
+    return vae.decode(from_grid(latents.numpy(), modality.patch_size))
 
 
-def _read_image(path: Path, data: DataDescription) -> torch.Tensor:
-    """Latents [rows, columns, C] of an image file, resized to the size of the training images."""
+def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
+    """What the model sees, [rows, columns, C], of an image file, resized to the size of the training images."""
     info, (height, width) = data.modalities[0], data.image_sizes[0]
-    if info.encoding != "pixels" or info.channels not in (1, 3):
-        raise InputError(
-            f"--caption needs a run on grey or colour pixels, got {info.channels} channels of {info.encoding}"
-        )
+    if vae is not None:
+        pixels = _read_pixels(path, (height * vae.stride, width * vae.stride), channels=3)
+        return to_grid(vae.encode(pixels), info.patch_size)[0]
+    if info.channels not in (1, 3):
+        raise InputError(f"--caption needs a run on grey or colour pixels, got {info.channels} channels of pixels")
+    return pixels_to_latents(_read_pixels(path, (height, width), info.channels), info.patch_size)[0]
+
+
+def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """uint8 [1, height, width, channels], grey or colour."""
+    height, width = size
     try:
         with PillowImage.open(path, formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise InputError(f"{path}: must have at most {MAX_PIXELS} pixels, got {file.width} x {file.height}")
-            image = file.convert("L" if info.channels == 1 else "RGB").resize((width, height))
+            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
         raise InputError(f"{path}: is not a readable {', '.join(FORMATS)} image ({error})") from error
-    pixels = np.asarray(image, dtype=np.uint8).reshape(1, height, width, info.channels)
-    return pixels_to_latents(pixels, info.patch_size)[0]
+    return np.asarray(image, dtype=np.uint8).reshape(1, height, width, channels)
 
 
 if __name__ == "__main__":

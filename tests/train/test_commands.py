@@ -1,10 +1,8 @@
 """The command lines: what they print and write, and the one line that bad input gets."""
 
 import json
-import runpy
 import shutil
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import numpy as np
 import pytest
 from launching import train
 from PIL import Image
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +22,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare_splits(Digits(), folder / "digits", sequence_length=128, packs_per_shard=16)
     train(1, folder / "digits" / "train", folder / "run", "train.steps=2")
     return folder / "run"
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs train/NAME.py in this process: (exit code, standard output, standard error)."""
-
-    def run_command(name: str, *arguments: object) -> tuple[int, str, str]:
-        script = str(SCRIPTS / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(script, run_name="__main__")
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run_command
 
 
 def test_sample_draws_a_picture_of_the_prompts(run: Path, tmp_path: Path, command) -> None:
@@ -104,6 +85,7 @@ def test_weights_that_do_not_match_the_manifest_are_not_sampled_from(run: Path, 
         (["sample", "RUN", "--caption", __file__], "is not a readable PNG, JPEG, WEBP image"),
         (["sample", "RUN", "--prompt", "one", "--guidance", "nan"], "guidance weight must be finite, got nan"),
         (["sample", "RUN", "--text", "one", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
+        (["sample", "RUN", "--prompt", "one", "--vae", "x"], "--vae needs a run on latents, got"),
         (["evaluate", "nowhere"], "nowhere: is not a run folder"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
         (["evaluate", "RUN", "--each", "0"], "--each must be at least 1, got 0"),
