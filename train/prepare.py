@@ -160,7 +160,10 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         help="with --vae: a sample of each posterior, which is what its decoder was trained on and is drawn from the "
         "image itself, the same every time; or its mean (default: sampled)",
     )  # fmt: skip
-    parser.add_argument("--vae-batch", type=int, metavar="N", help=f"with --vae: images at a time (default: {BATCH})")
+    parser.add_argument(
+        "--vae-batch", type=int, metavar="N",
+        help=f"with --vae: images at a time; on a CPU one is as fast and takes less memory (default: {BATCH})",
+    )  # fmt: skip
 
 
 def _built_in(options: argparse.Namespace) -> None:

@@ -126,6 +126,20 @@ def test_images_of_one_shape_are_encoded_together_and_no_more_than_asked_for(rul
     ) | dict.fromkeys([(1, 12, 8, 3), (1, 10, 10, 3)], 1)
 
 
+@pytest.mark.parametrize(("together", "most"), [(1 << 20, 48), (5 * 8 * 12 * 3, 5)])
+def test_documents_do_not_wait_for_more_than_a_bounded_number_and_size_of_others(rule, monkeypatch, together, most):
+    monkeypatch.setattr(encoding, "_BYTES_TOGETHER", together)
+    read = []
+
+    def raws():
+        for number, image in enumerate(pictures(100)):
+            read.append(number)
+            yield RawDocument(f"{number}", (png(image),))
+
+    waiting = [len(read) - given for given, _ in enumerate(encoder(rule).encode(raws()))]
+    assert len(waiting) == 100 and max(waiting) == most
+
+
 def test_a_gpu_that_is_full_is_one_line(rule, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\n")
