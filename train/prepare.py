@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transfusion_fast.autoencoder import read_autoencoder
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.build import Built, Recipe, build
+from transfusion_fast.data.build import Built, DocumentEncoder, Recipe, build
 from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
@@ -25,6 +26,7 @@ from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import BuiltIn, prepare_splits
 from transfusion_fast.data.preview import pack_documents, page
+from transfusion_fast.data.repack import PacksSource, Repacker
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source
 from transfusion_fast.data.sources.interleaved import InterleavedSource
@@ -75,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_files(interleaved, '.jsonl, a line a document: {"content": ["text", {"image": "PATH"}, {"base64": ".."}]}')
     _add_images(interleaved)
     interleaved.set_defaults(run=_interleaved)
+    repack = sources.add_parser("repack", help="the documents of a data folder in packs of another length")
+    repack.add_argument("folder", type=Path, metavar="FOLDER", help="data folder; stays as it is")
+    _add_packing(repack)
+    repack.set_defaults(run=_repack)
     _add_upkeep(sources)
     return parser
 
@@ -127,14 +133,18 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
+    _add_packing(parser)
+    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")
+
+
+def _add_packing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make; run again to go on")
     parser.add_argument("--seq-len", type=int, default=4096, help="positions of a pack (default: %(default)s)")
     parser.add_argument(
         "--long", choices=("split", "reject"), default="split",
         help="what becomes of documents longer than a pack: cut where a reader pauses, or left out (default: split)",
     )  # fmt: skip
-    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
-    parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")
     parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
 
@@ -187,7 +197,7 @@ def _interleaved(options: argparse.Namespace) -> None:
     _build_images(options, InterleavedSource.of(options.files))
 
 
-def _build_images(options: argparse.Namespace, source: Source) -> None:
+def _build_images(options: argparse.Namespace, source: Source[RawDocument]) -> None:
     latents = _latents(options)
     patch = options.patch_size if options.patch_size is not None else 2 if latents else 16
     if latents:
@@ -208,7 +218,11 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
     return LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
 
 
-def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
+def _repack(options: argparse.Namespace) -> None:
+    _build(options, PacksSource(options.folder), Repacker.of(options.folder, options.seq_len, options.long))
+
+
+def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Tokenizer:
     if options.tokenizer and options.train_bpe is not None:
         raise InputError("--tokenizer and --train-bpe were both given; give one of them")
     if options.tokenizer:
@@ -220,7 +234,7 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     return ByteTokenizer()
 
 
-def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
+def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:
     built = build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes)
     for line in _rejected(built):
         print(f"{options.out}: {line}", file=sys.stderr)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from transfusion_fast.data import encode as encoding
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, document_length
 from transfusion_fast.data.source import RawDocument, Rejected
@@ -111,3 +112,11 @@ def test_sizes_that_cannot_be_cut_into_patches_are_refused():
         ImageRule("crop", 10, 4)
     with pytest.raises(InputError, match="sequence length must be at least 5, got 4"):
         Encoder(TOKENIZER, 4)
+
+
+def test_a_document_of_many_small_files_and_large_images_is_refused(monkeypatch):
+    monkeypatch.setattr(encoding, "_MAX_PIXEL_BYTES", 3 * 8 * 8 * 3)
+    [document] = encode([png(2, 2)] * 3)
+    assert len(document) == 3
+    with pytest.raises(Rejected, match="document too large"):
+        encode([png(2, 2)] * 4)

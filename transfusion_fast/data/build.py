@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.data.encode import Encoder
 from transfusion_fast.data.index import (
     Index,
     IndexedShard,
@@ -33,26 +32,51 @@ from transfusion_fast.data.index import (
     parse_shard,
     write_index,
 )
-from transfusion_fast.data.pack import Pack, make_pack
+from transfusion_fast.data.pack import Document, ModalityInfo, Pack, make_pack
 from transfusion_fast.data.packing import BUFFER, pack_stream
 from transfusion_fast.data.prepare import check_free
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shard
-from transfusion_fast.data.source import Source, Unit
+from transfusion_fast.data.source import Rejected, Source, Unit
 from transfusion_fast.data.store import UnitReader, UnitReport, read_lengths, read_report, write_unit
+from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 _RECIPE, _LOCK, _UNITS, _SHARDS = "recipe.json", ".lock", "units", "shards"
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Raw_contra = TypeVar("Raw_contra", contravariant=True)
+
+
+class DocumentEncoder(Protocol[Raw_contra]):
+    """What makes documents of raw ones, none longer than a pack. Picklable."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the texts."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of a pack."""
+
+    @property
+    def modalities(self) -> tuple[ModalityInfo, ...]:
+        """Of the images."""
+
+    def encode(self, raws: Iterable[Raw_contra | Rejected]) -> Iterator[list[Document] | Rejected]:
+        """Of each raw document, in order, one document or its parts, or why it cannot be used."""
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON: encoders of one description make the same documents."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that the data folder depends on."""
 
-    source: Source
-    encoder: Encoder
+    source: Source[Any]
+    encoder: DocumentEncoder[Any]
+    """Of what the source yields."""
     packs_per_shard: int = PACKS_PER_SHARD
     seed: int = 0
     buffer: int = BUFFER
@@ -222,7 +246,7 @@ def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
         yield make_pack([readers[unit][document] for unit, document in pack.tolist()], modalities)
 
 
-def _finish(partial: Path, folder: Path, encoder: Encoder, index: Index) -> None:
+def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: Index) -> None:
     encoder.tokenizer.write(partial / _SHARDS)
     write_index(partial / _SHARDS, index)
     try:

@@ -9,25 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from transfusion_fast.data.chunks import piece_lengths
 from transfusion_fast.data.decode import decode_image
+from transfusion_fast.data.fitting import Fitting, Long
 from transfusion_fast.data.latents import LatentRule
-from transfusion_fast.data.pack import (
-    DOCUMENT_TOKENS,
-    IMAGE_TOKENS,
-    Document,
-    ImageSegment,
-    ModalityInfo,
-    Segment,
-    TextSegment,
-    segment_length,
-)
+from transfusion_fast.data.pack import IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, Segment
 from transfusion_fast.data.source import RawDocument, Rejected
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 _BATCHES_TOGETHER = 16  # of images whose shapes may differ; the fuller the batches of each
 _BYTES_TOGETHER = 64 << 20
+_MAX_PIXEL_BYTES = 1 << 30  # of a document: many small files may become as many large images
 
 
 @dataclass(frozen=True)
@@ -94,12 +86,11 @@ class Encoder:
     sequence_length: int
     modality: ModalityInfo | None = None
     image: ImageRule | None = None
-    long: Literal["split", "reject"] = "split"
+    long: Long = "split"
     latents: LatentRule | None = None
 
     def __post_init__(self) -> None:
-        if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
-            raise InputError(f"sequence length must be at least 5, got {self.sequence_length}")
+        _ = self._fitting  # checks the length
 
     @property
     def modalities(self) -> tuple[ModalityInfo, ...]:
@@ -141,12 +132,18 @@ class Encoder:
         yield from self._encoded(waiting)
 
     def _opened(self, raw: RawDocument) -> _Opened | Rejected:
+        parts: list[str | np.ndarray] = []
+        room = _MAX_PIXEL_BYTES
         try:
-            return _Opened(
-                raw.where, tuple(part if isinstance(part, str) else self._pixels(part) for part in raw.parts)
-            )
+            for part in raw.parts:
+                opened = part if isinstance(part, str) else self._pixels(part)
+                parts.append(opened)
+                room -= 0 if isinstance(opened, str) else opened.nbytes
+                if room < 0:
+                    raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
         except Rejected as rejected:
             return rejected.at(raw.where)
+        return _Opened(raw.where, tuple(parts))
 
     def _pixels(self, data: bytes) -> np.ndarray:
         if self.image is None or self.modality is None:
@@ -154,7 +151,7 @@ class Encoder:
         pixels = np.ascontiguousarray(self.image(decode_image(data)))
         patch = self.modality.patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
         length = (pixels.shape[0] // patch) * (pixels.shape[1] // patch) + IMAGE_TOKENS
-        if length > self._room:
+        if length > self._fitting.room:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return pixels
 
@@ -168,42 +165,17 @@ class Encoder:
                 continue
             parts = [part if isinstance(part, str) else next(values) for part in entry.parts]
             try:
-                yield self._documents(parts)
+                yield self._fitting.documents(parts, self._segments)
             except Rejected as rejected:
                 yield rejected.at(entry.where)
-
-    @property
-    def _room(self) -> int:
-        return self.sequence_length - DOCUMENT_TOKENS
-
-    def _documents(self, pieces: Sequence[str | np.ndarray | Rejected]) -> list[Document]:
-        parts: list[list[Segment]] = [[]]
-        free = self._room
-        for piece in pieces:
-            for number, segment in enumerate(self._segments(piece, free)):
-                length = segment_length(segment, self.modalities) + IMAGE_TOKENS * isinstance(segment, ImageSegment)
-                if number or length > free:
-                    parts.append([])
-                    free = self._room
-                parts[-1].append(segment)
-                free -= length
-        documents = [tuple(part) for part in parts if part]
-        if not documents:
-            raise Rejected("empty document", "nothing is left of it")
-        if len(documents) > 1 and self.long == "reject":
-            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
-        return documents
 
     def _segments(self, piece: str | np.ndarray | Rejected, free: int) -> Sequence[Segment]:
         if isinstance(piece, Rejected):
             raise piece
-        return self._text(piece, free) if isinstance(piece, str) else [ImageSegment(piece)]
+        if isinstance(piece, np.ndarray):
+            return [ImageSegment(piece)]
+        return self._fitting.cut(piece, *self.tokenizer.encode_with_starts(piece), free)
 
-    def _text(self, text: str, free: int) -> list[TextSegment]:
-        """A text in pieces that fit: the first into what is `free`, if it all fits there or half of a pack is free."""
-        ids, starts = self.tokenizer.encode_with_starts(text)
-        if not len(ids):
-            return []
-        first = free if len(ids) <= free or 2 * free >= self._room else self._room
-        ends = np.cumsum(list(piece_lengths(text, starts, first, self._room)))
-        return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
+    @property
+    def _fitting(self) -> Fitting:
+        return Fitting(self.sequence_length, self.modalities, self.long)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar
 
 from transfusion_fast.errors import InputError
 
@@ -49,13 +49,16 @@ class Unit:
     end: int
 
 
-class Source(Protocol):
-    """Picklable."""
+Raw_co = TypeVar("Raw_co", covariant=True)
+
+
+class Source(Protocol[Raw_co]):
+    """Where documents come from, `RawDocument`s mostly. Picklable."""
 
     def units(self) -> list[Unit]:
         """All of it, in the order of documents; InputError where there is nothing to read."""
 
-    def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
+    def documents(self, unit: Unit) -> Iterator[Raw_co | Rejected]:
         """Those of a unit, in order."""
 
     def describe(self) -> dict[str, Any]:

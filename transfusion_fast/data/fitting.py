@@ -1,0 +1,89 @@
+"""Documents in the room of a pack: a longer one is cut, its texts where a reader would pause, its images never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from transfusion_fast.data.chunks import piece_lengths
+from transfusion_fast.data.pack import (
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
+    Document,
+    ModalityInfo,
+    Segment,
+    TextSegment,
+    segment_length,
+)
+from transfusion_fast.data.source import Rejected
+from transfusion_fast.errors import InputError
+
+Long = Literal["split", "reject"]
+"""What becomes of a document that is longer than a pack: several, or none."""
+
+_Piece = TypeVar("_Piece")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How documents come to fit packs of so many positions."""
+
+    sequence_length: int
+    modalities: tuple[ModalityInfo, ...]
+    long: Long
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
+            raise InputError(f"sequence length must be at least 5, got {self.sequence_length}; give a larger one")
+
+    @property
+    def room(self) -> int:
+        """Positions of a pack for a document's segments."""
+        return self.sequence_length - DOCUMENT_TOKENS
+
+    def documents(
+        self, pieces: Iterable[_Piece], segments: Callable[[_Piece, int], Sequence[Segment]]
+    ) -> list[Document]:
+        """One document, or its parts; Rejected where none or, as `long` says, several would be left.
+
+        `segments` makes segments of a piece, the first of which may find so many positions free.
+        """
+        parts: list[list[Segment]] = [[]]
+        free = self.room
+        for piece in pieces:
+            for number, segment in enumerate(segments(piece, free)):
+                length = self.length(segment)
+                if number or length > free:
+                    parts.append([])
+                    free = self.room
+                parts[-1].append(segment)
+                free -= length
+        documents = [tuple(part) for part in parts if part]
+        if not documents:
+            raise Rejected("empty document", "nothing is left of it")
+        if len(documents) > 1 and self.long == "reject":
+            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
+        return documents
+
+    def length(self, segment: Segment) -> int:
+        """Positions that a segment takes; Rejected for an image that no pack has room for."""
+        if isinstance(segment, TextSegment):
+            return segment_length(segment, self.modalities)
+        length = segment_length(segment, self.modalities) + IMAGE_TOKENS
+        if length > self.room:
+            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+        return length
+
+    def cut(self, text: str, ids: np.ndarray, starts: np.ndarray, free: int) -> list[TextSegment]:
+        """A text in pieces that fit: the first into what is `free`, if it all fits there or half of a pack is free.
+
+        `ids` int32 [n] and `starts` int64 [n] are the text's, as `Tokenizer.encode_with_starts` gives them.
+        """
+        if not len(ids):
+            return []
+        first = free if len(ids) <= free or 2 * free >= self.room else self.room
+        ends = np.cumsum(list(piece_lengths(text, starts, first, self.room)))
+        return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
