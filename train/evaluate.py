@@ -88,9 +88,12 @@ def _real(heldout: Captioned, caption: str, count: int = 4) -> list[np.ndarray]:
 
 def _data_of(run: Path) -> Path:
     try:
-        return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]).parent
+        path = yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]
+        if not isinstance(path, dict):
+            return Path(path).parent
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{run}: has no config that names its data ({error}); give --data") from error
+    raise InputError(f"{run}: was trained on a mixture, {', '.join(path)}; give --data, one folder")
 
 
 if __name__ == "__main__":

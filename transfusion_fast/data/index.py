@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.shards import decode_pack, padded
+from transfusion_fast.data.shards import decode_pack, pack_spans
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
@@ -139,61 +138,6 @@ def build_index(
     return make_index(shards, sequence_length, tokenizer, modalities)
 
 
-def pack_spans(shard: Path) -> list[tuple[int, int]]:
-    """First and end byte of each sample of a shard: members that follow each other under one key.
-
-    InputError where the tar is not whole, holds anything but plain files, holds nothing, or comes back to a key.
-    """
-    spans: list[tuple[int, int]] = []
-    keys: set[str] = set()
-    last = None
-    for key, start, end in _members(shard):
-        if key == last:
-            spans[-1] = (spans[-1][0], end)
-            continue
-        if key in keys:
-            raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
-        keys.add(key)
-        spans.append((start, end))
-        last = key
-    if not spans:
-        raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
-    return spans
-
-
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(key, first byte, end byte) of each file, up to the zeros that end a tar. tarfile would stop at any damage."""
-    total, position = shard.stat().st_size, 0
-    with shard.open("rb") as stream:
-        while True:
-            stream.seek(position)
-            header = stream.read(tarfile.BLOCKSIZE)
-            if not any(header):
-                break
-            try:
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-            except (tarfile.HeaderError, UnicodeError) as error:
-                raise InputError(
-                    f"shard {shard} must have a tar header at byte {position}, and has not; copy it again"
-                ) from error
-            end = position + tarfile.BLOCKSIZE + padded(member.size)
-            if member.type != tarfile.REGTYPE or member.size < 0 or end > total:
-                raise InputError(
-                    f"member {member.name!r:.80} of shard {shard} must be a file that ends within its {total} bytes, "
-                    f"got type {member.type!r} of {member.size} bytes; copy it again"
-                )
-            yield member.name.partition(".")[0], position, end
-            position = end
-        stream.seek(position)
-        least, most = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
-        rest = stream.read(most + 1)
-    if not least <= len(rest) <= most or any(rest):
-        raise InputError(
-            f"shard {shard} must end in some zeros after byte {position}, and does not; "
-            "it is truncated or damaged there: copy it again"
-        )
-
-
 def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     with shard.open("rb") as stream:
         for start, end in spans:
@@ -230,32 +174,37 @@ def write_index(folder: Path, index: Index) -> None:
 def read_index(folder: Path) -> Index:
     """The index of a data folder, each shard present and of the size recorded; else an InputError saying why not."""
     index = parse_index(folder)
-    for shard in index.shards:
-        check_shard_file(folder, shard)
+    check_shard_files(folder, index)
     return index
 
 
 def parse_index(folder: Path) -> Index:
     """The index of a data folder, whatever has become of its shards; InputError where there is none to use."""
+    return decode_index(read_index_bytes(folder), str(Path(folder) / INDEX_NAME))
+
+
+def read_index_bytes(folder: Path) -> bytes:
+    """The bytes of a data folder's index; InputError where there is none."""
     folder = Path(folder)
-    return _parse_index(_load_json(folder), str(folder / INDEX_NAME))
-
-
-def _load_json(folder: Path) -> object:
-    path = folder / INDEX_NAME
     if not folder.is_dir():
         raise InputError(
             f"data folder must exist, got {str(folder)!r}; to make one, run: python train/prepare.py digits OUT"
         )
-    if not path.is_file():
+    if not (folder / INDEX_NAME).is_file():
         raise InputError(
             f"data folder must hold {INDEX_NAME}, got {str(folder)!r}, which is not a prepared data folder; "
             "give one that train/prepare.py wrote, such as OUT/train"
         )
+    return (folder / INDEX_NAME).read_bytes()
+
+
+def decode_index(content: bytes, where: str) -> Index:
+    """The index of those bytes; InputError naming `where` for anything but what `write_index` writes."""
     try:
-        return json.loads(path.read_bytes())
+        entry = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} must be JSON, and is not; prepare the data again") from error
+        raise InputError(f"{where} must be JSON, and is not; prepare the data again") from error
+    return _parse_index(entry, where)
 
 
 def _parse_index(entry: object, where: str) -> Index:
@@ -319,6 +268,12 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
 def is_plain_name(file: str) -> bool:
     """Whether an index may name that file: nothing that leads out of its folder or means more to some reader."""
     return re.fullmatch(r"\w[\w.-]*", file, re.ASCII) is not None
+
+
+def check_shard_files(folder: Path, index: Index) -> None:
+    """InputError naming a shard that is missing or of another size."""
+    for shard in index.shards:
+        check_shard_file(folder, shard)
 
 
 def check_shard_file(folder: Path, shard: ShardInfo) -> None:
