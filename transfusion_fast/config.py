@@ -164,9 +164,13 @@ class DataConfig(_Settings):
     """Where the packs are and how they are laid out."""
 
     path: Folders = "data/digits/train"
-    """Folder with an index.json, made by train/prepare.py; or folders with weights, `{FOLDER: 1, OTHER: 3}`: of the
-    tokens trained on, each gives its weight's part of the sum of weights, by as many epochs of its own as that takes.
-    They have one tokenizer and pack length, and the same images or none."""
+    """Folder with an index.json, made by train/prepare.py, or its URL. Or folders with weights, `{ONE: 1, OTHER: 3}`:
+    of the tokens trained on, each gives its weight's part of the sum of weights, by as many epochs of its own as that
+    takes. They have one tokenizer and pack length, and the same images or none."""
+    cache: str = "~/.cache/transfusion_fast"
+    """Folder for the shards that are fetched from URLs; runs may share it."""
+    cache_gb: PositiveFloat = 50.0
+    """Most that they may take there, in 10^9 bytes; what was opened longest ago goes first."""
     workers: Count = 1
     """Loader processes of each rank; 0 reads in the training process."""
     prefetch: Positive = 2

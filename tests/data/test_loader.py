@@ -1,6 +1,7 @@
 """The stream of batches: the same for any ranks and workers, and resumed by one integer."""
 
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config, load_config
 from transfusion_fast.data.digits import MODALITY, digit_documents
@@ -37,6 +39,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [(TextSegment(tokenizer.encode(f"{number} and {number} is {2 * number}")),) for number in range(40)]
     prepare(documents, folder, sequence_length=64, tokenizer=tokenizer, modalities=(), packs_per_shard=4)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the cache of remote shards is by default."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        yield home
 
 
 @pytest.fixture(scope="module", params=["one folder", "mixture"])
@@ -126,6 +137,57 @@ def test_one_folder_in_a_mapping_is_that_folder(folder: Path) -> None:
     mapped = batches(f"{{{folder}: 7}}", 0, 1, 2, 0, 15)
     for found, expected in zip(mapped, batches(folder, 0, 1, 2, 0, 15), strict=True):
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders_at_urls_give_the_batches_of_plain_ones(folder: Path, texts: Path, home: Path, workers: int) -> None:
+    """In a cache that has room for just the two windows of shards."""
+    index = [open_data(config_of(f"{{{folder}: 3, {texts}: 1}}")).datasets[d].index for d in (0, 1)]
+    needed = sum(sum(sorted(shard.bytes for shard in each.shards)[-2:]) for each in index)
+    near, far = f"{{{folder}: 3, {texts}: 1}}", f"{{file://{folder}: 3, file://{texts}: 1}}"
+    tight = (f"data.workers={workers}", f"data.cache_gb={needed / 1e9}")
+    for found, expected in zip(batches(far, 0, 1, 2, 0, 30, *tight), batches(near, 0, 1, 2, 0, 30), strict=True):
+        assert_same(found, expected)
+    cached = home / ".cache" / "transfusion_fast"
+    assert 0 < sum(path.stat().st_size for path in cached.iterdir()) <= needed
+    with pytest.raises(InputError, match=f"data.cache_gb must be at least {needed / 1e9}, for a window .* = 2 shards"):
+        open_data(config_of(far, f"data.cache_gb={(needed - 1) / 1e9}"))
+    assert open_data(config_of(near, "data.cache_gb=1e-9"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_fetched_is_told_apart_from_damage(
+    folder: Path, tmp_path: Path, home: Path, workers: int
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "shard-000001.tar").unlink()
+    shutil.rmtree(home / ".cache", ignore_errors=True)
+    config = config_of(f"file://{copy}", f"data.workers={workers}", "data.quarantine=4")
+    mixture = open_data(config)
+    found = list(islice(training_batches(config, mixture, Share(0, 1, 2, 8), 0), mixture.num_packs // 2))
+    assert not any(each.unreadable for each in found)
+    lines = [line for each in found for line in each.unfetched]
+    assert len(lines) == 4 and all(f"file://{copy}/shard-000001.tar must be fetched" in line for line in lines)
+
+
+def test_every_tensor_that_goes_to_a_device_is_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread of DataLoader(pin_memory=True) does it, which does nothing without a GPU."""
+    config = config_of(folder)
+    loaded = next(training_batches(config, open_data(config), Share(0, 1, 8, 8), 0))
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    again = pin_memory(loaded)
+    assert type(again) is type(loaded)
+    assert_same(again.batch, loaded.batch)
+    moved = {name for name, tensor in tensors(loaded.batch.to(torch.device("meta"))).items() if tensor.is_meta}
+    assert {"tokens", "layout.key_tiles", "0.latents", "0.noise"} <= moved
+    assert sorted(pinned) == sorted(id(tensor) for name, tensor in tensors(loaded.batch).items() if name in moved)
 
 
 def test_a_mixture_trains_on_the_shares_of_tokens_asked_for(folder: Path, texts: Path) -> None:

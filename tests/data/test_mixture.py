@@ -14,10 +14,12 @@ from transfusion_fast.data.mixture import Dataset, Mixture, MixtureOrder, open_m
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.remote import ShardCache
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+NO_CACHE = ShardCache(Path("unused"), 0)
 HALVES = [Fraction(1, 2)] * 2
 
 fractions = st.builds(Fraction, st.integers(1, 1000), st.integers(1, 1000))
@@ -122,16 +124,18 @@ def write_text(folder: Path, sequence_length: int = 32) -> Path:
 def test_weights_are_shares_of_tokens_as_they_are_written(tmp_path):
     a, b = (str(write_text(tmp_path / name)) for name in "ab")
     for weights in ((0.1, 0.3), (1, 3), (2.5e300, 7.5e300)):
-        mixture = open_mixture(dict(zip((a, b), weights, strict=True)), check_shards=True)
+        mixture = open_mixture(dict(zip((a, b), weights, strict=True)), NO_CACHE, check_shards=True)
         assert mixture.shares == ("1/4", "3/4")
         assert str(mixture) == f"{a} (25 % of the tokens), {b} (75 % of the tokens)"
-    assert open_mixture({a: 3}, check_shards=True).shares == ("1",)
-    assert str(open_mixture({a: 3}, check_shards=True)) == a
+    assert open_mixture({a: 3}, NO_CACHE, check_shards=True).shares == ("1",)
+    assert str(open_mixture({a: 3}, NO_CACHE, check_shards=True)) == a
 
 
 def test_data_is_known_by_its_indexes_wherever_it_lies(tmp_path):
     a, b, c = (str(write_text(tmp_path / name, length)) for name, length in (("a", 32), ("b", 32), ("c", 48)))
-    prints = [open_mixture(dict.fromkeys(f, 1), check_shards=True).fingerprint for f in ([a], [b], [c], [a, b])]
+    prints = [
+        open_mixture(dict.fromkeys(f, 1), NO_CACHE, check_shards=True).fingerprint for f in ([a], [b], [c], [a, b])
+    ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
@@ -139,7 +143,7 @@ def test_data_is_known_by_its_indexes_wherever_it_lies(tmp_path):
 def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
     a, b = write_text(tmp_path / "a"), write_text(tmp_path / "b", 48)
     with pytest.raises(InputError) as refused:
-        open_mixture({str(a): 1, str(b): 1}, check_shards=True)
+        open_mixture({str(a): 1, str(b): 1}, NO_CACHE, check_shards=True)
     assert str(refused.value).startswith(
         f"sequence_length of mixed data folders must be the same, got 32 in {a} and 48 in {b}; "
     )

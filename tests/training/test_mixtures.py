@@ -1,9 +1,10 @@
-"""A run on a mixture of folders, from its first step to its refusal to go on as another."""
+"""Runs on several folders, and on folders at URLs: from the first step to the refusal to go on as another run."""
 
 import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def run(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return output
 
 
-def mixed(folders: tuple[Path, Path], *weights: float) -> str:
+def mixed(folders: Sequence[object], *weights: float) -> str:
     pairs = (f"{folder}: {weight}" for folder, weight in zip(folders, weights, strict=True))
     return f"{{{', '.join(pairs)}}}"
 
@@ -78,3 +79,29 @@ def test_what_a_mixture_is_measured_on_must_be_said(run: Path, folders: tuple[Pa
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert all(str(folder) in done.stderr for folder in folders) and "give --data" in done.stderr
+
+
+def test_a_run_on_folders_at_urls_takes_the_steps_of_plain_ones_and_goes_on_with_them(
+    folders: tuple[Path, Path], run: Path, tmp_path: Path
+) -> None:
+    far, cache = mixed([f"file://{folder}" for folder in folders], 1, 3), tmp_path / "cache"
+    train(1, far, tmp_path / "run", *SETTINGS, f"data.cache={cache}", "data.workers=2")
+    assert metrics(tmp_path / "run") == metrics(run)
+    assert len(list(cache.glob("*.tar"))) == 2
+    assert "trained to step 4 already" in train(1, mixed(folders, 1, 3), tmp_path / "run", *SETTINGS)
+
+
+@pytest.mark.parametrize(("folder", "widths"), [(0, "[]"), (1, "[4]")])
+def test_a_shard_that_cannot_be_fetched_ends_all_ranks_with_one_line_whatever_the_quarantine(
+    folders: tuple[Path, Path], tmp_path: Path, folder: int, widths: str
+) -> None:
+    """The first rank meets images before the first step, as it looks for their size; text is met in the step."""
+    far = tmp_path / "far"
+    shutil.copytree(folders[folder], far)
+    (far / "shard-000000.tar").unlink()
+    settings = (*SETTINGS, "data.quarantine=99", f"model.dim_latent={widths}", f"data.cache={tmp_path / 'cache'}")
+    codes, printed = start(2, f"file://{far}", tmp_path / "run", *settings).wait()
+    assert codes == [2, 2], printed
+    lines = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
+    assert len(lines) == 1 and f"file://{far}/shard-000000.tar must be fetched, and cannot be" in lines[0]
+    assert "Traceback" not in printed and "quarantined" not in printed

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
+from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
 from transfusion_fast.data.shards import decode_pack, pack_spans
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
@@ -171,21 +172,22 @@ def write_index(folder: Path, index: Index) -> None:
     unfinished.replace(folder / INDEX_NAME)
 
 
-def read_index(folder: Path) -> Index:
-    """The index of a data folder, each shard present and of the size recorded; else an InputError saying why not."""
+def read_index(folder: DataFolder) -> Index:
+    """The index of a data folder, each local shard present and of its size; else an InputError saying why not."""
     index = parse_index(folder)
     check_shard_files(folder, index)
     return index
 
 
-def parse_index(folder: Path) -> Index:
+def parse_index(folder: DataFolder) -> Index:
     """The index of a data folder, whatever has become of its shards; InputError where there is none to use."""
-    return decode_index(read_index_bytes(folder), str(Path(folder) / INDEX_NAME))
+    return decode_index(read_index_bytes(folder), str(folder / INDEX_NAME))
 
 
-def read_index_bytes(folder: Path) -> bytes:
+def read_index_bytes(folder: DataFolder) -> bytes:
     """The bytes of a data folder's index; InputError where there is none."""
-    folder = Path(folder)
+    if isinstance(folder, RemoteFolder):
+        return folder.read_bytes(INDEX_NAME)
     if not folder.is_dir():
         raise InputError(
             f"data folder must exist, got {str(folder)!r}; to make one, run: python train/prepare.py digits OUT"
@@ -262,7 +264,12 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
         raise InputError(f"offsets and crc32 of {file} in {where} must be a whole number each a pack; prepare it again")
     if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
         raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
-    return ShardInfo(file, size, _field(entry, "sha256", str, where), tuple(offsets), end, tuple(crc32))
+    sha256 = _field(entry, "sha256", str, where)
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(
+            f"sha256 of {file} in {where} must be 64 hexadecimal digits, got {sha256!r:.80}; prepare it again"
+        )
+    return ShardInfo(file, size, sha256, tuple(offsets), end, tuple(crc32))
 
 
 def is_plain_name(file: str) -> bool:
@@ -270,10 +277,11 @@ def is_plain_name(file: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*", file, re.ASCII) is not None
 
 
-def check_shard_files(folder: Path, index: Index) -> None:
-    """InputError naming a shard that is missing or of another size."""
-    for shard in index.shards:
-        check_shard_file(folder, shard)
+def check_shard_files(folder: DataFolder, index: Index) -> None:
+    """InputError naming a shard that is missing or of another size. Remote ones are looked at when they are fetched."""
+    if not isinstance(folder, RemoteFolder):
+        for shard in index.shards:
+            check_shard_file(folder, shard)
 
 
 def check_shard_file(folder: Path, shard: ShardInfo) -> None:
@@ -295,9 +303,9 @@ class PackReader:
     Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
     """
 
-    def __init__(self, folder: Path, index: Index | None = None) -> None:
+    def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self.folder = Path(folder)
+        self.folder = folder
         self.index = read_index(self.folder) if index is None else index
         self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
 
@@ -312,11 +320,18 @@ class PackReader:
         return shard, position - self._starts[shard]
 
     def read(self, position: int) -> Pack:
-        """The pack of that number, validated; InputError naming shard and pack where it cannot be used."""
+        """The pack of that number, validated.
+
+        Raises:
+            InputError: naming shard and pack, where it cannot be used.
+            FetchError: its shard is remote and cannot be fetched, which says nothing of the pack.
+        """
         shard, place = self.locate(position)
         try:
             pack = decode_pack(self._payload(shard, place))
             validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
+        except FetchError:
+            raise
         except (OSError, InputError) as error:
             path = self.folder / self.index.shards[shard].file
             raise InputError(
@@ -339,9 +354,21 @@ class PackReader:
         if shard not in self._descriptors:
             if len(self._descriptors) == _MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].file, os.O_RDONLY)
+            self._descriptors[shard] = self._open(self.index.shards[shard])
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
+
+    def _open(self, shard: ShardInfo) -> int:
+        if isinstance(self.folder, RemoteFolder):
+            self._close_removed()
+            return self.folder.open_shard(shard)
+        return os.open(self.folder / shard.file, os.O_RDONLY)
+
+    def _close_removed(self) -> None:
+        """A shard that was removed from its cache takes up disk for as long as it is open."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
 
     def close(self) -> None:
         """Close the shards that are open; a later read opens them again."""

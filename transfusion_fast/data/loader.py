@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
-from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, open_mixture
+from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
+from transfusion_fast.data.remote import FetchError, ShardCache
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError
 from transfusion_fast.sequence import PackedBatch, Vocabulary
@@ -50,10 +52,17 @@ class Share:
 
 
 class LoadedBatch(NamedTuple):
-    """A micro-batch, and why each of the packs that it should hold and does not cannot be read."""
+    """A micro-batch, and why each of the packs that it should hold and does not is not there."""
 
     batch: PackedBatch
     unreadable: tuple[str, ...]
+    unfetched: tuple[str, ...]
+    """Of these the packs may be good."""
+
+
+class _Item(NamedTuple):
+    pack: KeyedPack
+    error: InputError | None
 
 
 class PackDataset(data.Dataset):
@@ -63,20 +72,23 @@ class PackDataset(data.Dataset):
         self.reader, self.order = MixtureReader(mixture), order
         self.empty = empty_pack(mixture.modalities)
 
-    def __getitem__(self, position: int) -> tuple[KeyedPack, str]:
+    def __getitem__(self, position: int) -> _Item:
         epoch, number = self.order[position]
         try:
-            return KeyedPack(self.reader.read(number), epoch, number), ""
+            return _Item(KeyedPack(self.reader.read(number), epoch, number), None)
         except InputError as error:
-            return KeyedPack(self.empty, epoch, number), str(error)
+            return _Item(KeyedPack(self.empty, epoch, number), error)
 
 
 @dataclass(frozen=True)
 class _Collate:
     builder: BatchBuilder
 
-    def __call__(self, items: Sequence[tuple[KeyedPack, str]]) -> LoadedBatch:
-        return LoadedBatch(self.builder([pack for pack, _ in items]), tuple(error for _, error in items if error))
+    def __call__(self, items: Sequence[_Item]) -> LoadedBatch:
+        errors = [item.error for item in items if item.error]
+        unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
+        unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
+        return LoadedBatch(self.builder([item.pack for item in items]), unreadable, unfetched)
 
 
 def check_fits(config: Config, mixture: Mixture) -> None:
@@ -124,12 +136,15 @@ def batch_builder(config: Config, mixture: Mixture, packs: int) -> BatchBuilder:
 
 
 def open_data(config: Config) -> Mixture:
-    """The datasets of the run's data folders, checked against the model, and whether their shards are there.
+    """The datasets of the run's data folders, checked against the model, and whether local shards are there.
 
     Where packs may be quarantined a missing or cut shard is no more than the packs that it lacks.
     """
-    mixture = open_mixture(config.data.weights, check_shards=not config.data.quarantine)
+    settings = config.data
+    cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
+    mixture = open_mixture(settings.weights, cache, check_shards=not settings.quarantine)
     check_fits(config, mixture)
+    check_cache(mixture, cache, settings.shuffle_window)
     return mixture
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from transfusion_fast.data.index import (
 )
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, Pack
+from transfusion_fast.data.remote import DataFolder, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.errors import InputError
 
 
@@ -37,7 +38,7 @@ from transfusion_fast.errors import InputError
 class Dataset:
     """A data folder, and its share of the tokens of a mixture."""
 
-    folder: Path
+    folder: DataFolder
     index: Index
     sha256: str
     """Of the index, as hexadecimal digits: what the data is."""
@@ -101,25 +102,37 @@ class Mixture:
         return ", ".join(f"{d.folder} ({100 * float(d.share):.4g} % of the tokens)" for d in self.datasets)
 
 
-def open_mixture(weights: Mapping[str, float], *, check_shards: bool) -> Mixture:
-    """The datasets of these folders, the shares of tokens as the weights.
+def open_mixture(weights: Mapping[str, float], cache: ShardCache, *, check_shards: bool) -> Mixture:
+    """The datasets at these paths or URLs, the shares of tokens as the weights; `cache` is for remote shards.
 
     Raises:
-        InputError: no data folder, folders that cannot be mixed, or, with `check_shards`, a shard missing or cut.
+        InputError: no data folder, folders that cannot be mixed, or, with `check_shards`, a local shard missing or cut.
+        FetchError: an index at a URL that cannot be fetched.
     """
-    exact = {folder: Fraction(repr(weight)) for folder, weight in weights.items()}  # 0.1 as 1/10, which no float is
+    exact = {path: Fraction(repr(weight)) for path, weight in weights.items()}  # 0.1 as 1/10, which no float is
     total = sum(exact.values())
-    mixture = Mixture(tuple(_open(Path(folder), weight / total) for folder, weight in exact.items()))
+    mixture = Mixture(tuple(_open(data_folder(path, cache), weight / total) for path, weight in exact.items()))
     if check_shards:
         for dataset in mixture.datasets:
             check_shard_files(dataset.folder, dataset.index)
     return mixture
 
 
-def _open(folder: Path, share: Fraction) -> Dataset:
+def _open(folder: DataFolder, share: Fraction) -> Dataset:
     content = read_index_bytes(folder)
     index = decode_index(content, str(folder / INDEX_NAME))
     return Dataset(folder, index, hashlib.sha256(content).hexdigest(), share)
+
+
+def check_cache(mixture: Mixture, cache: ShardCache, window: int) -> None:
+    """InputError where the remote shards whose packs are shuffled together exceed the cache: each pack would fetch."""
+    remote = [dataset.index.shards for dataset in mixture.datasets if isinstance(dataset.folder, RemoteFolder)]
+    needed = sum(sum(heapq.nlargest(window, (shard.bytes for shard in shards))) for shards in remote)
+    if needed > cache.max_bytes:
+        raise InputError(
+            f"data.cache_gb must be at least {needed / 1e9}, for a window of data.shuffle_window = {window} shards of "
+            f"each remote folder, got {cache.max_bytes / 1e9}; raise it, or lower data.shuffle_window"
+        )
 
 
 def _check_alike(one: Dataset, other: Dataset) -> None:
@@ -190,6 +203,6 @@ class MixtureReader:
         self._starts = [0, *itertools.accumulate(len(reader) for reader in self._readers)]
 
     def read(self, number: int) -> Pack:
-        """The pack of that number, validated; InputError naming shard and pack where it cannot be used."""
+        """The pack of that number, validated; raises as `PackReader.read` does."""
         dataset = bisect.bisect_right(self._starts, number) - 1
         return self._readers[dataset].read(number - self._starts[dataset])

@@ -29,6 +29,7 @@ from transfusion_fast.config import ModelConfig, parse
 from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.data.remote import FetchError
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model import Transfusion
@@ -103,6 +104,8 @@ def _packs_with_images(data: Mixture, pass_over_unreadable: bool) -> Iterator[Pa
         for position in range(len(reader)):
             try:
                 pack = reader.read(position)
+            except FetchError:
+                raise
             except InputError:
                 if pass_over_unreadable:
                     continue

@@ -39,8 +39,14 @@ def train(config: Config, data: Mixture, ranks: Ranks) -> None:
     meta = _describe(config, data, ranks, engine)
     if found is not None:
         meta = checkpoints.restore(engine, found, meta)
+    errors = []
     if ranks.is_main:
-        _announce(config, data, ranks, share, engine, meta)
+        try:
+            _announce(config, data, ranks, share, engine, meta)
+        except InputError as error:
+            errors.append(str(error))
+    if errors := ranks.gather(errors):  # else the other ranks would wait for one that is gone
+        raise InputError(errors[0])
     if meta.step < config.train.steps:
         _Loop(config, data, ranks, share, engine, checkpoints, meta).run()
 
@@ -111,10 +117,14 @@ class _Loop:
             quarantined so far).
         """
         loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
-        batches, unreadable = [one.batch for one in loaded], [error for one in loaded for error in one.unreadable]
+        batches = [one.batch for one in loaded]
+        unreadable = [error for one in loaded for error in one.unreadable]
+        unfetched = [error for one in loaded for error in one.unfetched]
         own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
-        flags = (stop_requested, len(unreadable))
-        supervised, images, tokens, stop, left_out = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        flags = (stop_requested, len(unreadable), len(unfetched))
+        supervised, images, tokens, stop, left_out, failed = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        if failed:  # not the packs' fault: another rank, or the same one tomorrow, would have read them
+            raise InputError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
