@@ -15,6 +15,7 @@ from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
+from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.data.remote import FetchError, ShardCache
@@ -122,16 +123,16 @@ def training_batches(
     )
 
 
-def batch_builder(config: Config, mixture: Mixture, packs: int) -> BatchBuilder:
+def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
     """The builder of batches of `packs` packs for this run."""
     return BatchBuilder(
-        modalities=mixture.modalities,
-        vocabulary=Vocabulary(mixture.num_text_tokens, len(mixture.modalities)),
+        modalities=packed.modalities,
+        vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
         objective=OBJECTIVES[config.model.objective],
         settings=config.data,
         seed=config.train.seed,
         positions=config.model.positions,
-        total_length=packs * mixture.sequence_length,
+        total_length=packs * packed.sequence_length,
     )
 
 
