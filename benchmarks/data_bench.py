@@ -31,7 +31,7 @@ from transfusion_fast.data.batch import KeyedPack, draw
 from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.index import PackReader
-from transfusion_fast.data.loader import Share, batch_builder, training_batches
+from transfusion_fast.data.loader import Share, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.packing import pack_stream
 from transfusion_fast.data.prepare import prepare
@@ -116,10 +116,11 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
         },
         "data_bench",
     )
-    reader, builder = PackReader(folder, index), batch_builder(config, index, 1)
+    data = open_data(config)
+    reader, builder = PackReader(folder, index), batch_builder(config, data, 1)
     numbers = range(index.num_packs)
     keyed = [KeyedPack(reader.read(number), 0, number) for number in numbers]
-    loaded = training_batches(config, index, Share(0, 1, 1, 1), 0)
+    loaded = training_batches(config, data, Share(0, 1, 1, 1), 0)
     tokens = index.num_packs * CAPACITY
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
     runs: dict[str, Callable[[], object]] = {

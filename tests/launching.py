@@ -39,7 +39,7 @@ SMALL = (
 )
 
 
-def small_config(data: Path, *overrides: str) -> Config:
+def small_config(data: Path | str, *overrides: str) -> Config:
     """The config that the ranks of `start` read."""
     return load_config(DEFAULT_CONFIG, [*SMALL, f"data.path={data}", *overrides])
 
@@ -78,7 +78,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start(ranks: int, data: Path, output: Path, *overrides: str) -> Launched:
+def start(ranks: int, data: Path | str, output: Path, *overrides: str) -> Launched:
     """Starts the ranks of a run, as a launcher would, without waiting for them."""
     port = free_port()
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
@@ -97,7 +97,7 @@ def start(ranks: int, data: Path, output: Path, *overrides: str) -> Launched:
     )
 
 
-def train(ranks: int, data: Path, output: Path, *overrides: str) -> str:
+def train(ranks: int, data: Path | str, output: Path, *overrides: str) -> str:
     """Runs to the end, which must be a good one; returns what was printed."""
     codes, printed = start(ranks, data, output, *overrides).wait()
     assert codes == [0] * ranks, printed

@@ -213,6 +213,31 @@ def test_one_latent_width_stands_for_one_modality():
     assert ModelConfig(dim_latent=(384, 192)).dim_latent == (384, 192)
 
 
+def test_data_is_one_folder_or_folders_with_weights():
+    assert load_config(None, ["data.path=data/a"]).data.weights == {"data/a": 1.0}
+    config = load_config(None, ["data.path={data/a: 1, s3://b/c: 3e-1}"])
+    assert config.data.weights == {"data/a": 1.0, "s3://b/c": 0.3}
+    assert parse(Config, config.model_dump(mode="json"), "saved") == config
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{a: 0}", "data.path.weight.a: Input should be greater than 0, got 0"),
+        ("{a: -1}", "greater than 0, got -1"),
+        ("{a: .inf}", "got inf"),
+        ("{a: true}", "must be a number, got True"),
+        ("{a: many}", "got 'many'"),
+        ("{1: 2}", "got 1"),
+        ("{}", "at least 1 item"),
+        ("3", "data.path.folder: Input should be a valid string, got 3"),
+        ("[a, b]", "valid string"),
+    ],
+)
+def test_folders_without_a_positive_weight_each_are_refused(path, message):
+    assert message in error_of(f"data.path={path}")
+
+
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         ModelConfig().num_text_tokens = 3

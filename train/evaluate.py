@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from transfusion_fast.data.digits import DIGIT_WORDS
+from transfusion_fast.data.remote import is_url
 from transfusion_fast.errors import InputError
 from transfusion_fast.evaluation import Captioned, Report, evaluate, read_captioned
 from transfusion_fast.pictures import check_picture, draw_grid
@@ -88,9 +89,12 @@ def _real(heldout: Captioned, caption: str, count: int = 4) -> list[np.ndarray]:
 
 def _data_of(run: Path) -> Path:
     try:
-        return Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]).parent
+        path = yaml.safe_load((run / "config.yaml").read_text())["data"]["path"]
+        if not isinstance(path, dict) and not is_url(path):
+            return Path(path).parent
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"{run}: has no config that names its data ({error}); give --data") from error
+    raise InputError(f"{run}: was trained on {path}, and evaluation needs one local folder; give --data")
 
 
 if __name__ == "__main__":

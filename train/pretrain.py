@@ -36,13 +36,13 @@ def main() -> int:
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else DEFAULT_CONFIG
     try:
         config = load_config(path, arguments)
-        index = open_data(config)
+        data = open_data(config)
         check_output(Path(config.train.output))
         backends.describe(config.model.backend, torch.device("cpu"))  # refuses one that cannot run here
         from transfusion_fast.training.ranks import join_ranks
         from transfusion_fast.training.trainer import train
 
-        train(config, index, join_ranks(config.train))
+        train(config, data, join_ranks(config.train))
         code = 0
     except OSError as error:
         _report(error)

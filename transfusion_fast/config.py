@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from transfusion_fast.errors import InputError
 
@@ -33,6 +43,11 @@ Probability = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
+_Weights = Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+Folders = Annotated[
+    Annotated[str, Tag("folder")] | Annotated[_Weights, Tag("weight")],
+    Discriminator(lambda value: "weight" if isinstance(value, Mapping) else "folder"),
+]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -148,10 +163,18 @@ class ModelConfig(_Settings):
 class DataConfig(_Settings):
     """Where the packs are and how they are laid out."""
 
-    path: str = "data/digits/train"
-    """Folder with an index.json, made by train/prepare.py."""
+    path: Folders = "data/digits/train"
+    """Folder with an index.json, made by train/prepare.py, or its URL. Or folders with weights, `{ONE: 1, OTHER: 3}`:
+    of the tokens trained on, each gives its weight's part of the sum of weights, by as many epochs of its own as that
+    takes. They have one tokenizer and pack length, and the same images or none."""
+    cache: str = "~/.cache/transfusion_fast"
+    """Folder for the shards that are fetched from URLs; runs may share it."""
+    cache_gb: PositiveFloat = 50.0
+    """Most that they may take there, in 10^9 bytes; what was opened longest ago goes first."""
     workers: Count = 1
     """Loader processes of each rank; 0 reads in the training process."""
+    prefetch: Positive = 2
+    """Micro-batches that each loader process prepares ahead."""
     shuffle_window: Positive = 16
     """Shards whose packs are shuffled together."""
     caption_first: Probability = 0.8
@@ -162,6 +185,11 @@ class DataConfig(_Settings):
     """Largest timestep of an image that text follows."""
     quarantine: Count = 0
     """How many packs a run may leave out because they cannot be read; one more stops it."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each folder."""
+        return {self.path: 1.0} if isinstance(self.path, str) else self.path
 
 
 class OptimizerConfig(_Settings):

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, pack_spans, parse_index, read_index
+from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, parse_index, read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.shards import pack_spans
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError

@@ -1,15 +1,20 @@
 """The stream of batches: the same for any ranks and workers, and resumed by one integer."""
 
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config, load_config
 from transfusion_fast.data.digits import MODALITY, Digits
 from transfusion_fast.data.loader import Share, open_data, training_batches
+from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
@@ -26,37 +31,172 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(folder: Path, *overrides: str) -> Config:
-    return load_config(None, [f"data.path={folder}", "data.workers=0", "data.shuffle_window=2", *overrides])
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text alone, in packs of as many positions."""
+    folder = tmp_path_factory.mktemp("data") / "texts"
+    tokenizer = ByteTokenizer()
+    documents = [(TextSegment(tokenizer.encode(f"{number} and {number} is {2 * number}")),) for number in range(40)]
+    prepare(documents, folder, sequence_length=64, tokenizer=tokenizer, modalities=(), packs_per_shard=4)
+    return folder
 
 
-def batches(folder: Path, rank: int, ranks: int, micro: int, consumed: int, count: int, *overrides: str):
-    config = config_of(folder, *overrides)
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the cache of remote shards is by default."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="module", params=["one folder", "mixture"])
+def path(request: pytest.FixtureRequest, folder: Path, texts: Path) -> str:
+    """data.path: with one folder, and with two."""
+    return str(folder) if request.param == "one folder" else f"{{{folder}: 3, {texts}: 1}}"
+
+
+def config_of(path: Path | str, *overrides: str) -> Config:
+    return load_config(None, [f"data.path={path}", "data.workers=0", "data.shuffle_window=2", *overrides])
+
+
+def batches(path: Path | str, rank: int, ranks: int, micro: int, consumed: int, count: int, *overrides: str):
+    config = config_of(path, *overrides)
     loaded = islice(training_batches(config, open_data(config), Share(rank, ranks, micro, 8), consumed), count)
     found = list(loaded)
     assert not any(each.unreadable for each in found)
     return [each.batch for each in found]
 
 
-def contents(batch: PackedBatch) -> torch.Tensor:
-    """Everything that a batch trains on, as one vector."""
-    images = batch.modalities[0]
-    parts = [batch.tokens, batch.labels, batch.positions, images.latents, images.noise, images.timesteps]
-    return torch.cat([p.double().reshape(-1) for p in parts])
+def tensors(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch, that of its layout and of its modalities among them."""
+    parts = {"": batch, "layout.": batch.layout, **{f"{m}.": part for m, part in enumerate(batch.modalities)}}
+    return {
+        prefix + name: value
+        for prefix, part in parts.items()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
-def test_any_number_of_ranks_and_workers_sees_the_same_packs_in_the_same_global_batches(folder: Path) -> None:
-    one = [contents(b) for b in batches(folder, 0, 1, 1, 0, 24)]  # three global batches, beyond one epoch
-    for ranks in (2, 4):
-        shares = [batches(folder, rank, ranks, 1, 0, 24 // ranks, "data.workers=2") for rank in range(ranks)]
-        merged = [contents(b) for step in zip(*shares, strict=True) for b in step]
-        assert all(torch.equal(a, b) for a, b in zip(one, merged, strict=True))
+def assert_same(one: PackedBatch, other: PackedBatch) -> None:
+    """Bit for bit."""
+    found, expected = tensors(one), tensors(other)
+    assert found.keys() == expected.keys() and {"tokens", "layout.key_end", "0.noise", "0.timesteps"} <= found.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
 
 
-def test_the_stream_goes_on_from_packs_consumed_as_if_it_had_never_stopped(folder: Path) -> None:
-    whole = batches(folder, 1, 2, 2, 0, 12)
-    resumed = batches(folder, 1, 2, 2, 16, 8, "data.workers=1")
-    assert all(torch.equal(contents(a), contents(b)) for a, b in zip(whole[4:], resumed, strict=True))
+WHOLE = 64  # packs, beyond an epoch of either folder
+
+
+@pytest.fixture(scope="module")
+def whole(path: str) -> dict[int, list[PackedBatch]]:
+    """The stream as one rank sees it that reads for itself, by packs a micro-batch."""
+    return {micro: batches(path, 0, 1, micro, 0, WHOLE // micro) for micro in (1, 2)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_any_number_of_ranks_sees_the_same_global_batches(path: str, whole: dict, ranks: int) -> None:
+    for rank in range(ranks):
+        own = batches(path, rank, ranks, 1, 0, WHOLE // ranks)
+        for found, expected in zip(own, whole[1][rank::ranks], strict=True):
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("ranks", "workers", "prefetch"), [(1, 3, 1), (2, 1, 4), (4, 3, 2), (8, 1, 1)])
+def test_workers_and_prefetch_change_nothing(path: str, whole: dict, ranks: int, workers: int, prefetch: int) -> None:
+    overrides = (f"data.workers={workers}", f"data.prefetch={prefetch}")
+    own = batches(path, ranks - 1, ranks, 1, 0, 32 // ranks, *overrides)
+    for found, expected in zip(own, whole[1][ranks - 1 :: ranks], strict=False):
+        assert_same(found, expected)
+
+
+@given(st.integers(0, WHOLE // 8 - 1), st.sampled_from([(1, 1), (1, 2), (2, 2), (4, 1), (4, 2), (8, 1)]), st.data())
+@settings(max_examples=25)
+def test_a_stream_resumed_after_any_step_on_any_ranks_is_what_was_left(path, whole, step, shape, data) -> None:
+    (ranks, micro), rank = shape, data.draw(st.integers(0, shape[0] - 1))
+    config = config_of(path)
+    order = open_data(config).order(config.train.seed, config.data.shuffle_window)
+    ids = [order[position] for position in range(WHOLE)]
+    positions = Share(rank, ranks, micro, 8).micro_batches(8 * step)
+    resumed = batches(path, rank, ranks, micro, 8 * step, (WHOLE - 8 * step) // (micro * ranks))
+    for turn, (found, own) in enumerate(zip(resumed, positions, strict=False)):
+        first = 8 * step + (turn * ranks + rank) * micro
+        assert [order[position] for position in own] == ids[first : first + micro]
+        assert_same(found, whole[micro][first // micro])
+
+
+def test_a_stream_resumed_with_other_workers_is_what_was_left_to_its_end(path: str, whole: dict) -> None:
+    own = batches(path, 1, 2, 2, 24, 10, "data.workers=2")
+    for found, expected in zip(own, whole[2][12 + 1 :: 2], strict=True):
+        assert_same(found, expected)
+
+
+def test_one_folder_in_a_mapping_is_that_folder(folder: Path) -> None:
+    mapped = batches(f"{{{folder}: 7}}", 0, 1, 2, 0, 15)
+    for found, expected in zip(mapped, batches(folder, 0, 1, 2, 0, 15), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders_at_urls_give_the_batches_of_plain_ones(folder: Path, texts: Path, home: Path, workers: int) -> None:
+    """In a cache that has room for just the two windows of shards."""
+    index = [open_data(config_of(f"{{{folder}: 3, {texts}: 1}}")).datasets[d].index for d in (0, 1)]
+    needed = sum(sum(sorted(shard.bytes for shard in each.shards)[-2:]) for each in index)
+    near, far = f"{{{folder}: 3, {texts}: 1}}", f"{{file://{folder}: 3, file://{texts}: 1}}"
+    tight = (f"data.workers={workers}", f"data.cache_gb={needed / 1e9}")
+    for found, expected in zip(batches(far, 0, 1, 2, 0, 30, *tight), batches(near, 0, 1, 2, 0, 30), strict=True):
+        assert_same(found, expected)
+    cached = home / ".cache" / "transfusion_fast"
+    assert 0 < sum(path.stat().st_size for path in cached.iterdir()) <= needed
+    with pytest.raises(InputError, match=f"data.cache_gb must be at least {needed / 1e9}, for a window .* = 2 shards"):
+        open_data(config_of(far, f"data.cache_gb={(needed - 1) / 1e9}"))
+    assert open_data(config_of(near, "data.cache_gb=1e-9"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_cannot_be_fetched_is_told_apart_from_damage(
+    folder: Path, tmp_path: Path, home: Path, workers: int
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "shard-000001.tar").unlink()
+    shutil.rmtree(home / ".cache", ignore_errors=True)
+    config = config_of(f"file://{copy}", f"data.workers={workers}", "data.quarantine=4")
+    mixture = open_data(config)
+    found = list(islice(training_batches(config, mixture, Share(0, 1, 2, 8), 0), mixture.num_packs // 2))
+    assert not any(each.unreadable for each in found)
+    lines = [line for each in found for line in each.unfetched]
+    assert len(lines) == 4 and all(f"file://{copy}/shard-000001.tar must be fetched" in line for line in lines)
+
+
+def test_every_tensor_that_goes_to_a_device_is_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the thread of DataLoader(pin_memory=True) does it, which does nothing without a GPU."""
+    config = config_of(folder)
+    loaded = next(training_batches(config, open_data(config), Share(0, 1, 8, 8), 0))
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    again = pin_memory(loaded)
+    assert type(again) is type(loaded)
+    assert_same(again.batch, loaded.batch)
+    moved = {name for name, tensor in tensors(loaded.batch.to(torch.device("meta"))).items() if tensor.is_meta}
+    assert {"tokens", "layout.key_tiles", "0.latents", "0.noise"} <= moved
+    assert sorted(pinned) == sorted(id(tensor) for name, tensor in tensors(loaded.batch).items() if name in moved)
+
+
+def test_a_mixture_trains_on_the_shares_of_tokens_asked_for(folder: Path, texts: Path) -> None:
+    path = f"{{{folder}: 3, {texts}: 1}}"
+    mixture = open_data(config_of(path))
+    order, first_text = mixture.order(0, 2), mixture.datasets[0].index.num_packs
+    tokens = [batch.num_tokens for batch in batches(path, 0, 1, 1, 0, 400)]
+    of_text = [number for position, number in enumerate(tokens) if order[position][1] >= first_text]
+    assert sum(of_text) / sum(tokens) == pytest.approx(1 / 4, abs=0.005)
 
 
 def test_another_epoch_has_the_same_packs_in_another_order_with_other_noise(folder: Path) -> None:
@@ -105,7 +245,8 @@ def test_a_damaged_pack_is_named_in_one_line_and_changes_no_other(folder: Path, 
     assert shard.name in line and "\n" not in line
     assert found[bad[0]].batch.num_tokens == 0 and len(found[bad[0]].batch.tokens) == index.sequence_length
     for number, (each, expected) in enumerate(zip(found, whole, strict=True)):
-        assert number == bad[0] or torch.equal(contents(each.batch), contents(expected))
+        if number != bad[0]:
+            assert_same(each.batch, expected)
 
 
 def test_a_missing_shard_stops_a_run_unless_its_packs_may_be_quarantined(folder: Path, tmp_path: Path) -> None:
@@ -118,3 +259,25 @@ def test_a_missing_shard_stops_a_run_unless_its_packs_may_be_quarantined(folder:
     index = open_data(config)
     found = islice(training_batches(config, index, Share(0, 1, 1, 8), 0), index.num_packs)
     assert sum(len(each.unreadable) for each in found) == 4
+
+
+def test_a_damaged_pack_of_a_mixture_is_left_out_every_time_it_comes_and_changes_no_other(
+    folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(texts, copy)
+    shard = copy / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    config = config_of(f"{{{folder}: 1, {copy}: 1}}", "data.quarantine=9")
+    mixture = open_data(config)
+    order, damaged = mixture.order(0, 2), mixture.datasets[0].index.num_packs
+    found = list(islice(training_batches(config, mixture, Share(0, 1, 1, 8), 0), 60))
+    bad = [position for position, each in enumerate(found) if each.unreadable]
+    assert bad == [position for position in range(60) if order[position][1] == damaged] and len(bad) > 1
+    assert all(str(shard) in found[position].unreadable[0] for position in bad)
+    whole = batches(f"{{{folder}: 1, {texts}: 1}}", 0, 1, 1, 0, 60)
+    for position, (each, expected) in enumerate(zip(found, whole, strict=True)):
+        if position not in bad:
+            assert_same(each.batch, expected)

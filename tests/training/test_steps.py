@@ -10,7 +10,7 @@ from launching import metrics, picture, small_config, start, text, train, write_
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
-from transfusion_fast.data.index import PackReader
+from transfusion_fast.data.index import PackReader, read_index
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.loss import Counts
@@ -124,7 +124,7 @@ def damage_packs(digits: Path, data: Path, *positions: int) -> str:
     """A copy of `digits` where the packs at these positions of the order cannot be read; the first one's shard."""
     shutil.copytree(digits, data)
     config = small_config(data)
-    index = open_data(config)
+    index = read_index(data)
     order = PackOrder(config.train.seed, index.pack_counts, config.data.shuffle_window)
     files = []
     for position in positions:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.shards import decode_pack, padded
+from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
+from transfusion_fast.data.shards import decode_pack, pack_spans
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
@@ -138,61 +138,6 @@ def build_index(
     return make_index(shards, sequence_length, tokenizer, modalities)
 
 
-def pack_spans(shard: Path) -> list[tuple[int, int]]:
-    """First and end byte of each sample of a shard: members that follow each other under one key.
-
-    InputError where the tar is not whole, holds anything but plain files, holds nothing, or comes back to a key.
-    """
-    spans: list[tuple[int, int]] = []
-    keys: set[str] = set()
-    last = None
-    for key, start, end in _members(shard):
-        if key == last:
-            spans[-1] = (spans[-1][0], end)
-            continue
-        if key in keys:
-            raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
-        keys.add(key)
-        spans.append((start, end))
-        last = key
-    if not spans:
-        raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
-    return spans
-
-
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(key, first byte, end byte) of each file, up to the zeros that end a tar. tarfile would stop at any damage."""
-    total, position = shard.stat().st_size, 0
-    with shard.open("rb") as stream:
-        while True:
-            stream.seek(position)
-            header = stream.read(tarfile.BLOCKSIZE)
-            if not any(header):
-                break
-            try:
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-            except (tarfile.HeaderError, UnicodeError) as error:
-                raise InputError(
-                    f"shard {shard} must have a tar header at byte {position}, and has not; copy it again"
-                ) from error
-            end = position + tarfile.BLOCKSIZE + padded(member.size)
-            if member.type != tarfile.REGTYPE or member.size < 0 or end > total:
-                raise InputError(
-                    f"member {member.name!r:.80} of shard {shard} must be a file that ends within its {total} bytes, "
-                    f"got type {member.type!r} of {member.size} bytes; copy it again"
-                )
-            yield member.name.partition(".")[0], position, end
-            position = end
-        stream.seek(position)
-        least, most = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
-        rest = stream.read(most + 1)
-    if not least <= len(rest) <= most or any(rest):
-        raise InputError(
-            f"shard {shard} must end in some zeros after byte {position}, and does not; "
-            "it is truncated or damaged there: copy it again"
-        )
-
-
 def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     with shard.open("rb") as stream:
         for start, end in spans:
@@ -223,35 +168,41 @@ def write_index(folder: Path, index: Index) -> None:
     unfinished.replace(folder / INDEX_NAME)
 
 
-def read_index(folder: Path) -> Index:
-    """The index of a data folder, each shard present and of the size recorded; else an InputError saying why not."""
+def read_index(folder: DataFolder) -> Index:
+    """The index of a data folder, each local shard present and of its size; else an InputError saying why not."""
     index = parse_index(folder)
-    for shard in index.shards:
-        check_shard_file(folder, shard)
+    check_shard_files(folder, index)
     return index
 
 
-def parse_index(folder: Path) -> Index:
+def parse_index(folder: DataFolder) -> Index:
     """The index of a data folder, whatever has become of its shards; InputError where there is none to use."""
-    folder = Path(folder)
-    return _parse_index(_load_json(folder), str(folder / INDEX_NAME))
+    return decode_index(read_index_bytes(folder), str(folder / INDEX_NAME))
 
 
-def _load_json(folder: Path) -> object:
-    path = folder / INDEX_NAME
+def read_index_bytes(folder: DataFolder) -> bytes:
+    """The bytes of a data folder's index; InputError where there is none."""
+    if isinstance(folder, RemoteFolder):
+        return folder.read_bytes(INDEX_NAME)
     if not folder.is_dir():
         raise InputError(
             f"data folder must exist, got {str(folder)!r}; to make one, run: python train/prepare.py digits OUT"
         )
-    if not path.is_file():
+    if not (folder / INDEX_NAME).is_file():
         raise InputError(
             f"data folder must hold {INDEX_NAME}, got {str(folder)!r}, which is not a prepared data folder; "
             "give one that train/prepare.py wrote, such as OUT/train"
         )
+    return (folder / INDEX_NAME).read_bytes()
+
+
+def decode_index(content: bytes, where: str) -> Index:
+    """The index of those bytes; InputError naming `where` for anything but what `write_index` writes."""
     try:
-        return json.loads(path.read_bytes())
+        entry = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} must be JSON, and is not; prepare the data again") from error
+        raise InputError(f"{where} must be JSON, and is not; prepare the data again") from error
+    return _parse_index(entry, where)
 
 
 def _parse_index(entry: object, where: str) -> Index:
@@ -311,12 +262,24 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
         raise InputError(f"offsets and crc32 of {file} in {where} must be a whole number each a pack; prepare it again")
     if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
         raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
-    return ShardInfo(file, size, _field(entry, "sha256", str, where), tuple(offsets), end, tuple(crc32))
+    sha256 = _field(entry, "sha256", str, where)
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(
+            f"sha256 of {file} in {where} must be 64 hexadecimal digits, got {sha256!r:.80}; prepare it again"
+        )
+    return ShardInfo(file, size, sha256, tuple(offsets), end, tuple(crc32))
 
 
 def is_plain_name(file: str) -> bool:
     """Whether an index may name that file: nothing that leads out of its folder or means more to some reader."""
     return re.fullmatch(r"\w[\w.-]*", file, re.ASCII) is not None
+
+
+def check_shard_files(folder: DataFolder, index: Index) -> None:
+    """InputError naming a shard that is missing or of another size. Remote ones are looked at when they are fetched."""
+    if not isinstance(folder, RemoteFolder):
+        for shard in index.shards:
+            check_shard_file(folder, shard)
 
 
 def check_shard_file(folder: Path, shard: ShardInfo) -> None:
@@ -338,9 +301,9 @@ class PackReader:
     Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
     """
 
-    def __init__(self, folder: Path, index: Index | None = None) -> None:
+    def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self.folder = Path(folder)
+        self.folder = folder
         self.index = read_index(self.folder) if index is None else index
         self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
 
@@ -355,11 +318,18 @@ class PackReader:
         return shard, position - self._starts[shard]
 
     def read(self, position: int) -> Pack:
-        """The pack of that number, validated; InputError naming shard and pack where it cannot be used."""
+        """The pack of that number, validated.
+
+        Raises:
+            InputError: naming shard and pack, where it cannot be used.
+            FetchError: its shard is remote and cannot be fetched, which says nothing of the pack.
+        """
         shard, place = self.locate(position)
         try:
             pack = decode_pack(self._payload(shard, place))
             validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
+        except FetchError:
+            raise
         except (OSError, InputError) as error:
             path = self.folder / self.index.shards[shard].file
             raise InputError(
@@ -382,9 +352,21 @@ class PackReader:
         if shard not in self._descriptors:
             if len(self._descriptors) == _MAX_OPEN_SHARDS:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self.folder / self.index.shards[shard].file, os.O_RDONLY)
+            self._descriptors[shard] = self._open(self.index.shards[shard])
         self._descriptors.move_to_end(shard)
         return self._descriptors[shard]
+
+    def _open(self, shard: ShardInfo) -> int:
+        if isinstance(self.folder, RemoteFolder):
+            self._close_removed()
+            return self.folder.open_shard(shard)
+        return os.open(self.folder / shard.file, os.O_RDONLY)
+
+    def _close_removed(self) -> None:
+        """A shard that was removed from its cache takes up disk for as long as it is open."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._descriptors.pop(shard))
 
     def close(self) -> None:
         """Close the shards that are open; a later read opens them again."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
-from transfusion_fast.data.index import Index, PackReader, parse_index, read_index
-from transfusion_fast.data.order import PackOrder
+from transfusion_fast.data.index import Index
+from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
+from transfusion_fast.data.remote import FetchError, ShardCache
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError
 from transfusion_fast.sequence import PackedBatch, Vocabulary
@@ -52,87 +53,100 @@ class Share:
 
 
 class LoadedBatch(NamedTuple):
-    """A micro-batch, and why each of the packs that it should hold and does not cannot be read."""
+    """A micro-batch, and why each of the packs that it should hold and does not is not there."""
 
     batch: PackedBatch
     unreadable: tuple[str, ...]
+    unfetched: tuple[str, ...]
+    """Of these the packs may be good."""
 
 
-class PackDataset(Dataset):
+class _Item(NamedTuple):
+    pack: KeyedPack
+    error: InputError | None
+
+
+class PackDataset(data.Dataset):
     """Position in the order -> pack, and why it is empty if it cannot be read: whether to go on is not for a worker."""
 
-    def __init__(self, reader: PackReader, order: PackOrder):
-        self.reader, self.order = reader, order
-        self.empty = empty_pack(reader.index.modalities)
+    def __init__(self, mixture: Mixture, order: MixtureOrder):
+        self.reader, self.order = MixtureReader(mixture), order
+        self.empty = empty_pack(mixture.modalities)
 
-    def __getitem__(self, position: int) -> tuple[KeyedPack, str]:
+    def __getitem__(self, position: int) -> _Item:
         epoch, number = self.order[position]
         try:
-            return KeyedPack(self.reader.read(number), epoch, number), ""
+            return _Item(KeyedPack(self.reader.read(number), epoch, number), None)
         except InputError as error:
-            return KeyedPack(self.empty, epoch, number), str(error)
+            return _Item(KeyedPack(self.empty, epoch, number), error)
 
 
 @dataclass(frozen=True)
 class _Collate:
     builder: BatchBuilder
 
-    def __call__(self, items: Sequence[tuple[KeyedPack, str]]) -> LoadedBatch:
-        return LoadedBatch(self.builder([pack for pack, _ in items]), tuple(error for _, error in items if error))
+    def __call__(self, items: Sequence[_Item]) -> LoadedBatch:
+        errors = [item.error for item in items if item.error]
+        unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
+        unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
+        return LoadedBatch(self.builder([item.pack for item in items]), unreadable, unfetched)
 
 
-def check_fits(config: Config, index: Index) -> None:
+def check_fits(config: Config, mixture: Mixture) -> None:
     """Raises InputError where the model's vocabulary or latent widths are not those of the data."""
-    path, model = config.data.path, config.model
-    if model.num_text_tokens != index.num_text_tokens:
+    model = config.model
+    if model.num_text_tokens != mixture.num_text_tokens:
         raise InputError(
-            f"model.num_text_tokens must be the {index.num_text_tokens} of the tokenizer of {path}, "
+            f"model.num_text_tokens must be the {mixture.num_text_tokens} of the tokenizer of {mixture}, "
             f"got {model.num_text_tokens}"
         )
-    widths = tuple(m.channels * m.patch_size**2 for m in index.modalities)
+    widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
     if model.dim_latent != widths:
-        raise InputError(f"model.dim_latent must be {list(widths)} for {path}, got {list(model.dim_latent)}")
+        raise InputError(f"model.dim_latent must be {list(widths)} for {mixture}, got {list(model.dim_latent)}")
 
 
 def training_batches(
-    config: Config, index: Index, share: Share, packs_consumed: int, *, pin_memory: bool = False
+    config: Config, mixture: Mixture, share: Share, packs_consumed: int, *, pin_memory: bool = False
 ) -> Iterator[LoadedBatch]:
     """This rank's micro-batches, endless, from the global batch after `packs_consumed`.
 
     A pack that cannot be read is left out of its micro-batch, changes no other, and is named with shard and reason.
     """
-    folder = Path(config.data.path)
-    order = PackOrder(config.train.seed, index.pack_counts, config.data.shuffle_window)
-    yield from DataLoader(
-        PackDataset(PackReader(folder, index), order),
+    order = mixture.order(config.train.seed, config.data.shuffle_window)
+    yield from data.DataLoader(
+        PackDataset(mixture, order),
         batch_sampler=_Endless(share, packs_consumed),
-        collate_fn=_Collate(batch_builder(config, index, share.micro_batch)),
+        collate_fn=_Collate(batch_builder(config, mixture, share.micro_batch)),
         num_workers=config.data.workers,
+        prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
 
 
-def batch_builder(config: Config, index: Index, packs: int) -> BatchBuilder:
+def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
     """The builder of batches of `packs` packs for this run."""
     return BatchBuilder(
-        modalities=index.modalities,
-        vocabulary=Vocabulary(index.num_text_tokens, len(index.modalities)),
+        modalities=packed.modalities,
+        vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
         objective=OBJECTIVES[config.model.objective],
         settings=config.data,
         seed=config.train.seed,
         positions=config.model.positions,
-        total_length=packs * index.sequence_length,
+        total_length=packs * packed.sequence_length,
     )
 
 
-def open_data(config: Config) -> Index:
-    """The index of the run's data folder, checked against the model, and whether its shards are there.
+def open_data(config: Config) -> Mixture:
+    """The datasets of the run's data folders, checked against the model, and whether local shards are there.
 
     Where packs may be quarantined a missing or cut shard is no more than the packs that it lacks.
     """
-    index = (parse_index if config.data.quarantine else read_index)(Path(config.data.path))
-    check_fits(config, index)
-    return index
+    settings = config.data
+    cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
+    mixture = open_mixture(settings.weights, cache, check_shards=not settings.quarantine)
+    check_fits(config, mixture)
+    check_cache(mixture, cache, settings.shuffle_window)
+    return mixture
 
 
 class _Endless:

@@ -123,3 +123,58 @@ def _read_npy_header(field: str, data: memoryview) -> tuple[tuple[int, ...], np.
     if len(shape) != _NDIM[field] or not all(0 <= extent <= len(data) for extent in shape):
         raise InputError(f"{field}.npy must be of {_NDIM[field]} dimensions that fit its {len(data)} bytes, and is not")
     return tuple(map(int, shape)), dtype, stream.tell()
+
+
+def pack_spans(shard: Path) -> list[tuple[int, int]]:
+    """First and end byte of each sample of a shard: members that follow each other under one key.
+
+    InputError where the tar is not whole, holds anything but plain files, holds nothing, or comes back to a key.
+    """
+    spans: list[tuple[int, int]] = []
+    keys: set[str] = set()
+    last = None
+    for key, start, end in _files(shard):
+        if key == last:
+            spans[-1] = (spans[-1][0], end)
+            continue
+        if key in keys:
+            raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
+        keys.add(key)
+        spans.append((start, end))
+        last = key
+    if not spans:
+        raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
+    return spans
+
+
+def _files(shard: Path) -> Iterator[tuple[str, int, int]]:
+    """(key, first byte, end byte) of each file, up to the zeros that end a tar. tarfile would stop at any damage."""
+    total, position = shard.stat().st_size, 0
+    with shard.open("rb") as stream:
+        while True:
+            stream.seek(position)
+            header = stream.read(tarfile.BLOCKSIZE)
+            if not any(header):
+                break
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except (tarfile.HeaderError, UnicodeError) as error:
+                raise InputError(
+                    f"shard {shard} must have a tar header at byte {position}, and has not; copy it again"
+                ) from error
+            end = position + tarfile.BLOCKSIZE + padded(member.size)
+            if member.type != tarfile.REGTYPE or member.size < 0 or end > total:
+                raise InputError(
+                    f"member {member.name!r:.80} of shard {shard} must be a file that ends within its {total} bytes, "
+                    f"got type {member.type!r} of {member.size} bytes; copy it again"
+                )
+            yield member.name.partition(".")[0], position, end
+            position = end
+        stream.seek(position)
+        least, most = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+        rest = stream.read(most + 1)
+    if not least <= len(rest) <= most or any(rest):
+        raise InputError(
+            f"shard {shard} must end in some zeros after byte {position}, and does not; "
+            "it is truncated or damaged there: copy it again"
+        )

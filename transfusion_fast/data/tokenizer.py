@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from transfusion_fast.data.remote import DataFolder, RemoteFolder
 from transfusion_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> FileTokenizer:
     return FileTokenizer(tokenizer.to_str().encode())
 
 
-def load_tokenizer(description: Mapping[str, str | int], folder: Path) -> Tokenizer:
+def load_tokenizer(description: Mapping[str, str | int], folder: DataFolder) -> Tokenizer:
     """The tokenizer that an index describes, with what `write` left in `folder`.
 
     Raises:
@@ -141,7 +142,7 @@ def load_tokenizer(description: Mapping[str, str | int], folder: Path) -> Tokeni
     if name == ByteTokenizer.name:
         tokenizer: Tokenizer = ByteTokenizer()
     elif name == FileTokenizer.name:
-        tokenizer = read_tokenizer(folder / TOKENIZER_NAME)
+        tokenizer = _read_tokenizer_of(folder)
     else:
         known = f"{ByteTokenizer.name!r} or {FileTokenizer.name!r}"
         raise InputError(f"tokenizer must be {known}, got {name!r}; prepare the data again with it")
@@ -152,6 +153,12 @@ def load_tokenizer(description: Mapping[str, str | int], folder: Path) -> Tokeni
                 "the data was made with another tokenizer: prepare it again"
             )
     return tokenizer
+
+
+def _read_tokenizer_of(folder: DataFolder) -> FileTokenizer:
+    if isinstance(folder, RemoteFolder):
+        return FileTokenizer(folder.read_bytes(TOKENIZER_NAME), folder / TOKENIZER_NAME)
+    return read_tokenizer(folder / TOKENIZER_NAME)
 
 
 def read_tokenizer(path: Path) -> FileTokenizer:

@@ -13,10 +13,10 @@ from transfusion_fast.data.index import (
     check_shard_file,
     file_sha256,
     is_plain_name,
-    pack_spans,
     parse_index,
     write_index,
 )
+from transfusion_fast.data.shards import pack_spans
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
 

@@ -136,6 +136,7 @@ class Checkpoints:
 _MUST_MATCH = {
     "model": "give the model settings of the run, or another train.output",
     "data": "give the run's data.path, or another train.output",
+    "shares": "give the run's weights in data.path, or another train.output",
     "order": "give the run's train.seed and data.shuffle_window, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",

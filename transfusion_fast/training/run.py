@@ -26,8 +26,10 @@ import torch
 from safetensors.torch import load_file
 
 from transfusion_fast.config import ModelConfig, parse
-from transfusion_fast.data.index import Index, PackReader
-from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
+from transfusion_fast.data.index import PackReader
+from transfusion_fast.data.mixture import Mixture
+from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.data.remote import FetchError
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model import Transfusion
@@ -52,13 +54,15 @@ class Meta:
     precision: str
     global_batch: int
     data: str
-    """sha256 of the data folder's index."""
+    """sha256 of the data folder's index, or of those of all folders."""
     data_path: str
     order: tuple[int, int]
     """Seed and shuffle window: what the order of the packs depends on."""
     model: dict[str, Any]
     quarantined: int = 0
     """Packs left out because they could not be read."""
+    shares: tuple[str, ...] = ("1",)
+    """The part of the tokens that each data folder gives."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +81,36 @@ class DataDescription:
         return height // patch, width // patch
 
 
-def describe_data(folder: Path, index: Index, pass_over_unreadable: bool = False) -> DataDescription:
+def describe_data(data: Mixture, pass_over_unreadable: bool = False) -> DataDescription:
     """Reads packs until every modality has shown an image; a modality that never does gets one patch."""
-    sizes = {m: (info.patch_size, info.patch_size) for m, info in enumerate(index.modalities)}
-    missing = set(sizes)
-    reader = PackReader(folder, index)
-    for position in range(len(reader)):
-        if not missing:
+    first = data.datasets[0]
+    sizes = _image_sizes(data, pass_over_unreadable)
+    return DataDescription(load_tokenizer(first.index.tokenizer, first.folder), data.modalities, sizes)
+
+
+def _image_sizes(data: Mixture, pass_over_unreadable: bool) -> tuple[tuple[int, int], ...]:
+    found: dict[int, tuple[int, int]] = {}
+    for pack in _packs_with_images(data, pass_over_unreadable):
+        for _, kind, _, _, height, width in pack.segments[pack.segments[:, 1] != KIND_TEXT].tolist():
+            found.setdefault(kind - 1, (height, width))
+        if len(found) == len(data.modalities):
             break
-        try:
-            rows = reader.read(position).segments
-        except InputError:
-            if pass_over_unreadable:
-                continue
-            raise
-        for _, kind, _, _, height, width in rows[rows[:, 1] != KIND_TEXT].tolist():
-            if kind - 1 in missing:
-                sizes[kind - 1] = (height, width)
-                missing.remove(kind - 1)
-    image_sizes = tuple(sizes[m] for m in range(len(index.modalities)))
-    return DataDescription(load_tokenizer(index.tokenizer, folder), index.modalities, image_sizes)
+    return tuple(found.get(m, (info.patch_size, info.patch_size)) for m, info in enumerate(data.modalities))
+
+
+def _packs_with_images(data: Mixture, pass_over_unreadable: bool) -> Iterator[Pack]:
+    """The packs of every dataset that has modalities."""
+    for reader in (PackReader(d.folder, d.index) for d in data.datasets if d.index.modalities):
+        for position in range(len(reader)):
+            try:
+                pack = reader.read(position)
+            except FetchError:
+                raise
+            except InputError:
+                if pass_over_unreadable:
+                    continue
+                raise
+            yield pack
 
 
 def write_data_description(run: Path, data: DataDescription) -> None:
@@ -178,8 +192,9 @@ def read_meta(checkpoint: Path) -> Meta:
     """The description of a checkpoint; InputError where it is not one."""
     try:
         fields = json.loads((checkpoint / META).read_text())
-        return Meta(**{**fields, "order": tuple(fields["order"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        tuples = {name: tuple(value) for name, value in fields.items() if name in ("order", "shares")}
+        return Meta(**{**fields, **tuples})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import sys
 from dataclasses import replace
@@ -14,8 +13,8 @@ import yaml
 
 from transfusion_fast import backends
 from transfusion_fast.config import Config
-from transfusion_fast.data.index import INDEX_NAME, Index
 from transfusion_fast.data.loader import Share, training_batches
+from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
 from transfusion_fast.loss import Counts
 from transfusion_fast.sequence import PackedBatch
@@ -26,7 +25,7 @@ from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run import Meta, describe_data, write_data_description
 
 
-def train(config: Config, index: Index, ranks: Ranks) -> None:
+def train(config: Config, data: Mixture, ranks: Ranks) -> None:
     """Trains to `config.train.steps`, resuming from the newest whole checkpoint of the output folder.
 
     Raises:
@@ -37,13 +36,19 @@ def train(config: Config, index: Index, ranks: Ranks) -> None:
     checkpoints = Checkpoints(run, ranks, config.train.keep_checkpoints)
     found = checkpoints.newest_whole()
     engine = make_engine(config, ranks, share)
-    meta = _describe(config, ranks, engine)
+    meta = _describe(config, data, ranks, engine)
     if found is not None:
         meta = checkpoints.restore(engine, found, meta)
+    errors = []
     if ranks.is_main:
-        _announce(config, index, ranks, share, engine, meta)
+        try:
+            _announce(config, data, ranks, share, engine, meta)
+        except InputError as error:
+            errors.append(str(error))
+    if errors := ranks.gather(errors):  # else the other ranks would wait for one that is gone
+        raise InputError(errors[0])
     if meta.step < config.train.steps:
-        _Loop(config, index, ranks, share, engine, checkpoints, meta).run()
+        _Loop(config, data, ranks, share, engine, checkpoints, meta).run()
 
 
 class _Loop:
@@ -52,7 +57,7 @@ class _Loop:
     def __init__(
         self,
         config: Config,
-        index: Index,
+        data: Mixture,
         ranks: Ranks,
         share: Share,
         engine: Any,
@@ -62,7 +67,7 @@ class _Loop:
         self.config, self.ranks, self.share, self.engine = config, ranks, share, engine
         self.checkpoints, self.meta = checkpoints, meta
         pin = ranks.device.type == "cuda"
-        self.stream = training_batches(config, index, share, meta.packs_consumed, pin_memory=pin)
+        self.stream = training_batches(config, data, share, meta.packs_consumed, pin_memory=pin)
         self.log = MetricsLog(Path(config.train.output) / "metrics.jsonl", meta.step) if ranks.is_main else None
         self.clock = Clock(config.train.steps)
         self.skipped_in_a_row = 0
@@ -112,10 +117,14 @@ class _Loop:
             quarantined so far).
         """
         loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
-        batches, unreadable = [one.batch for one in loaded], [error for one in loaded for error in one.unreadable]
+        batches = [one.batch for one in loaded]
+        unreadable = [error for one in loaded for error in one.unreadable]
+        unfetched = [error for one in loaded for error in one.unfetched]
         own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
-        flags = (stop_requested, len(unreadable))
-        supervised, images, tokens, stop, left_out = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        flags = (stop_requested, len(unreadable), len(unfetched))
+        supervised, images, tokens, stop, left_out, failed = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        if failed:  # not the packs' fault: another rank, or the same one tomorrow, would have read them
+            raise InputError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
@@ -192,8 +201,7 @@ class StopRequest:
 _FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # settings of how a model computes, not of what it is
 
 
-def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
-    index = (Path(config.data.path) / INDEX_NAME).read_bytes()
+def _describe(config: Config, data: Mixture, ranks: Ranks, engine: Any) -> Meta:
     return Meta(
         step=0,
         packs_consumed=0,
@@ -201,27 +209,28 @@ def _describe(config: Config, ranks: Ranks, engine: Any) -> Meta:
         world_size=ranks.world_size,
         precision="bf16" if engine.bfloat16_enabled() else "fp32",
         global_batch=config.train.global_batch,
-        data=hashlib.sha256(index).hexdigest(),
-        data_path=config.data.path,
+        data=data.fingerprint,
+        data_path=str(data),
         order=(config.train.seed, config.data.shuffle_window),
+        shares=data.shares,
         model=config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
     )
 
 
-def _announce(config: Config, index: Index, ranks: Ranks, share: Share, engine: Any, meta: Meta) -> None:
+def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine: Any, meta: Meta) -> None:
     """Saves the resolved config with the run and says what is about to happen."""
     run = Path(config.train.output)
     run.mkdir(parents=True, exist_ok=True)
-    write_data_description(run, describe_data(Path(config.data.path), index, config.data.quarantine > 0))
+    write_data_description(run, describe_data(data, config.data.quarantine > 0))
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     print(
         f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
-        f"{share.global_batch} packs of {index.sequence_length} a step in {share.accumulation_steps} accumulation steps"
+        f"{share.global_batch} packs of {data.sequence_length} a step in {share.accumulation_steps} accumulation steps"
     )
     if meta.step >= config.train.steps:
         print(f"trained to step {meta.step} already; raise train.steps, or give another train.output", flush=True)
         return
     begin = f"resuming at step {meta.step}" if meta.step else "training"
     backend = backends.describe(config.model.backend, ranks.device)
-    print(f"{begin}, {config.train.steps} steps, {index.num_packs} packs in {config.data.path}, {backend}", flush=True)
+    print(f"{begin}, {config.train.steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)

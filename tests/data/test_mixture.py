@@ -1,0 +1,175 @@
+"""Mixtures: the shares of tokens hold at every prefix, and every dataset keeps its own order and epochs."""
+
+import time
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfusion_fast.data.index import Index, ShardInfo
+from transfusion_fast.data.mixture import Dataset, Mixture, MixtureOrder, open_mixture
+from transfusion_fast.data.order import PackOrder
+from transfusion_fast.data.pack import ModalityInfo, TextSegment
+from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.remote import ShardCache
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
+
+GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+NO_CACHE = ShardCache(Path("unused"), 0)
+HALVES = [Fraction(1, 2)] * 2
+
+fractions = st.builds(Fraction, st.integers(1, 1000), st.integers(1, 1000))
+
+
+def index_of(pack_counts=(3, 2), tokens_of_a_pack=50, modalities=()):
+    shards = tuple(ShardInfo(f"s{i}.tar", n, "", tuple(range(n)), n, (0,) * n) for i, n in enumerate(pack_counts))
+    tokens = sum(pack_counts) * tokens_of_a_pack
+    return Index(64, ByteTokenizer().describe(), tuple(modalities), "uint8", 1, tokens, shards)
+
+
+def mixture_of(*datasets: tuple[Index, Fraction]) -> Mixture:
+    return Mixture(tuple(Dataset(Path(f"d{i}"), index, f"{i}", share) for i, (index, share) in enumerate(datasets)))
+
+
+@given(st.lists(st.tuples(fractions, st.integers(1, 64)), min_size=1, max_size=6), st.integers(0, 10**18))
+def test_at_every_prefix_the_tokens_are_off_their_shares_by_less_than_a_pack_a_dataset(datasets, start):
+    """Of any stretch of the stream, wherever it begins; a pack standing for its dataset's average."""
+    total = sum(weight for weight, _ in datasets)
+    mixture = mixture_of(*((index_of((5,), tokens), weight / total) for weight, tokens in datasets))
+    order = mixture.order(seed=0, window=1)
+    packs_of_all = sum(d.share / Fraction(d.index.tokens, d.index.num_packs) for d in mixture.datasets)
+    taken = {}
+    for position in range(start, start + 40):
+        dataset, before = order.locate(position)
+        assert taken.get(dataset, before) == before, "packs of a dataset are counted one by one"
+        taken[dataset] = before + 1
+        share = mixture.datasets[dataset].share
+        tokens = datasets[dataset][1]
+        assert abs(before * tokens - position / packs_of_all * share) < len(datasets) * tokens
+
+
+@given(st.lists(fractions, min_size=2, max_size=5))
+def test_every_position_falls_to_one_dataset(weights):
+    order = MixtureOrder(0, [[1]] * len(weights), weights)
+    places = [order.locate(position) for position in range(200)]
+    for dataset, weight in enumerate(weights):
+        own = [before for found, before in places if found == dataset]
+        assert own == list(range(len(own)))
+        assert abs(len(own) - 200 * weight / sum(weights)) < len(weights)
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=2, max_size=4), st.integers(0, 5))
+def test_each_dataset_gives_each_pack_once_an_epoch(pack_counts, seed):
+    order = MixtureOrder(seed, pack_counts, [Fraction(1)] * len(pack_counts), window=2)
+    sizes = [sum(counts) for counts in pack_counts]
+    stream = [order[position] for position in range(3 * len(sizes) * max(sizes))]
+    first = 0
+    for size in sizes:
+        own = [(epoch, number - first) for epoch, number in stream if first <= number < first + size]
+        for epoch in range(3):
+            packs = own[epoch * size : (epoch + 1) * size]
+            assert sorted(packs) == [(epoch, number) for number in range(size)]
+        first += size
+
+
+def test_datasets_alike_are_shuffled_apart_and_the_first_as_if_it_were_alone():
+    order = MixtureOrder(5, [[10] * 4, [10] * 4], HALVES, window=2)
+    stream = [order[position] for position in range(80)]
+    first = [number for _, number in stream if number < 40]
+    second = [number - 40 for _, number in stream if number >= 40]
+    alone = PackOrder(5, [10] * 4, window=2)
+    assert first == [alone[position][1] for position in range(40)]
+    assert first != second
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 2**70), st.integers(0, 10**15))
+def test_one_dataset_is_read_as_it_always_was(counts, seed, position):
+    assert MixtureOrder(seed, [counts], [Fraction(1, 3)], 3)[position] == PackOrder(seed, counts, 3)[position]
+
+
+def test_the_order_is_the_same_on_every_machine_and_release():
+    order = MixtureOrder(0, [[3, 2], [4]], [Fraction(1, 4), Fraction(3, 4)], window=2)
+    expected = [(0, 5), (0, 8), (0, 7), (0, 3), (0, 6), (1, 6), (1, 8), (0, 4), (1, 7), (1, 5)]
+    assert [order[position] for position in range(10)] == expected
+
+
+def test_a_position_far_off_is_found_at_once_and_exactly():
+    weights = [Fraction(1, 3), Fraction(1, 7), Fraction(11, 21)]
+    order = MixtureOrder(0, [[5], [3], [2]], weights)
+    began = time.process_time()
+    for start in (10**15, 21 * 10**15):
+        places = [order.locate(position) for position in range(start, start + 21)]
+        assert [sum(dataset == d for dataset, _ in places) for d in range(3)] == [7, 3, 11]
+    # 21 positions give whole numbers of each, so that what lies before the second start is known to the pack.
+    assert dict(reversed(places)) == {0: 7 * 10**15, 1: 3 * 10**15, 2: 11 * 10**15}
+    assert order[21 * 10**15][0] in (7 * 10**15 // 5, 10**15, 11 * 10**15 // 2)
+    assert time.process_time() - began < 1
+
+
+def test_a_position_before_the_stream_is_an_index_error():
+    with pytest.raises(IndexError, match="got -1"):
+        MixtureOrder(0, [[1], [1]], HALVES)[-1]
+
+
+def write_text(folder: Path, sequence_length: int = 32) -> Path:
+    documents = [(TextSegment(ByteTokenizer().encode(f"{i} and {i}")),) for i in range(30)]
+    prepare(documents, folder, sequence_length=sequence_length, tokenizer=ByteTokenizer(), modalities=())
+    return folder
+
+
+def test_weights_are_shares_of_tokens_as_they_are_written(tmp_path):
+    a, b = (str(write_text(tmp_path / name)) for name in "ab")
+    for weights in ((0.1, 0.3), (1, 3), (2.5e300, 7.5e300)):
+        mixture = open_mixture(dict(zip((a, b), weights, strict=True)), NO_CACHE, check_shards=True)
+        assert mixture.shares == ("1/4", "3/4")
+        assert str(mixture) == f"{a} (25 % of the tokens), {b} (75 % of the tokens)"
+    assert open_mixture({a: 3}, NO_CACHE, check_shards=True).shares == ("1",)
+    assert str(open_mixture({a: 3}, NO_CACHE, check_shards=True)) == a
+
+
+def test_data_is_known_by_its_indexes_wherever_it_lies(tmp_path):
+    a, b, c = (str(write_text(tmp_path / name, length)) for name, length in (("a", 32), ("b", 32), ("c", 48)))
+    prints = [
+        open_mixture(dict.fromkeys(f, 1), NO_CACHE, check_shards=True).fingerprint for f in ([a], [b], [c], [a, b])
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
+    a, b = write_text(tmp_path / "a"), write_text(tmp_path / "b", 48)
+    with pytest.raises(InputError) as refused:
+        open_mixture({str(a): 1, str(b): 1}, NO_CACHE, check_shards=True)
+    assert str(refused.value).startswith(
+        f"sequence_length of mixed data folders must be the same, got 32 in {a} and 48 in {b}; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"tokenizer": {"name": "bytes", "num_text_tokens": 300, "sha256": "0"}}, "tokenizer"),
+        ({"sequence_length": 65}, "sequence_length"),
+        ({"modalities": (replace(GREY, patch_size=4),)}, "modalities"),
+        ({"modalities": (replace(GREY, encoding="latents"),), "latents_dtype": "float16"}, "modalities"),
+        ({"modalities": (GREY, GREY)}, "modalities"),
+    ],
+)
+def test_folders_that_differ_in_what_the_model_sees_are_refused(change, name):
+    index = index_of(modalities=(GREY,))
+    text = index_of()
+    with pytest.raises(InputError, match=rf"{name} of mixed data folders must be the same, got .* in d0 and .* in d2"):
+        mixture_of((index, Fraction(1, 3)), (index, Fraction(1, 3)), (replace(index, **change), Fraction(1, 3)))
+    if name == "modalities":
+        with pytest.raises(InputError, match=rf"{name} of mixed data folders .* in d1 and .* in d2"):
+            mixture_of((text, Fraction(1, 3)), (index, Fraction(1, 3)), (replace(index, **change), Fraction(1, 3)))
+
+
+def test_text_alone_goes_with_any_images():
+    text, images = index_of(), index_of(modalities=(GREY,))
+    for indexes in ((text, images), (images, text)):
+        assert mixture_of(*((index, Fraction(1, 2)) for index in indexes)).modalities == (GREY,)
