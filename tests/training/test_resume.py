@@ -1,6 +1,7 @@
 """A run that was stopped, killed or damaged goes on as if nothing had happened."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -93,6 +94,18 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_line_and_left_alone(
     lines = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
     assert len(lines) == 1 and complaint in lines[0] and "Traceback" not in printed
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_other_data_under_the_same_path_is_refused_by_its_index(digits: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(digits, data)
+    train(1, data, run, "train.steps=1")
+    index = json.loads((data / "index.json").read_text())
+    index["shards"].reverse()
+    (data / "index.json").write_text(json.dumps(index))
+    codes, printed = start(1, data, run, "train.steps=2").wait()
+    assert codes == [2]
+    assert printed.count(f"{data} (index ") == 2 and "Traceback" not in printed
 
 
 def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_newest(digits: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Checkpoints:
         for name, hint in _MUST_MATCH.items():
             got, want = getattr(meta, name), getattr(expected, name)
             if got != want:
-                got, want = (meta.data_path, expected.data_path) if name == "data" else _difference(got, want)
+                got, want = map(_data, (meta, expected)) if name == "data" else _difference(got, want)
                 raise InputError(f"{checkpoint}: {name} is {got}, but this run has {want}; {hint}")
         path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         if path is None:
@@ -174,3 +174,8 @@ def _difference(got: Any, want: Any) -> tuple[Any, Any]:
         return got, want
     keys = [k for k in sorted({*got, *want}) if got.get(k) != want.get(k)]
     return tuple({k: _difference(got.get(k), want.get(k))[i] for k in keys} for i in (0, 1))  # type: ignore[return-value]
+
+
+def _data(meta: Meta) -> str:
+    """The fingerprint too: the folder may be the same, and what is in it another."""
+    return f"{meta.data_path} (index {meta.data[:12]})"
