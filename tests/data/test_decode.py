@@ -113,15 +113,35 @@ def test_every_truncation_is_rejected_or_complete(kind):
             assert np.array_equal(decoded, whole)  # nothing but what follows the pixels was missing
 
 
-def test_no_flipped_bytes_raise_anything_else():
-    data = bytearray(saved(Image.fromarray(picture(40, 40)), "JPEG"))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_no_flipped_bytes_raise_anything_else(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100], exif[0x010F] = 6, 40, "maker"
+    data = bytearray(saved(Image.fromarray(picture(40, 40)), kind, exif=exif))
+    start = data.find(b"Exif") if kind == "JPEG" else 0
     generator = np.random.default_rng(1)
-    for _ in range(200):
+    for number in range(300):
         flipped = bytearray(data)
-        for at in generator.integers(0, len(data), 4):
+        # Half of them in the first bytes, where headers and EXIF are.
+        end = len(data) if number % 2 else min(len(data), start + 100)
+        for at in generator.integers(start, end, 4):
             flipped[at] ^= int(generator.integers(1, 256))
         with suppress(Rejected):
             assert decode_image(bytes(flipped)).shape[2] == 3
+
+
+def test_a_malformed_tag_of_exif_costs_neither_the_image_nor_its_turn():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 40
+    pixels = picture(4, 6)
+    data = bytearray(saved(Image.fromarray(pixels), "PNG", exif=exif))
+    order = "little" if b"II*" in data else "big"
+    tag = data.index((0x0100).to_bytes(2, order), data.index(b"eXIf"))
+    data[tag + 2 : tag + 4] = (2).to_bytes(2, order)  # width as letters
+    length = int.from_bytes(data[data.index(b"eXIf") - 4 : data.index(b"eXIf")], "big")
+    chunk = data.index(b"eXIf")
+    data[chunk + 4 + length : chunk + 8 + length] = zlib.crc32(data[chunk : chunk + 4 + length]).to_bytes(4, "big")
+    assert np.array_equal(decode_image(bytes(data)), np.rot90(pixels, -1))
 
 
 @pytest.mark.parametrize(

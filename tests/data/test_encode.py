@@ -1,6 +1,7 @@
 """Raw documents become documents that fit a pack, and nothing of them is lost without a word."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -100,6 +101,20 @@ def test_native_images_keep_their_shape_within_the_budget(height, width):
     scale = min(1, 32 / (height * width) ** 0.5)
     lost = np.array([height * scale - rows, width * scale - columns])
     assert (lost > -1e-6).all() and (lost < 4).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_thin_image_takes_no_more_memory_than_it_has_pixels(shape):
+    pixels = np.zeros((*shape, 3), np.uint8)
+    pixels.reshape(-1, 3)[9_995:10_005] = 200
+    tracemalloc.start()
+    square = ImageRule("crop", 256, 16)(pixels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert square.shape == (256, 256, 3) and square.min() == 200  # the middle pixel, enlarged
+    assert peak < 1 << 20
+    with pytest.raises(Rejected, match="image too thin"):
+        ImageRule("native", 256, 16)(pixels)
 
 
 def test_a_small_native_image_is_cut_and_not_scaled():

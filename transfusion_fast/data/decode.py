@@ -7,16 +7,32 @@ decoded raises `Rejected`, whose reason is one of a few, to be counted.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from transfusion_fast.data.source import Rejected
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What decoders raise on damaged data: about anything.
+_DAMAGE = (
+    OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
+    struct.error,
+)  # fmt: skip
 _TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -34,16 +50,25 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 if width * height > max_pixels:
                     raise Rejected("image too large", f"{width} x {height} pixels are more than {max_pixels}")
                 image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+                return _rgb(_upright(image))
     except Image.DecompressionBombError as error:
         raise Rejected("image too large", str(error)) from error
     except UnidentifiedImageError as error:
         raise Rejected("not an image", f"must be {', '.join(FORMATS)}") from error
-    # A decoder may raise anything on damaged data.
-    except (OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, EOFError, MemoryError) as error:
+    except _DAMAGE as error:
         if isinstance(error, Rejected):
             raise
         raise Rejected("image damaged", str(error) or type(error).__name__) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF says it was held. Only that tag is read: any other may be malformed without harm to the picture."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except _DAMAGE:
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

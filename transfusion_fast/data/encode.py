@@ -50,13 +50,14 @@ class ImageRule:
             target = (self._multiple(height * scale), self._multiple(width * scale))
             if not all(target):
                 raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
-        # Rounding must not make an image smaller than what is cut out of it.
-        scaled = [max(side, round(length * scale)) for side, length in zip(target, (height, width), strict=True)]
-        if scaled != [height, width]:
-            resized = Image.fromarray(pixels).resize((scaled[1], scaled[0]), Image.Resampling.LANCZOS, reducing_gap=3.0)
-            pixels = np.asarray(resized)
-        top, left = ((length - side) // 2 for length, side in zip(scaled, target, strict=True))
-        return pixels[top : top + target[0], left : left + target[1]]
+        # What is kept is cut out first: a thin image scaled as a whole could be of any size.
+        kept = [min(float(length), side / scale) for length, side in zip((height, width), target, strict=True)]
+        top, left = ((length - side) // 2 for length, side in zip((height, width), kept, strict=True))
+        if kept == [*target]:
+            return pixels[int(top) : int(top) + target[0], int(left) : int(left) + target[1]]
+        box = (left, top, left + kept[1], top + kept[0])
+        resample = Image.Resampling.LANCZOS
+        return np.asarray(Image.fromarray(pixels).resize((target[1], target[0]), resample, box, reducing_gap=3.0))
 
     def _multiple(self, length: float) -> int:
         return int(length + 1e-9) // self.multiple * self.multiple
