@@ -3,9 +3,12 @@
 import hashlib
 import io
 import json
+import os
+import resource
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,10 +124,7 @@ def test_a_run_that_was_cut_off_goes_on_and_gives_the_same_bytes(tmp_path, recip
 
 
 def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkeypatch, tars):
-    with monkeypatch.context() as patched:
-        patched.setattr(building, "write_shard", lambda *arguments: (_ for _ in ()).throw(Stop))
-        with pytest.raises(Stop):
-            build(recipe, tmp_path / "out")
+    cut_off(recipe, tmp_path / "out", monkeypatch)
     begun = content(tmp_path / "out.partial" / "units")
     other = Recipe(recipe.source, Encoder(TOKENIZER, 128, RGB, IMAGES.image), packs_per_shard=PER_SHARD)
     with pytest.raises(InputError, match=r"out.partial was begun with other encoder; go on with those, or remove it"):
@@ -132,6 +132,104 @@ def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, recipe, monke
     with pytest.raises(InputError, match="was begun with other source and files"):
         build(Recipe(PairsSource.of([tars / "00000.tar"]), IMAGES, packs_per_shard=PER_SHARD), tmp_path / "out")
     assert content(tmp_path / "out.partial" / "units") == begun
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"image": ImageRule("native", 12, 4)}, "encoder"),
+        ({"image": ImageRule("crop", 16, 4)}, "encoder"),
+        ({"long": "reject"}, "encoder"),
+        ({"modality": replace(RGB, name="others")}, "encoder"),
+    ],
+)
+def test_no_setting_of_the_encoder_may_change_meanwhile(tmp_path, recipe, monkeypatch, changes, what):
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    with pytest.raises(InputError, match=f"was begun with other {what};"):
+        build(replace(recipe, encoder=replace(IMAGES, **changes)), tmp_path / "out")
+
+
+def cut_off(recipe, out, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "write_shard", lambda *arguments: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            build(recipe, out)
+
+
+def texts(path, name, count=50):
+    path.write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)))
+    return Recipe(TextSource.of([path]), Encoder(TOKENIZER, 64), packs_per_shard=PER_SHARD)
+
+
+def words(folder):
+    reader = PackReader(folder)
+    documents = [d for number in range(len(reader)) for d in reader.read(number).documents(())]
+    return sorted(TOKENIZER.decode(d[0].ids) for d in documents)
+
+
+def test_a_file_that_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
+    cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
+    with pytest.raises(InputError, match="was begun with other files"):
+        build(texts(tmp_path / "a.jsonl", "new"), tmp_path / "out")
+
+
+def test_settings_that_fail_before_any_document_was_read_may_be_corrected(tmp_path, recipe, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "write_unit", lambda *arguments: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            build(recipe, tmp_path / "out")
+    build(texts(tmp_path / "a.jsonl", "other"), tmp_path / "out")
+    assert words(tmp_path / "out") == sorted(f"other {n}" for n in range(50))
+
+
+@pytest.mark.parametrize("killed_in", ["unlink", "rmtree"])
+def test_what_a_run_killed_while_tidying_up_leaves_is_never_taken_for_more(tmp_path, monkeypatch, killed_in):
+    def stop(*_, **__):
+        raise Stop
+
+    recipe = texts(tmp_path / "a.jsonl", "old")
+    with monkeypatch.context() as patched:
+        if killed_in == "unlink":
+            patched.setattr(Path, "unlink", stop)
+        else:
+            whole = building.shutil.rmtree
+            patched.setattr(
+                building.shutil, "rmtree", lambda p, *a, **k: stop() if p.name == "out.partial" else whole(p, *a, **k)
+            )
+        with pytest.raises(Stop):
+            build(recipe, tmp_path / "out")
+    assert words(tmp_path / "out") == sorted(f"old {n}" for n in range(50))
+    assert (tmp_path / "out.partial").exists()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    build(recipe, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "moved")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_left_of_another_source_without_its_recipe_is_not_used(tmp_path, monkeypatch):
+    cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
+    (tmp_path / "out.partial" / "recipe.json").unlink()
+    build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
+    assert words(tmp_path / "out") == sorted(f"new {n}" for n in range(20))
+
+
+def test_thousands_of_small_files_need_few_open_ones(tmp_path):
+    for kind, count in (("txt", 600), ("jsonl", 300)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for n in range(count):
+            (folder / f"{n:04d}.{kind}").write_text(
+                f"{kind} {n}" if kind == "txt" else json.dumps({"text": f"{kind} {n}"})
+            )
+        source = TextSource.of([folder])
+        assert len(source.units()) == (3 if kind == "txt" else count)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300 + len(os.listdir("/proc/self/fd")), hard))
+        try:
+            build(Recipe(source, Encoder(TOKENIZER, 2048)), tmp_path / f"out-{kind}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):

@@ -8,6 +8,7 @@ off; the folder of shards within it becomes FOLDER in one step at the end.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import shutil
 from collections import Counter
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -42,6 +43,7 @@ from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 _RECIPE, _LOCK, _UNITS, _SHARDS = "recipe.json", ".lock", "units", "shards"
+_OPEN_UNITS = 128  # of files that a process has open at once
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -89,7 +91,7 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with what would tell that a file of the source has changed."""
-        files = sorted({unit.path for unit in self.source.units()})
+        files = sorted(set(self.source.files))
         return {
             "source": self.source.describe(),
             "files": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
@@ -159,7 +161,9 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
 def _check_recipe(partial: Path, recipe: Recipe) -> None:
     """Writes the recipe, or finds the one that the work in `partial` was begun with to be the same."""
     path, now = partial / _RECIPE, json.loads(json.dumps(recipe.describe()))
-    if not path.exists():
+    if not path.exists() or not any((partial / _UNITS).glob("*.json")):
+        for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
+            shutil.rmtree(partial / name, ignore_errors=True)
         staged = path.with_suffix(".staged")
         staged.write_text(json.dumps(now, indent=1), encoding="utf-8")
         staged.replace(path)
@@ -224,11 +228,13 @@ def _shard_tasks(recipe: Recipe, partial: Path, num_units: int) -> Iterator[_Sha
 
 def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     record = job.folder / _UNITS / f"shard-{task.number:06d}.json"
-    if record.exists():
-        info, documents, tokens = json.loads(record.read_text(encoding="utf-8"))
-        return task.number, IndexedShard(parse_shard(info, str(record)), documents, tokens)
     encoder = job.recipe.encoder
     folder = job.folder / _SHARDS
+    if record.exists():
+        entry, documents, tokens = json.loads(record.read_text(encoding="utf-8"))
+        info = parse_shard(entry, str(record))
+        if (folder / info.file).is_file() and (folder / info.file).stat().st_size == info.bytes:
+            return task.number, IndexedShard(info, documents, tokens)
     name = write_shard(_packs(job, task), folder, task.number)
     num_text_tokens = encoder.tokenizer.num_text_tokens
     shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
@@ -240,10 +246,13 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
 
 def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
     modalities = job.recipe.encoder.modalities
-    units = np.unique(np.concatenate(task.packs)[:, 0]).tolist()
-    readers = {unit: UnitReader(job.folder / _UNITS, unit, modalities) for unit in units}
+
+    @functools.lru_cache(maxsize=_OPEN_UNITS)
+    def reader(unit: int) -> UnitReader:
+        return UnitReader(job.folder / _UNITS, unit, modalities)
+
     for pack in task.packs:
-        yield make_pack([readers[unit][document] for unit, document in pack.tolist()], modalities)
+        yield make_pack([reader(unit)[document] for unit, document in pack.tolist()], modalities)
 
 
 def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: Index) -> None:
@@ -255,7 +264,22 @@ def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: I
         raise InputError(
             f"{partial / _SHARDS} is whole, but cannot become {folder} ({error}); move it there"
         ) from error
+    (partial / _RECIPE).unlink()  # first: what a run that is killed now leaves must not be gone on with
     shutil.rmtree(partial)
+
+
+class _Worker:
+    """What a process of the pool was started with."""
+
+    job: ClassVar[_Job]
+
+
+def _begin(job: _Job) -> None:
+    _Worker.job = job
+
+
+def _run(function: Callable[[_Job, Task], Result], task: Task) -> Result:
+    return function(_Worker.job, task)
 
 
 @contextmanager
@@ -265,12 +289,12 @@ def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
     context = get_context("forkserver")  # threads of libraries do not survive a fork
-    with ProcessPoolExecutor(processes, context) as executor:
+    with ProcessPoolExecutor(processes, context, _begin, (job,)) as executor:
 
         def each(function: Callable[[_Job, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
             waiting: set[Future[Result]] = set()
             for task in tasks:
-                waiting.add(executor.submit(function, job, task))
+                waiting.add(executor.submit(_run, function, task))
                 if len(waiting) > 2 * processes:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +38,14 @@ class PacksSource:
 
     folder: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.folder / shard.file for shard in parse_index(self.folder).shards)
+
     def units(self) -> list[Unit]:
-        units, first = [], 0
-        for shard in parse_index(self.folder).shards:
-            units.append(Unit(self.folder / shard.file, first, first + len(shard.offsets)))
-            first += len(shard.offsets)
-        return units
+        counts = parse_index(self.folder).pack_counts
+        ends = itertools.accumulate(counts)
+        return [Unit(file, end - count, end) for file, count, end in zip(self.files, counts, ends, strict=True)]
 
     def documents(self, unit: Unit) -> Iterator[StoredDocument | Rejected]:
         reader = _reader(self.folder)

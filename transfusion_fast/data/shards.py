@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
     with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
         for i, pack in enumerate(packs):
             writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
+        stream.flush()
+        os.fsync(stream.fileno())
     unfinished.rename(folder / name)
     return name
 

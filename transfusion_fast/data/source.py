@@ -55,6 +55,10 @@ Raw_co = TypeVar("Raw_co", covariant=True)
 class Source(Protocol[Raw_co]):
     """Where documents come from, `RawDocument`s mostly. Picklable."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is read."""
+
     def units(self) -> list[Unit]:
         """All of it, in the order of documents; InputError where there is nothing to read."""
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, byte_ranges, existing_files, lines_of
+from transfusion_fast.data.source import (
+    MAX_BYTES,
+    RawDocument,
+    Rejected,
+    Unit,
+    byte_ranges,
+    existing_files,
+    lines_of,
+)
 from transfusion_fast.errors import InputError
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
+FILES_TOGETHER = 256
+"""A unit of .txt is so many files that follow one another, by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,19 @@ class TextSource:
         return cls(tuple(existing_files(paths, SUFFIXES)), field)
 
     def units(self) -> list[Unit]:
-        return [unit for file in self.files for unit in self._units_of(file)]
+        units: list[Unit] = []
+        for number, file in enumerate(self.files):
+            if not _is_whole(file):
+                units += self._units_of(file)
+            elif units and _is_whole(units[-1].path) and units[-1].end == number < units[-1].start + FILES_TOGETHER:
+                units[-1] = replace(units[-1], end=number + 1)
+            else:
+                units.append(Unit(file, number, number + 1))
+        return units
 
     def _units_of(self, file: Path) -> list[Unit]:
         if file.suffix.lower() == ".jsonl":
             return byte_ranges(file)
-        if file.suffix.lower() == ".txt":
-            return [Unit(file, 0, file.stat().st_size)]
         with _parquet(file) as table:
             if self.field not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names)
@@ -42,7 +58,7 @@ class TextSource:
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
         readers: dict[str, Callable[[Unit], Iterator[tuple[str, Any]]]] = {
-            ".txt": _whole_file,
+            ".txt": self._whole_files,
             ".jsonl": self._json_values,
             ".parquet": self._parquet_values,
         }
@@ -55,6 +71,10 @@ class TextSource:
                 yield Rejected("empty text", where)
             else:
                 yield RawDocument(where, (value,))
+
+    def _whole_files(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        for file in self.files[unit.start : unit.end]:
+            yield str(file), _content(file)
 
     def _json_values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
         for at, line in lines_of(unit):
@@ -84,15 +104,18 @@ def parse_json(line: bytes | Rejected, where: str) -> Any:
         return Rejected("not JSON", f"{error}, {where}")
 
 
-def _whole_file(unit: Unit) -> Iterator[tuple[str, str | Rejected]]:
-    where = str(unit.path)
-    if unit.end > MAX_BYTES:
-        yield where, Rejected("file too large", f"more than {MAX_BYTES} bytes, {where}")
-        return
+def _is_whole(file: Path) -> bool:
+    """Whether the file is one document."""
+    return file.suffix.lower() == ".txt"
+
+
+def _content(file: Path) -> str | Rejected:
+    if file.stat().st_size > MAX_BYTES:
+        return Rejected("file too large", f"more than {MAX_BYTES} bytes, {file}")
     try:
-        yield where, unit.path.read_bytes().decode()
+        return file.read_bytes().decode()
     except UnicodeDecodeError as error:
-        yield where, Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {where}")
+        return Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {file}")
 
 
 def _parquet(path: Path) -> Any:
