@@ -1,5 +1,5 @@
-"""Turn a source into a data folder: `python train/prepare.py digits OUT`, or `text`, `pairs` or `interleaved` of files
-of your own; and look after one: `verify`, `info`, `index`.
+"""Turn a source into a data folder: `python train/prepare.py digits OUT`, or `fashion-mnist` or `stories`; or files of
+your own, `text`, `pairs` or `interleaved`. And look after one: `preview`, `info`, `verify`, `index`, `repack`.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs = sources.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
     _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
     _add_images(pairs)
-    pairs.set_defaults(run=_pairs)
+    pairs.set_defaults(run=_pairs, long="reject")  # a caption without its image is of no use
     interleaved = sources.add_parser("interleaved", help="texts and images in turn: JSON lines beside their pictures")
     _add_files(interleaved, '.jsonl, a line a document: {"content": ["text", {"image": "PATH"}, {"base64": ".."}]}')
     _add_images(interleaved)
@@ -143,7 +143,7 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=4096, help="positions of a pack (default: %(default)s)")
     parser.add_argument(
         "--long", choices=("split", "reject"), default="split",
-        help="what becomes of documents longer than a pack: cut where a reader pauses, or left out (default: split)",
+        help="of documents longer than a pack: cut where a reader pauses, or left out (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
@@ -236,7 +236,7 @@ def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Toke
 
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:
     built = build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes)
-    for line in _rejected(built):
+    for line in _outcomes(built):
         print(f"{options.out}: {line}", file=sys.stderr)
     print(f"{options.out}: written: {_summary(built.index)}")
 
@@ -298,8 +298,10 @@ def _preview(options: argparse.Namespace) -> None:
     print(f"{len(documents)} documents: {options.out}")
 
 
-def _rejected(built: Built) -> list[str]:
-    return [f"left out {count}: {built.examples[reason]}" for reason, count in built.rejected.items()]
+def _outcomes(built: Built) -> list[str]:
+    """What became of documents that are not in the folder as they were."""
+    left_out = [f"left out {count}: {built.examples[reason]}" for reason, count in built.rejected.items()]
+    return [*left_out, f"cut {built.cut} documents that no pack has room for"] if built.cut else left_out
 
 
 def _summary(index: Index) -> str:

@@ -17,8 +17,11 @@ import torch
 from PIL import Image as PillowImage
 
 from transfusion_fast.autoencoder import Autoencoder, read_autoencoder
+from transfusion_fast.data.decode import decode_image
+from transfusion_fast.data.encode import scaled_middle
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.preview import Picture, page
+from transfusion_fast.data.source import Rejected
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.model import Transfusion
@@ -26,9 +29,6 @@ from transfusion_fast.pictures import check_picture, draw_grid
 from transfusion_fast.sample import ImageSettings, generate_images, sample
 from transfusion_fast.sequence import Image, Text
 from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
-
-MAX_PIXELS = 64 * 1024 * 1024
-FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def main() -> int:
@@ -189,18 +189,16 @@ def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> t
 
 
 def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """uint8 [1, height, width, channels], grey or colour."""
+    """uint8 [1, height, width, channels], grey or colour, read as `prepare.py` reads images."""
     height, width = size
     try:
-        with PillowImage.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise InputError(f"{path}: must have at most {MAX_PIXELS} pixels, got {file.width} x {file.height}")
-            image = file.convert("L" if channels == 1 else "RGB").resize((width, height))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
-        raise InputError(f"{path}: is not a readable {', '.join(FORMATS)} image ({error})") from error
-    return np.asarray(image, dtype=np.uint8).reshape(1, height, width, channels)
+        pixels = decode_image(path.read_bytes())
+    except Rejected as error:
+        raise InputError(f"{path}: must be a readable image, and is not ({error})") from error
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    middle = scaled_middle(pixels, height, width, scale)
+    shown = PillowImage.fromarray(middle).convert("L" if channels == 1 else "RGB")
+    return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def read_captioned(folder: Path, tokenizer: Tokenizer) -> Captioned:
         for document in reader.read(number).documents(reader.index.modalities):
             words = "".join(tokenizer.decode(s.ids) for s in document if isinstance(s, TextSegment))
             pictures = _pictures(document)
+            if pictures and len(document) != 2:
+                raise InputError(
+                    f"{folder}: evaluation needs documents of one image and its caption, got one of {len(pictures)} "
+                    f"images in {len(document)} parts; give --data of captioned images"
+                )
             images.extend(pictures)
             captions.extend([words] * len(pictures))
             if not pictures:

@@ -1,5 +1,6 @@
 """A data folder in packs of another length: the same documents, and nothing cut but where a reader would pause."""
 
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -118,20 +119,18 @@ def test_the_bytes_do_not_depend_on_the_processes(folder, tmp_path):
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in names)
 
 
-def test_a_damaged_pack_is_left_out_and_named(folder, tmp_path):
+def test_a_damaged_pack_ends_it_with_its_name(folder, tmp_path):
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder, copy)
     shard = copy / "shard-000000.tar"
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    built = repacked(copy, tmp_path / "out", 2048)
-    lost = PackReader(folder).read(0).num_documents
-    assert built.rejected == {"pack unreadable": 1}
-    assert "shard-000000.tar" in built.examples["pack unreadable"]
-    assert built.index.documents == len(SENTENCES) - lost
+    with pytest.raises(InputError, match=r"pack 0 of shard .*shard-000000.tar .* cannot be read"):
+        repacked(copy, tmp_path / "out", 2048)
+    assert not (tmp_path / "out").exists()
+    shutil.copy(folder / "shard-000000.tar", shard)
+    assert repacked(copy, tmp_path / "out", 2048).index.documents == len(SENTENCES)
 
 
 def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):

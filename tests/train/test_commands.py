@@ -82,7 +82,10 @@ def test_weights_that_do_not_match_the_manifest_are_not_sampled_from(run: Path, 
         (["sample", "nowhere", "--prompt", "one"], "nowhere: is not a run folder"),
         (["sample", "RUN", "--prompt", "one", "--steps", "0"], "diffusion steps must be at least 1, got 0"),
         (["sample", "RUN", "--prompt", "one", "--checkpoint", "../x"], "has no checkpoint '../x'"),
-        (["sample", "RUN", "--caption", __file__], "is not a readable PNG, JPEG, WEBP image"),
+        (
+            ["sample", "RUN", "--caption", __file__],
+            "must be a readable image, and is not (not an image: must be JPEG, PNG, WEBP)",
+        ),
         (["sample", "RUN", "--prompt", "one", "--guidance", "nan"], "guidance weight must be finite, got nan"),
         (["sample", "RUN", "--text", "one", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
         (["sample", "RUN", "--prompt", "one", "--vae", "x"], "--vae needs a run on latents, got"),
@@ -157,3 +160,27 @@ def test_pretrain_refuses_other_versions_and_truncated_shards(run: Path, tmp_pat
     shard.write_bytes(shard.read_bytes()[:-100])
     code, _, err = command("pretrain", f"data.path={data}")
     assert code == 2 and "shard-000000.tar" in err and err.count("\n") == 1
+
+
+def test_a_picture_to_caption_is_read_as_training_pictures_are(run: Path, tmp_path: Path, command) -> None:
+    picture = np.zeros((16, 32, 4), np.uint8)
+    picture[:, 8:24] = (200, 200, 200, 255)  # the middle; the rest is transparent
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    Image.fromarray(picture[:, 8:24, :3]).save(tmp_path / "square.png")
+    wide, square = (command("sample", run, "--caption", tmp_path / name) for name in ("wide.png", "square.png"))
+    assert wide[0] == square[0] == 0
+    assert wide[1].split(": ", 1)[1] == square[1].split(": ", 1)[1]
+
+
+def test_evaluation_of_stories_is_refused(run: Path, tmp_path: Path, command) -> None:
+    from transfusion_fast.data.digits import MODALITY
+    from transfusion_fast.data.pack import ImageSegment, TextSegment
+    from transfusion_fast.data.prepare import prepare
+    from transfusion_fast.data.tokenizer import ByteTokenizer
+
+    words, image = TextSegment(ByteTokenizer().encode("one")), ImageSegment(np.zeros((8, 8, 1), np.uint8))
+    settings = {"sequence_length": 128, "tokenizer": ByteTokenizer(), "modalities": (MODALITY,)}
+    for split in ("train", "heldout"):
+        prepare([(words, image, words)], tmp_path / "stories" / split, **settings)
+    code, _, err = command("evaluate", run, "--data", tmp_path / "stories")
+    assert code == 2 and "documents of one image and its caption" in err and err.count("\n") == 1

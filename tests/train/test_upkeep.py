@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion_fast.data.index import INDEX_NAME, read_index
+from transfusion_fast.data.index import INDEX_NAME, PackReader, read_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import prepare
@@ -41,6 +41,9 @@ def test_preview_writes_a_page(folder, tmp_path, capsys):
     page = tmp_path / "new" / "page.html"
     assert run(capsys, "preview", folder, "--pack", 1, "--out", page) == (0, f"3 documents: {page}\n", "")
     assert page.read_text().count("<img") == 6 and "the end" in page.read_text()
+    other = tmp_path / "seed.html"
+    assert run(capsys, "preview", folder, "--pack", 1, "--seed", 1, "--out", other)[0] == 0
+    assert other.read_text().split("<section>")[1:] != page.read_text().split("<section>")[1:]
     for option in (["--pack", 99], ["--pack", -1], ["--epoch", -1], ["--seed", -1]):
         code, out, err = run(capsys, "preview", folder, *option, "--out", tmp_path / "other.html")
         assert (code, out) == (2, "") and err.count("\n") == 1 and f"{option[0]} must be" in err
@@ -53,6 +56,24 @@ def test_info_counts_and_draws(folder, tmp_path, capsys):
     assert "images: 12 of 48 patches" in out and "12 documents" in out
     assert "% at 2048" in out and "% at 16384" in out
     assert np.asarray(Image.open(tmp_path / "new" / "lengths.png").convert("L")).std() > 5
+
+
+def test_the_shape_of_images_is_as_asked_for(folder, tmp_path, capsys):
+    stories, sizes = tmp_path / "stories", {}
+    for shape in ("crop", "native"):
+        out = tmp_path / shape
+        options = ("--image-size", "16", "--patch-size", "4", "--shape", shape, "--processes", "1", "--seq-len", "64")
+        assert run(capsys, "interleaved", stories, "--out", out, *options)[0] == 0
+        rows = PackReader(out).read(0).segments
+        sizes[shape] = {tuple(row[4:6]) for row in rows.tolist() if row[1]}
+    assert sizes == {"crop": {(16, 16)}, "native": {(12, 16)}}
+
+
+def test_documents_that_were_cut_are_counted(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("A sentence of some words. " * 20)
+    (tmp_path / "b.txt").write_text("short")
+    code, _, err = run(capsys, "text", tmp_path, "--out", tmp_path / "out", "--seq-len", 64, "--processes", "1")
+    assert code == 0 and "cut 1 documents that no pack has room for" in err
 
 
 def test_verify_says_all_or_ends_with_1(folder, capsys):

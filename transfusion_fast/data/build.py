@@ -109,6 +109,8 @@ class Built:
     """Of each reason, how many."""
     examples: dict[str, str] = field(default_factory=dict)
     """Of each reason, the first."""
+    cut: int = 0
+    """How many were longer than a pack, and became several."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,15 @@ def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
     return number, report
 
 
-def _merge(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str]]:
+def _merge(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str], int]:
+    cut = 0
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for report in reports:
+        cut += report.cut
         rejected.update(report.rejected)
         examples = report.examples | examples
-    return dict(sorted(rejected.items())), examples
+    return dict(sorted(rejected.items())), examples, cut
 
 
 def _shard_tasks(recipe: Recipe, partial: Path, num_units: int) -> Iterator[_ShardTask]:

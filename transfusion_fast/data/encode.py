@@ -12,7 +12,7 @@ from PIL import Image
 from transfusion_fast.data.decode import decode_image
 from transfusion_fast.data.fitting import Fitting, Long
 from transfusion_fast.data.latents import LatentRule
-from transfusion_fast.data.pack import IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, Segment
+from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, Segment
 from transfusion_fast.data.source import RawDocument, Rejected
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
@@ -50,17 +50,25 @@ class ImageRule:
             target = (self._multiple(height * scale), self._multiple(width * scale))
             if not all(target):
                 raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
-        # What is kept is cut out first: a thin image scaled as a whole could be of any size.
-        kept = [min(float(length), side / scale) for length, side in zip((height, width), target, strict=True)]
-        top, left = ((length - side) // 2 for length, side in zip((height, width), kept, strict=True))
-        if kept == [*target]:
-            return pixels[int(top) : int(top) + target[0], int(left) : int(left) + target[1]]
-        box = (left, top, left + kept[1], top + kept[0])
-        resample = Image.Resampling.LANCZOS
-        return np.asarray(Image.fromarray(pixels).resize((target[1], target[0]), resample, box, reducing_gap=3.0))
+        return scaled_middle(pixels, *target, scale)
 
     def _multiple(self, length: float) -> int:
         return int(length + 1e-9) // self.multiple * self.multiple
+
+
+def scaled_middle(pixels: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
+    """The middle of an image, uint8 [.., .., 3], that takes height x width pixels once it is scaled.
+
+    It is cut out first: a thin image scaled as a whole could be of any size.
+    """
+    sides = pixels.shape[:2]
+    kept = [min(float(length), side / scale) for length, side in zip(sides, (height, width), strict=True)]
+    top, left = ((length - side) // 2 for length, side in zip(sides, kept, strict=True))
+    if kept == [height, width]:
+        return pixels[int(top) : int(top) + height, int(left) : int(left) + width]
+    box = (left, top, left + kept[1], top + kept[0])
+    resample = Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box, reducing_gap=3.0))
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,7 @@ class Encoder:
             raise Rejected("image in text", "these documents are prepared as text alone")
         pixels = np.ascontiguousarray(self.image(decode_image(data)))
         patch = self.modality.patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
-        length = (pixels.shape[0] // patch) * (pixels.shape[1] // patch) + IMAGE_TOKENS
-        if length > self._fitting.room:
-            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+        self._fitting.check_image((pixels.shape[0] // patch) * (pixels.shape[1] // patch))
         return pixels
 
     def _encoded(self, waiting: Sequence[_Opened | Rejected]) -> Iterator[list[Document] | Rejected]:

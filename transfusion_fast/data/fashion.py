@@ -83,7 +83,7 @@ def _fetched(origin: str | Path, scratch: Path) -> Path:
     path = Path(origin)
     if origin == DEBIAN:
         _run(["apt-get", "download", PACKAGE], scratch)
-        path = next(scratch.glob(f"{PACKAGE}_*.deb"))
+        path = next(scratch.glob(f"{PACKAGE}_*.deb"), scratch / f"{PACKAGE}.deb")
     elif origin == WEB:
         _download(scratch)
         return scratch

@@ -70,9 +70,12 @@ class Fitting:
 
     def length(self, segment: Segment) -> int:
         """Positions that a segment takes; Rejected for an image that no pack has room for."""
-        if isinstance(segment, TextSegment):
-            return segment_length(segment, self.modalities)
-        length = segment_length(segment, self.modalities) + IMAGE_TOKENS
+        length = segment_length(segment, self.modalities)
+        return length if isinstance(segment, TextSegment) else self.check_image(length)
+
+    def check_image(self, patches: int) -> int:
+        """Positions that an image takes; Rejected where no pack has room for them."""
+        length = patches + IMAGE_TOKENS
         if length > self.room:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return length

@@ -242,6 +242,8 @@ def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_token
         raise InputError(
             f"token ids of a pack must be in 0..{num_text_tokens - 1}, got {pack.tokens.min()}..{pack.tokens.max()}"
         )
+    if not np.isfinite(pack.latents).all():
+        raise InputError("latents of a pack must be finite, got infinity or NaN")
     if pack.num_positions > sequence_length:
         raise InputError(f"pack must take at most {sequence_length} positions, got {pack.num_positions}")
 

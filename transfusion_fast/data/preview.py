@@ -15,6 +15,7 @@ from PIL import Image
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
 from transfusion_fast.data.tokenizer import Tokenizer
+from transfusion_fast.images import unscale_pixels
 from transfusion_fast.patches import unpatchify
 from transfusion_fast.sequence import ModalityBatch, PackedBatch, Vocabulary
 
@@ -121,16 +122,12 @@ def _of_modality(
     for number, (height, width) in enumerate(sizes):
         patches = slice(offsets[number], offsets[number + 1])
         x_0, t = own.latents[patches], own.timesteps[number]
-        shown = _pixels_of if info.encoding == "pixels" else _false_colours
+        shown = unscale_pixels if info.encoding == "pixels" else _false_colours
         both = (x_0, add_noise(x_0, own.noise[patches], t))
         images = [shown(unpatchify(x.numpy(), height, width, info.patch_size)[0]) for x in both]
         caption = f"{info.name}, {width} x {height}, t = {t:.0f}"
         found[int(own.sequence_index[patches.start])] = (patches.stop - patches.start, Picture(tuple(images), caption))
     return found
-
-
-def _pixels_of(values: np.ndarray) -> np.ndarray:
-    return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def _false_colours(values: np.ndarray) -> np.ndarray:

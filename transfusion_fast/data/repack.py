@@ -21,7 +21,6 @@ from transfusion_fast.data.index import INDEX_NAME, PackReader, parse_index
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, Segment
 from transfusion_fast.data.source import Rejected, Unit
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
-from transfusion_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,10 @@ class StoredDocument:
 
 @dataclass(frozen=True)
 class PacksSource:
-    """The documents of a data folder; a unit is a shard, from its first pack to its last."""
+    """The documents of a data folder; a unit is a shard, from its first pack to its last.
+
+    A pack that cannot be read is an InputError: of a prepared folder nothing is to be lost.
+    """
 
     folder: Path
 
@@ -47,14 +49,10 @@ class PacksSource:
         ends = itertools.accumulate(counts)
         return [Unit(file, end - count, end) for file, count, end in zip(self.files, counts, ends, strict=True)]
 
-    def documents(self, unit: Unit) -> Iterator[StoredDocument | Rejected]:
+    def documents(self, unit: Unit) -> Iterator[StoredDocument]:
         reader = _reader(self.folder)
         for number in range(unit.start, unit.end):
-            try:
-                documents = reader.read(number).documents(reader.index.modalities)
-            except InputError as error:
-                yield Rejected("pack unreadable", str(error))
-                continue
+            documents = reader.read(number).documents(reader.index.modalities)
             for place, document in enumerate(documents):
                 yield StoredDocument(f"document {place} of pack {number} of {self.folder}", document)
 

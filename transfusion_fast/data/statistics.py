@@ -88,4 +88,4 @@ def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
         axes.set_xlabel("length of a document, positions")
         axes.set_ylabel(name)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")

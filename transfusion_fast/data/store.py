@@ -38,6 +38,8 @@ class UnitReport:
     """Of each reason, how many."""
     examples: dict[str, str]
     """Of each reason, the first."""
+    cut: int = 0
+    """How many became several, since no pack has room for them."""
 
 
 def write_unit(
@@ -48,13 +50,14 @@ def write_unit(
     lengths: list[int] = []
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    tokens_end = values_end = 0
+    tokens_end = values_end = cut = 0
     with _file(folder, number, "tokens").open("wb") as tokens, _file(folder, number, "latents").open("wb") as latents:
         for outcome in documents:
             if isinstance(outcome, Rejected):
                 rejected[outcome.reason] += 1
                 examples.setdefault(outcome.reason, str(outcome))
                 continue
+            cut += len(outcome) > 1
             for document in outcome:
                 for segment in document:
                     length = segment_length(segment, modalities)
@@ -69,10 +72,10 @@ def write_unit(
                 lengths.append(document_length(document, modalities))
     np.save(_file(folder, number, "segments.npy"), np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS))
     np.save(_file(folder, number, "lengths.npy"), np.array(lengths, dtype=np.int32))
-    report = UnitReport(len(lengths), dict(rejected), examples)
+    report = UnitReport(len(lengths), dict(rejected), examples, cut)
     whole = _file(folder, number, "json")
     partial = whole.with_suffix(".partial")
-    partial.write_text(json.dumps([report.documents, report.rejected, report.examples]), encoding="utf-8")
+    partial.write_text(json.dumps([report.documents, report.rejected, report.examples, report.cut]), encoding="utf-8")
     partial.replace(whole)
     return report
 
