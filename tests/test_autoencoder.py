@@ -14,7 +14,7 @@ import torch
 from autoencoders import random_pixels, save_autoencoder
 from safetensors.torch import load_file, save_file
 
-from transfusion_fast.autoencoder import CONFIG, WEIGHTS, read_autoencoder
+from transfusion_fast.autoencoder import CONFIG, WEIGHTS, _model, read_autoencoder
 from transfusion_fast.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -106,6 +106,15 @@ class Bomb:
 
     def __reduce__(self):
         return Path.touch, (self.target,)
+
+
+def test_another_process_does_not_take_changed_weights_for_the_ones_that_were_named(tmp_path):
+    save_autoencoder(tmp_path / "vae")
+    autoencoder = read_autoencoder(tmp_path / "vae")
+    save_autoencoder(tmp_path / "vae", seed=1)
+    _model.cache_clear()  # as in a process that has not read it yet
+    with pytest.raises(InputError, match="must stay as it is while it is in use, and has changed"):
+        autoencoder.encode(PIXELS)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])

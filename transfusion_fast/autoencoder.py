@@ -169,6 +169,8 @@ def _model(folder: Path, fingerprint: str, device: str) -> Any:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as error:  # diffusers raises the latter where what it imports is broken
         raise InputError(f"autoencoder {folder} needs the package diffusers ({_line(error)}); install it") from error
+    if _fingerprint(_read_config(folder), _weights(folder)) != fingerprint:
+        raise InputError(f"autoencoder {folder} must stay as it is while it is in use, and has changed; begin anew")
     # It would warn of weights that are missing or left over in lines of its own; they are an error below.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     try:

@@ -239,7 +239,7 @@ def _until_killed(documents):
 
 def test_other_latents_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(building, "write_unit", lambda *arguments: (_ for _ in ()).throw(Stop))
+        patched.setattr(building, "write_shard", lambda *arguments: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             build(recipe, tmp_path / "out")
     save_autoencoder(tmp_path / "other", seed=1)
