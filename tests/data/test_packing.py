@@ -48,6 +48,15 @@ def test_hardly_anything_is_wasted_and_it_takes_seconds(buffer):
     assert waste < 0.001
 
 
+@pytest.mark.parametrize(("low", "high", "capacity"), [(276, 340, 4096), (76, 90, 512), (208, 522, 4096)])
+def test_packs_hold_documents_of_many_lengths(low, high, capacity):
+    lengths = np.random.default_rng(0).integers(low, high, 20_000)
+    packs = list(pack_stream([lengths], capacity, 0))
+    assert np.mean([len(set(lengths[pack].tolist())) == 1 for pack in packs]) < 0.02
+    assert np.median([lengths[pack].std() for pack in packs]) > 0.3 * lengths.std()
+    assert 1 - lengths.sum() / (capacity * len(packs)) < 0.04
+
+
 def test_neighbouring_packs_are_not_alike():
     """Best-fit decreasing would put the longest documents into the first packs."""
     lengths = web_lengths(20_000)

@@ -19,6 +19,7 @@ SEGMENT_COLUMNS = ("document", "kind", "offset", "length", "height", "width")
 DOCUMENT_TOKENS = 2  # <bos> <eos>
 IMAGE_TOKENS = 2  # <boi> <eoi>
 _SMALL = 16  # a document of at most 1/16 of the capacity is small
+_ALIKE = 32  # lengths within 1/32 of the capacity are about one
 _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
 
 
@@ -169,13 +170,15 @@ def check_lengths(lengths: Sequence[int], capacity: int) -> None:
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of document numbers, none above `capacity`: the longest first, each into the fullest bin that takes it.
 
-    Small documents keep their given order: they fill gaps as well in any, and sorted ones would make bins of a single
-    length (with short captions, of a few classes). Deterministic, and about a microsecond a document: bins lie in
-    buckets by the room they have left, bit r of `rooms` says that bucket r is not empty, so the least room that is
-    enough is the lowest bit at or above the length.
+    Documents of about one length, and all small ones, keep their given order: they fill gaps as well in any, and sorted
+    to the last position they would make bins of a single length, of captions of a few classes say. Deterministic, and
+    about a microsecond a document: bins lie in buckets by the room they have left, bit r of `rooms` says that bucket r
+    is not empty, so the least room that is enough is the lowest bit at or above the length.
     """
     check_lengths(lengths, capacity)
-    order = sorted(range(len(lengths)), key=lambda document: max(lengths[document], capacity // _SMALL), reverse=True)
+    small, about = capacity // _SMALL, max(1, capacity // _ALIKE)
+    keys = [0 if length <= small else 1 + length // about for length in lengths]
+    order = sorted(range(len(lengths)), key=keys.__getitem__, reverse=True)
     bins: list[list[int]] = []
     buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
