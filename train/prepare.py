@@ -37,7 +37,7 @@ from transfusion_fast.data.stories import Stories
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer, train_bpe
 from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError
-from transfusion_fast.pictures import check_picture
+from transfusion_fast.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)  # whose waste `info` tells
 
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare: interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -292,7 +295,7 @@ def _preview(options: argparse.Namespace) -> None:
     keyed = KeyedPack(reader.read(options.pack), options.epoch, options.pack)
     tokenizer = load_tokenizer(index.tokenizer, options.folder)
     documents = pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer)
-    check_picture(options.out)
+    check_writable(options.out)
     title = f"{options.folder}: pack {options.pack}, epoch {options.epoch}, seed {options.seed}"
     options.out.write_text(page(title, documents), encoding="utf-8")
     print(f"{len(documents)} documents: {options.out}")

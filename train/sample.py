@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from transfusion_fast.data.source import Rejected
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.model import Transfusion
-from transfusion_fast.pictures import check_picture, draw_grid
+from transfusion_fast.pictures import check_picture, check_writable, draw_grid
 from transfusion_fast.sample import ImageSettings, generate_images, sample
 from transfusion_fast.sequence import Image, Text
 from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
@@ -64,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="of text, 0 is greedy (default: %(default)s)")
     parser.add_argument("--max-images", type=int, default=1, help="of each --text (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of text (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+        help="of images in pixels (default: as the first image of the training data)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, metavar="FOLDER", help="of a run on latents: the autoencoder of its data")
     parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
@@ -74,12 +80,15 @@ def _sample(options: argparse.Namespace) -> None:
     for name, least in (("each", 1), ("max_images", 0), ("max_tokens", 1), ("temperature", 0)):
         if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
-    check_picture(options.out)
+    is_page = options.out.suffix == ".html" and options.text
+    (check_writable if is_page else check_picture)(options.out)
     data = read_data_description(options.run)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     if not data.modalities and not options.text:
         raise InputError(f"--prompt and --caption need a run on images, got {options.run}, on text alone; give --text")
     vae = _autoencoder(options, data)
+    if options.size:
+        data = _sized(data, options.size, 1 if vae is None else vae.stride)
     clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
     image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
@@ -87,6 +96,15 @@ def _sample(options: argparse.Namespace) -> None:
         _draw(options, model, data, vae, image, generator)
     else:
         _continue(options, model, data, vae, image, generator)
+
+
+def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescription:
+    """The same with images of so many pixels, a value of which stands for `stride` of them a side."""
+    multiple = stride * data.modalities[0].patch_size if data.modalities else 1
+    if any(side < 1 or side % multiple for side in size):
+        raise InputError(f"--size must be positive multiples of {multiple}, got {size[0]} {size[1]}")
+    height, width = (side // stride for side in size)
+    return replace(data, image_sizes=((height, width), *data.image_sizes[1:]))
 
 
 def _autoencoder(options: argparse.Namespace, data: DataDescription) -> Autoencoder | None:
@@ -118,7 +136,8 @@ def _draw(
     pixels = _pixels(latents, data.modalities[0], vae)
     rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
     draw_grid(rows, options.out)
-    print(f"drew {len(prompts)} images: {options.out}")
+    height, width = pixels.shape[1:3]
+    print(f"drew {len(prompts)} images of {height} x {width}: {options.out}")
 
 
 def _continue(

@@ -14,13 +14,20 @@ CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches: an image with its margin
 
 
 def check_picture(path: Path) -> None:
-    """Raises InputError where no picture can be written; called before hours of drawing. Makes the folder."""
+    """Raises InputError where no PNG can be written; called before hours of drawing. Makes the folder."""
+    if path.suffix.lower() not in (".png", ""):
+        raise InputError(f"picture must be a file NAME.png, got {path}; give such a name")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where no file can be written; makes its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"picture {path}: its folder cannot be made ({error}); give another path") from error
+        raise InputError(f"output {path}: its folder cannot be made ({error}); give another path") from error
     if path.is_dir():
-        raise InputError(f"picture {path}: is a folder; give the path of a file")
+        raise InputError(f"output {path}: is a folder; give the path of a file")
 
 
 Images = Sequence[np.ndarray] | np.ndarray

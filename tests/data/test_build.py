@@ -232,6 +232,14 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path):
         assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))
 
 
+def test_settings_that_leave_nothing_may_be_corrected(tmp_path, tars):
+    source = PairsSource.of([tars])
+    with pytest.raises(InputError, match=r"has none \(.*image too long"):
+        build(Recipe(source, replace(IMAGES, sequence_length=6), packs_per_shard=PER_SHARD), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    build(Recipe(source, IMAGES, packs_per_shard=PER_SHARD), tmp_path / "out")
+
+
 def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
     with building._locked(tmp_path / "out.partial"), pytest.raises(InputError, match="another is at work in it"):
         build(recipe, tmp_path / "out")

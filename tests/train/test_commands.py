@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sample_draws_a_picture_of_the_prompts(run: Path, tmp_path: Path, command) -> None:
     picture = tmp_path / "new" / "grid.png"
     code, out, _ = command("sample", run, "--prompt", "seven", "two", "--each", 2, "--steps", 2, "--out", picture)
-    assert code == 0 and f"drew 4 images: {picture}" in out
+    assert code == 0 and f"drew 4 images of 8 x 8: {picture}" in out
     with Image.open(picture) as image:
         assert len(image.convert("L").getcolors(256) or []) > 8  # noise and captions, not one flat colour
 
@@ -184,3 +184,17 @@ def test_evaluation_of_stories_is_refused(run: Path, tmp_path: Path, command) ->
         prepare([(words, image, words)], tmp_path / "stories" / split, **settings)
     code, _, err = command("evaluate", run, "--data", tmp_path / "stories")
     assert code == 2 and "documents of one image and its caption" in err and err.count("\n") == 1
+
+
+def test_images_are_drawn_at_the_size_asked_for(run: Path, tmp_path: Path, command) -> None:
+    options = ("--prompt", "one", "--each", 1, "--steps", 1, "--out", tmp_path / "grid.png", "--size")
+    code, out, _ = command("sample", run, *options, 4, 12)
+    assert code == 0 and "drew 1 images of 4 x 12" in out
+    code, _, err = command("sample", run, *options, 4, 13)
+    assert code == 2 and "--size must be positive multiples of 2, got 4 13" in err
+
+
+@pytest.mark.parametrize(("name", "complaint"), [("x.txt", "must be a file NAME.png"), ("x.html", "NAME.png")])
+def test_a_picture_is_never_written_under_another_kind_of_name(run: Path, tmp_path: Path, command, name, complaint):
+    code, _, err = command("sample", run, "--prompt", "one", "--out", tmp_path / name)
+    assert code == 2 and complaint in err and not (tmp_path / name).exists()

@@ -60,7 +60,7 @@ def test_a_run_on_latents_trains_and_draws_through_its_autoencoder(folder, run, 
     drawn = tmp_path / "drawn.png"
     options = ("--prompt", "picture 1", "--each", 2, "--steps", 2, "--out", drawn)
     code, out, _ = command("sample", run, "--vae", folder / "vae", *options)
-    assert code == 0 and f"drew 2 images: {drawn}" in out
+    assert code == 0 and f"drew 2 images of 16 x 16: {drawn}" in out
     assert len(Image.open(drawn).convert("L").getcolors(256) or []) > 8
 
 

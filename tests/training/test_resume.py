@@ -108,6 +108,14 @@ def test_other_data_under_the_same_path_is_refused_by_its_index(digits: Path, tm
     assert printed.count(f"{data} (index ") == 2 and "Traceback" not in printed
 
 
+def test_a_finished_run_keeps_its_config(digits: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "warning: optimizer.warmup_steps=2 is the whole of the 2 steps" in train(1, digits, run, "train.steps=2")
+    before = (run / "config.yaml").read_bytes()
+    assert "trained to step 2 already" in train(1, digits, run, "train.steps=2", "optimizer.lr=0.5")
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_newest(digits: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(1, digits, run, "train.keep_checkpoints=2", "train.checkpoint_every=1", "train.steps=4")

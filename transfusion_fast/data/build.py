@@ -11,6 +11,7 @@ import fcntl
 import functools
 import json
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -151,6 +152,7 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
             tasks = _shard_tasks(recipe, partial, len(units))
             shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
         if not shards:
+            shutil.rmtree(partial)  # nothing to go on with, and settings may be what was wrong
             reasons = ", ".join(f"{count} x {reason}" for reason, count in built[0].items()) or "it is empty"
             raise InputError(f"source must hold documents that can be used, and has none ({reasons})")
         encoder = recipe.encoder
@@ -279,6 +281,7 @@ class _Worker:
 
 
 def _begin(job: _Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; the process that was asked to stop says so
     _Worker.job = job
 
 

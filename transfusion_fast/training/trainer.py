@@ -220,6 +220,11 @@ def _describe(config: Config, data: Mixture, ranks: Ranks, engine: Any) -> Meta:
 def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine: Any, meta: Meta) -> None:
     """Saves the resolved config with the run and says what is about to happen."""
     run = Path(config.train.output)
+    if meta.step >= config.train.steps:
+        print(
+            f"{run}: trained to step {meta.step} already; raise train.steps, or give another train.output", flush=True
+        )
+        return
     run.mkdir(parents=True, exist_ok=True)
     write_data_description(run, describe_data(data, config.data.quarantine > 0))
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -228,9 +233,11 @@ def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine:
         f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
         f"{share.global_batch} packs of {data.sequence_length} a step in {share.accumulation_steps} accumulation steps"
     )
-    if meta.step >= config.train.steps:
-        print(f"trained to step {meta.step} already; raise train.steps, or give another train.output", flush=True)
-        return
+    if config.optimizer.warmup_steps >= config.train.steps:
+        print(
+            f"warning: optimizer.warmup_steps={config.optimizer.warmup_steps} is the whole of the {config.train.steps} "
+            "steps; lower it to train at optimizer.lr"
+        )
     begin = f"resuming at step {meta.step}" if meta.step else "training"
     backend = backends.describe(config.model.backend, ranks.device)
     print(f"{begin}, {config.train.steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)
