@@ -25,7 +25,7 @@ from transfusion_fast.data.latents import BATCH, LatentRule
 from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import BuiltIn, prepare_splits
-from transfusion_fast.data.preview import pack_documents, page
+from transfusion_fast.data.preview import Decoder, pack_documents, page
 from transfusion_fast.data.repack import PacksSource, Repacker
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_images(interleaved)
     interleaved.set_defaults(run=_interleaved)
     repack = sources.add_parser("repack", help="the documents of a data folder in packs of another length")
-    repack.add_argument("folder", type=Path, metavar="FOLDER", help="data folder; stays as it is")
+    repack.add_argument("folder", type=_local, metavar="FOLDER", help="data folder; stays as it is")
     _add_packing(repack)
     repack.set_defaults(run=_repack)
     _add_upkeep(sources)
@@ -124,6 +124,7 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     index.set_defaults(run=_index)
     preview = commands.add_parser("preview", help="a pack as a page of HTML: text and images as the model sees them")
     preview.add_argument("--pack", type=int, default=0, metavar="N", help="its number (default: %(default)s)")
+    preview.add_argument("--vae", type=Path, metavar="FOLDER", help="show latents as this autoencoder decodes them")
     preview.add_argument("--epoch", type=int, default=0, help="whose order and noise are drawn (default: %(default)s)")
     preview.add_argument("--seed", type=int, default=0, help="train.seed of the run (default: %(default)s)")
     preview.add_argument(
@@ -131,7 +132,14 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     preview.set_defaults(run=_preview)
     for command in (checks, info, index, preview):
-        command.add_argument("folder", type=Path, metavar="FOLDER", help="data folder")
+        command.add_argument("folder", type=_local, metavar="FOLDER", help="data folder, local")
+
+
+def _local(text: str) -> Path:
+    """Path would take one of the slashes of a URL."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"folder must be local, got {text!r}; only training reads URLs")
+    return Path(text)
 
 
 def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
@@ -294,11 +302,24 @@ def _preview(options: argparse.Namespace) -> None:
     config = parse(Config, {"model": model, "train": {"seed": options.seed}}, str(options.folder))
     keyed = KeyedPack(reader.read(options.pack), options.epoch, options.pack)
     tokenizer = load_tokenizer(index.tokenizer, options.folder)
-    documents = pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer)
+    documents = pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer, _decoder(options, index))
     check_writable(options.out)
     title = f"{options.folder}: pack {options.pack}, epoch {options.epoch}, seed {options.seed}"
     options.out.write_text(page(title, documents), encoding="utf-8")
     print(f"{len(documents)} documents: {options.out}")
+
+
+def _decoder(options: argparse.Namespace, index: Index) -> Decoder | None:
+    if options.vae is None:
+        return None
+    if not any(modality.encoding == "latents" for modality in index.modalities):
+        raise InputError(
+            f"--vae needs a folder of latents, got {options.folder}, of pixels or text alone; leave it out"
+        )
+    vae = read_autoencoder(options.vae)
+    for modality in index.modalities:
+        vae.check_made(modality.autoencoder, modality.channels, str(options.folder))
+    return vae.decode
 
 
 def _outcomes(built: Built) -> list[str]:

@@ -27,14 +27,14 @@ def text(words):
     return TextSegment(TOKENIZER.encode(words))
 
 
-def preview(folder, documents, modality=PIXELS, epoch=0, **data):
+def preview(folder, documents, modality=PIXELS, epoch=0, decode=None, **data):
     prepare(documents, folder, sequence_length=128, tokenizer=TOKENIZER, modalities=(modality,))
     reader = PackReader(folder)
     config = Config.model_validate(
         {"model": {"num_text_tokens": 256, "dim_latent": modality.channels * 4}, "data": data}
     )
     keyed = KeyedPack(reader.read(0), epoch, 0)
-    return pack_documents(keyed, batch_builder(config, reader.index, packs=1), TOKENIZER)
+    return pack_documents(keyed, batch_builder(config, reader.index, packs=1), TOKENIZER, decode)
 
 
 def shape(pieces):
@@ -82,6 +82,16 @@ def test_latents_are_shown_in_false_colours(tmp_path):
     assert (clean.dtype, clean.shape, clean.min(), clean.max()) == (np.uint8, (4, 4, 3), 0, 255)
     order = np.argsort(values[..., :3].astype(np.float32), axis=None)
     assert (np.diff(clean.reshape(-1)[order].astype(int)) >= 0).all()
+
+
+def test_latents_are_decoded_where_there_is_a_decoder(tmp_path):
+    def decode(latents):
+        assert latents.shape == (1, 4, 4, 4)
+        return np.repeat(np.repeat(latents[..., :3] * 10, 2, 1), 2, 2).astype(np.uint8)
+
+    values = np.random.default_rng(0).integers(0, 20, (4, 4, 4)).astype(np.float16)
+    clean, _ = picture(preview(tmp_path / "out", [(text("x"), ImageSegment(values))], LATENTS, decode=decode)).images
+    np.testing.assert_array_equal(clean[::2, 1::2], values[..., :3] * 10)
 
 
 def test_the_page_shows_markup_and_runs_none_of_it():

@@ -1,7 +1,11 @@
 """The commands that look after a data folder: what they print and the codes they end with."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +111,38 @@ def test_a_folder_that_is_none_gets_one_line_and_code_2(command, tmp_path, capsy
     code, out, err = run(capsys, command, tmp_path)
     assert code == 2 and not out
     assert err.startswith("prepare: ") and err.count("\n") == 1 and INDEX_NAME in err
+
+
+def test_a_folder_without_an_index_asks_for_settings(folder, capsys):
+    (folder / INDEX_NAME).unlink()
+    code, _, err = run(capsys, "index", folder)
+    assert code == 2 and "--like" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "index", "preview", "repack"])
+def test_commands_of_local_folders_take_no_url(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main([command, "https://host/data"])
+    assert ended.value.code == 2 and "folder must be local, got 'https://host/data'" in capsys.readouterr().err
+
+
+def test_preview_with_an_autoencoder_needs_latents(folder, tmp_path, capsys):
+    code, _, err = run(capsys, "preview", folder, "--vae", tmp_path, "--out", tmp_path / "x.html")
+    assert code == 2 and "--vae needs a folder of latents" in err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path, processes):
+    for number in range(20):
+        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": "some words. " * 12_000}) + "\n")
+    command = [sys.executable, prepare.__file__, "text", str(tmp_path), "--out", str(tmp_path / "out")]
+    command += ["--seq-len", "512", "--processes", str(processes)]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    units = tmp_path / "out.partial" / "units"
+    while started.poll() is None and not any(units.glob("*.json")):
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGINT)
+    err = started.communicate(timeout=60)[1]
+    assert started.returncode == 130 and "Traceback" not in err
+    assert "prepare: interrupted; the same command goes on from there" in err
+    assert subprocess.run(command, capture_output=True).returncode == 0

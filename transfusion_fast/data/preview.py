@@ -47,6 +47,8 @@ class Picture:
 
 
 Piece = str | Special | Picture
+Decoder = Callable[[np.ndarray], np.ndarray]
+"""Latents [n, h, w, channels] to pixels, uint8 [n, height, width, 3]."""
 
 
 def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
@@ -59,13 +61,16 @@ def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
     )
 
 
-def pack_documents(keyed: KeyedPack, builder: BatchBuilder, tokenizer: Tokenizer) -> list[list[Piece]]:
+def pack_documents(
+    keyed: KeyedPack, builder: BatchBuilder, tokenizer: Tokenizer, decode: Decoder | None = None
+) -> list[list[Piece]]:
     """A pack's documents as a run that draws with `builder` sees them: order, dropped captions, timesteps and noise.
 
-    Each image is shown clean and with its noise. Latents are shown by their first channels, scaled to fit.
+    Each image is shown clean and with its noise. Latents are decoded, or without `decode` their first channels shown,
+    scaled to fit.
     """
     batch = builder([keyed])
-    pictures = _pictures(keyed, builder, batch)
+    pictures = _pictures(keyed, builder, batch, decode)
     ends = batch.layout.document_offsets.tolist()
     tokens = batch.tokens.tolist()
     walk = _Walk(tokens, pictures, builder.vocabulary, tokenizer)
@@ -105,26 +110,29 @@ def _special_names(vocabulary: Vocabulary) -> dict[int, str]:
     return names
 
 
-def _pictures(keyed: KeyedPack, builder: BatchBuilder, batch: PackedBatch) -> dict[int, tuple[int, Picture]]:
+def _pictures(
+    keyed: KeyedPack, builder: BatchBuilder, batch: PackedBatch, decode: Decoder | None
+) -> dict[int, tuple[int, Picture]]:
     rows = keyed.pack.segments[keyed.pack.segments[:, 1] != KIND_TEXT]  # a batch has the images in this order
     found: dict[int, tuple[int, Picture]] = {}
     for modality, (info, own) in enumerate(zip(builder.modalities, batch.modalities, strict=True)):
         sizes = rows[rows[:, 1] == 1 + modality][:, 4:6].tolist()
-        found |= _of_modality(own, info, sizes, builder.objective.add_noise)
+        latents = _false_colours if decode is None else decode
+        show = unscale_pixels if info.encoding == "pixels" else latents
+        found |= _of_modality(own, info, sizes, builder.objective.add_noise, show)
     return found
 
 
 def _of_modality(
-    own: ModalityBatch, info: ModalityInfo, sizes: Sequence[tuple[int, int]], add_noise: Callable
+    own: ModalityBatch, info: ModalityInfo, sizes: Sequence[tuple[int, int]], add_noise: Callable, show: Decoder
 ) -> dict[int, tuple[int, Picture]]:
     offsets = own.image_offsets.tolist()
     found: dict[int, tuple[int, Picture]] = {}
     for number, (height, width) in enumerate(sizes):
         patches = slice(offsets[number], offsets[number + 1])
         x_0, t = own.latents[patches], own.timesteps[number]
-        shown = unscale_pixels if info.encoding == "pixels" else _false_colours
         both = (x_0, add_noise(x_0, own.noise[patches], t))
-        images = [shown(unpatchify(x.numpy(), height, width, info.patch_size)[0]) for x in both]
+        images = [show(unpatchify(x.numpy(), height, width, info.patch_size))[0] for x in both]
         caption = f"{info.name}, {width} x {height}, t = {t:.0f}"
         found[int(own.sequence_index[patches.start])] = (patches.stop - patches.start, Picture(tuple(images), caption))
     return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from transfusion_fast.data.index import (
+    INDEX_NAME,
     Index,
     PackReader,
     ShardInfo,
@@ -101,6 +102,11 @@ def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False) 
             folder's own index says. Then nothing is written.
     """
     folder = Path(folder)
+    if like is None and not (folder / INDEX_NAME).exists():
+        raise InputError(
+            f"folder {folder} has no {INDEX_NAME} to take its settings from; name a data folder of the same tokenizer, "
+            "modalities and pack length with --like"
+        )
     settings = parse_index(like or folder)
     own = like is None or (folder / TOKENIZER_NAME).exists()
     tokenizer = load_tokenizer(settings.tokenizer, folder if own or like is None else like)
