@@ -1,6 +1,7 @@
 """Data folders at URLs: the packs of a plain folder, each shard fetched once, in a cache that keeps its bound."""
 
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from transfusion_fast.data import remote
-from transfusion_fast.data.index import INDEX_NAME, PackReader, parse_index
+from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, parse_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.remote import FetchError, RemoteFolder, ShardCache, data_folder
@@ -238,6 +239,34 @@ def test_a_fetch_that_is_killed_leaves_no_shard_and_is_cleaned_up_by_the_next(so
     reader.join(timeout=30)
     assert reader.exitcode == 0, "it waits for room for ever"
     assert list(cache.glob(".*.partial")) == []
+
+
+@pytest.mark.parametrize("shards", [1, 1.5])
+def test_a_fetch_after_one_of_the_same_shard_that_was_killed_does_not_wait_for_it(source, tmp_path, shards):
+    cache, (first, *_) = tmp_path / "cache", parse_index(source).shards
+    cache.mkdir()
+    (cache / f".{first.sha256}.partial").write_bytes(b"x" * first.bytes)
+    far = at(source, cache, int(shards * first.bytes))
+    reader = FORK.Process(target=assert_reads, args=(PackReader(far), source, [0]), daemon=True)
+    reader.start()
+    reader.join(timeout=30)
+    assert reader.exitcode == 0, "it waits for room for ever"
+    assert (cache / f"{first.sha256}.tar").read_bytes() == (source / first.file).read_bytes()
+
+
+def test_what_an_attempt_brought_too_much_is_not_kept(source, tmp_path, monkeypatch):
+    opened, turns = remote._open_url, []
+
+    def longer(url):
+        if not url.endswith(".tar") or turns:
+            return opened(url)
+        turns.append(url)
+        return io.BytesIO((source / url.rpartition("/")[2]).read_bytes() + b"more")
+
+    monkeypatch.setattr(remote, "_open_url", longer)
+    assert_reads(PackReader(at(source, tmp_path / "cache")), source, [0])
+    (kept,) = (tmp_path / "cache").glob("*.tar")
+    assert file_sha256(kept) == kept.stem
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "longer"])

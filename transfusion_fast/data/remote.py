@@ -151,6 +151,7 @@ class ShardCache:
             if self._path(shard).exists():
                 path.unlink()
                 return None
+            stream.truncate(0)  # of a fetch that was killed, whose size would count as another's
             try:
                 while not self._reserve(stream, shard.bytes):
                     time.sleep(_POLL)
@@ -228,6 +229,7 @@ def _copy(url: str, stream: BinaryIO, most: int) -> tuple[int, str]:
     """Size and sha256 of what is at the URL; no more is read and kept than shows that it is above `most` bytes."""
     sha256, size = hashlib.sha256(), 0
     stream.seek(0)
+    stream.truncate(most)  # an attempt before may have left more
     with _open_url(url) as source:
         while size <= most and (block := source.read(min(_BLOCK, most + 1 - size))):
             size += len(block)
