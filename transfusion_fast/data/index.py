@@ -27,6 +27,8 @@ INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 1
 _MAX_OPEN_SHARDS = 32
+_MAX_INT = 2**63 - 1  # which file offsets hold
+_MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 _T = TypeVar("_T")
 
 
@@ -223,6 +225,10 @@ def _parse_index(entry: object, where: str) -> Index:
     )
     if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
         raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
+    if index.sequence_length > _MAX_POSITION:
+        raise InputError(
+            f"sequence_length in {where} must be at most {_MAX_POSITION}, got {index.sequence_length}; prepare it again"
+        )
     if index.latents_dtype != latents_dtype(index.modalities).name:
         raise InputError(
             f"latents_dtype in {where} must be {latents_dtype(index.modalities).name}, as its modalities have, "
@@ -236,6 +242,8 @@ def _field(entry: object, name: str, kind: type[_T], where: str) -> _T:
     value = entry.get(name) if isinstance(entry, Mapping) else None
     if type(value) is not kind:
         raise InputError(f"{name} in {where} must be of type {kind.__name__}, got {value!r:.60}; prepare it again")
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        raise InputError(f"{name} in {where} must be below 2**63, got {value!r:.60}; prepare it again")
     return value
 
 
@@ -260,6 +268,8 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
     size, end = (_field(entry, name, int, where) for name in ("bytes", "end"))
     if not all(type(number) is int for number in (*offsets, *crc32)) or not 0 < len(offsets) == len(crc32):
         raise InputError(f"offsets and crc32 of {file} in {where} must be a whole number each a pack; prepare it again")
+    if not all(0 <= number < 2**32 for number in crc32):
+        raise InputError(f"crc32 of {file} in {where} must be in 0..{2**32 - 1} each; prepare it again")
     if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
         raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
     sha256 = _field(entry, "sha256", str, where)
@@ -360,7 +370,12 @@ class PackReader:
         if isinstance(self.folder, RemoteFolder):
             self._close_removed()
             return self.folder.open_shard(shard)
-        return os.open(self.folder / shard.file, os.O_RDONLY)
+        descriptor = os.open(self.folder / shard.file, os.O_RDONLY)
+        size = os.fstat(descriptor).st_size
+        if size != shard.bytes:  # or what the index says of its packs may be beyond any memory
+            os.close(descriptor)
+            raise InputError(f"shard must have {shard.bytes} bytes as its index says, got {size}")
+        return descriptor
 
     def _close_removed(self) -> None:
         """A shard that was removed from its cache takes up disk for as long as it is open."""

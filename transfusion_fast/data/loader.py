@@ -139,7 +139,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
 def open_data(config: Config) -> Mixture:
     """The datasets of the run's data folders, checked against the model, and whether local shards are there.
 
-    Where packs may be quarantined a missing or cut shard is no more than the packs that it lacks.
+    Where packs may be quarantined a missing or cut shard is no more than its packs.
     """
     settings = config.data
     cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
