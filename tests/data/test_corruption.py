@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from transfusion_fast.config import load_config
-from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, parse_index, read_index
+from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import pack_spans
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import rebuild_index, verify

@@ -10,8 +10,9 @@ import zlib
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, PackReader, build_index, read_index, write_index
+from transfusion_fast.data.index import INDEX_NAME, build_index, read_index, write_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import write_shards
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from transfusion_fast.data import remote
-from transfusion_fast.data.index import INDEX_NAME, PackReader, file_sha256, parse_index
+from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.remote import FetchError, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_bpe
 from transfusion_fast.errors import InputError
@@ -209,7 +210,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from transfusion_fast.data import remote
-from transfusion_fast.data.index import PackReader
+from transfusion_fast.data.reader import PackReader
 
 copy = remote._copy
 def half(url, stream, most):

@@ -1,24 +1,21 @@
-"""index.json, which makes a folder of shards a data folder, and the reader of its packs by byte offset.
+"""index.json, which makes a folder of shards a data folder.
 
 Tar readers lose the rest of a truncated shard in silence and never notice a flipped byte. So the index records the
 size and sha256 of every shard, and where each pack lies with its crc32; what differs is an error that names the pack.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
-import os
 import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
+from transfusion_fast.data.pack import ModalityInfo, latents_dtype, validate_pack
+from transfusion_fast.data.remote import DataFolder, RemoteFolder
 from transfusion_fast.data.shards import decode_pack, pack_spans
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
@@ -26,7 +23,6 @@ from transfusion_fast.errors import InputError
 INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 1
-_MAX_OPEN_SHARDS = 32
 _MAX_INT = 2**63 - 1  # which file offsets hold
 _MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 _T = TypeVar("_T")
@@ -303,93 +299,3 @@ def check_shard_file(folder: Path, shard: ShardInfo) -> None:
             f"shard {path} must have {size} bytes as its index says, got {actual}; "
             "it is truncated or replaced: copy it again or prepare the data again"
         )
-
-
-class PackReader:
-    """The packs of a data folder by number, in file order: each read checks crc32 and contents.
-
-    Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
-    """
-
-    def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self.folder = folder
-        self.index = read_index(self.folder) if index is None else index
-        self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """The shard of a pack, and its place within; IndexError outside 0..len-1."""
-        if not 0 <= position < len(self):
-            raise IndexError(f"pack must be in 0..{len(self) - 1}, got {position}")
-        shard = bisect.bisect_right(self._starts, position) - 1
-        return shard, position - self._starts[shard]
-
-    def read(self, position: int) -> Pack:
-        """The pack of that number, validated.
-
-        Raises:
-            InputError: naming shard and pack, where it cannot be used.
-            FetchError: its shard is remote and cannot be fetched, which says nothing of the pack.
-        """
-        shard, place = self.locate(position)
-        try:
-            pack = decode_pack(self._payload(shard, place))
-            validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
-        except FetchError:
-            raise
-        except (OSError, InputError) as error:
-            path = self.folder / self.index.shards[shard].file
-            raise InputError(
-                f"pack {place} of shard {path} (pack {position} of its folder) cannot be read: {error}; "
-                "copy the shard again or prepare the data again"
-            ) from error
-        return pack
-
-    def _payload(self, shard: int, place: int) -> bytes:
-        info = self.index.shards[shard]
-        start, end = info.offsets[place], info.ends[place]
-        payload = os.pread(self._descriptor(shard), end - start, start)
-        if len(payload) != end - start:
-            raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
-        if zlib.crc32(payload) != info.crc32[place]:
-            raise InputError(f"checksum of its bytes must be {info.crc32[place]}, got {zlib.crc32(payload)}")
-        return payload
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            if len(self._descriptors) == _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = self._open(self.index.shards[shard])
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
-
-    def _open(self, shard: ShardInfo) -> int:
-        if isinstance(self.folder, RemoteFolder):
-            self._close_removed()
-            return self.folder.open_shard(shard)
-        descriptor = os.open(self.folder / shard.file, os.O_RDONLY)
-        size = os.fstat(descriptor).st_size
-        if size != shard.bytes:  # or what the index says of its packs may be beyond any memory
-            os.close(descriptor)
-            raise InputError(f"shard must have {shard.bytes} bytes as its index says, got {size}")
-        return descriptor
-
-    def _close_removed(self) -> None:
-        """A shard that was removed from its cache takes up disk for as long as it is open."""
-        for shard, descriptor in list(self._descriptors.items()):
-            if os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
-
-    def close(self) -> None:
-        """Close the shards that are open; a later read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transfusion_fast.data.index import (
     Index,
-    PackReader,
     ShardInfo,
     build_index,
     check_shard_file,
@@ -16,6 +15,7 @@ from transfusion_fast.data.index import (
     parse_index,
     write_index,
 )
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import pack_spans
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
