@@ -48,8 +48,12 @@ class PackReader:
         """
         shard, place = self.locate(position)
         try:
-            pack = decode_pack(self._payload(shard, place))
-            validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
+            try:
+                return self._pack(shard, place)
+            except (OSError, InputError):
+                if not self._close_rotten(shard):
+                    raise
+                return self._pack(shard, place)
         except FetchError:
             raise
         except (OSError, InputError) as error:
@@ -58,6 +62,10 @@ class PackReader:
                 f"pack {place} of shard {path} (pack {position} of its folder) cannot be read: {error}; "
                 "copy the shard again or prepare the data again"
             ) from error
+
+    def _pack(self, shard: int, place: int) -> Pack:
+        pack = decode_pack(self._payload(shard, place))
+        validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
         return pack
 
     def _payload(self, shard: int, place: int) -> bytes:
@@ -88,6 +96,15 @@ class PackReader:
             os.close(descriptor)
             raise InputError(f"shard must have {shard.bytes} bytes as its index says, got {size}")
         return descriptor
+
+    def _close_rotten(self, shard: int) -> bool:
+        """Whether a remote shard was open whose bytes in the cache are no longer those that were fetched."""
+        if not isinstance(self.folder, RemoteFolder) or shard not in self._descriptors:
+            return False
+        rotten = self.folder.cache.remove_if_rotten(self._descriptors[shard], self.index.shards[shard])
+        if rotten:
+            os.close(self._descriptors.pop(shard))
+        return rotten
 
     def _close_removed(self) -> None:
         """A shard that was removed from its cache takes up disk for as long as it is open."""

@@ -9,6 +9,7 @@ ago. Who has one of them open reads on.
 A shard that cannot be fetched (network, credentials, a full disk) is nobody's damaged data, and the cache of another
 machine may hold it: that is a FetchError, which stops a run and is never quarantined. A shard that was fetched twice
 and is not the one of the index is damaged: an InputError for each of its packs, like any pack that cannot be read.
+One that was whole when it was fetched and has rotted in the cache is fetched again.
 """
 
 from __future__ import annotations
@@ -129,6 +130,20 @@ class ShardCache:
             if descriptor is not None:
                 return descriptor
 
+    def remove_if_rotten(self, descriptor: int, shard: ShardInfo) -> bool:
+        """Whether a shard that is open is no longer what was fetched: then it is removed, to be fetched again."""
+        with suppress(OSError):  # of a disk that is failing
+            if _sha256(descriptor) == shard.sha256:
+                return False
+        self._remove(descriptor, shard)
+        return True
+
+    def _remove(self, descriptor: int, shard: ShardInfo) -> None:
+        """Removes a shard that is open from the cache, unless another process has put a new one there."""
+        with self._locked():
+            if _is_named(descriptor, self._path(shard)):
+                self._path(shard).unlink()
+
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
@@ -136,6 +151,10 @@ class ShardCache:
         try:
             descriptor = os.open(self._path(shard), os.O_RDONLY)
         except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != shard.bytes:
+            self._remove(descriptor, shard)
+            os.close(descriptor)
             return None
         os.utime(descriptor)  # when it was last opened, for `_reserve`
         return descriptor
@@ -146,7 +165,7 @@ class ShardCache:
         path = self.folder / f".{shard.sha256}.partial"
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            if not _is_named(stream, path):
+            if not _is_named(stream.fileno(), path):
                 return None
             if self._path(shard).exists():
                 path.unlink()
@@ -192,12 +211,21 @@ class ShardCache:
             yield
 
 
-def _is_named(stream: BinaryIO, path: Path) -> bool:
+def _is_named(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _sha256(descriptor: int) -> str:
+    """Of an open file, from its beginning; read at explicit offsets, as a forked process may have it open too."""
+    sha256, start = hashlib.sha256(), 0
+    while block := os.pread(descriptor, _BLOCK, start):
+        sha256.update(block)
+        start += len(block)
+    return sha256.hexdigest()
 
 
 def _size(path: Path) -> int:
@@ -212,7 +240,7 @@ def _remove_if_stale(path: Path) -> None:
     """Removes what a fetch left that never ended; one under way has its process's lock."""
     with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_named(stream, path):
+        if _is_named(stream.fileno(), path):
             path.unlink()
 
 
