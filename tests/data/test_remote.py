@@ -187,6 +187,17 @@ def test_urls_of_other_kinds_are_refused(url, tmp_path):
     assert f"got {url!r}; give another, or a local folder" in refusal(data_folder, url, ShardCache(tmp_path, 1))
 
 
+@pytest.mark.parametrize("url", ["https://host/folder?sig=abc", "s3://bucket/folder#1", "https://host/?"])
+def test_a_url_that_names_of_files_cannot_be_put_after_is_refused(url, tmp_path):
+    message = refusal(data_folder, url, ShardCache(tmp_path, 1))
+    assert f"must have no ? and no #, got {url!r}" in message and "give the folder's own URL" in message
+
+
+@pytest.mark.parametrize("url", ["https:///folder", "http://host:99999/folder", "http://[1/folder", "http://h:x/f"])
+def test_a_url_of_no_server_is_refused(url, tmp_path):
+    assert f"must name a host, and a port that can be, got {url!r}" in refusal(data_folder, url, ShardCache(tmp_path, 1))
+
+
 def test_a_protocol_whose_package_is_missing_is_refused_naming_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     folder = data_folder("s3://bucket/folder", ShardCache(tmp_path, 1))

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from transfusion_fast.errors import InputError
 
@@ -67,7 +68,22 @@ def data_folder(path: str, cache: ShardCache) -> DataFolder:
             f"URL of a data folder must be of one of the protocols {', '.join(PROTOCOLS)}, without ::, got {path!r}; "
             "give another, or a local folder"
         )
+    if "?" in path or "#" in path:
+        raise InputError(
+            f"URL of a data folder must have no ? and no #, got {path!r}, as its files' names are put at its end; "
+            "give the folder's own URL"
+        )
+    if protocol in ("http", "https") and not _has_host(path):
+        raise InputError(f"URL of a data folder must name a host, and a port that can be, got {path!r}; mend it")
     return RemoteFolder(path.rstrip("/"), cache)
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
