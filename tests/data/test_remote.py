@@ -195,7 +195,9 @@ def test_a_url_that_names_of_files_cannot_be_put_after_is_refused(url, tmp_path)
 
 @pytest.mark.parametrize("url", ["https:///folder", "http://host:99999/folder", "http://[1/folder", "http://h:x/f"])
 def test_a_url_of_no_server_is_refused(url, tmp_path):
-    assert f"must name a host, and a port that can be, got {url!r}" in refusal(data_folder, url, ShardCache(tmp_path, 1))
+    assert f"must name a host, and a port that can be, got {url!r}" in refusal(
+        data_folder, url, ShardCache(tmp_path, 1)
+    )
 
 
 def test_a_protocol_whose_package_is_missing_is_refused_naming_it(tmp_path, monkeypatch):

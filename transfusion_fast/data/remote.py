@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 _BLOCK = 16 << 20
 _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
+_SILENCE = 60.0  # seconds, after which a server's connection is taken for lost
 _POLL = 0.2  # seconds
 _FETCHES = 2  # of a shard that comes damaged
 _LOST = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # which no waiting mends
@@ -292,8 +293,22 @@ def _open_url(url: str) -> BinaryIO:
     """A file system is asked for each time, as those of other processes must not be used after a fork."""
     from fsspec.core import url_to_fs  # of no use to a local folder
 
+    if url.partition(":")[0] in ("http", "https"):
+        return _open_http(url)
     filesystem, path = url_to_fs(url)
     return filesystem.open(path, "rb")
+
+
+def _open_http(url: str) -> BinaryIO:
+    """In one request, front to back, as a server need not know of ranges."""
+    import aiohttp
+    from fsspec.core import url_to_fs
+
+    # By default a whole answer must come within minutes, however large it is.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    filesystem, path = url_to_fs(url, client_kwargs={"timeout": timeout})
+    # It has no use for a size, but without one asks for it, and takes whatever goes wrong there for a missing file.
+    return filesystem.open(path, "rb", block_size=0, size=1)
 
 
 def _retrying(url: str, action: Callable[[], _T]) -> _T:
