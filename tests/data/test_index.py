@@ -5,12 +5,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, build_index, read_index, write_index
+from transfusion_fast.data.index import INDEX_NAME, build_index, parse_shard, read_index, write_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import write_shards
@@ -72,9 +73,24 @@ def test_the_index_tells_the_truth_about_the_bytes(folder):
     for shard in read_index(folder).shards:
         content = (folder / shard.file).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        payloads = [content[start:end] for start, end in zip(shard.offsets, shard.ends, strict=True)]
+        payloads = [content[start:end] for start, end in shard.spans]
+        assert shard.spans == [shard.span(place) for place in range(len(shard.offsets))]
         assert [zlib.crc32(payload) for payload in payloads] == list(shard.crc32)
         assert content[shard.end :].strip(b"\0") == b"", "something follows the last pack"
+
+
+def test_an_index_of_many_packs_takes_little_memory(folder):
+    packs = 100_000
+    entry = json.loads((folder / INDEX_NAME).read_text())["shards"][0]
+    entry |= {"bytes": 2**40, "end": 2**40, "offsets": [*range(0, 2**40, 2**20)][:packs], "crc32": [2**32 - 1] * packs}
+    text = json.dumps(entry)
+    del entry
+    tracemalloc.start()
+    shard = parse_shard(json.loads(text), "here")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 20 * packs
+    assert json.dumps(shard.entry()) == text and parse_shard(json.loads(text), "here") == shard
 
 
 def test_the_index_keeps_long_lists_on_one_line(folder):

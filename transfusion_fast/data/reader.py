@@ -70,7 +70,7 @@ class PackReader:
 
     def _payload(self, shard: int, place: int) -> bytes:
         info = self.index.shards[shard]
-        start, end = info.offsets[place], info.ends[place]
+        start, end = info.span(place)
         payload = os.pread(self._descriptor(shard), end - start, start)
         if len(payload) != end - start:
             raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
