@@ -27,7 +27,7 @@ INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 1
 _MAX_INT = 2**63 - 1  # which file offsets hold
-_MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
+MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 _T = TypeVar("_T")
 
 
@@ -241,9 +241,9 @@ def _parse_index(entry: object, where: str) -> Index:
     )
     if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
         raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
-    if index.sequence_length > _MAX_POSITION:
+    if index.sequence_length > MAX_POSITION:
         raise InputError(
-            f"sequence_length in {where} must be at most {_MAX_POSITION}, got {index.sequence_length}; prepare it again"
+            f"sequence_length in {where} must be at most {MAX_POSITION}, got {index.sequence_length}; prepare it again"
         )
     if index.latents_dtype != latents_dtype(index.modalities).name:
         raise InputError(
