@@ -50,6 +50,7 @@ setup(
             "tokenizers>=0.20",
             "pyarrow>=17.0",
             "diffusers>=0.30",
+            "aiohttp>=3.9",
         ],
         # A tokenizer.json, and Parquet.
         "data": ["tokenizers>=0.20", "pyarrow>=17.0"],

@@ -30,11 +30,11 @@ from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack, draw
 from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.loader import Share, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.packing import pack_stream
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import Source
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource

@@ -20,12 +20,13 @@ from transfusion_fast.data.build import Built, DocumentEncoder, Recipe, build
 from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
-from transfusion_fast.data.index import Index, PackReader, parse_index
+from transfusion_fast.data.index import Index, parse_index
 from transfusion_fast.data.latents import BATCH, LatentRule
 from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import BuiltIn, prepare_splits
 from transfusion_fast.data.preview import Decoder, pack_documents, page
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.repack import PacksSource, Repacker
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source

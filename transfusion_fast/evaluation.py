@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.images import latents_to_pixels, pixels_to_latents

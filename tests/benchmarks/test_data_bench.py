@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from measure import Effort, write_csv
 
-from transfusion_fast.data.index import PackReader
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.sequence import PackedBatch
 
 

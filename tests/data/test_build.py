@@ -18,8 +18,9 @@ from PIL import Image
 from transfusion_fast.data import build as building
 from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
-from transfusion_fast.data.index import PackReader, read_index
+from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe

@@ -17,9 +17,9 @@ from fashion_files import SIZES
 
 from transfusion_fast.data import fashion, stories
 from transfusion_fast.data.fashion import CLASSES, MODALITY, FashionMnist
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.prepare import prepare_splits
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.stories import Stories
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError

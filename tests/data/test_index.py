@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import pickle
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, PackReader, build_index, read_index, write_index
+from transfusion_fast.data.index import INDEX_NAME, build_index, parse_shard, read_index, write_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import write_shards
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
@@ -71,9 +73,24 @@ def test_the_index_tells_the_truth_about_the_bytes(folder):
     for shard in read_index(folder).shards:
         content = (folder / shard.file).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        payloads = [content[start:end] for start, end in zip(shard.offsets, shard.ends, strict=True)]
+        payloads = [content[start:end] for start, end in shard.spans]
+        assert shard.spans == [shard.span(place) for place in range(len(shard.offsets))]
         assert [zlib.crc32(payload) for payload in payloads] == list(shard.crc32)
         assert content[shard.end :].strip(b"\0") == b"", "something follows the last pack"
+
+
+def test_an_index_of_many_packs_takes_little_memory(folder):
+    packs = 100_000
+    entry = json.loads((folder / INDEX_NAME).read_text())["shards"][0]
+    entry |= {"bytes": 2**40, "end": 2**40, "offsets": [*range(0, 2**40, 2**20)][:packs], "crc32": [2**32 - 1] * packs}
+    text = json.dumps(entry)
+    del entry
+    tracemalloc.start()
+    shard = parse_shard(json.loads(text), "here")
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 20 * packs
+    assert json.dumps(shard.entry()) == text and parse_shard(json.loads(text), "here") == shard
 
 
 def test_the_index_keeps_long_lists_on_one_line(folder):
@@ -156,6 +173,8 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["sequence_length"], None, "sequence_length"),
         (["sequence_length"], True, "sequence_length"),
         (["sequence_length"], 0, "must be positive"),
+        (["sequence_length"], 2**31, "must be at most 2147483647, got 2147483648"),
+        (["tokens"], 10**30, "must be below 2**63"),
         (["tokenizer"], "bytes", "tokenizer"),
         (["tokenizer", "num_text_tokens"], 256.0, "num_text_tokens"),
         (["modalities"], {}, "modalities"),
@@ -175,6 +194,10 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["shards", 0, "offsets"], [-512, 0, 512], "must rise within"),
         (["shards", 0, "offsets"], [0, 512, 512], "must rise within"),
         (["shards", 0, "end"], 10**12, "must rise within"),
+        (["shards", 0, "bytes"], 2**63, "must be below 2**63, got 9223372036854775808"),
+        (["shards", 0, "end"], -(10**30), "must be below 2**63"),
+        (["shards", 0, "offsets"], [0, 512, 10**30], "must rise within"),
+        (["shards", 0, "crc32"], [0, 0, 2**32], "in 0..4294967295"),
     ],
 )
 def test_an_index_with_a_field_that_is_wrong_is_refused_naming_it(folder, path, value, reason):
@@ -199,8 +222,19 @@ def test_a_truncated_shard_is_found_before_reading_and_while_reading(folder):
     size = shard.stat().st_size
     os.truncate(shard, 3000)
     assert f"must have {size} bytes as its index says, got 3000" in refusal(read_index, folder)
-    assert "shard-000001.tar (pack 4 of its folder)" in refusal(reader.read, 4)
+    for number in (3, 4, 5):
+        message = refusal(reader.read, number)
+        assert f"shard-000001.tar (pack {number} of its folder)" in message
+        assert f"must have {size} bytes as its index says, got 3000" in message
     assert_holds(reader.read(2), 2)
+
+
+def test_a_shard_that_was_cut_while_it_was_open_costs_the_packs_that_it_lacks(folder):
+    reader = PackReader(folder)
+    assert_holds(reader.read(3), 3)
+    os.truncate(folder / "shard-000001.tar", reader.index.shards[1].offsets[1] + 600)
+    assert_holds(reader.read(3), 3)
+    assert "got 600" in refusal(reader.read, 4) and "got 0" in refusal(reader.read, 5)
 
 
 def test_a_missing_shard_is_found_before_reading_and_while_reading(folder):

@@ -20,9 +20,10 @@ from transfusion_fast.data import build as building
 from transfusion_fast.data import encode as encoding
 from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
-from transfusion_fast.data.index import INDEX_NAME, PackReader, parse_index
+from transfusion_fast.data.index import INDEX_NAME, parse_index
 from transfusion_fast.data.latents import LatentRule
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import RawDocument, Rejected
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.tokenizer import ByteTokenizer

@@ -220,6 +220,7 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     [
         ("model.num_text_tokens=300", "model.num_text_tokens must be the 256 of the tokenizer"),
         ("model.dim_latent=16", r"model.dim_latent must be \[4\] for .*, got \[16\]"),
+        ("train.micro_batch=33554432", "train.micro_batch must be at most 33554431 for packs of 64 positions, got"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(folder: Path, override: str, complaint: str) -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from transfusion_fast.data import prepare as preparation
 from transfusion_fast.data.digits import MODALITY, Digits
-from transfusion_fast.data.index import PackReader, read_index
+from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.prepare import prepare, prepare_splits
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 

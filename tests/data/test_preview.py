@@ -10,11 +10,11 @@ from PIL import Image
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.preview import Picture, Special, pack_documents, page
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

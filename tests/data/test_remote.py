@@ -2,44 +2,26 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
-import numpy as np
 import pytest
+from remote_cases import assert_reads, at, lines_of, log_fetches, refusal, shard_bytes, write_source
 
 from transfusion_fast.data import remote
-from transfusion_fast.data.index import INDEX_NAME, PackReader, parse_index
-from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.prepare import prepare
-from transfusion_fast.data.remote import FetchError, RemoteFolder, ShardCache, data_folder
-from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer, train_bpe
-from transfusion_fast.errors import InputError
-
-GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
-FORK = multiprocessing.get_context("fork")
+from transfusion_fast.data.index import INDEX_NAME, parse_index
+from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.remote import FetchError, ShardCache, data_folder
+from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """6 shards of 3 packs, with a tokenizer of their own."""
-    folder = tmp_path_factory.mktemp("source") / "packs"
-    tokenizer = train_bpe(["some words to learn from, some more words to learn"] * 3, 260)
-    rng = np.random.default_rng(0)
-    documents = [
-        (TextSegment(rng.integers(0, 260, 9, dtype=np.int32)), ImageSegment(rng.integers(0, 256, (4, 6, 1), np.uint8)))
-        for _ in range(18)
-    ]
-    prepare(documents, folder, sequence_length=20, tokenizer=tokenizer, modalities=(GREY,), packs_per_shard=3)
-    return folder
+    return write_source(tmp_path_factory.mktemp("source") / "packs")
 
 
 @pytest.fixture
@@ -51,18 +33,7 @@ def folder(source, tmp_path) -> Path:
 
 @pytest.fixture
 def fetches(tmp_path, monkeypatch) -> Path:
-    """Gets the name of every shard that any process opens at its URL, a line each."""
-    log, opened = tmp_path / "fetches", remote._open_url
-    log.touch()
-
-    def logged(url):
-        if url.endswith(".tar"):
-            with log.open("a") as lines:
-                lines.write(url.rpartition("/")[2] + "\n")
-        return opened(url)
-
-    monkeypatch.setattr(remote, "_open_url", logged)
-    return log
+    return log_fetches(tmp_path / "fetches", monkeypatch)
 
 
 @pytest.fixture
@@ -71,36 +42,6 @@ def waits(monkeypatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", found.append)
     return found
-
-
-def lines_of(log: Path) -> list[str]:
-    return log.read_text().split()
-
-
-def at(folder: Path, cache: Path, max_bytes: int = 10**9) -> RemoteFolder:
-    found = data_folder(f"file://{folder}", ShardCache(cache, max_bytes))
-    assert isinstance(found, RemoteFolder)
-    return found
-
-
-def refusal(action, *arguments, kind=InputError) -> str:
-    with pytest.raises(InputError) as error:
-        action(*arguments)
-    assert type(error.value) is kind and "\n" not in str(error.value)
-    return str(error.value)
-
-
-def assert_reads(reader: PackReader, source: Path, numbers=None) -> None:
-    plain = PackReader(source)
-    for number in range(len(plain)) if numbers is None else numbers:
-        for field in ("tokens", "segments", "latents"):
-            got, expected = getattr(reader.read(number), field), getattr(plain.read(number), field)
-            np.testing.assert_array_equal(got, expected, strict=True)
-
-
-def shard_bytes(folder: Path) -> int:
-    (size,) = {shard.bytes for shard in parse_index(folder).shards}
-    return size
 
 
 def test_a_folder_at_a_url_is_read_like_a_plain_one(source, tmp_path):
@@ -143,101 +84,6 @@ def test_a_shard_that_was_replaced_is_fetched_anew(folder, tmp_path):
     entry["shards"][:2] = [other, one]
     (folder / INDEX_NAME).write_text(json.dumps(entry))
     assert_reads(PackReader(at(folder, tmp_path / "cache")), folder)
-
-
-def test_the_cache_keeps_its_bound_and_what_was_opened_last(source, tmp_path, fetches):
-    size = shard_bytes(source)
-    cache = tmp_path / "cache"
-    for number in (0, 3, 6, 0, 9):  # of the shards 0, 1, 2, 0, 3
-        PackReader(at(source, cache, 3 * size)).read(number)
-        assert sum(path.stat().st_size for path in cache.iterdir()) <= 3 * size
-        time.sleep(0.01)  # the clock of a file system may tick slowly
-    shards = parse_index(source).shards
-    assert {path.name for path in cache.glob("*.tar")} == {f"{shards[number].sha256}.tar" for number in (2, 0, 3)}
-    assert len(lines_of(fetches)) == 4
-
-
-def test_a_shard_that_is_removed_stays_readable_where_it_is_open_and_gives_its_disk_back(source, tmp_path):
-    size = shard_bytes(source)
-    reader, other = (PackReader(at(source, tmp_path / "cache", size)) for _ in range(2))
-    assert_reads(reader, source, [0])
-    assert_reads(other, source, [3])
-    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
-    assert_reads(reader, source, [1, 2])
-    assert_reads(reader, source, [6])
-    assert len(reader._descriptors) == 1
-
-
-def test_processes_that_want_one_shard_fetch_it_once(source, tmp_path, fetches):
-    barrier = FORK.Barrier(4)
-
-    def read():
-        barrier.wait()
-        assert_reads(PackReader(at(source, tmp_path / "cache")), source)
-
-    readers = [FORK.Process(target=read) for _ in range(4)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    assert [reader.exitcode for reader in readers] == [0] * 4
-    assert sorted(lines_of(fetches)) == [f"shard-{number:06d}.tar" for number in range(6)]
-
-
-def test_processes_that_crowd_a_small_cache_wait_for_room(source, tmp_path):
-    """Each wants another shard at a time, and the cache has room for two."""
-    size, cache = shard_bytes(source), tmp_path / "cache"
-
-    def read(first):
-        reader = PackReader(at(source, cache, 2 * size))
-        for turn in range(12):
-            number = 3 * ((first + turn) % 6)
-            assert_reads(reader, source, [number])
-            reader.close()
-
-    readers = [FORK.Process(target=read, args=(first,)) for first in range(4)]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join(timeout=60)
-    assert [reader.exitcode for reader in readers] == [0] * 4
-    assert sum(path.stat().st_size for path in cache.iterdir()) <= 2 * size
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from transfusion_fast.data import remote
-from transfusion_fast.data.index import PackReader
-
-copy = remote._copy
-def half(url, stream, most):
-    stream.write(b"x" * (most // 2))
-    stream.flush()
-    print("half", flush=True)
-    time.sleep(600)
-remote._copy = half
-PackReader(remote.data_folder(sys.argv[1], remote.ShardCache(Path(sys.argv[2]), int(sys.argv[3])))).read(0)
-"""
-
-
-def test_a_fetch_that_is_killed_leaves_no_shard_and_is_cleaned_up_by_the_next(source, tmp_path):
-    size, cache = shard_bytes(source), tmp_path / "cache"
-    command = [sys.executable, "-c", KILLED, f"file://{source}", str(cache), str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fetching:
-        assert fetching.stdout.readline() == "half\n"
-        (unfinished,) = cache.glob(".*.partial")
-        assert list(cache.glob("*.tar")) == []
-        remote._remove_if_stale(unfinished)
-        assert unfinished.exists(), "its process lives"
-        fetching.send_signal(signal.SIGKILL)
-    assert unfinished.exists() and list(cache.glob("*.tar")) == []
-    # There is room for one shard: another one needs what the dead process had taken.
-    reader = FORK.Process(target=assert_reads, args=(PackReader(at(source, cache, size)), source, [3, 0]), daemon=True)
-    reader.start()
-    reader.join(timeout=30)
-    assert reader.exitcode == 0, "it waits for room for ever"
-    assert list(cache.glob(".*.partial")) == []
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "longer"])
@@ -339,6 +185,19 @@ def test_a_cache_that_cannot_be_written_is_no_damaged_data(source, tmp_path):
 )
 def test_urls_of_other_kinds_are_refused(url, tmp_path):
     assert f"got {url!r}; give another, or a local folder" in refusal(data_folder, url, ShardCache(tmp_path, 1))
+
+
+@pytest.mark.parametrize("url", ["https://host/folder?sig=abc", "s3://bucket/folder#1", "https://host/?"])
+def test_a_url_that_names_of_files_cannot_be_put_after_is_refused(url, tmp_path):
+    message = refusal(data_folder, url, ShardCache(tmp_path, 1))
+    assert f"must have no ? and no #, got {url!r}" in message and "give the folder's own URL" in message
+
+
+@pytest.mark.parametrize("url", ["https:///folder", "http://host:99999/folder", "http://[1/folder", "http://h:x/f"])
+def test_a_url_of_no_server_is_refused(url, tmp_path):
+    assert f"must name a host, and a port that can be, got {url!r}" in refusal(
+        data_folder, url, ShardCache(tmp_path, 1)
+    )
 
 
 def test_a_protocol_whose_package_is_missing_is_refused_naming_it(tmp_path, monkeypatch):

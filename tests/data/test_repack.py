@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from transfusion_fast.data.build import Recipe, build
-from transfusion_fast.data.index import PackReader, read_index
+from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.repack import PacksSource, Repacker
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 from transfusion_fast.errors import InputError

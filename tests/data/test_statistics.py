@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.statistics import draw_lengths, pack_statistics, summed
 from transfusion_fast.data.tokenizer import ByteTokenizer
 

@@ -11,7 +11,7 @@ from launching import metrics, train
 from PIL import Image
 
 from transfusion_fast.autoencoder import read_autoencoder
-from transfusion_fast.data.index import PackReader
+from transfusion_fast.data.reader import PackReader
 
 SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)
 

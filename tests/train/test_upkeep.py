@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfusion_fast.data.index import INDEX_NAME, PackReader, read_index
+from transfusion_fast.data.index import INDEX_NAME, read_index
+from transfusion_fast.data.reader import PackReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import prepare

@@ -10,9 +10,10 @@ from launching import metrics, picture, small_config, start, text, train, write_
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
-from transfusion_fast.data.index import PackReader, read_index
+from transfusion_fast.data.index import read_index
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.loss import Counts
 from transfusion_fast.training.engine import learning_rate, make_optimizer, set_learning_rate
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -245,7 +245,7 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     num_text_tokens = encoder.tokenizer.num_text_tokens
     shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
     staged = record.with_suffix(".staged")
-    staged.write_text(json.dumps([asdict(shard.info), shard.documents, shard.tokens]), encoding="utf-8")
+    staged.write_text(json.dumps([shard.info.entry(), shard.documents, shard.tokens]), encoding="utf-8")
     staged.replace(record)
     return task.number, shard
 

@@ -1,24 +1,24 @@
-"""index.json, which makes a folder of shards a data folder, and the reader of its packs by byte offset.
+"""index.json, which makes a folder of shards a data folder.
 
 Tar readers lose the rest of a truncated shard in silence and never notice a flipped byte. So the index records the
 size and sha256 of every shard, and where each pack lies with its crc32; what differs is an error that names the pack.
 """
 
-import bisect
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
-import os
 import re
 import zlib
-from collections import OrderedDict
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
+from transfusion_fast.data.pack import ModalityInfo, latents_dtype, validate_pack
+from transfusion_fast.data.remote import DataFolder, RemoteFolder
 from transfusion_fast.data.shards import decode_pack, pack_spans
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
@@ -26,25 +26,42 @@ from transfusion_fast.errors import InputError
 INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 1
-_MAX_OPEN_SHARDS = 32
+_MAX_INT = 2**63 - 1  # which file offsets hold
+MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: pack i is the bytes [offsets[i], ends[i]), tar headers included, and has the checksum crc32[i]."""
+    """One shard: pack i is the bytes of `span(i)`, tar headers included, and has the checksum crc32[i].
+
+    There may be millions of packs, and a process for each core: arrays take a seventh of what tuples do.
+    """
 
     file: str
     bytes: int
     sha256: str
-    offsets: tuple[int, ...]
+    offsets: array[int]
     end: int
-    crc32: tuple[int, ...]
+    crc32: array[int]
+
+    @staticmethod
+    def of(file: str, size: int, sha256: str, offsets: Sequence[int], end: int, crc32: Sequence[int]) -> ShardInfo:
+        """The shard of these numbers, which its arrays must be able to hold."""
+        return ShardInfo(file, size, sha256, array("q", offsets), end, array("I", crc32))
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """Where each pack's bytes end: at the next pack, or at `end`."""
-        return (*self.offsets[1:], self.end)
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the bytes of each pack are."""
+        return list(itertools.pairwise((*self.offsets, self.end)))
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Where the bytes of that pack are: up to the next pack, or to `end`."""
+        return self.offsets[place], self.offsets[place + 1] if place + 1 < len(self.offsets) else self.end
+
+    def entry(self) -> dict[str, str | int | list[int]]:
+        """As JSON, which `parse_shard` reads."""
+        return {**vars(self), "offsets": self.offsets.tolist(), "crc32": self.crc32.tolist()}
 
 
 @dataclass(frozen=True)
@@ -146,8 +163,8 @@ def _read_spans(shard: Path, spans: Sequence[tuple[int, int]]) -> Iterator[bytes
 
 
 def _shard_info(shard: Path, spans: Sequence[tuple[int, int]], crc32: Sequence[int]) -> ShardInfo:
-    offsets = tuple(start for start, _ in spans)
-    return ShardInfo(shard.name, shard.stat().st_size, file_sha256(shard), offsets, spans[-1][1], tuple(crc32))
+    offsets = [start for start, _ in spans]
+    return ShardInfo.of(shard.name, shard.stat().st_size, file_sha256(shard), offsets, spans[-1][1], crc32)
 
 
 def file_sha256(path: Path) -> str:
@@ -158,8 +175,9 @@ def file_sha256(path: Path) -> str:
 
 def write_index(folder: Path, index: Index) -> None:
     """Write `folder`/index.json: one line a field and a few a shard, under its name only once it is whole."""
-    fields = {"format": FORMAT, "version": VERSION, **asdict(index)}
-    shards = fields.pop("shards")
+    fields = {"format": FORMAT, "version": VERSION, **vars(index)}
+    fields["modalities"] = [asdict(modality) for modality in index.modalities]
+    shards = [shard.entry() for shard in fields.pop("shards")]
     lines = [f'  "{name}": {json.dumps(value)},' for name, value in fields.items()]
     blocks = [",\n".join(f'      "{name}": {json.dumps(value)}' for name, value in shard.items()) for shard in shards]
     body = ",\n".join(f"    {{\n{block}\n    }}" for block in blocks)
@@ -223,6 +241,10 @@ def _parse_index(entry: object, where: str) -> Index:
     )
     if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
         raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
+    if index.sequence_length > MAX_POSITION:
+        raise InputError(
+            f"sequence_length in {where} must be at most {MAX_POSITION}, got {index.sequence_length}; prepare it again"
+        )
     if index.latents_dtype != latents_dtype(index.modalities).name:
         raise InputError(
             f"latents_dtype in {where} must be {latents_dtype(index.modalities).name}, as its modalities have, "
@@ -236,6 +258,8 @@ def _field(entry: object, name: str, kind: type[_T], where: str) -> _T:
     value = entry.get(name) if isinstance(entry, Mapping) else None
     if type(value) is not kind:
         raise InputError(f"{name} in {where} must be of type {kind.__name__}, got {value!r:.60}; prepare it again")
+    if isinstance(value, int) and abs(value) > _MAX_INT:
+        raise InputError(f"{name} in {where} must be below 2**63, got {value!r:.60}; prepare it again")
     return value
 
 
@@ -252,7 +276,7 @@ def _parse_modality(entry: object, where: str) -> ModalityInfo:
 
 
 def parse_shard(entry: object, where: str) -> ShardInfo:
-    """One entry of an index, as JSON; InputError naming `where` for what `asdict` would not have written."""
+    """One entry of an index, as JSON; InputError naming `where` for what `entry` would not have written."""
     file = _field(entry, "file", str, where)
     if not is_plain_name(file):
         raise InputError(f"shard file in {where} must be a plain name of that folder, got {file!r}; prepare it again")
@@ -260,6 +284,8 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
     size, end = (_field(entry, name, int, where) for name in ("bytes", "end"))
     if not all(type(number) is int for number in (*offsets, *crc32)) or not 0 < len(offsets) == len(crc32):
         raise InputError(f"offsets and crc32 of {file} in {where} must be a whole number each a pack; prepare it again")
+    if not all(0 <= number < 2**32 for number in crc32):
+        raise InputError(f"crc32 of {file} in {where} must be in 0..{2**32 - 1} each; prepare it again")
     if offsets[0] < 0 or end > size or any(a >= b for a, b in itertools.pairwise((*offsets, end))):
         raise InputError(f"offsets of {file} in {where} must rise within its {size} bytes; prepare it again")
     sha256 = _field(entry, "sha256", str, where)
@@ -267,7 +293,7 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
         raise InputError(
             f"sha256 of {file} in {where} must be 64 hexadecimal digits, got {sha256!r:.80}; prepare it again"
         )
-    return ShardInfo(file, size, sha256, tuple(offsets), end, tuple(crc32))
+    return ShardInfo.of(file, size, sha256, offsets, end, crc32)
 
 
 def is_plain_name(file: str) -> bool:
@@ -293,88 +319,3 @@ def check_shard_file(folder: Path, shard: ShardInfo) -> None:
             f"shard {path} must have {size} bytes as its index says, got {actual}; "
             "it is truncated or replaced: copy it again or prepare the data again"
         )
-
-
-class PackReader:
-    """The packs of a data folder by number, in file order: each read checks crc32 and contents.
-
-    Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
-    """
-
-    def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self.folder = folder
-        self.index = read_index(self.folder) if index is None else index
-        self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def locate(self, position: int) -> tuple[int, int]:
-        """The shard of a pack, and its place within; IndexError outside 0..len-1."""
-        if not 0 <= position < len(self):
-            raise IndexError(f"pack must be in 0..{len(self) - 1}, got {position}")
-        shard = bisect.bisect_right(self._starts, position) - 1
-        return shard, position - self._starts[shard]
-
-    def read(self, position: int) -> Pack:
-        """The pack of that number, validated.
-
-        Raises:
-            InputError: naming shard and pack, where it cannot be used.
-            FetchError: its shard is remote and cannot be fetched, which says nothing of the pack.
-        """
-        shard, place = self.locate(position)
-        try:
-            pack = decode_pack(self._payload(shard, place))
-            validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
-        except FetchError:
-            raise
-        except (OSError, InputError) as error:
-            path = self.folder / self.index.shards[shard].file
-            raise InputError(
-                f"pack {place} of shard {path} (pack {position} of its folder) cannot be read: {error}; "
-                "copy the shard again or prepare the data again"
-            ) from error
-        return pack
-
-    def _payload(self, shard: int, place: int) -> bytes:
-        info = self.index.shards[shard]
-        start, end = info.offsets[place], info.ends[place]
-        payload = os.pread(self._descriptor(shard), end - start, start)
-        if len(payload) != end - start:
-            raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
-        if zlib.crc32(payload) != info.crc32[place]:
-            raise InputError(f"checksum of its bytes must be {info.crc32[place]}, got {zlib.crc32(payload)}")
-        return payload
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            if len(self._descriptors) == _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = self._open(self.index.shards[shard])
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
-
-    def _open(self, shard: ShardInfo) -> int:
-        if isinstance(self.folder, RemoteFolder):
-            self._close_removed()
-            return self.folder.open_shard(shard)
-        return os.open(self.folder / shard.file, os.O_RDONLY)
-
-    def _close_removed(self) -> None:
-        """A shard that was removed from its cache takes up disk for as long as it is open."""
-        for shard, descriptor in list(self._descriptors.items()):
-            if os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
-
-    def close(self) -> None:
-        """Close the shards that are open; a later read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}

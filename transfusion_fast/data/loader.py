@@ -15,7 +15,7 @@ from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
-from transfusion_fast.data.index import Index
+from transfusion_fast.data.index import MAX_POSITION, Index
 from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.data.remote import FetchError, ShardCache
@@ -93,7 +93,7 @@ class _Collate:
 
 
 def check_fits(config: Config, mixture: Mixture) -> None:
-    """Raises InputError where the model's vocabulary or latent widths are not those of the data."""
+    """Raises InputError where the model's vocabulary or latent widths, or the size of a batch, do not fit the data."""
     model = config.model
     if model.num_text_tokens != mixture.num_text_tokens:
         raise InputError(
@@ -103,6 +103,12 @@ def check_fits(config: Config, mixture: Mixture) -> None:
     widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
     if model.dim_latent != widths:
         raise InputError(f"model.dim_latent must be {list(widths)} for {mixture}, got {list(model.dim_latent)}")
+    most = MAX_POSITION // mixture.sequence_length
+    if config.train.micro_batch > most:
+        raise InputError(
+            f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
+            f"got {config.train.micro_batch}; lower it"
+        )
 
 
 def training_batches(
@@ -139,7 +145,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
 def open_data(config: Config) -> Mixture:
     """The datasets of the run's data folders, checked against the model, and whether local shards are there.
 
-    Where packs may be quarantined a missing or cut shard is no more than the packs that it lacks.
+    Where packs may be quarantined a missing or cut shard is no more than its packs.
     """
     settings = config.data
     cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))

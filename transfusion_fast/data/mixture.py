@@ -23,13 +23,13 @@ import numpy as np
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
-    PackReader,
     check_shard_files,
     decode_index,
     read_index_bytes,
 )
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, Pack
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.remote import DataFolder, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.errors import InputError
 

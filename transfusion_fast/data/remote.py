@@ -9,6 +9,7 @@ ago. Who has one of them open reads on.
 A shard that cannot be fetched (network, credentials, a full disk) is nobody's damaged data, and the cache of another
 machine may hold it: that is a FetchError, which stops a run and is never quarantined. A shard that was fetched twice
 and is not the one of the index is damaged: an InputError for each of its packs, like any pack that cannot be read.
+One that was whole when it was fetched and has rotted in the cache is fetched again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 from transfusion_fast.errors import InputError
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 _BLOCK = 16 << 20
 _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
+_SILENCE = 60.0  # seconds, after which a server's connection is taken for lost
 _POLL = 0.2  # seconds
 _FETCHES = 2  # of a shard that comes damaged
 _LOST = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # which no waiting mends
@@ -66,7 +69,22 @@ def data_folder(path: str, cache: ShardCache) -> DataFolder:
             f"URL of a data folder must be of one of the protocols {', '.join(PROTOCOLS)}, without ::, got {path!r}; "
             "give another, or a local folder"
         )
+    if "?" in path or "#" in path:
+        raise InputError(
+            f"URL of a data folder must have no ? and no #, got {path!r}, as its files' names are put at its end; "
+            "give the folder's own URL"
+        )
+    if protocol in ("http", "https") and not _has_host(path):
+        raise InputError(f"URL of a data folder must name a host, and a port that can be, got {path!r}; mend it")
     return RemoteFolder(path.rstrip("/"), cache)
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,20 @@ class ShardCache:
             if descriptor is not None:
                 return descriptor
 
+    def remove_if_rotten(self, descriptor: int, shard: ShardInfo) -> bool:
+        """Whether a shard that is open is no longer what was fetched: then it is removed, to be fetched again."""
+        with suppress(OSError):  # of a disk that is failing
+            if _sha256(descriptor) == shard.sha256:
+                return False
+        self._remove(descriptor, shard)
+        return True
+
+    def _remove(self, descriptor: int, shard: ShardInfo) -> None:
+        """Removes a shard that is open from the cache, unless another process has put a new one there."""
+        with self._locked():
+            if _is_named(descriptor, self._path(shard)):
+                self._path(shard).unlink()
+
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
@@ -136,6 +168,10 @@ class ShardCache:
         try:
             descriptor = os.open(self._path(shard), os.O_RDONLY)
         except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != shard.bytes:
+            self._remove(descriptor, shard)
+            os.close(descriptor)
             return None
         os.utime(descriptor)  # when it was last opened, for `_reserve`
         return descriptor
@@ -146,11 +182,12 @@ class ShardCache:
         path = self.folder / f".{shard.sha256}.partial"
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            if not _is_named(stream, path):
+            if not _is_named(stream.fileno(), path):
                 return None
             if self._path(shard).exists():
                 path.unlink()
                 return None
+            stream.truncate(0)  # of a fetch that was killed, whose size would count as another's
             try:
                 while not self._reserve(stream, shard.bytes):
                     time.sleep(_POLL)
@@ -191,12 +228,21 @@ class ShardCache:
             yield
 
 
-def _is_named(stream: BinaryIO, path: Path) -> bool:
+def _is_named(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _sha256(descriptor: int) -> str:
+    """Of an open file, from its beginning; read at explicit offsets, as a forked process may have it open too."""
+    sha256, start = hashlib.sha256(), 0
+    while block := os.pread(descriptor, _BLOCK, start):
+        sha256.update(block)
+        start += len(block)
+    return sha256.hexdigest()
 
 
 def _size(path: Path) -> int:
@@ -211,7 +257,7 @@ def _remove_if_stale(path: Path) -> None:
     """Removes what a fetch left that never ended; one under way has its process's lock."""
     with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_named(stream, path):
+        if _is_named(stream.fileno(), path):
             path.unlink()
 
 
@@ -228,6 +274,7 @@ def _copy(url: str, stream: BinaryIO, most: int) -> tuple[int, str]:
     """Size and sha256 of what is at the URL; no more is read and kept than shows that it is above `most` bytes."""
     sha256, size = hashlib.sha256(), 0
     stream.seek(0)
+    stream.truncate(most)  # an attempt before may have left more
     with _open_url(url) as source:
         while size <= most and (block := source.read(min(_BLOCK, most + 1 - size))):
             size += len(block)
@@ -246,8 +293,22 @@ def _open_url(url: str) -> BinaryIO:
     """A file system is asked for each time, as those of other processes must not be used after a fork."""
     from fsspec.core import url_to_fs  # of no use to a local folder
 
+    if url.partition(":")[0] in ("http", "https"):
+        return _open_http(url)
     filesystem, path = url_to_fs(url)
     return filesystem.open(path, "rb")
+
+
+def _open_http(url: str) -> BinaryIO:
+    """In one request, front to back, as a server need not know of ranges."""
+    import aiohttp
+    from fsspec.core import url_to_fs
+
+    # By default a whole answer must come within minutes, however large it is.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    filesystem, path = url_to_fs(url, client_kwargs={"timeout": timeout})
+    # It has no use for a size, but without one asks for it, and takes whatever goes wrong there for a missing file.
+    return filesystem.open(path, "rb", block_size=0, size=1)
 
 
 def _retrying(url: str, action: Callable[[], _T]) -> _T:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from transfusion_fast.data.fitting import Fitting, Long
-from transfusion_fast.data.index import INDEX_NAME, PackReader, parse_index
+from transfusion_fast.data.index import INDEX_NAME, parse_index
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, Segment
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import Rejected, Unit
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, KIND_TEXT
 from transfusion_fast.data.packing import pack_stream
+from transfusion_fast.data.reader import PackReader
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
-    PackReader,
     ShardInfo,
     build_index,
     check_shard_file,
@@ -17,6 +16,7 @@ from transfusion_fast.data.index import (
     parse_index,
     write_index,
 )
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import pack_spans
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
@@ -63,7 +63,7 @@ def _file_findings(folder: Path, shard: ShardInfo) -> list[str]:
         sha256 = file_sha256(path)
         if sha256 != shard.sha256:
             findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
-        if tuple(pack_spans(path)) != tuple(zip(shard.offsets, shard.ends, strict=True)):
+        if list(pack_spans(path)) != shard.spans:
             cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
             findings.append(f"packs of shard {path} must lie where its index says, and do not; {cure}")
     except InputError as error:

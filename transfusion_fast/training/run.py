@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file
 
 from transfusion_fast.config import ModelConfig, parse
-from transfusion_fast.data.index import PackReader
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.remote import FetchError
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError

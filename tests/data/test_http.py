@@ -1,0 +1,196 @@
+"""Data folders on a web server: what it must be able to do, and what of its faults is waited out."""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+from remote_cases import FORK, assert_reads, refusal, write_source
+
+from transfusion_fast.data import remote
+from transfusion_fast.data.index import INDEX_NAME, parse_index
+from transfusion_fast.data.pack import TextSegment
+from transfusion_fast.data.prepare import prepare
+from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.remote import FetchError, RemoteFolder, ShardCache, data_folder
+from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder. `faults` are what it does of the next requests for shards, one each, the last for ever."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.faults: list[str] = [""]
+        self.ranges = False
+        self.ended = Event()
+        self.requests: list[tuple[str, str]] = []
+
+
+class Handler(SimpleHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.server.requests.append(("HEAD", self.path))
+        super().do_HEAD()
+
+    def do_GET(self) -> None:
+        self.server.requests.append(("GET", self.path))
+        faults = self.server.faults if self.path.endswith(".tar") else [""]
+        fault = faults[0] if len(faults) == 1 else faults.pop(0)
+        if fault.isdigit():
+            return self.send_error(int(fault))
+        content = Path(self.translate_path(self.path))
+        if not content.exists():
+            return self.send_error(404)
+        data, asked = content.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked and self.server.ranges:
+            start, end = int(asked[1]), min(int(asked[2]) + 1, len(data))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            data = data[start:end]
+        else:
+            self.send_response(200)
+        if fault != "endless":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if fault in ("broken off", "silent") else data)
+        if fault == "silent":
+            self.wfile.flush()
+            self.server.ended.wait(30)
+        while fault == "endless":
+            try:
+                self.wfile.write(bytes(1 << 16))
+            except ConnectionError:
+                break
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source") / "packs")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A shard of 8 MB, more than clients ask for at a time."""
+    folder, size = tmp_path_factory.mktemp("large") / "packs", 2 * 10**6
+    text = TextSegment(np.random.default_rng(0).integers(0, 256, size, dtype=np.int32))
+    prepare([(text,)], folder, sequence_length=size + 9, tokenizer=ByteTokenizer(), modalities=(), packs_per_shard=1)
+    return folder
+
+
+@pytest.fixture
+def served() -> Iterator:
+    """Starts servers of folders."""
+    servers: list[Server] = []
+
+    def serve(folder: Path) -> Server:
+        servers.append(Server(folder))
+        Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.ended.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """How long fetching would have waited before each further attempt."""
+    found: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", found.append)
+    return found
+
+
+def at(server: Server, cache: Path, folder: str = "") -> RemoteFolder:
+    found = data_folder(f"http://127.0.0.1:{server.server_port}{folder}", ShardCache(cache, 10**9))
+    assert isinstance(found, RemoteFolder)
+    return found
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_a_folder_on_a_server_is_read_like_a_plain_one_whatever_its_server_can_do(
+    source, large, tmp_path, served, ranges
+):
+    for folder in (source, large):
+        server = served(folder)
+        server.ranges = ranges
+        far = at(server, tmp_path / "cache")
+        index = parse_index(far)
+        assert index == parse_index(folder)
+        assert_reads(PackReader(far, index), folder)
+        assert load_tokenizer(index.tokenizer, far).describe() == index.tokenizer
+        files = [INDEX_NAME, *(shard.file for shard in index.shards)]
+        assert [request for request in server.requests if "tokenizer" not in request[1]] == [
+            ("GET", f"/{file}") for file in files
+        ], "each is asked for once, and whole"
+
+
+def test_a_process_that_forks_after_its_parent_has_read_reads_too(source, tmp_path, served):
+    reader = PackReader(at(served(source), tmp_path / "cache"))
+    assert_reads(reader, source, [0])
+    child = FORK.Process(target=assert_reads, args=(reader, source), daemon=True)
+    child.start()
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    assert_reads(reader, source)
+
+
+def test_what_is_not_there_is_named_at_once(source, tmp_path, served, waits):
+    server = served(source)
+    assert "FileNotFoundError" in refusal(parse_index, at(server, tmp_path / "c", "/elsewhere"), kind=FetchError)
+    reader = PackReader(at(server, tmp_path / "cache"))
+    server.faults = ["404"]
+    message = refusal(reader.read, 4, kind=FetchError)
+    assert "/shard-000001.tar must be fetched, and cannot be (FileNotFoundError" in message
+    assert waits == []
+
+
+@pytest.mark.parametrize("fault", ["broken off", "503"])
+def test_a_fault_of_the_server_is_waited_out(source, tmp_path, served, waits, fault):
+    server = served(source)
+    reader = PackReader(at(server, tmp_path / "cache"))
+    server.faults = [fault, fault, ""]
+    assert_reads(reader, source, [0])
+    assert waits == [1, 2]
+    server.faults = [fault]
+    message = refusal(reader.read, 4, kind=FetchError)
+    assert "/shard-000001.tar must be fetched, and cannot be (Client" in message
+    assert waits == [1, 2, 1, 2, 4]
+    server.faults = [""]
+    assert_reads(reader, source)
+
+
+def test_a_server_that_falls_silent_is_asked_again(source, tmp_path, served, waits, monkeypatch):
+    monkeypatch.setattr(remote, "_SILENCE", 0.5)
+    server = served(source)
+    reader = PackReader(at(server, tmp_path / "cache"))
+    server.faults = ["silent", ""]
+    assert_reads(reader, source, [0])
+    assert waits == [1]
+
+
+def test_a_server_that_does_not_answer_is_waited_for(source, tmp_path, served, waits):
+    server = served(source)
+    reader = PackReader(at(server, tmp_path / "cache"))
+    server.shutdown()
+    server.server_close()
+    assert "must be fetched, and cannot be (ClientConnect" in refusal(reader.read, 4, kind=FetchError)
+    assert waits == [1, 2, 4]
+
+
+def test_no_more_is_taken_from_a_server_than_shows_that_it_is_too_much(source, tmp_path, served):
+    server = served(source)
+    reader = PackReader(at(server, tmp_path / "cache"))
+    server.faults = ["endless", "endless", ""]
+    assert "as its index says, got more" in refusal(reader.read, 0)
+    assert_reads(reader, source, [3])
