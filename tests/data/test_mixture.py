@@ -145,7 +145,7 @@ def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
     with pytest.raises(InputError) as refused:
         open_mixture({str(a): 1, str(b): 1}, NO_CACHE, check_shards=True)
     assert str(refused.value).startswith(
-        f"sequence_length of mixed data folders must be the same, got 32 in {a} and 48 in {b}; "
+        f"sequence_length of mixed data folders must be the same, got 32 in {a} and 48 in {b}; repack one of them"
     )
 
 

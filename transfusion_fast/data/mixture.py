@@ -143,10 +143,17 @@ def _check_alike(one: Dataset, other: Dataset) -> None:
 def _check_same(name: str, one: Dataset, other: Dataset) -> None:
     first, second = getattr(one.index, name), getattr(other.index, name)
     if first != second:
+        cure = "repack one of them" if name == "sequence_length" else "prepare one of them again as the other"
         raise InputError(
-            f"{name} of mixed data folders must be the same, got {first} in {one.folder} and {second} in "
-            f"{other.folder}; prepare one of them again as the other"
+            f"{name} of mixed data folders must be the same, got {_shown(first)} in {one.folder} and {_shown(second)} "
+            f"in {other.folder}; {cure}"
         )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(f"{m.name} ({m.encoding}, {m.channels} channels, patches of {m.patch_size})" for m in value)
+    return str(value)
 
 
 class MixtureOrder:
