@@ -91,6 +91,31 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
     assert texts == ["next"] and rejected == {"line too long": 1}
 
 
+def test_a_line_across_many_units_is_not_read_by_each_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MAX_BYTES", 10_000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 1_000_000 + b"\nnext\n")
+    read_bytes = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            read_bytes.append(super().readinto(buffer))
+            return read_bytes[-1]
+
+    monkeypatch.setattr(type(path), "open", lambda self, mode: io.BufferedReader(Counted(self, mode)))
+    found = [line for unit in byte_ranges(path, 10_000) for _, line in lines_of(unit)]
+    assert isinstance(found[0], Rejected) and found[1:] == [b"next"]
+    assert sum(read_bytes) < 4_000_000
+
+
+def test_names_and_messages_cannot_forge_lines_on_the_terminal(tmp_path):
+    make_tar(tmp_path / "a.tar", [("a\nprepare: all is well\x1b[2J.jpg", b"x"), ("é.jpg", b"x")])
+    source = PairsSource.of([tmp_path])
+    first, second = (str(found) for unit in source.units() for found in source.documents(unit))
+    assert first.isprintable() and r"a\nprepare: all is well\x1b[2J in " in first
+    assert "é in " in second
+
+
 def test_another_field_can_be_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n', encoding="utf-8")
     assert texts_of([tmp_path], field="content")[0] == ["x"]

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, existing_files
-from transfusion_fast.data.sources.text import parse_json
+from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, existing_files, parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELD = "caption"

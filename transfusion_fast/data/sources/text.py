@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, byte_ranges, existing_files, lines_of
+from transfusion_fast.data.source import (
+    MAX_BYTES,
+    RawDocument,
+    Rejected,
+    Unit,
+    byte_ranges,
+    existing_files,
+    lines_of,
+    parse_json,
+)
 from transfusion_fast.errors import InputError
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
@@ -72,16 +80,6 @@ class TextSource:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "files": [str(file) for file in self.files], "field": self.field}
-
-
-def parse_json(line: bytes | Rejected, where: str) -> Any:
-    """The value of a line, or why it is rejected."""
-    if isinstance(line, Rejected):
-        return line
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Rejected("not JSON", f"{error}, {where}")
 
 
 def _whole_file(unit: Unit) -> Iterator[tuple[str, str | Rejected]]:
