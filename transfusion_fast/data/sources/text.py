@@ -17,7 +17,7 @@ from transfusion_fast.data.source import (
     lines_of,
     parse_json,
 )
-from transfusion_fast.errors import InputError
+from transfusion_fast.data.sources import parquet
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 
@@ -42,17 +42,13 @@ class TextSource:
             return byte_ranges(file)
         if file.suffix.lower() == ".txt":
             return [Unit(file, 0, file.stat().st_size)]
-        with _parquet(file) as table:
-            if self.field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise InputError(f"column of {file} must be of {names}, got {self.field!r}; name one with --field")
-            return [Unit(file, group, group + 1) for group in range(table.num_row_groups)]
+        return [Unit(file, group, group + 1) for group in range(parquet.row_groups(file, self.field))]
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
         readers: dict[str, Callable[[Unit], Iterator[tuple[str, Any]]]] = {
             ".txt": _whole_file,
             ".jsonl": self._json_values,
-            ".parquet": self._parquet_values,
+            ".parquet": lambda unit: parquet.rows(unit, self.field),
         }
         for where, value in readers[unit.path.suffix.lower()](unit):
             if isinstance(value, Rejected):
@@ -70,14 +66,6 @@ class TextSource:
             entry = parse_json(line, where)
             yield where, entry.get(self.field) if isinstance(entry, dict) else entry
 
-    def _parquet_values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        with _parquet(unit.path) as table:
-            row = 0
-            for batch in table.iter_batches(row_groups=[unit.start], columns=[self.field]):
-                for value in batch.column(0).to_pylist():
-                    yield f"row {row} of row group {unit.start} of {unit.path}", value
-                    row += 1
-
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "files": [str(file) for file in self.files], "field": self.field}
 
@@ -91,15 +79,3 @@ def _whole_file(unit: Unit) -> Iterator[tuple[str, str | Rejected]]:
         yield where, unit.path.read_bytes().decode()
     except UnicodeDecodeError as error:
         yield where, Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {where}")
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
-    try:
-        return ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path} must be a Parquet file, and cannot be read as one ({error})") from error
