@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import pickle
+import re
 import tarfile
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -89,6 +91,31 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 99}) + '\n{"text": "next"}\n', encoding="utf-8")
     texts, rejected = texts_of([tmp_path / "a.jsonl"])
     assert texts == ["next"] and rejected == {"line too long": 1}
+
+
+def test_a_line_across_many_units_is_not_read_by_each_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "MAX_BYTES", 10_000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 1_000_000 + b"\nnext\n")
+    read_bytes = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            read_bytes.append(super().readinto(buffer))
+            return read_bytes[-1]
+
+    monkeypatch.setattr(type(path), "open", lambda self, mode: io.BufferedReader(Counted(self, mode)))
+    found = [line for unit in byte_ranges(path, 10_000) for _, line in lines_of(unit)]
+    assert isinstance(found[0], Rejected) and found[1:] == [b"next"]
+    assert sum(read_bytes) < 4_000_000
+
+
+def test_names_and_messages_cannot_forge_lines_on_the_terminal(tmp_path):
+    make_tar(tmp_path / "a.tar", [("a\nprepare: all is well\x1b[2J.jpg", b"x"), ("é.jpg", b"x")])
+    source = PairsSource.of([tmp_path])
+    first, second = (str(found) for unit in source.units() for found in source.documents(unit))
+    assert first.isprintable() and r"a\nprepare: all is well\x1b[2J in " in first
+    assert "é in " in second
 
 
 def test_another_field_can_be_named(tmp_path):
@@ -180,6 +207,83 @@ def test_a_tar_that_ends_at_a_member_or_in_a_bad_header_is_named(tmp_path):
     (tmp_path / "a.tar").write_bytes(content)
     documents, rejected = read(PairsSource.of([tmp_path]))
     assert len(documents) == 2 and rejected == {"tar damaged": 1}
+
+
+def make_odd_tar(path, header):
+    """Three pairs of two blocks a file; the second image has pax fields, or a size as GNU tar writes large ones."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(3):
+            for kind in ("jpg", "txt"):
+                member = tarfile.TarInfo(f"{number}.{kind}")
+                member.size = 2
+                if isinstance(header, dict) and number == 1 and kind == "jpg":
+                    member.pax_headers = header
+                archive.addfile(member, io.BytesIO(b"ab"))
+    if isinstance(header, int):
+        content = bytearray(path.read_bytes())
+        at = 4 * tarfile.BLOCKSIZE
+        content[at + 124 : at + 136] = header.to_bytes(12, "big", signed=True)
+        content[at + 124] |= 0x80
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + tarfile.BLOCKSIZE])
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"GNU.sparse.size": "abc"},
+        {"GNU.sparse.map": "1,x"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        {"GNU.sparse.realsize": "-5"},
+        {"size": "-512"},
+        2**63,
+        2**90,
+        -2048,
+        -(2**80),
+    ],
+    ids=str,
+)
+def test_a_tar_of_impossible_headers_is_named_and_what_lies_before_is_kept(tmp_path, header):
+    make_odd_tar(tmp_path / "a.tar", header)
+    source = PairsSource.of([tmp_path])
+    first, *_, last = [found for unit in source.units() for found in source.documents(unit)]
+    assert first.parts == ("ab", b"ab")
+    assert isinstance(last, Rejected) and last.reason == "tar damaged"
+    assert re.search(r"at byte \d+\), .*a\.tar$", last.detail)
+
+
+def test_a_damaged_tar_names_the_byte_where_reading_stopped(tmp_path):
+    def stopped():
+        source = PairsSource.of([tmp_path])
+        return [found.detail for u in source.units() for found in source.documents(u) if isinstance(found, Rejected)]
+
+    make_tar(tmp_path / "a.tar", PAIRS)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:1536] + b"x" * 512 + whole[2048:])
+    assert "at byte 1536)" in stopped()[-1]
+    (tmp_path / "a.tar").write_bytes(whole[: 512 + 100])
+    assert "at byte 612)" in stopped()[-1]
+    (tmp_path / "a.tar").write_bytes(b"x" * 512)
+    assert "at byte 0)" in stopped()[-1]
+
+
+def test_reading_a_tar_of_many_members_takes_no_memory_for_each(tmp_path):
+    make_tar(tmp_path / "a.tar", [(f"{i}.{kind}", b"x") for i in range(4000) for kind in ("jpg", "txt")])
+    source = PairsSource.of([tmp_path])
+    [unit] = source.units()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in source.documents(unit)) == 4000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "JPEG"])
+def test_images_of_every_kind_are_paired(tmp_path, extension):
+    make_tar(tmp_path / "a.tar", [(f"a.{extension}", b"image"), ("a.txt", b"words")])
+    assert read(PairsSource.of([tmp_path])) == ([("words", b"image")], {})
 
 
 def test_an_image_too_large_for_a_file_is_not_read(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from transfusion_fast.data.source import Rejected
 from transfusion_fast.data.tokenizer import (
     TOKENIZER_NAME,
     ByteTokenizer,
@@ -103,3 +105,89 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
 def test_an_id_that_is_no_token_is_refused(tokenizer):
     with pytest.raises(InputError, match="text ids must be in 0"):
         tokenizer.decode([0, tokenizer.num_text_tokens])
+
+
+def built(model, normalizer=None, pre_tokenizer=None, special=()):
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.add_special_tokens(list(special))
+    return FileTokenizer(tokenizer.to_str().encode())
+
+
+def numbered(*tokens):
+    return {token: number for number, token in enumerate(tokens)}
+
+
+UNKNOWING = {
+    "bpe": (built(models.BPE(numbered("a", "b", "ab"), [("a", "b")])), "ab", "abzzab", "'z'"),
+    "words": (
+        built(models.WordLevel(numbered("ab", "cd")), None, pre_tokenizers.Whitespace()),
+        "ab  cd\n",
+        "ab zz",
+        "zz",
+    ),
+    "pieces": (built(models.WordPiece(numbered("ab", "##ab"))), "abab", "abz", "z"),
+    "unigram": (built(models.Unigram([("a", -1.0), ("b", -2.0)])), "abab", "az", "'z'"),
+    "removing": (built(models.BPE(numbered("a", "b"), []), normalizers.Replace("b", "")), "aa", "abba", "'bb'"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWING)
+def test_text_that_a_vocabulary_does_not_hold_is_rejected_and_never_dropped(kind):
+    tokenizer, known, unknown, named = UNKNOWING[kind]
+    assert len(tokenizer.encode(known))
+    with pytest.raises(Rejected, match=f"^not in the vocabulary: .*{named}"):
+        tokenizer.encode_with_starts(unknown)
+    with pytest.raises(InputError, match=f"text must be of the vocabulary of tokenizer.json, got .*{named}.*; change"):
+        tokenizer.encode(unknown)
+
+
+def test_an_unknown_token_stands_for_what_is_not_in_the_vocabulary():
+    words = built(
+        models.WordLevel(numbered("[UNK]", "ab"), unk_token="[UNK]"), None, pre_tokenizers.Whitespace(), ["[UNK]"]
+    )
+    assert words.encode("ab zz ab").tolist() == [1, 0, 1]
+    letters = built(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0), special=["<unk>"])
+    assert letters.encode("aza").tolist() == [1, 0, 1]
+
+
+def test_white_space_and_accents_may_be_removed_and_characters_composed():
+    bert = built(
+        models.WordPiece(numbered("[UNK]", "cafe", "au", "lait"), unk_token="[UNK]"),
+        normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    for text in ("Café  au\tlait\n", "Cafe\u0301 au\u200b\x07 lait"):
+        assert bert.encode(text).tolist() == [1, 2, 3]
+    composing = built(models.BPE(numbered("하", "バ", "é"), []), normalizers.NFKC())
+    assert composing.encode("\u1112\u1161ﾊﾞe\u0301").tolist() == [0, 1, 2]
+
+
+def test_offsets_that_leave_out_spaces_are_not_taken_for_missing_text():
+    settings = Tokenizer.from_str(BPE.content.decode())
+    settings.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimmed = FileTokenizer(settings.to_str().encode())
+    assert trimmed.encode(TEXTS[1]).tolist() == BPE.encode(TEXTS[1]).tolist()
+
+
+def test_text_never_becomes_a_special_token():
+    settings = Tokenizer.from_str(BPE.content.decode())
+    settings.add_special_tokens(["<|end|>"])
+    tokenizer = FileTokenizer(settings.to_str().encode())
+    assert tokenizer.num_text_tokens == 301
+    text = "the cat<|end|> sat"
+    assert tokenizer.encode(text).max() < 300 and tokenizer.decode(tokenizer.encode(text)) == text
+    # A vocabulary of pieces may hold it as one.
+    pieces = built(models.Unigram([("</s>", 0.0), *((letter, -9.0) for letter in "a</s>")]), special=["</s>"])
+    with pytest.raises(Rejected, match=r"^special token: '</s>' would become one"):
+        pieces.encode_with_starts("aa</s>")
+
+
+def test_a_process_builds_a_tokenizer_once_however_often_it_is_sent():
+    sent = pickle.dumps(BPE)
+    assert pickle.loads(sent) is pickle.loads(sent)
+    other = train_bpe(TEXTS, 290)
+    assert pickle.loads(pickle.dumps(other)).describe() == other.describe() != pickle.loads(sent).describe()

@@ -5,6 +5,7 @@ What cannot be used is yielded as `Rejected`, to be counted; the rest goes on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ class Rejected(ValueError):
     """A document that cannot be used. `reason` is one of a few, for counting; the message is for the reader."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        # Names in archives and messages of libraries reach the terminal, and must not forge lines on it.
+        self.reason, self.detail = reason, _printable(detail)
+        super().__init__(f"{reason}: {self.detail}")
 
     def at(self, where: str) -> Rejected:
         """The same, and in which document."""
@@ -98,19 +100,44 @@ def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
     with unit.path.open("rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
-            _read_line(file)
-        while (at := file.tell()) < unit.end and (line := _read_line(file)) is not None:
+            _skip_line(file, unit.end)
+        while (at := file.tell()) < unit.end and (line := _read_line(file, unit.end)) is not None:
             yield at, line
 
 
-def _read_line(file: BinaryIO) -> bytes | Rejected | None:
-    """The next line; None at the end. No more of it than a document may have is ever in memory."""
+def _skip_line(file: BinaryIO, end: int) -> None:
+    """To the next line, or `end`: a line across many units must not be read by each to its own end."""
+    while (left := min(MAX_BYTES, end - file.tell())) > 0 and (rest := file.readline(left)):
+        if rest.endswith(b"\n"):
+            return
+
+
+def _read_line(file: BinaryIO, end: int) -> bytes | Rejected | None:
+    """The next line; None at the end. No more of it than a document may have is ever in memory.
+
+    One too long is passed over to `end`.
+    """
     at = file.tell()
     line = file.readline(MAX_BYTES)
     if not line:
         return None
     if len(line) < MAX_BYTES or line.endswith(b"\n"):
         return line.rstrip(b"\r\n")
-    while (rest := file.readline(MAX_BYTES)) and not rest.endswith(b"\n"):
-        pass
+    _skip_line(file, end)
     return Rejected("line too long", f"more than {MAX_BYTES} bytes, byte {at} of {file.name}")
+
+
+def parse_json(line: bytes | Rejected, where: str) -> Any:
+    """The value of a line, or why it is rejected."""
+    if isinstance(line, Rejected):
+        return line
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Rejected("not JSON", f"{error}, {where}")
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

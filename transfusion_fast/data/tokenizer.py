@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from transfusion_fast.data.remote import DataFolder, RemoteFolder
+from transfusion_fast.data.source import Rejected
 from transfusion_fast.errors import InputError
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_NAME = "tokenizer.json"
+
+_REMOVABLE = ("Cc", "Cf", "Mn")  # control and format characters, and marks such as accents
+_COMPOSED: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 
 
 class Tokenizer(Protocol):
@@ -26,10 +32,14 @@ class Tokenizer(Protocol):
     num_text_tokens: int
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32 [n]."""
+        """The ids of `text`, int32 [n]; InputError where they would not be all of it."""
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids, and the character of `text` that each begins with, int64 [n], ascending."""
+        """The ids, and the character of `text` that each begins with, int64 [n], ascending.
+
+        Raises:
+            Rejected: they would not be all of it.
+        """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; what is not UTF-8 becomes U+FFFD. InputError for an id that it does not have."""
@@ -68,7 +78,12 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library; none of its special tokens are added."""
+    """A tokenizer.json of the `tokenizers` library.
+
+    Its special tokens are never added, and no text becomes one. A text is encoded as a whole or not at all: characters
+    that no token covers are an error, save what a tokenizer removes by its own rules and what leaves the words as they
+    are: white space, control characters and accents. What the file calls its unknown token is a token like others.
+    """
 
     name = TOKENIZER_NAME
 
@@ -82,15 +97,32 @@ class FileTokenizer:
         # A length or padding that it came with would cut texts in silence.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.num_text_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.num_text_tokens = 1 + max(vocabulary.values(), default=-1)
+        model = self._tokenizer.model
+        if isinstance(model, _library().models.BPE) and model.unk_token is None:
+            # It drops what it does not know, unless its unknown token is unknown too: then it raises.
+            model.unk_token = max(vocabulary, key=len, default="") + "?"
+        self._special = self._special_ids()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encode(text).ids, dtype=np.int32)
+        try:
+            return self.encode_with_starts(text)[0]
+        except Rejected as rejected:
+            raise InputError(
+                f"text must be of the vocabulary of {self.name}, got {rejected}; change the text or the tokenizer"
+            ) from rejected
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._encode(text)
-        starts = np.array([start for start, _ in encoded.offsets], dtype=np.int64)
-        return np.array(encoded.ids, dtype=np.int32), np.maximum.accumulate(starts)
+        text = _utf8(text).decode()
+        ids, spans = self._encode(text)
+        if (special := np.isin(ids, self._special)).any():
+            start, end = spans[special][0].tolist()
+            raise Rejected("special token", f"{text[start:end]!r:.60} would become one")
+        if (missing := _uncovered(text, spans)) and not self._is_composed(text, ids):
+            raise Rejected("not in the vocabulary", f"{missing!r}")
+        return ids, np.maximum.accumulate(spans[:, 0])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(_checked(ids, self.num_text_tokens).tolist(), skip_special_tokens=False)
@@ -102,11 +134,57 @@ class FileTokenizer:
     def write(self, folder: Path) -> None:
         (folder / TOKENIZER_NAME).write_bytes(self.content)
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
-        return self._tokenizer.encode(_utf8(text).decode(), add_special_tokens=False)
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, int32 [n]; their first characters and the ends behind their last, int64 [n, 2])."""
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises this very class
+            if type(error) is not Exception:
+                raise
+            raise Rejected("not in the vocabulary", self._first_unknown(text) or f"part of it ({error})") from error
+        return np.array(encoded.ids, dtype=np.int32), np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _first_unknown(self, text: str) -> str:
+        """The first character, or else word, that cannot be encoded by itself; a model of words knows few letters."""
+        models = _library().models
+        whole_words = isinstance(self._tokenizer.model, (models.WordLevel, models.WordPiece))
+        for piece in dict.fromkeys(text.split() if whole_words else text):
+            try:
+                self._tokenizer.encode(piece, add_special_tokens=False)
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                return f"{piece!r:.60}"
+        return ""
+
+    def _is_composed(self, text: str, ids: np.ndarray) -> bool:
+        """Whether nothing is missing of `text` with its characters composed, as the tokenizer may have done first."""
+        for form in _COMPOSED:
+            composed = unicodedata.normalize(form, text)
+            if composed != text:
+                again, spans = self._encode(composed)
+                if np.array_equal(ids, again) and not _uncovered(composed, spans):
+                    return True
+        return False
+
+    def _special_ids(self) -> np.ndarray:
+        """Of its special tokens but the unknown one, which is what texts may well hold."""
+        special = {number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        model = self._tokenizer.model
+        if isinstance(model, _library().models.Unigram):
+            unknown = json.loads(self.content)["model"].get("unk_id")
+        else:
+            unknown = self._tokenizer.token_to_id(model.unk_token)
+        return np.array(sorted(special - {unknown}), dtype=np.int32)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FileTokenizer, (self.content,)
+        return _same_tokenizer, (self.content,)
+
+
+@functools.lru_cache(maxsize=2)
+def _same_tokenizer(content: bytes) -> FileTokenizer:
+    """One a process: a worker unpickles it with every task, and a large vocabulary takes most of a second."""
+    return FileTokenizer(content)
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> FileTokenizer:
@@ -180,6 +258,15 @@ def _library() -> Any:
 def _utf8(text: str) -> bytes:
     """Lone surrogates, which JSON can hold and UTF-8 cannot, become question marks."""
     return text.encode(errors="replace")
+
+
+def _uncovered(text: str, spans: np.ndarray) -> str:
+    """The first characters together that no span covers and that a tokenizer may not remove."""
+    begun = np.bincount(spans[:, 0], minlength=len(text) + 1) - np.bincount(spans[:, 1], minlength=len(text) + 1)
+    bare = np.flatnonzero(np.cumsum(begun)[:-1] <= 0).tolist()
+    lost = [at for at in bare if not text[at].isspace() and unicodedata.category(text[at]) not in _REMOVABLE]
+    run = [at for number, at in enumerate(lost[:20]) if at == lost[0] + number]
+    return "".join(text[at] for at in run)
 
 
 def _checked(ids: Sequence[int] | np.ndarray, end: int) -> np.ndarray:

@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, byte_ranges, existing_files, lines_of
-from transfusion_fast.data.sources.text import parse_json
+from transfusion_fast.data.source import (
+    MAX_BYTES,
+    RawDocument,
+    Rejected,
+    Unit,
+    byte_ranges,
+    existing_files,
+    lines_of,
+    parse_json,
+)
 
 CONTENT_FIELD = "content"
 

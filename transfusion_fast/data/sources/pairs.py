@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, existing_files
-from transfusion_fast.data.sources.text import parse_json
+from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit, existing_files, parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELD = "caption"
+
+# tarfile lets out whatever its arithmetic raises on a damaged header.
+_DAMAGED = (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, MemoryError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -35,33 +37,50 @@ class PairsSource:
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
         try:
-            with tarfile.open(unit.path, "r:") as archive:
+            with _opened(unit.path) as archive:
                 for key, sample in itertools.groupby(_files(archive), key=_key):
                     if isinstance(key, Exception):
                         raise key
                     yield _pair(
                         archive, unit.path, key, [member for member in sample if not isinstance(member, Exception)]
                     )
-        except (tarfile.TarError, OSError) as error:
+        except tarfile.ReadError as error:
             yield Rejected("tar damaged", f"what follows is lost ({error}), {unit.path}")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "pairs", "files": [str(file) for file in self.files]}
 
 
+def _opened(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except _DAMAGED as error:
+        raise _at(0, error) from error
+
+
+def _at(byte: int, error: BaseException | str) -> tarfile.ReadError:
+    return tarfile.ReadError(f"{error}, at byte {byte}")
+
+
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
     """The regular files, and at last what is wrong if more is to follow: an iterator that raises loses a sample."""
     try:
+        begin = -1
         while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # which are for finding one again
+            if archive.offset <= begin:
+                yield _at(member.offset, f"{member.name} must have a size, got {member.size}")
+                return
+            begin = archive.offset
             if member.isfile():
                 yield member
         # A damaged header counts as the end; but a tar ends in two blocks of zeros.
         archive.fileobj.seek(archive.offset)
         rest = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
         if len(rest) < tarfile.BLOCKSIZE or any(rest):
-            yield tarfile.ReadError(f"no end of archive at byte {archive.offset}")
-    except (tarfile.TarError, OSError) as error:
-        yield error
+            yield _at(archive.offset, "no end of archive")
+    except _DAMAGED as error:
+        yield _at(archive.offset, error)
 
 
 def _key(member: tarfile.TarInfo | Exception) -> str | Exception:
@@ -95,10 +114,13 @@ def _pair(archive: tarfile.TarFile, path: Path, key: str, sample: list[tarfile.T
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    content = file.read() if file else b""
+    try:
+        file = archive.extractfile(member)
+        content = file.read() if file else b""
+    except _DAMAGED as error:
+        raise _at(archive.fileobj.tell(), error) from error
     if len(content) != member.size:
-        raise tarfile.ReadError(f"{member.name} must have {member.size} bytes, got {len(content)}")
+        raise _at(archive.fileobj.tell(), f"{member.name} must have {member.size} bytes, got {len(content)}")
     return content
 
 

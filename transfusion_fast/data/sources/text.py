@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from transfusion_fast.data.source import (
     byte_ranges,
     existing_files,
     lines_of,
+    parse_json,
 )
-from transfusion_fast.errors import InputError
+from transfusion_fast.data.sources import parquet
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 FILES_TOGETHER = 256
@@ -50,17 +50,13 @@ class TextSource:
     def _units_of(self, file: Path) -> list[Unit]:
         if file.suffix.lower() == ".jsonl":
             return byte_ranges(file)
-        with _parquet(file) as table:
-            if self.field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names)
-                raise InputError(f"column of {file} must be of {names}, got {self.field!r}; name one with --field")
-            return [Unit(file, group, group + 1) for group in range(table.num_row_groups)]
+        return [Unit(file, group, group + 1) for group in range(parquet.row_groups(file, self.field))]
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
         readers: dict[str, Callable[[Unit], Iterator[tuple[str, Any]]]] = {
             ".txt": self._whole_files,
             ".jsonl": self._json_values,
-            ".parquet": self._parquet_values,
+            ".parquet": lambda unit: parquet.rows(unit, self.field),
         }
         for where, value in readers[unit.path.suffix.lower()](unit):
             if isinstance(value, Rejected):
@@ -80,28 +76,17 @@ class TextSource:
         for at, line in lines_of(unit):
             where = f"byte {at} of {unit.path}"
             entry = parse_json(line, where)
-            yield where, entry.get(self.field) if isinstance(entry, dict) else entry
-
-    def _parquet_values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        with _parquet(unit.path) as table:
-            row = 0
-            for batch in table.iter_batches(row_groups=[unit.start], columns=[self.field]):
-                for value in batch.column(0).to_pylist():
-                    yield f"row {row} of row group {unit.start} of {unit.path}", value
-                    row += 1
+            if isinstance(entry, dict) and self.field not in entry:
+                names = ", ".join(list(entry)[:8])
+                yield (
+                    where,
+                    Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field, {where}"),
+                )
+            else:
+                yield where, entry[self.field] if isinstance(entry, dict) else entry
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "files": [str(file) for file in self.files], "field": self.field}
-
-
-def parse_json(line: bytes | Rejected, where: str) -> Any:
-    """The value of a line, or why it is rejected."""
-    if isinstance(line, Rejected):
-        return line
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Rejected("not JSON", f"{error}, {where}")
 
 
 def _is_whole(file: Path) -> bool:
@@ -116,15 +101,3 @@ def _content(file: Path) -> str | Rejected:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:
         return Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {file}")
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
-    try:
-        return ParquetFile(path)
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path} must be a Parquet file, and cannot be read as one ({error})") from error
