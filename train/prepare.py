@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare: interrupted; the same command goes on from there", file=sys.stderr)
+        out = getattr(options, "out", None)
+        begun = out is not None and out.with_name(f"{out.name}.partial").exists()
+        print("prepare: interrupted" + "; the same command goes on from there" * begun, file=sys.stderr)
         return 130
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
+from image_files import picture, png_with_header, saved
 from PIL import Image
 
 from transfusion_fast.data import build as building
@@ -75,6 +76,39 @@ def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path,
     assert "000000007 in " in built.examples["image damaged"] and "00000.tar" in built.examples["image damaged"]
     assert built.index == read_index(tmp_path / "out") and built.index.documents == 57
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_preparing_goes_on_past_images_of_every_kind_and_reports_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb = Image.fromarray(picture(16, 16))
+    good = {
+        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
+        "sixteen bits": saved(Image.fromarray(picture(16, 16)[..., 0].astype(np.uint16) * 257), "PNG"),
+        "palette": saved(rgb.convert("P"), "PNG"),
+        "turned": saved(rgb, "JPEG", exif=exif),
+        "thin": saved(Image.new("RGB", (20_000, 1)), "PNG"),
+        "plain": saved(rgb, "WEBP"),
+    }
+    bad = {
+        "bomb": (saved(Image.new("L", (9000, 9000)), "PNG"), "image too large"),
+        "header": (png_with_header(100_000, 100_000), "image too large"),
+        "truncated": (saved(rgb, "JPEG")[:200], "image damaged"),
+        "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+        "script": (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
+    }
+    files = good | {name: data for name, (data, _) in bad.items()}
+    with wds.TarWriter(str(tmp_path / "zoo.tar")) as writer:
+        for number, (name, data) in enumerate(files.items()):
+            writer.write({"__key__": f"{number:03d}", "png": data, "txt": name})
+    encoder = replace(IMAGES, image=ImageRule("crop", 16, 4))
+    built = build(Recipe(PairsSource.of([tmp_path / "zoo.tar"]), encoder), tmp_path / "out")
+    assert built.rejected == Counter(reason for _, reason in bad.values())
+    found = {TOKENIZER.decode(text.ids): image.values for text, image in documents_in(tmp_path / "out")}
+    assert found.keys() == good.keys()
+    grey_is_kept = np.array_equal(found["sixteen bits"][..., 0], picture(16, 16)[..., 0])
+    level = np.abs(found["turned"].astype(int) - np.rot90(np.asarray(Image.open(io.BytesIO(good["turned"]))), -1))
+    assert level.max() == 0 and np.ptp(found["cmyk"]) > 100 and grey_is_kept
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
@@ -227,7 +261,7 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (300 + len(os.listdir("/proc/self/fd")), hard))
         try:
-            build(Recipe(source, Encoder(TOKENIZER, 2048)), tmp_path / f"out-{kind}")
+            build(Recipe(source, Encoder(TOKENIZER, 8192)), tmp_path / f"out-{kind}")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))

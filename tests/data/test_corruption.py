@@ -21,7 +21,7 @@ from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import pack_spans
+from transfusion_fast.data.shards import pack_spans, padded
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError
@@ -125,6 +125,15 @@ def truncate_between_packs(folder):
     os.truncate(folder / SHARD, read_index(folder).shards[1].offsets[2])
 
 
+def truncate_between_members(folder):
+    """Behind the first of a pack's three files."""
+    start = read_index(folder).shards[1].offsets[2]
+    with (folder / SHARD).open("rb") as stream:
+        stream.seek(start)
+        size = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "strict").size
+    os.truncate(folder / SHARD, start + tarfile.BLOCKSIZE + padded(size))
+
+
 def truncate_before_the_end_blocks(folder):
     os.truncate(folder / SHARD, read_index(folder).shards[1].end)
 
@@ -161,6 +170,7 @@ def a_key_again(folder):
 IN_PACKS = {
     **{f"truncated at {part}/{TRUNCATIONS}": truncate_at_fraction(part) for part in range(TRUNCATIONS)},
     "truncated between packs": truncate_between_packs,
+    "truncated between members of a pack": truncate_between_members,
     "header flipped": lambda folder: flip(folder, read_index(folder).shards[1].offsets[1] + 3),
     "checksum of a header flipped": lambda folder: flip(folder, read_index(folder).shards[1].offsets[1] + 150),
     "payload flipped": lambda folder: flip(folder, read_index(folder).shards[1].offsets[1] + 512 + 140),

@@ -1,38 +1,16 @@
 """Image files of all kinds, and of the hostile kind, come out as upright RGB or are rejected by name."""
 
-import io
-import struct
 import zlib
 from contextlib import suppress
 
 import numpy as np
 import pytest
+from image_files import picture, png_with_header, saved
 from PIL import Image
 
 from transfusion_fast.data.decode import Rejected, decode_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def saved(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(height=6, width=8):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png_with_header(width, height, bits=8, color=2):
-    """A PNG that says it is of that size and holds next to nothing."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def reason(data, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from transfusion_fast.data.source import Rejected
 from transfusion_fast.data.tokenizer import (
@@ -133,6 +133,23 @@ UNKNOWING = {
     "unigram": (built(models.Unigram([("a", -1.0), ("b", -2.0)])), "abab", "az", "'z'"),
     "removing": (built(models.BPE(numbered("a", "b"), []), normalizers.Replace("b", "")), "aa", "abba", "'bb'"),
 }
+
+
+def test_what_the_rules_of_a_file_put_in_place_of_characters_is_not_missing():
+    rules = normalizers.Sequence([normalizers.Replace("``", "b"), normalizers.Replace(Regex("c+"), "a")])
+    tokenizer = built(models.BPE(numbered("a", "b"), []), rules)
+    ids, _ = tokenizer.encode_with_starts("a``ccca")
+    assert ids.tolist() == tokenizer.encode("abaa").tolist()
+
+
+def test_what_cannot_be_seen_may_be_removed():
+    tokenizer = built(models.WordLevel(numbered("ab", "cd")), normalizers.BertNormalizer(), pre_tokenizers.Whitespace())
+    assert tokenizer.encode("ab\ufffd cd\ue000").tolist() == [0, 1]
+
+
+def test_a_vocabulary_with_dropout_encodes_alike_each_time():
+    tokenizer = built(models.BPE(numbered("a", "b", "ab"), [("a", "b")], dropout=0.5))
+    assert {tuple(tokenizer.encode("abab").tolist()) for _ in range(30)} == {(2, 2)}
 
 
 @pytest.mark.parametrize("kind", UNKNOWING)

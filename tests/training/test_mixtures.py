@@ -61,7 +61,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(folders: tuple[Path, Path], run:
     ("weights", "complaint"),
     [
         ((1, 1), "shares is ('1/4', '3/4'), but this run has ('1/2', '1/2'); give the run's weights in data.path"),
-        ((1, None), "(75 % of the tokens), but this run has "),
+        ((1, None), "(75 % of the tokens) (index "),
     ],
 )
 def test_a_run_does_not_go_on_with_other_weights_or_folders(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import os
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -44,6 +46,8 @@ from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 _RECIPE, _LOCK, _UNITS, _SHARDS = "recipe.json", ".lock", "units", "shards"
+_VERSION = 2
+"""Of units and of how documents are packed: work begun by another is not gone on with."""
 _OPEN_UNITS = 128  # of files that a process has open at once
 
 Task = TypeVar("Task")
@@ -94,7 +98,8 @@ class Recipe:
         """As JSON, with what would tell that a file of the source has changed."""
         files = sorted(set(self.source.files))
         return {
-            "source": self.source.describe(),
+            "version": _VERSION,
+            "source": {**self.source.describe(), "units": len(self.source.units())},
             "files": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
             "encoder": self.encoder.describe(),
             "packing": [self.packs_per_shard, self.seed, self.buffer],
@@ -281,8 +286,17 @@ class _Worker:
 
 
 def _begin(job: _Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; the process that was asked to stop says so
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that is in charge ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _Worker.job = job
+
+
+def _end_with_parent() -> None:
+    """Who killed that one may begin anew in the same folder."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _run(function: Callable[[_Job, Task], Result], task: Task) -> Result:
@@ -313,3 +327,8 @@ def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
             raise InputError(
                 f"one of {processes} processes was killed, perhaps for memory; run it again with fewer: it goes on"
             ) from error
+        except BaseException:
+            for process in active_children():
+                process.terminate()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -151,9 +151,14 @@ def _check_same(name: str, one: Dataset, other: Dataset) -> None:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return " and ".join(f"{m.name} ({m.encoding}, {m.channels} channels, patches of {m.patch_size})" for m in value)
-    return str(value)
+    return " and ".join(map(_in_words, value)) if isinstance(value, tuple) else str(value)
+
+
+def _in_words(modality: ModalityInfo) -> str:
+    made = f", autoencoder {modality.autoencoder[:12]}" if modality.autoencoder else ""
+    return (
+        f"{modality.name} ({modality.encoding}, {modality.channels} channels, patches of {modality.patch_size}{made})"
+    )
 
 
 class MixtureOrder:

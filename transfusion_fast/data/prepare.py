@@ -20,6 +20,8 @@ from transfusion_fast.errors import InputError
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 _RECIPE = "recipe.json"
+_VERSION = 2
+"""Of how documents are packed."""
 
 
 class BuiltIn(Protocol):
@@ -77,7 +79,12 @@ def prepare_splits(source: BuiltIn, out: Path, sequence_length: int, packs_per_s
     documents; InputError where it holds anything else.
     """
     out, tokenizer = Path(out), ByteTokenizer()
-    recipe = {**source.describe(), "packing": [sequence_length, packs_per_shard], "tokenizer": tokenizer.describe()}
+    recipe = {
+        **source.describe(),
+        "version": _VERSION,
+        "packing": [sequence_length, packs_per_shard],
+        "tokenizer": tokenizer.describe(),
+    }
     text = json.dumps(recipe, indent=1)
     if not _is_free(out):
         return Prepared(_same(out, text), reused=True)

@@ -69,9 +69,9 @@ def data_folder(path: str, cache: ShardCache) -> DataFolder:
             f"URL of a data folder must be of one of the protocols {', '.join(PROTOCOLS)}, without ::, got {path!r}; "
             "give another, or a local folder"
         )
-    if "?" in path or "#" in path:
+    if protocol in ("http", "https") and ("?" in path or "#" in path):
         raise InputError(
-            f"URL of a data folder must have no ? and no #, got {path!r}, as its files' names are put at its end; "
+            f"web address of a data folder must have no ? and no #, got {path!r}: names of files are put behind it; "
             "give the folder's own URL"
         )
     if protocol in ("http", "https") and not _has_host(path):

@@ -94,7 +94,7 @@ def read_lengths(folder: Path, number: int) -> np.ndarray:
 
 
 class UnitReader:
-    """The documents of a unit by number; their arrays lie in the files."""
+    """The documents of a unit by number; copies, as a view would keep its file open."""
 
     def __init__(self, folder: Path, number: int, modalities: tuple[ModalityInfo, ...]) -> None:
         self._modalities = modalities
@@ -108,10 +108,10 @@ class UnitReader:
 
     def _segment(self, kind: int, offset: int, length: int, height: int, width: int) -> Segment:
         if kind == KIND_TEXT:
-            return TextSegment(self._tokens[offset : offset + length])
+            return TextSegment(np.array(self._tokens[offset : offset + length]))
         channels = self._modalities[kind - 1].channels
         values = self._latents[offset : offset + height * width * channels]
-        return ImageSegment(values.reshape(height, width, channels), kind - 1)
+        return ImageSegment(np.array(values).reshape(height, width, channels), kind - 1)
 
 
 def _file(folder: Path, number: int, kind: str) -> Path:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_NAME = "tokenizer.json"
 
-_REMOVABLE = ("Cc", "Cf", "Mn")  # control and format characters, and marks such as accents
+_REMOVABLE = ("Cc", "Cf", "Co", "Cn", "Mn")  # what is no character to be seen, and marks such as accents
 _COMPOSED: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 
 
@@ -101,9 +101,11 @@ class FileTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_text_tokens = 1 + max(vocabulary.values(), default=-1)
         model = self._tokenizer.model
-        if isinstance(model, _library().models.BPE) and model.unk_token is None:
-            # It drops what it does not know, unless its unknown token is unknown too: then it raises.
-            model.unk_token = max(vocabulary, key=len, default="") + "?"
+        if isinstance(model, _library().models.BPE):
+            model.dropout = None  # which would encode a text otherwise each time
+            if model.unk_token is None:
+                # It drops what it does not know, unless its unknown token is unknown too: then it raises.
+                model.unk_token = max(vocabulary, key=len, default="") + "?"
         self._special = self._special_ids()
 
     def encode(self, text: str) -> np.ndarray:
@@ -120,7 +122,7 @@ class FileTokenizer:
         if (special := np.isin(ids, self._special)).any():
             start, end = spans[special][0].tolist()
             raise Rejected("special token", f"{text[start:end]!r:.60} would become one")
-        if (missing := _uncovered(text, spans)) and not self._is_composed(text, ids):
+        if (missing := _uncovered(text, spans)) and not self._is_rewritten(text, ids):
             raise Rejected("not in the vocabulary", f"{missing!r}")
         return ids, np.maximum.accumulate(spans[:, 0])
 
@@ -157,15 +159,28 @@ class FileTokenizer:
                 return f"{piece!r:.60}"
         return ""
 
-    def _is_composed(self, text: str, ids: np.ndarray) -> bool:
-        """Whether nothing is missing of `text` with its characters composed, as the tokenizer may have done first."""
-        for form in _COMPOSED:
-            composed = unicodedata.normalize(form, text)
+    def _is_rewritten(self, text: str, ids: np.ndarray) -> bool:
+        """Whether nothing is missing of `text` as it is once the tokenizer's own rules rewrote or composed it."""
+        forms = [unicodedata.normalize(form, text) for form in _COMPOSED]
+        forms.append(self._replaced(text))
+        for composed in forms:
             if composed != text:
                 again, spans = self._encode(composed)
                 if np.array_equal(ids, again) and not _uncovered(composed, spans):
                     return True
         return False
+
+    def _replaced(self, text: str) -> str:
+        """The text with what the file's rules put in place of characters; rules that remove them are left out."""
+        rules = [json.loads(self.content).get("normalizer") or {}]
+        while rules:
+            rule = rules.pop(0)
+            rules = rule.get("normalizers", []) + rules
+            if rule.get("type") == "Replace" and rule["content"]:
+                [(kind, pattern)] = rule["pattern"].items()
+                pattern = _library().Regex(pattern) if kind == "Regex" else pattern
+                text = _library().normalizers.Replace(pattern, rule["content"]).normalize_str(text)
+        return text
 
     def _special_ids(self) -> np.ndarray:
         """Of its special tokens but the unknown one, which is what texts may well hold."""
@@ -264,9 +279,14 @@ def _uncovered(text: str, spans: np.ndarray) -> str:
     """The first characters together that no span covers and that a tokenizer may not remove."""
     begun = np.bincount(spans[:, 0], minlength=len(text) + 1) - np.bincount(spans[:, 1], minlength=len(text) + 1)
     bare = np.flatnonzero(np.cumsum(begun)[:-1] <= 0).tolist()
-    lost = [at for at in bare if not text[at].isspace() and unicodedata.category(text[at]) not in _REMOVABLE]
+    lost = [at for at in bare if not _may_go(text[at])]
     run = [at for number, at in enumerate(lost[:20]) if at == lost[0] + number]
     return "".join(text[at] for at in run)
+
+
+def _may_go(character: str) -> bool:
+    """Whether a tokenizer's rules may remove it without loss to a reader."""
+    return character.isspace() or character == "\ufffd" or unicodedata.category(character) in _REMOVABLE
 
 
 def _checked(ids: Sequence[int] | np.ndarray, end: int) -> np.ndarray:
