@@ -133,8 +133,8 @@ def test_preview_with_an_autoencoder_needs_latents(folder, tmp_path, capsys):
 
 
 def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path):
-    for number in range(20):
-        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": "some words. " * 12_000}) + "\n")
+    for number in range(12):
+        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": "some words. " * 8_000}) + "\n")
     command = [sys.executable, prepare.__file__, "text", str(tmp_path), "--out", str(tmp_path / "out")]
     command += ["--seq-len", "512", "--processes", "2"]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

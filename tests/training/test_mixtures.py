@@ -61,7 +61,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(folders: tuple[Path, Path], run:
     ("weights", "complaint"),
     [
         ((1, 1), "shares is ('1/4', '3/4'), but this run has ('1/2', '1/2'); give the run's weights in data.path"),
-        ((1, None), "(75 % of the tokens) (index "),
+        pytest.param((1, None), "(75 % of the tokens) (index ", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_does_not_go_on_with_other_weights_or_folders(
@@ -91,7 +91,7 @@ def test_a_run_on_folders_at_urls_takes_the_steps_of_plain_ones_and_goes_on_with
     assert "trained to step 4 already" in train(1, mixed(folders, 1, 3), tmp_path / "run", *SETTINGS)
 
 
-@pytest.mark.parametrize(("folder", "widths"), [(0, "[]"), (1, "[4]")])
+@pytest.mark.parametrize(("folder", "widths"), [pytest.param(0, "[]", marks=pytest.mark.slow), (1, "[4]")])
 def test_a_shard_that_cannot_be_fetched_ends_all_ranks_with_one_line_whatever_the_quarantine(
     folders: tuple[Path, Path], tmp_path: Path, folder: int, widths: str
 ) -> None:
