@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, forkserver, get_context, parent_process
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -285,8 +285,19 @@ class _Worker:
     job: ClassVar[_Job]
 
 
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler can be set, and no interrupt arrives
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _begin(job: _Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that is in charge ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _Worker.job = job
 
@@ -310,6 +321,8 @@ def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
     context = get_context("forkserver")  # threads of libraries do not survive a fork
+    with _interrupts_ignored():  # by its children too: Ctrl-C reaches all, and the process in charge ends the others
+        forkserver.ensure_running()
     with ProcessPoolExecutor(processes, context, _begin, (job,)) as executor:
 
         def each(function: Callable[[_Job, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
