@@ -8,6 +8,7 @@ from launching import metrics, train
 STEPS = ("model.transformer={dim: 192, depth: 2, heads: 4, ffn_dim: 512}", "train.steps=2", "train.global_batch=1")
 
 
+@pytest.mark.slow
 def test_the_digits_demo_takes_the_same_steps_with_the_triton_kernels(digits: Path, tmp_path: Path) -> None:
     """The demo's model at half its depth, in fp32, one pack a step; conftest.py sets TRITON_INTERPRET."""
     for backend in ("torch", "triton"):

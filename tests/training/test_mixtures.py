@@ -81,6 +81,7 @@ def test_what_a_mixture_is_measured_on_must_be_said(run: Path, folders: tuple[Pa
     assert all(str(folder) in done.stderr for folder in folders) and "give --data" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_folders_at_urls_takes_the_steps_of_plain_ones_and_goes_on_with_them(
     folders: tuple[Path, Path], run: Path, tmp_path: Path
 ) -> None:
