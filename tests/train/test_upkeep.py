@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -132,6 +133,24 @@ def test_preview_with_an_autoencoder_needs_latents(folder, tmp_path, capsys):
     assert code == 2 and "--vae needs a folder of latents" in err
 
 
+def test_workers_end_with_the_process_that_was_killed(tmp_path):
+    for number in range(4):
+        words = "some words. " * (60_000 if number else 1)
+        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
+    command = [sys.executable, prepare.__file__, "text", str(tmp_path), "--out", str(tmp_path / "out")]
+    started = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL)
+    units = tmp_path / "out.partial" / "units"
+    while started.poll() is None and not any(units.glob("*.json")):
+        time.sleep(0.02)
+    family = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    alive = psutil.wait_procs(family, timeout=20)[1]
+    for process in alive:
+        process.kill()
+    assert len(family) >= 3 and not alive  # what starts workers, and two of them
+
+
 def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path):
     for number in range(6):  # the first is done at once, the others take seconds
         words = "some words. " * (60_000 if number else 1)
@@ -146,6 +165,7 @@ def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path
     err = started.communicate(timeout=60)[1]
     assert started.returncode == 130 and "Traceback" not in err
     assert "prepare: interrupted; the same command goes on from there" in err
-    finished = {path: path.stat().st_mtime_ns for path in units.glob("*.json")}
-    again = subprocess.run([*command[:-1], "1"], capture_output=True)
-    assert finished and again.returncode == 0
+    # What was finished says so of itself: it is heard again only where it is used again.
+    (units / "000000.json").write_text(json.dumps([1, {"mark": 1}, {"mark": "made before"}, 0]))
+    again = subprocess.run([*command[:-1], "1"], capture_output=True, text=True)
+    assert again.returncode == 0 and "left out 1: made before" in again.stderr

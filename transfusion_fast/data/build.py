@@ -305,8 +305,8 @@ def _begin(job: _Job) -> None:
 def _end_with_parent() -> None:
     """Who killed that one may begin anew in the same folder."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
