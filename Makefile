@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 RANKS ?= 2
+JOBS ?= auto
 
 VENV := .venv
 ifdef INSTALLED
@@ -60,8 +61,9 @@ demo-fashion: $(STAMP)  ## the same on pictures of clothes: an hour on 2 cores t
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(FASHION_CONFIG)
 	python train/evaluate.py $(FASHION_RUN)
 
+# A process a core. All tests of a file run in one, and share what it makes for them.
 test: $(STAMP)  ## run the tests that need no GPU
-	pytest --durations=10
+	pytest -n $(JOBS) --dist loadfile --durations=10
 
 # Its outcome is in REPORT; `make -k test-gpu bench` measures all the same where a test fails.
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, and keep their outcome in REPORT

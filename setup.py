@@ -42,6 +42,7 @@ setup(
         # Triton is in them for its interpreter and its compiler, neither of which needs a GPU.
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.13",
