@@ -16,6 +16,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer
 from transfusion_fast.training.metrics import MetricsLog, Row, progress_line
+from transfusion_fast.training.run import write_config
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
 
@@ -80,6 +81,20 @@ def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> N
     MetricsLog(tmp_path / "metrics.jsonl", 0).write(replace(row(1), loss=math.nan, grad_norm=math.inf))
     written = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert written["loss"] is None and written["grad_norm"] is None and written["text_loss"] == 1.0
+
+
+def test_settings_that_changed_since_the_last_start_are_told(tmp_path: Path) -> None:
+    first = Config(data={"path": "a"}, deepspeed={"wall_clock_breakdown": True})
+    second = Config(data={"path": {"a": 1, "b": 2}, "caption_first": 0.5})
+    assert write_config(tmp_path, first) == write_config(tmp_path, first) == []
+    assert write_config(tmp_path, second) == [
+        "data.path a -> {'a': 1.0, 'b': 2.0}",
+        "data.caption_first 0.8 -> 0.5",
+        "deepspeed.wall_clock_breakdown True -> None",
+    ]
+    (tmp_path / "config.yaml").write_text("data: [")
+    assert "not known, as the config.yaml of before cannot be read" in write_config(tmp_path, second)[0]
+    assert load_config(tmp_path / "config.yaml") == second
 
 
 def test_a_damaged_checkpoint_that_was_overtaken_is_dropped_before_a_good_one(tmp_path: Path) -> None:

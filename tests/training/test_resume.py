@@ -40,6 +40,7 @@ def test_a_run_asked_to_stop_and_then_killed_gives_the_same_losses_and_weights_b
 
     printed = train(2, digits, run, "train.checkpoint_every=100")
     assert "resuming at step" in printed
+    assert "settings changed since the run was last started: train.checkpoint_every 1 -> 100\n" in printed
     assert metrics(run) == metrics(uninterrupted)
     assert weights_of(run, 6) == weights_of(uninterrupted, 6)
 

@@ -14,6 +14,7 @@ from transfusion_fast.data.index import read_index
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.shards import read_table
 from transfusion_fast.loss import Counts
 from transfusion_fast.training.engine import learning_rate, make_optimizer, set_learning_rate
 
@@ -132,7 +133,7 @@ def damage_packs(digits: Path, data: Path, *positions: int) -> str:
         shard, place = PackReader(data, index).locate(order[position][1])
         files.append(data / index.shards[shard].file)
         content = bytearray(files[-1].read_bytes())
-        content[index.shards[shard].offsets[place] + 600] ^= 0xFF
+        content[read_table(files[-1]).span(place)[0] + 600] ^= 0xFF
         files[-1].write_bytes(content)
     return files[0].name
 
@@ -143,6 +144,16 @@ def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digi
     assert codes == [2, 2], printed
     ours = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
     assert len(ours) == 1 and shard in ours[0] and "Traceback" not in printed
+
+
+def test_a_shard_that_one_rank_finds_missing_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "data")
+    (tmp_path / "data" / "shard-000001.tar").unlink()
+    codes, printed = start(2, tmp_path / "data", tmp_path / "run").wait()
+    assert codes == [2, 2], printed
+    ours = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
+    assert len(ours) == 1 and "shard-000001.tar must exist, and is missing" in ours[0]
+    assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
 def test_packs_in_quarantine_are_left_out_counted_and_the_same_on_any_ranks(digits: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
+from transfusion_fast.errors import InputError
 from transfusion_fast.training.heap import keep_freed_memory
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -48,6 +49,16 @@ class Ranks:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, items, group=self.control)
         return [item for part in gathered for item in part]
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Acts on every rank; an InputError on any of them is one on all, who would else wait for it."""
+        errors = []
+        try:
+            action()
+        except InputError as error:
+            errors.append(str(error))
+        if errors := self.gather(errors):
+            raise InputError(errors[0])
 
     @property
     def abandoned(self) -> bool:

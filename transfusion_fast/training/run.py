@@ -1,6 +1,6 @@
 """A run folder, as everything after training reads it; needs neither ranks nor DeepSpeed.
 
-RUN/config.yaml       the resolved config
+RUN/config.yaml       the resolved config of its last start
 RUN/data.json         how to read and draw the run's data: tokenizer, modalities, image size
 RUN/metrics.jsonl     a row every `log_every` steps
 RUN/checkpoints/latest                  the name of the newest checkpoint
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from transfusion_fast.config import ModelConfig, parse
+from transfusion_fast.config import Config, ModelConfig, parse
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.data.reader import PackReader
@@ -34,6 +35,7 @@ from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model import Transfusion
 
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -121,9 +123,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
         "modalities": [asdict(m) for m in data.modalities],
         "image_sizes": data.image_sizes,
     }
-    staged = run / f".{DATA}"
-    staged.write_text(json.dumps(record, indent=1))
-    os.replace(staged, run / DATA)
+    _write_whole(run / DATA, json.dumps(record, indent=1))
 
 
 def read_data_description(run: Path) -> DataDescription:
@@ -137,6 +137,33 @@ def read_data_description(run: Path) -> DataDescription:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it anew") from error
+
+
+def write_config(run: Path, config: Config) -> list[str]:
+    """Puts config.yaml into the run folder; returns what differs from the one there, `NAME OLD -> NEW` each."""
+    path, now = run / CONFIG, config.model_dump(mode="json")
+    try:
+        before = yaml.safe_load(path.read_text()) if path.exists() else now
+        changed = list(_changes(before, now))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        changed = [f"not known, as the {CONFIG} of before cannot be read ({' '.join(str(error).split()):.100})"]
+    _write_whole(path, yaml.safe_dump(now, sort_keys=False))
+    return changed
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file has its old contents or the new ones, whenever the process ends."""
+    staged = path.with_name(f".{path.name}")
+    staged.write_text(text)
+    os.replace(staged, path)
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name or 'all of it'} {before} -> {now}"
 
 
 def check_output(run: Path) -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from transfusion_fast import backends
 from transfusion_fast.config import Config
 from transfusion_fast.data.loader import Share, training_batches
@@ -22,7 +20,7 @@ from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run import Meta, describe_data, write_data_description
+from transfusion_fast.training.run import Meta, describe_data, write_config, write_data_description
 
 
 def train(config: Config, data: Mixture, ranks: Ranks) -> None:
@@ -32,6 +30,8 @@ def train(config: Config, data: Mixture, ranks: Ranks) -> None:
         InputError: a checkpoint of another run, unreadable data, or too many steps without a finite gradient.
     """
     share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
+    if not config.data.quarantine:  # to which a shard that is missing is no more than its packs
+        ranks.together(lambda: data.check_shards(ranks.rank, ranks.world_size))
     run = Path(config.train.output)
     checkpoints = Checkpoints(run, ranks, config.train.keep_checkpoints)
     found = checkpoints.newest_whole()
@@ -39,14 +39,7 @@ def train(config: Config, data: Mixture, ranks: Ranks) -> None:
     meta = _describe(config, data, ranks, engine)
     if found is not None:
         meta = checkpoints.restore(engine, found, meta)
-    errors = []
-    if ranks.is_main:
-        try:
-            _announce(config, data, ranks, share, engine, meta)
-        except InputError as error:
-            errors.append(str(error))
-    if errors := ranks.gather(errors):  # else the other ranks would wait for one that is gone
-        raise InputError(errors[0])
+    ranks.together(lambda: _announce(config, data, ranks, share, engine, meta))
     if meta.step < config.train.steps:
         _Loop(config, data, ranks, share, engine, checkpoints, meta).run()
 
@@ -219,6 +212,8 @@ def _describe(config: Config, data: Mixture, ranks: Ranks, engine: Any) -> Meta:
 
 def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine: Any, meta: Meta) -> None:
     """Saves the resolved config with the run and says what is about to happen."""
+    if not ranks.is_main:
+        return
     run = Path(config.train.output)
     if meta.step >= config.train.steps:
         print(
@@ -227,7 +222,9 @@ def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine:
         return
     run.mkdir(parents=True, exist_ok=True)
     write_data_description(run, describe_data(data, config.data.quarantine > 0))
-    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    changed = write_config(run, config)
+    if meta.step and changed:
+        print(f"settings changed since the run was last started: {', '.join(changed)}")
     parameters = sum(p.ds_numel for p in engine.module.parameters())
     print(
         f"{run}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {ranks.world_size} x {ranks.device.type}, "
