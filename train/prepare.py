@@ -6,7 +6,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transfusion_fast.autoencoder import read_autoencoder
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.build import Built, DocumentEncoder, Recipe, build
+from transfusion_fast.data.build import LEFT_OUT, Built, DocumentEncoder, Recipe, build
 from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
@@ -27,7 +27,7 @@ from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.prepare import BuiltIn, prepare_splits
 from transfusion_fast.data.preview import Decoder, pack_documents, page
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.repack import PacksSource, Repacker
+from transfusion_fast.data.repack import PacksSource
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import RawDocument, Source
 from transfusion_fast.data.sources.interleaved import InterleavedSource
@@ -177,7 +177,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", type=Path, metavar="FOLDER",
         help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); each of the "
-        "--processes holds one, on the GPU that they share where there is one, else on a core of its own",
+        "--processes holds one, on the GPUs that they share where there are any, else on a core of its own",
     )  # fmt: skip
     parser.add_argument(
         "--latents", choices=("sampled", "mean"),
@@ -192,10 +192,9 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 def _built_in(options: argparse.Namespace) -> None:
     source = options.built_in(options)
-    prepared = prepare_splits(source, options.out, options.seq_len, options.packs_per_shard)
-    state = "already there" if prepared.reused else "written"
-    for split, index in prepared.splits.items():
-        print(f"{options.out / split}: {state}: {_summary(index)}")
+    built = prepare_splits(source, options.out, options.seq_len, options.packs_per_shard)
+    for split, one in built.items():
+        _tell(options.out / split, one)
 
 
 def _text(options: argparse.Namespace) -> None:
@@ -233,7 +232,8 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
 
 
 def _repack(options: argparse.Namespace) -> None:
-    _build(options, PacksSource(options.folder), Repacker.of(options.folder, options.seq_len, options.long))
+    source = PacksSource(options.folder)
+    _build(options, source, source.fitter(options.seq_len, options.long))
 
 
 def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Tokenizer:
@@ -249,10 +249,13 @@ def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Toke
 
 
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:
-    built = build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes)
-    for line in _outcomes(built):
-        print(f"{options.out}: {line}", file=sys.stderr)
-    print(f"{options.out}: written: {_summary(built.index)}")
+    _tell(options.out, build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes))
+
+
+def _tell(folder: Path, built: Built) -> None:
+    for line in _outcomes(built, folder):
+        print(f"{folder}: {line}", file=sys.stderr)
+    print(f"{folder}: {'already there' if built.reused else 'written'}: {_summary(built.index)}")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -325,10 +328,14 @@ def _decoder(options: argparse.Namespace, index: Index) -> Decoder | None:
     return vae.decode
 
 
-def _outcomes(built: Built) -> list[str]:
+def _outcomes(built: Built, folder: Path) -> Iterator[str]:
     """What became of documents that are not in the folder as they were."""
-    left_out = [f"left out {count}: {built.examples[reason]}" for reason, count in built.rejected.items()]
-    return [*left_out, f"cut {built.cut} documents that no pack has room for"] if built.cut else left_out
+    for reason, count in built.rejected.items():
+        yield f"left out {count}: {built.examples[reason]}"
+    if sum(built.rejected.values()) > len(built.rejected):
+        yield f"all that was left out is named in {folder / LEFT_OUT}"
+    if built.cut:
+        yield f"cut {built.cut} documents that no pack has room for"
 
 
 def _summary(index: Index) -> str:

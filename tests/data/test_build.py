@@ -73,6 +73,10 @@ def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path,
     assert captions == Counter(f"picture {n} {i}" for n in range(3) for i in range(20) if i != 7)
     assert all(isinstance(image, ImageSegment) for _, image in documents_in(tmp_path / "out"))
     assert built.rejected == {"image damaged": 3}
+    left_out = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert [entry["reason"] for entry in left_out] == ["image damaged"] * 3
+    for number, entry in enumerate(left_out):
+        assert f"{number:05d}0007 in " in entry["detail"] and f"{number:05d}.tar" in entry["detail"]
     assert "000000007 in " in built.examples["image damaged"] and "00000.tar" in built.examples["image damaged"]
     assert built.index == read_index(tmp_path / "out") and built.index.documents == 57
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -282,10 +286,31 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
 
 def test_a_folder_that_is_not_free_is_left_alone(tmp_path, recipe):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(InputError, match="output folder must be new or empty"):
-        build(recipe, tmp_path / "out")
+    for name in ("mine", "recipe.json"):
+        (tmp_path / "out" / name).write_text("x")
+        with pytest.raises(InputError, match="output folder must be new or empty"):
+            build(recipe, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_is_finished_is_there_already_and_is_not_made_again(tmp_path, monkeypatch):
+    recipe = texts(tmp_path / "a.jsonl", "old")
+    built = build(recipe, tmp_path / "out")
+    before = content(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "write_unit", lambda *arguments: pytest.fail("read again"))
+        again = build(recipe, tmp_path / "out", processes=3)
+    assert again.reused and again.index == built.index and content(tmp_path / "out") == before
+    (tmp_path / "out" / "index.json").write_text((tmp_path / "out" / "index.json").read_text() + "\n")
+    with pytest.raises(InputError, match=r"\(it was made with other index\)"):
+        build(recipe, tmp_path / "out")
+    with pytest.raises(InputError, match=r"\(it was made with other files and index\)"):
+        build(texts(tmp_path / "a.jsonl", "newer"), tmp_path / "out")
+
+
+def test_nothing_is_left_out_without_a_word_and_no_list_made_of_nothing(tmp_path):
+    build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
 
 
 class Deadly(ByteTokenizer):

@@ -1,6 +1,7 @@
 """index.json and the reader: every kind of damage is one line naming what is wrong, and none is read past."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,10 +12,11 @@ import zlib
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, build_index, parse_shard, read_index, write_index
+from transfusion_fast.data.index import INDEX_NAME, build_index, decode_index, read_index, write_index
+from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import write_shards
+from transfusion_fast.data.shards import read_table, write_shard
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 
@@ -30,7 +32,9 @@ def make(number):
 
 def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=PACKS_PER_SHARD):
     folder.mkdir()
-    files = write_shards(map(make, range(num_packs)), folder, packs_per_shard)
+    starts = range(0, num_packs, packs_per_shard)
+    numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
+    files = [write_shard(map(make, own), folder, shard) for shard, own in enumerate(numbers)]
     write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
     return folder
 
@@ -73,30 +77,37 @@ def test_the_index_tells_the_truth_about_the_bytes(folder):
     for shard in read_index(folder).shards:
         content = (folder / shard.file).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        payloads = [content[start:end] for start, end in shard.spans]
-        assert shard.spans == [shard.span(place) for place in range(len(shard.offsets))]
-        assert [zlib.crc32(payload) for payload in payloads] == list(shard.crc32)
-        assert content[shard.end :].strip(b"\0") == b"", "something follows the last pack"
+        table = read_table(folder / shard.file)
+        spans = list(itertools.pairwise([0, *table.ends]))
+        assert spans == [table.span(place) for place in range(shard.packs)] and spans[-1][1] == shard.table
+        assert [zlib.crc32(content[start:end]) for start, end in spans] == table.rows[:, 1].tolist()
+        begin, end = shard.table_span
+        assert zlib.crc32(content[begin:end]) == shard.table_crc32
+        assert content[end:].strip(b"\0") == b"", "something follows the table"
 
 
-def test_an_index_of_many_packs_takes_little_memory(folder):
-    packs = 100_000
-    entry = json.loads((folder / INDEX_NAME).read_text())["shards"][0]
-    entry |= {"bytes": 2**40, "end": 2**40, "offsets": [*range(0, 2**40, 2**20)][:packs], "crc32": [2**32 - 1] * packs}
-    text = json.dumps(entry)
-    del entry
+def test_a_billion_packs_take_a_line_a_shard_and_little_memory(folder):
+    """Index and order together: what every rank of a run holds."""
+    entry = json.loads((folder / INDEX_NAME).read_text())
+    shard = entry["shards"][0] | {"bytes": 2**40, "packs": 10_000, "table": 2**39}
+    many = {**entry, "shards": [{**shard, "file": f"shard-{number:06d}.tar"} for number in range(100_000)]}
+    content = json.dumps(many).encode()
+    del many
+    assert len(content) < 30e6
     tracemalloc.start()
-    shard = parse_shard(json.loads(text), "here")
-    size, _ = tracemalloc.get_traced_memory()
+    index = decode_index(content, "here")
+    order = PackOrder(0, index.pack_counts)
+    assert order.num_packs == index.num_packs == 10**9
+    assert order[10**9 + 5][0] == 1
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert size < 20 * packs
-    assert json.dumps(shard.entry()) == text and parse_shard(json.loads(text), "here") == shard
+    assert peak + len(content) < 200e6
 
 
-def test_the_index_keeps_long_lists_on_one_line(folder):
+def test_the_index_has_a_line_a_shard(folder):
     lines = (folder / INDEX_NAME).read_text().splitlines()
-    assert len(lines) < 40
-    assert sum('"offsets": [0, ' in line for line in lines) == 2
+    assert len(lines) == 3 + 7 + 3 + 2
+    assert sum('"file": "shard-' in line for line in lines) == 3
 
 
 def test_packs_are_numbered_in_file_order(folder):
@@ -156,8 +167,8 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
 
 
 def test_another_version_is_refused_naming_both(folder):
-    edit_index(folder, lambda entry: entry.update(version=2))
-    assert "must be 1, the one supported, got 2" in refusal(read_index, folder)
+    edit_index(folder, lambda entry: entry.update(version=1))
+    assert "must be 2, the one supported, got 1" in refusal(read_index, folder)
 
 
 @pytest.mark.parametrize("name", ["../data/shard-000000.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".hidden"])
@@ -188,16 +199,16 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["shards", 0], 5, "file"),
         (["shards", 0, "bytes"], "x", "bytes"),
         (["shards", 0, "sha256"], 5, "sha256"),
-        (["shards", 0, "offsets"], [], "whole number each a pack"),
-        (["shards", 0, "offsets"], [0, 1.5, 3], "whole number each a pack"),
-        (["shards", 0, "crc32"], [1], "whole number each a pack"),
-        (["shards", 0, "offsets"], [-512, 0, 512], "must rise within"),
-        (["shards", 0, "offsets"], [0, 512, 512], "must rise within"),
-        (["shards", 0, "end"], 10**12, "must rise within"),
+        (["shards", 0, "packs"], 0, "must lie behind its 0 packs"),
+        (["shards", 0, "packs"], 2**60, "must lie behind its"),
+        (["shards", 0, "packs"], [3], "packs"),
+        (["shards", 0, "table"], 10**12, "must lie behind its 3 packs and within its"),
+        (["shards", 0, "table"], -512, "must lie behind its 3 packs"),
+        (["shards", 0, "table"], None, "table"),
         (["shards", 0, "bytes"], 2**63, "must be below 2**63, got 9223372036854775808"),
-        (["shards", 0, "end"], -(10**30), "must be below 2**63"),
-        (["shards", 0, "offsets"], [0, 512, 10**30], "must rise within"),
-        (["shards", 0, "crc32"], [0, 0, 2**32], "in 0..4294967295"),
+        (["shards", 0, "table"], -(10**30), "must be below 2**63"),
+        (["shards", 0, "table_crc32"], 2**32, "in 0..4294967295"),
+        (["shards", 0, "table_crc32"], -1, "in 0..4294967295"),
     ],
 )
 def test_an_index_with_a_field_that_is_wrong_is_refused_naming_it(folder, path, value, reason):
@@ -232,7 +243,7 @@ def test_a_truncated_shard_is_found_before_reading_and_while_reading(folder):
 def test_a_shard_that_was_cut_while_it_was_open_costs_the_packs_that_it_lacks(folder):
     reader = PackReader(folder)
     assert_holds(reader.read(3), 3)
-    os.truncate(folder / "shard-000001.tar", reader.index.shards[1].offsets[1] + 600)
+    os.truncate(folder / "shard-000001.tar", read_table(folder / "shard-000001.tar").span(1)[0] + 600)
     assert_holds(reader.read(3), 3)
     assert "got 600" in refusal(reader.read, 4) and "got 0" in refusal(reader.read, 5)
 
@@ -247,7 +258,7 @@ def test_a_missing_shard_is_found_before_reading_and_while_reading(folder):
 def test_a_flipped_byte_costs_its_own_pack_only(folder):
     shard = read_index(folder).shards[1]
     content = bytearray((folder / shard.file).read_bytes())
-    content[shard.offsets[2] - 700] ^= 1
+    content[read_table(folder / shard.file).span(2)[0] - 700] ^= 1
     (folder / shard.file).write_bytes(content)
     reader = PackReader(folder)
     message = refusal(reader.read, 4)
@@ -262,5 +273,5 @@ def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
 
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
-    files = write_shards([make(254)], tmp_path)
-    assert "in 0..255" in refusal(build_index, tmp_path, files, 16, ByteTokenizer(), (GREY,))
+    file = write_shard([make(254)], tmp_path, 0)
+    assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))

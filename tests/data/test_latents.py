@@ -1,5 +1,6 @@
 """Images become latents: each document its own, the same ones whatever the processes and whatever befell."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ from PIL import Image
 from transfusion_fast.autoencoder import Autoencoder, read_autoencoder
 from transfusion_fast.data import build as building
 from transfusion_fast.data import encode as encoding
+from transfusion_fast.data import latents as latents_module
 from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.index import INDEX_NAME, parse_index
@@ -110,6 +112,18 @@ def test_documents_keep_their_order_and_get_the_latents_of_their_own_image(rule,
 
 def words(document):
     return TOKENIZER.decode(document[0].ids)
+
+
+def test_processes_take_the_gpus_in_turn(rule, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: taken.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels, noise: np.zeros((len(pixels), 4, 6, 4), np.float16))
+    on_gpu = replace(rule, autoencoder=replace(rule.autoencoder, device="cuda"))
+    for number in (0, 3, 6):
+        monkeypatch.setattr(latents_module, "worker_number", lambda number=number: number)
+        on_gpu(pictures(1))
+    assert taken == [0, 3, 2]
 
 
 def test_images_of_one_shape_are_encoded_together_and_no_more_than_asked_for(rule, monkeypatch):
@@ -253,8 +267,8 @@ def test_other_latents_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkey
             build(replace(recipe, encoder=encoder(other)), tmp_path / "out")
 
 
-def test_a_folder_written_before_autoencoders_had_fingerprints_is_read(tmp_path, recipe):
-    index = build(recipe, tmp_path / "out").index
+def test_an_index_without_the_autoencoders_fingerprint_is_refused(tmp_path, recipe):
+    build(recipe, tmp_path / "out")
     path = tmp_path / "out" / INDEX_NAME
     fields = json.loads(path.read_text())
     for value, complaint in ((5, "must be of type str, got 5"), ("ab", "must be 64 hexadecimal digits")):
@@ -264,8 +278,8 @@ def test_a_folder_written_before_autoencoders_had_fingerprints_is_read(tmp_path,
             parse_index(tmp_path / "out")
     del fields["modalities"][0]["autoencoder"]
     path.write_text(json.dumps(fields))
-    modality = replace(recipe.encoder.modality, autoencoder="")
-    assert parse_index(tmp_path / "out") == replace(index, modalities=(modality,))
+    with pytest.raises(InputError, match=r"autoencoder in .* must be of type str, got None"):
+        parse_index(tmp_path / "out")
 
 
 def test_pixels_have_no_autoencoder():

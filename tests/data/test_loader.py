@@ -254,8 +254,12 @@ def test_a_missing_shard_stops_a_run_unless_its_packs_may_be_quarantined(folder:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "shard-000001.tar").unlink()
+    mixture = open_data(config_of(copy))
     with pytest.raises(InputError, match="shard-000001"):
-        open_data(config_of(copy))
+        mixture.check_shards()
+    with pytest.raises(InputError, match="shard-000001"):
+        mixture.check_shards(1, 2)
+    mixture.check_shards(0, 2)
     config = config_of(copy, "data.quarantine=4")
     index = open_data(config)
     found = islice(training_batches(config, index, Share(0, 1, 1, 8), 0), index.num_packs)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data import prepare as preparation
+from transfusion_fast.data import build as building
 from transfusion_fast.data.digits import MODALITY, Digits
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
@@ -114,53 +114,58 @@ def test_no_documents_make_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_ends_early_leaves_nothing(tmp_path, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(preparation, "write_index", killed)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(texts(5, 6), tmp_path / "out", **SETTINGS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_folder_is_filled_and_one_in_use_left_alone(tmp_path):
+def test_a_folder_in_use_is_left_alone(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    prepare(texts(5), out, **SETTINGS)
-    before = contents(tmp_path)
-    for documents in (texts(5), texts(6)):
-        assert "must be new or empty" in refusal(prepare, documents, out, **SETTINGS)
+    prepare(texts(5), out, **SETTINGS)  # an empty one is filled
     (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    assert "(it was made with other source)" in refusal(prepare, texts(6), out, **SETTINGS)
+    assert "(it was made with other packing)" in refusal(prepare, texts(5), out, **SETTINGS, seed=1)
     assert "must be new or empty" in refusal(prepare, texts(5), tmp_path / "file", **SETTINGS)
-    assert contents(tmp_path) == {**before, "file": b"mine"}
+    assert contents(tmp_path) == before
+
+
+def test_documents_that_look_alike_are_told_apart(tmp_path):
+    """By what they are, not only by the bytes of their arrays."""
+    text, image = TextSegment(np.arange(2, dtype=np.int32)), ImageSegment(np.zeros((4, 2, 1), np.uint8))
+    alike = [
+        [(text, text)],
+        [(text,), (text,)],
+        [(text, image)],
+        [(text, ImageSegment(image.values.reshape(2, 4, 1)))],
+    ]
+    prepare(alike[0], tmp_path / "out", **SETTINGS)
+    for documents in alike[1:]:
+        assert "made with other source" in refusal(prepare, documents, tmp_path / "out", **SETTINGS)
 
 
 def test_a_folder_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    write_index = preparation.write_index
+    write_index = building.write_index
 
     def write_and_be_overtaken(*arguments):
         write_index(*arguments)
         out.mkdir()
         (out / "theirs").write_text("theirs")
 
-    monkeypatch.setattr(preparation, "write_index", write_and_be_overtaken)
-    assert "must be new or empty" in refusal(prepare, texts(5), out, **SETTINGS)
-    assert contents(tmp_path) == {"out/theirs": b"theirs"}
+    monkeypatch.setattr(building, "write_index", write_and_be_overtaken)
+    assert "is whole, but cannot become" in refusal(prepare, texts(5), out, **SETTINGS)
+    assert contents(out) == {"theirs": b"theirs"}
 
 
 def test_digits_prepared_again_are_left_as_they_are(digits):
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
     again = prepare_splits(Digits(), digits, **DIGITS_SETTINGS)
-    assert again.reused
-    assert again.splits == {split: read_index(digits / split) for split in ("train", "heldout")}
+    assert {split: (built.reused, built.index) for split, built in again.items()} == {
+        split: (True, read_index(digits / split)) for split in ("train", "heldout")
+    }
     assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
 
 
 def test_digits_of_other_settings_or_damaged_are_not_overwritten(digits, tmp_path):
     message = refusal(prepare_splits, Digits(), digits, **{**DIGITS_SETTINGS, "sequence_length": 256})
-    assert "must be new or empty" in message and "other data or settings" in message
+    assert "must be new or empty" in message and "made with other encoder" in message
     out = tmp_path / "digits"
     prepare_splits(Digits(), out, **DIGITS_SETTINGS)
     shard = out / "train" / "shard-000000.tar"
@@ -170,16 +175,20 @@ def test_digits_of_other_settings_or_damaged_are_not_overwritten(digits, tmp_pat
     assert contents(out) == before
 
 
-def test_digits_are_written_as_two_splits_or_not_at_all(tmp_path):
+def test_a_data_set_that_was_cut_off_goes_on(digits, tmp_path, monkeypatch):
     class FailsOnHeldout(Digits):
         def documents(self, split, tokenizer):
             if split == "heldout":
                 raise KeyboardInterrupt
             return super().documents(split, tokenizer)
 
+    out = tmp_path / "digits"
     with pytest.raises(KeyboardInterrupt):
-        prepare_splits(FailsOnHeldout(), tmp_path / "digits", **DIGITS_SETTINGS)
-    assert list(tmp_path.iterdir()) == []
+        prepare_splits(FailsOnHeldout(), out, **DIGITS_SETTINGS)
+    assert [path.name for path in out.iterdir()] == ["train"]
+    built = prepare_splits(Digits(), out, **DIGITS_SETTINGS)
+    assert [one.reused for one in built.values()] == [True, False]
+    assert contents(out) == contents(digits)
 
 
 def test_the_command_prints_a_summary_and_may_be_repeated(tmp_path, capsys):
@@ -194,11 +203,12 @@ def test_the_command_prints_a_summary_and_may_be_repeated(tmp_path, capsys):
 
 def test_the_command_says_in_one_line_what_cannot_be_used(tmp_path, capsys):
     main = load_script().main
-    (tmp_path / "notes.txt").write_text("mine")
-    assert main(["digits", str(tmp_path)]) == 2
-    assert main(["digits", str(tmp_path / "notes.txt" / "out")]) == 2
-    assert main(["digits", str(tmp_path / "out"), "--seq-len", "20"]) == 2
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    (tmp_path / "mine" / "train" / "notes.txt").write_text("mine")
+    assert main(["digits", str(tmp_path / "mine")]) == 2
+    assert main(["digits", str(tmp_path / "mine" / "train" / "notes.txt")]) == 2
+    assert main(["digits", str(tmp_path / "out"), "--seq-len", "4"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert [line.startswith("prepare: ") for line in captured.err.splitlines()] == [True] * 3
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
+    assert contents(tmp_path) == {"mine/train/notes.txt": b"mine"}

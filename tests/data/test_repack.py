@@ -13,7 +13,7 @@ from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.repack import PacksSource, Repacker
+from transfusion_fast.data.repack import PacksSource
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 from transfusion_fast.errors import InputError
 
@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
 
 
 def repacked(folder, out, length, long="split", processes=1):
-    return build(Recipe(PacksSource(folder), Repacker.of(folder, length, long), 3), out, processes)
+    source = PacksSource(folder)
+    return build(Recipe(source, source.fitter(length, long), 3), out, processes)
 
 
 def read(folder):
@@ -150,4 +151,4 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
     assert command.main(["repack", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "must exist" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 5"):
-        Repacker.of(folder, 4, "split")
+        PacksSource(folder).fitter(4, "split")

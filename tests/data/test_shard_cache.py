@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transfusion_fast.data import remote
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.remote import FetchError
+from transfusion_fast.data.shards import read_table
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_a_shard_that_is_removed_stays_readable_where_it_is_open_and_gives_its_d
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
     assert_reads(reader, source, [1, 2])
     assert_reads(reader, source, [6])
-    assert len(reader._descriptors) == 1
+    assert len(reader._open) == 1
 
 
 def test_processes_that_want_one_shard_fetch_it_once(source, tmp_path, fetches):
@@ -167,7 +169,7 @@ def test_a_shard_that_rots_in_the_cache_is_fetched_again_once(source, tmp_path, 
     assert_reads(reader, source, [3])
     kept = tmp_path / "cache" / f"{shard.sha256}.tar"
     content = bytearray(kept.read_bytes())
-    content[shard.offsets[2] - 700] ^= 1
+    content[read_table(source / shard.file).span(2)[0] - 700] ^= 1
     kept.write_bytes({"flipped": content, "cut": content[:700], "emptied": b""}[damage])
     reader = reader if opened else PackReader(far)
     assert_reads(reader, source, [4, 3, 5])
@@ -197,9 +199,16 @@ def test_a_rotten_shard_whose_source_is_gone_is_no_damaged_data(folder, tmp_path
     assert "must be fetched, and cannot be" in refusal(reader.read, 0, kind=FetchError)
 
 
-def test_a_pack_that_is_not_as_the_index_says_costs_no_other_and_no_fetch(source, folder, tmp_path, fetches):
-    entry = json.loads((folder / INDEX_NAME).read_text())
-    entry["shards"][0]["crc32"][1] ^= 1
+def test_a_pack_that_is_not_as_its_table_says_costs_no_other_and_no_fetch(source, folder, tmp_path, fetches):
+    shard = parse_index(folder).shards[0]
+    content = bytearray((folder / shard.file).read_bytes())
+    content[shard.table + 512 + 16 + 8] ^= 1  # the second pack's checksum
+    (folder / shard.file).write_bytes(content)
+    entry, (start, end) = json.loads((folder / INDEX_NAME).read_text()), shard.table_span
+    entry["shards"][0] |= {
+        "sha256": file_sha256(folder / shard.file),
+        "table_crc32": zlib.crc32(content[start:end]),
+    }
     (folder / INDEX_NAME).write_text(json.dumps(entry))
     reader = PackReader(at(folder, tmp_path / "cache"))
     for _ in range(2):

@@ -83,7 +83,8 @@ def test_documents_that_a_tokenizer_cannot_encode_are_counted_and_named(tmp_path
     file = words_tokenizer(tmp_path / "words.json", "old", "doc")
     code, out, err = run(capsys, "text", tmp_path / "a.jsonl", "--out", tmp_path / "data", "--tokenizer", file)
     assert code == 0 and "1 documents" in out
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert f"all that was left out is named in {tmp_path / 'data' / 'left_out.jsonl'}\n" in err
     assert f"left out 2: not in the vocabulary: 'zebra', byte 0 of {tmp_path / 'a.jsonl'}" in err
     file = words_tokenizer(tmp_path / "words.json", "other")
     code, out, err = run(capsys, "text", tmp_path / "a.jsonl", "--out", tmp_path / "none", "--tokenizer", file)

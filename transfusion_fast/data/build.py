@@ -2,56 +2,60 @@
 
 Units of the source are encoded, each to files of documents; documents are planned into packs by their lengths alone;
 packs are written shard by shard. All of it happens in FOLDER.partial, which keeps what is finished if the run is cut
-off; the folder of shards within it becomes FOLDER in one step at the end.
+off; the folder of shards within it becomes FOLDER in one step at the end. There recipe.json says what it was made of,
+by which the same command knows that it is done, and left_out.jsonl which documents are not in it, and why.
 """
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
-import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import active_children, forkserver, get_context, parent_process
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from transfusion_fast.data.index import (
+    INDEX_NAME,
     Index,
     IndexedShard,
     index_shard,
     make_index,
     parse_shard,
+    read_index,
     write_index,
 )
 from transfusion_fast.data.pack import Document, ModalityInfo, Pack, make_pack
 from transfusion_fast.data.packing import BUFFER, pack_stream
-from transfusion_fast.data.prepare import check_free
+from transfusion_fast.data.pool import worker_pool
 from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shard
 from transfusion_fast.data.source import Rejected, Source, Unit
-from transfusion_fast.data.store import UnitReader, UnitReport, read_lengths, read_report, write_unit
+from transfusion_fast.data.store import (
+    UnitReader,
+    UnitReport,
+    copy_rejections,
+    read_lengths,
+    read_report,
+    write_unit,
+)
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
-_RECIPE, _LOCK, _UNITS, _SHARDS = "recipe.json", ".lock", "units", "shards"
-_VERSION = 2
+RECIPE, LEFT_OUT = "recipe.json", "left_out.jsonl"
+_LOCK, _UNITS, _SHARDS = ".lock", "units", "shards"
+_VERSION = 3
 """Of units and of how documents are packed: work begun by another is not gone on with."""
 _OPEN_UNITS = 128  # of files that a process has open at once
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
 
@@ -117,6 +121,8 @@ class Built:
     """Of each reason, the first."""
     cut: int = 0
     """How many were longer than a pack, and became several."""
+    reused: bool = False
+    """Whether the folder was there, made of the same recipe: then nothing is counted anew."""
 
 
 @dataclass(frozen=True)
@@ -135,54 +141,96 @@ class _ShardTask:
 
 
 def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
-    """Makes the data folder, or goes on making it.
+    """Makes the data folder, or goes on making it; one that was made of this recipe is left as it is.
 
     Raises:
-        InputError: `folder` is not free; what lies in FOLDER.partial was begun with another recipe, or is being made
-            by another process; the source holds no document that can be used.
+        InputError: `folder` holds anything else; what lies in FOLDER.partial was begun with another recipe, or is being
+            made by another process; the source holds no document that can be used.
     """
     if processes < 1:
         raise InputError(f"processes must be 1 or more, got {processes}")
     folder = Path(folder).resolve()
-    check_free(folder)
+    described = json.loads(json.dumps(recipe.describe()))
+    if not _is_free(folder):
+        return Built(_finished_index(folder, described), reused=True)
     partial = folder.with_name(f"{folder.name}.partial")
-    units = recipe.source.units()
     with _locked(partial):
-        _check_recipe(partial, recipe)
-        for name in (_UNITS, _SHARDS):
-            (partial / name).mkdir(exist_ok=True)
-        with _pool(_Job(recipe, partial), processes) as each:
-            reports = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
-            built = _merge([reports[number] for number in range(len(units))])
-            tasks = _shard_tasks(recipe, partial, len(units))
-            shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
-        if not shards:
-            shutil.rmtree(partial)  # nothing to go on with, and settings may be what was wrong
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in built[0].items()) or "it is empty"
-            raise InputError(f"source must hold documents that can be used, and has none ({reasons})")
-        encoder = recipe.encoder
-        ordered = [shards[number] for number in range(len(shards))]
-        index = make_index(ordered, encoder.sequence_length, encoder.tokenizer, encoder.modalities)
-        _finish(partial, folder, encoder, index)
+        _begin_or_go_on(partial, described)
+        try:
+            return _build(recipe, folder, partial, processes)
+        finally:
+            if not _has_begun(partial):  # nothing to go on with, and settings may be what was wrong
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built:
+    encoder, units = recipe.encoder, recipe.source.units()
+    with worker_pool(_Job(recipe, partial), processes) as each:
+        reports = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
+        built = _merge([reports[number] for number in range(len(units))])
+        tasks = _shard_tasks(recipe, partial, len(units))
+        shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
+    if not shards:
+        shutil.rmtree(partial / _UNITS)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in built[0].items()) or "it is empty"
+        raise InputError(f"source must hold documents that can be used, and has none ({reasons})")
+    ordered = [shards[number] for number in range(len(shards))]
+    index = make_index(ordered, encoder.sequence_length, encoder.tokenizer, encoder.modalities)
+    _finish(partial, folder, encoder, index, units=len(units))
     return Built(index, *built)
 
 
-def _check_recipe(partial: Path, recipe: Recipe) -> None:
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _finished_index(folder: Path, recipe: dict[str, Any]) -> Index:
+    """The index of a folder that was made of this recipe, and is as it was then."""
+    try:
+        made_of = json.loads((folder / RECIPE).read_bytes())
+        if differing := _differing(made_of, {**recipe, "index": _sha256(folder / INDEX_NAME)}):
+            raise InputError(f"it was made with other {differing}")
+        return read_index(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"output folder must be new or empty, got {str(folder)!r} ({error}); choose another, or remove this one"
+        ) from error
+
+
+def _differing(before: object, now: dict[str, Any]) -> str:
+    """The names of what is not the same in two recipes."""
+    known = before if isinstance(before, dict) else {}
+    return " and ".join(name for name, value in now.items() if known.get(name) != value)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
     """Writes the recipe, or finds the one that the work in `partial` was begun with to be the same."""
-    path, now = partial / _RECIPE, json.loads(json.dumps(recipe.describe()))
-    if not path.exists() or not any((partial / _UNITS).glob("*.json")):
+    path = partial / RECIPE
+    if path.exists() and _has_begun(partial):
+        if differing := _differing(json.loads(path.read_bytes()), recipe):
+            raise InputError(
+                f"{partial} was begun with other {differing}; go on with those, or remove it to begin anew"
+            )
+    else:
         for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
             shutil.rmtree(partial / name, ignore_errors=True)
-        staged = path.with_suffix(".staged")
-        staged.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        staged.replace(path)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = [name for name, value in now.items() if before.get(name) != value]
-    if differing:
-        raise InputError(
-            f"{partial} was begun with other {' and '.join(differing)}; go on with those, or remove it to begin anew"
-        )
+        _write_whole(path, json.dumps(recipe, indent=1))
+    for name in (_UNITS, _SHARDS):
+        (partial / name).mkdir(exist_ok=True)
+
+
+def _has_begun(partial: Path) -> bool:
+    return any((partial / _UNITS).glob("*.json"))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    staged = path.with_suffix(".staged")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 @contextmanager
@@ -249,9 +297,7 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     name = write_shard(_packs(job, task), folder, task.number)
     num_text_tokens = encoder.tokenizer.num_text_tokens
     shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
-    staged = record.with_suffix(".staged")
-    staged.write_text(json.dumps([shard.info.entry(), shard.documents, shard.tokens]), encoding="utf-8")
-    staged.replace(record)
+    _write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
     return task.number, shard
 
 
@@ -266,82 +312,17 @@ def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
         yield make_pack([reader(unit)[document] for unit, document in pack.tolist()], modalities)
 
 
-def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: Index) -> None:
-    encoder.tokenizer.write(partial / _SHARDS)
-    write_index(partial / _SHARDS, index)
+def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: Index, units: int) -> None:
+    """Puts what belongs beside the shards there, and the folder into its place."""
+    shards = partial / _SHARDS
+    encoder.tokenizer.write(shards)
+    copy_rejections(partial / _UNITS, units, shards / LEFT_OUT)
+    write_index(shards, index)
+    recipe = json.loads((partial / RECIPE).read_bytes())
+    _write_whole(shards / RECIPE, json.dumps({**recipe, "index": _sha256(shards / INDEX_NAME)}, indent=1))
     try:
-        (partial / _SHARDS).rename(folder)
+        shards.rename(folder)
     except OSError as error:
-        raise InputError(
-            f"{partial / _SHARDS} is whole, but cannot become {folder} ({error}); move it there"
-        ) from error
-    (partial / _RECIPE).unlink()  # first: what a run that is killed now leaves must not be gone on with
+        raise InputError(f"{shards} is whole, but cannot become {folder} ({error}); move it there") from error
+    (partial / RECIPE).unlink()  # first: what a run that is killed now leaves must not be gone on with
     shutil.rmtree(partial)
-
-
-class _Worker:
-    """What a process of the pool was started with."""
-
-    job: ClassVar[_Job]
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where no handler can be set, and no interrupt arrives
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _begin(job: _Job) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _Worker.job = job
-
-
-def _end_with_parent() -> None:
-    """Who killed that one may begin anew in the same folder."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run(function: Callable[[_Job, Task], Result], task: Task) -> Result:
-    return function(_Worker.job, task)
-
-
-@contextmanager
-def _pool(job: _Job, processes: int) -> Iterator[Callable[..., Iterator]]:
-    """Gives `each(function, tasks)`: function(job, task) of every task, in any order, in so many processes."""
-    if processes == 1:
-        yield lambda function, tasks: (function(job, task) for task in tasks)
-        return
-    context = get_context("forkserver")  # threads of libraries do not survive a fork
-    with _interrupts_ignored():  # by its children too: Ctrl-C reaches all, and the process in charge ends the others
-        forkserver.ensure_running()
-    with ProcessPoolExecutor(processes, context, _begin, (job,)) as executor:
-
-        def each(function: Callable[[_Job, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-            waiting: set[Future[Result]] = set()
-            for task in tasks:
-                waiting.add(executor.submit(_run, function, task))
-                if len(waiting) > 2 * processes:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            yield from (future.result() for future in waiting)
-
-        try:
-            yield each
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"one of {processes} processes was killed, perhaps for memory; run it again with fewer: it goes on"
-            ) from error
-        except BaseException:
-            for process in active_children():
-                process.terminate()
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise

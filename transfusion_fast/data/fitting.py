@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -13,12 +13,14 @@ from transfusion_fast.data.pack import (
     DOCUMENT_TOKENS,
     IMAGE_TOKENS,
     Document,
+    ImageSegment,
     ModalityInfo,
     Segment,
     TextSegment,
     segment_length,
 )
 from transfusion_fast.data.source import Rejected
+from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 
 Long = Literal["split", "reject"]
@@ -90,3 +92,61 @@ class Fitting:
         first = free if len(ids) <= free or 2 * free >= self.room else self.room
         ends = np.cumsum(list(piece_lengths(text, starts, first, self.room)))
         return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document of token ids and values, and its place, for messages."""
+
+    where: str
+    segments: Document
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """What makes encoded documents fit packs; nothing is decoded or encoded but a text that is cut. Picklable.
+
+    To be cut where a reader would pause, a text must give the ids that are stored, as texts do but for odd places where
+    an earlier cut fell inside a word; what does not is rejected.
+    """
+
+    tokenizer: Tokenizer
+    sequence_length: int
+    modalities: tuple[ModalityInfo, ...]
+    long: Long = "split"
+
+    def __post_init__(self) -> None:
+        _ = self._fitting  # checks the length
+
+    @property
+    def _fitting(self) -> Fitting:
+        return Fitting(self.sequence_length, self.modalities, self.long)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON: fitters of one description make the same documents."""
+        return {
+            "tokenizer": self.tokenizer.describe(),
+            "sequence_length": self.sequence_length,
+            "modalities": [asdict(modality) for modality in self.modalities],
+            "long": self.long,
+        }
+
+    def encode(self, documents: Iterable[EncodedDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+        """Of each document itself or its parts, or why it cannot be used."""
+        for document in documents:
+            if isinstance(document, Rejected):
+                yield document
+                continue
+            try:
+                yield self._fitting.documents(document.segments, self._segments)
+            except Rejected as rejected:
+                yield rejected.at(document.where)
+
+    def _segments(self, segment: Segment, free: int) -> Sequence[Segment]:
+        if isinstance(segment, ImageSegment) or len(segment.ids) <= free:
+            return [segment]
+        text = self.tokenizer.decode(segment.ids)
+        ids, starts = self.tokenizer.encode_with_starts(text)
+        if not np.array_equal(ids, segment.ids):
+            raise Rejected("text cannot be cut", "its words do not give the stored ids again; choose longer packs")
+        return self._fitting.cut(text, ids, starts, free)

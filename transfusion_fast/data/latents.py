@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from transfusion_fast.autoencoder import Autoencoder
 from transfusion_fast.data.pack import ModalityInfo
+from transfusion_fast.data.pool import worker_number
 from transfusion_fast.data.source import Rejected
 from transfusion_fast.errors import InputError
 
@@ -65,12 +67,19 @@ class LatentRule:
     def _encoded(self, pixels: np.ndarray) -> np.ndarray:
         noise = np.stack([self._noise(image) for image in pixels]) if self.sampled else None
         try:
-            return self.autoencoder.encode(pixels, noise)
+            with self._gpu():
+                return self.autoencoder.encode(pixels, noise)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"memory of the GPU must hold an autoencoder a process and {self.batch} images each, and has no room "
                 "left; run it again with fewer processes, or remove what was begun and give a smaller batch"
             ) from error
+
+    def _gpu(self) -> AbstractContextManager[object]:
+        """Where there are several, those that the processes take in turn."""
+        if self.autoencoder.device == "cpu":
+            return nullcontext()
+        return torch.cuda.device(worker_number() % torch.cuda.device_count())
 
     def _noise(self, image: np.ndarray) -> np.ndarray:
         """Standard normal fp32 [h, w, channels]."""

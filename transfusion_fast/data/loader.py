@@ -143,13 +143,10 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
 
 
 def open_data(config: Config) -> Mixture:
-    """The datasets of the run's data folders, checked against the model, and whether local shards are there.
-
-    Where packs may be quarantined a missing or cut shard is no more than its packs.
-    """
+    """The datasets of the run's data folders, checked against the model and the cache; no shard is looked at."""
     settings = config.data
     cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
-    mixture = open_mixture(settings.weights, cache, check_shards=not settings.quarantine)
+    mixture = open_mixture(settings.weights, cache)
     check_fits(config, mixture)
     check_cache(mixture, cache, settings.shuffle_window)
     return mixture

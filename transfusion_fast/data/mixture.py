@@ -90,6 +90,11 @@ class Mixture:
         digests = [dataset.sha256 for dataset in self.datasets]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
+    def check_shards(self, part: int = 0, parts: int = 1) -> None:
+        """InputError naming a local shard that is missing or cut, of the `part`-th of so many parts of them all."""
+        for dataset in self.datasets:
+            check_shard_files(dataset.folder, dataset.index.shards[part::parts])
+
     def order(self, seed: int, window: int) -> MixtureOrder:
         """The order of the packs of a run."""
         counts = [dataset.index.pack_counts for dataset in self.datasets]
@@ -102,20 +107,16 @@ class Mixture:
         return ", ".join(f"{d.folder} ({100 * float(d.share):.4g} % of the tokens)" for d in self.datasets)
 
 
-def open_mixture(weights: Mapping[str, float], cache: ShardCache, *, check_shards: bool) -> Mixture:
+def open_mixture(weights: Mapping[str, float], cache: ShardCache) -> Mixture:
     """The datasets at these paths or URLs, the shares of tokens as the weights; `cache` is for remote shards.
 
     Raises:
-        InputError: no data folder, folders that cannot be mixed, or, with `check_shards`, a local shard missing or cut.
+        InputError: no data folder, or folders that cannot be mixed.
         FetchError: an index at a URL that cannot be fetched.
     """
     exact = {path: Fraction(repr(weight)) for path, weight in weights.items()}  # 0.1 as 1/10, which no float is
     total = sum(exact.values())
-    mixture = Mixture(tuple(_open(data_folder(path, cache), weight / total) for path, weight in exact.items()))
-    if check_shards:
-        for dataset in mixture.datasets:
-            check_shard_files(dataset.folder, dataset.index)
-    return mixture
+    return Mixture(tuple(_open(data_folder(path, cache), weight / total) for path, weight in exact.items()))
 
 
 def _open(folder: DataFolder, share: Fraction) -> Dataset:

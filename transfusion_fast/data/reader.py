@@ -7,14 +7,22 @@ import itertools
 import os
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from transfusion_fast.data.index import Index, ShardInfo, read_index
 from transfusion_fast.data.pack import Pack, validate_pack
 from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
-from transfusion_fast.data.shards import decode_pack
+from transfusion_fast.data.shards import PackTable, decode_pack, decode_table
 from transfusion_fast.errors import InputError
 
 _MAX_OPEN_SHARDS = 32
+
+
+@dataclass
+class _OpenShard:
+    descriptor: int
+    table: PackTable | None = None
+    """Once it was read."""
 
 
 class PackReader:
@@ -24,7 +32,7 @@ class PackReader:
     """
 
     def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.folder = folder
         self.index = read_index(self.folder) if index is None else index
         self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
@@ -69,24 +77,22 @@ class PackReader:
         return pack
 
     def _payload(self, shard: int, place: int) -> bytes:
-        info = self.index.shards[shard]
-        start, end = info.span(place)
-        payload = os.pread(self._descriptor(shard), end - start, start)
-        if len(payload) != end - start:
-            raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
-        if zlib.crc32(payload) != info.crc32[place]:
-            raise InputError(f"checksum of its bytes must be {info.crc32[place]}, got {zlib.crc32(payload)}")
+        opened = self._opened(shard)
+        if opened.table is None:
+            opened.table = _read_table(opened.descriptor, self.index.shards[shard])
+        payload = _read(opened.descriptor, *opened.table.span(place))
+        opened.table.check(place, payload)
         return payload
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            if len(self._descriptors) == _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = self._open(self.index.shards[shard])
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
+    def _opened(self, shard: int) -> _OpenShard:
+        if shard not in self._open:
+            if len(self._open) == _MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1].descriptor)
+            self._open[shard] = _OpenShard(self._descriptor(self.index.shards[shard]))
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
-    def _open(self, shard: ShardInfo) -> int:
+    def _descriptor(self, shard: ShardInfo) -> int:
         if isinstance(self.folder, RemoteFolder):
             self._close_removed()
             return self.folder.open_shard(shard)
@@ -99,26 +105,40 @@ class PackReader:
 
     def _close_rotten(self, shard: int) -> bool:
         """Whether a remote shard was open whose bytes in the cache are no longer those that were fetched."""
-        if not isinstance(self.folder, RemoteFolder) or shard not in self._descriptors:
+        if not isinstance(self.folder, RemoteFolder) or shard not in self._open:
             return False
-        rotten = self.folder.cache.remove_if_rotten(self._descriptors[shard], self.index.shards[shard])
+        rotten = self.folder.cache.remove_if_rotten(self._open[shard].descriptor, self.index.shards[shard])
         if rotten:
-            os.close(self._descriptors.pop(shard))
+            os.close(self._open.pop(shard).descriptor)
         return rotten
 
     def _close_removed(self) -> None:
         """A shard that was removed from its cache takes up disk for as long as it is open."""
-        for shard, descriptor in list(self._descriptors.items()):
-            if os.fstat(descriptor).st_nlink == 0:
-                os.close(self._descriptors.pop(shard))
+        for shard, opened in list(self._open.items()):
+            if os.fstat(opened.descriptor).st_nlink == 0:
+                os.close(self._open.pop(shard).descriptor)
 
     def close(self) -> None:
         """Close the shards that are open; a later read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._open:
+            os.close(self._open.popitem()[1].descriptor)
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _read(descriptor: int, start: int, end: int) -> bytes:
+    return os.pread(descriptor, end - start, start)
+
+
+def _read_table(descriptor: int, shard: ShardInfo) -> PackTable:
+    payload = _read(descriptor, *shard.table_span)
+    if (crc32 := zlib.crc32(payload)) != shard.table_crc32:
+        raise InputError(f"checksum of the shard's table must be {shard.table_crc32}, got {crc32}")
+    table = decode_table(payload, shard.packs)
+    if table.ends[-1] != shard.table:
+        raise InputError(f"packs of the shard must end at byte {shard.table}, got {table.ends[-1]}")
+    return table

@@ -1,11 +1,19 @@
-"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles."""
+"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles.
+
+Behind the packs lies the shard's table, by which any of them is found and checked. So the index of a folder has a line
+a shard, however many packs there are. The table's name is of the kind that WebDataset passes over as metadata.
+"""
+
+from __future__ import annotations
 
 import io
 import itertools
 import math
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +29,32 @@ _DTYPES = {
     "latents": (np.dtype(np.uint8), np.dtype(np.float16)),
 }
 _NDIM = {"tokens": 1, "segments": 2, "latents": 1}
+TABLE = "__packs__"
+_ROW_BYTES = 16  # of the table
 
 
-def write_shards(packs: Iterable[Pack], folder: Path, packs_per_shard: int = PACKS_PER_SHARD) -> list[str]:
-    """Write shard-000000.tar, shard-000001.tar, ... into `folder`, and return their names."""
-    if packs_per_shard < 1:
-        raise InputError(f"packs per shard must be positive, got {packs_per_shard}; give a larger number")
-    remaining = iter(packs)
-    return [
-        write_shard(itertools.chain([first], itertools.islice(remaining, packs_per_shard - 1)), folder, number)
-        for number, first in enumerate(remaining)
-    ]
+@dataclass(frozen=True, eq=False)
+class PackTable:
+    """Of each pack of a shard the byte it ends before and its crc32, int64 [n, 2]; packs follow each other from 0."""
+
+    rows: np.ndarray
+
+    @property
+    def ends(self) -> list[int]:
+        """The byte that each pack ends before."""
+        return self.rows[:, 0].tolist()
+
+    def span(self, place: int) -> tuple[int, int]:
+        """First and end byte of a pack, tar headers included."""
+        return int(self.rows[place - 1, 0]) if place else 0, int(self.rows[place, 0])
+
+    def check(self, place: int, payload: bytes) -> None:
+        """InputError where these are not the bytes of that pack."""
+        start, end = self.span(place)
+        if len(payload) != end - start:
+            raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
+        if (crc32 := zlib.crc32(payload)) != self.rows[place, 1]:
+            raise InputError(f"checksum of its bytes must be {self.rows[place, 1]}, got {crc32}")
 
 
 def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
@@ -44,10 +67,26 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
     with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
         for i, pack in enumerate(packs):
             writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_table(unfinished)
     unfinished.rename(folder / name)
     return name
+
+
+def append_table(shard: Path) -> None:
+    """Puts the table of its packs into a tar that holds nothing else."""
+    ends = [end for _, _, end in _samples(shard)]
+    with shard.open("r+b") as stream:
+        spans = itertools.pairwise([0, *ends])
+        rows = np.array([(end, zlib.crc32(stream.read(end - start))) for start, end in spans], "<i8")
+        member = tarfile.TarInfo(TABLE)
+        member.size, member.uname, member.gname = rows.nbytes, "root", "root"
+        stream.seek(ends[-1])  # behind it are the zeros that end a tar
+        stream.write(member.tobuf(tarfile.USTAR_FORMAT) + rows.tobytes().ljust(padded(rows.nbytes), b"\0"))
+        stream.write(bytes(2 * tarfile.BLOCKSIZE))
+        stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _tar_writer(stream: io.BufferedWriter) -> wds.TarWriter:
@@ -68,10 +107,26 @@ def padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
+def table_bytes(packs: int) -> int:
+    """What the table of so many packs takes in a tar, header included."""
+    return tarfile.BLOCKSIZE + padded(packs * _ROW_BYTES)
+
+
+def decode_table(payload: bytes, packs: int) -> PackTable:
+    """The table of so many packs whose tar member, header included, is `payload`; InputError for anything else."""
+    members = dict(_tar_members(payload))
+    if members.keys() != {TABLE} or len(members[TABLE]) != packs * _ROW_BYTES:
+        raise InputError(f"table must be one file {TABLE} of {packs} packs, got {sorted(members)!r:.80}")
+    rows = np.frombuffer(members[TABLE], "<i8").reshape(packs, 2)
+    if (np.diff(rows[:, 0], prepend=0) <= 0).any() or (rows[:, 1] < 0).any():
+        raise InputError("table must have packs of one byte or more, and checksums; it has not")
+    return PackTable(rows)
+
+
 def decode_pack(payload: bytes) -> Pack:
     """The pack whose three tar members, headers included, are `payload`; its arrays are its own.
 
-    Nothing is unpickled and no length is believed; InputError for anything but what `write_shards` writes.
+    Nothing is unpickled and no length is believed; InputError for anything but what `write_shard` writes.
     """
     arrays: dict[str, np.ndarray] = {}
     keys = set()
@@ -128,26 +183,43 @@ def _read_npy_header(field: str, data: memoryview) -> tuple[tuple[int, ...], np.
     return tuple(map(int, shape)), dtype, stream.tell()
 
 
-def pack_spans(shard: Path) -> list[tuple[int, int]]:
-    """First and end byte of each sample of a shard: members that follow each other under one key.
+def read_table(shard: Path) -> PackTable:
+    """The table of a shard, once the whole tar was walked through, and is as the table says.
 
-    InputError where the tar is not whole, holds anything but plain files, holds nothing, or comes back to a key.
+    InputError where the tar is not whole, holds anything but plain files, holds no packs, comes back to a key, or does
+    not end in its table.
     """
-    spans: list[tuple[int, int]] = []
+    samples = _samples(shard)
+    key, start, end = samples.pop()
+    if key != TABLE or not samples:
+        raise InputError(f"shard {shard} must hold packs and, at its end, their table {TABLE}; prepare the data again")
+    with shard.open("rb") as stream:
+        stream.seek(start)
+        payload = stream.read(end - start)
+    try:
+        table = decode_table(payload, len(samples))
+    except InputError as error:
+        raise InputError(f"shard {shard} cannot be used: {error}; copy it again") from error
+    if table.ends != [end for _, _, end in samples]:
+        raise InputError(f"packs of shard {shard} must lie where its table says, and do not; copy it again")
+    return table
+
+
+def _samples(shard: Path) -> list[tuple[str, int, int]]:
+    """(key, first byte, end byte) of each sample of a shard: members that follow each other under one key."""
+    samples: list[tuple[str, int, int]] = []
     keys: set[str] = set()
-    last = None
     for key, start, end in _files(shard):
-        if key == last:
-            spans[-1] = (spans[-1][0], end)
+        if samples and key == samples[-1][0]:
+            samples[-1] = (key, samples[-1][1], end)
             continue
         if key in keys:
             raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
         keys.add(key)
-        spans.append((start, end))
-        last = key
-    if not spans:
+        samples.append((key, start, end))
+    if not samples:
         raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
-    return spans
+    return samples
 
 
 def _files(shard: Path) -> Iterator[tuple[str, int, int]]:

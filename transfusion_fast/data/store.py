@@ -1,11 +1,12 @@
 """Encoded documents of one unit on disk, between reading the sources and packing; both ends stream.
 
-Three files of raw numbers beside a JSON that is written last, and so says that they are whole.
+Files of numbers, and one of what was rejected, beside a JSON that is written last and so says that they are whole.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -51,11 +52,16 @@ def write_unit(
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
     tokens_end = values_end = cut = 0
-    with _file(folder, number, "tokens").open("wb") as tokens, _file(folder, number, "latents").open("wb") as latents:
+    with (
+        _file(folder, number, "tokens").open("wb") as tokens,
+        _file(folder, number, "latents").open("wb") as latents,
+        _file(folder, number, "rejected").open("w", encoding="utf-8") as rejections,
+    ):
         for outcome in documents:
             if isinstance(outcome, Rejected):
                 rejected[outcome.reason] += 1
                 examples.setdefault(outcome.reason, str(outcome))
+                rejections.write(json.dumps({"reason": outcome.reason, "detail": outcome.detail}) + "\n")
                 continue
             cut += len(outcome) > 1
             for document in outcome:
@@ -86,6 +92,16 @@ def read_report(folder: Path, number: int) -> UnitReport | None:
         return UnitReport(*json.loads(_file(folder, number, "json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+
+
+def copy_rejections(folder: Path, units: int, path: Path) -> None:
+    """Writes what was rejected of all units to `path`, as JSON a line; no file where it is nothing."""
+    parts = [part for part in (_file(folder, number, "rejected") for number in range(units)) if part.stat().st_size]
+    if parts:
+        with path.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as lines:
+                    shutil.copyfileobj(lines, whole)
 
 
 def read_lengths(folder: Path, number: int) -> np.ndarray:

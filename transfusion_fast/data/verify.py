@@ -17,7 +17,7 @@ from transfusion_fast.data.index import (
     write_index,
 )
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import pack_spans
+from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
 
@@ -33,7 +33,7 @@ def verify(folder: Path, index: Index) -> Iterator[list[str]]:
     documents = tokens = first = 0
     damaged = False
     for shard in index.shards:
-        numbers = range(first, first + len(shard.offsets))
+        numbers = range(first, first + shard.packs)
         first = numbers.stop
         findings = _file_findings(folder, shard)
         for number in numbers if _is_whole(folder, shard) else ():
@@ -63,9 +63,10 @@ def _file_findings(folder: Path, shard: ShardInfo) -> list[str]:
         sha256 = file_sha256(path)
         if sha256 != shard.sha256:
             findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
-        if list(pack_spans(path)) != shard.spans:
+        table = read_table(path)
+        if (len(table.rows), table.ends[-1]) != (shard.packs, shard.table):
             cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
-            findings.append(f"packs of shard {path} must lie where its index says, and do not; {cure}")
+            findings.append(f"table of shard {path} must lie where its index says, and does not; {cure}")
     except InputError as error:
         findings.append(str(error))
     except OSError as error:

@@ -1,0 +1,80 @@
+"""The index made anew: of shards that are whole, and as it was."""
+
+import json
+
+import pytest
+from shard_damage import COUNTS, ELSEWHERE, IN_PACKS, SHARD, findings_of, write_folder
+
+from transfusion_fast.data.index import INDEX_NAME, read_index
+from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.verify import rebuild_index
+from transfusion_fast.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE] if not name.startswith("index")])
+def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
+    (IN_PACKS | ELSEWHERE)[name](folder)
+    before = (folder / INDEX_NAME).read_bytes()
+    with pytest.raises(InputError, match=SHARD):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_pack_is_read_of_a_shard_whose_packs_are_counted_wrong(folder, name):
+    COUNTS[name](folder)
+    reader = PackReader(folder)
+    for number in range(5, 5 + reader.index.shards[1].packs):
+        with pytest.raises(InputError, match=rf"{SHARD} .* table must be one file __packs__ of [46] packs"):
+            reader.read(number)
+
+
+@pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE, *COUNTS] if name.startswith("index")])
+def test_a_wrong_index_is_rebuilt_as_it_was(folder, name):
+    before = (folder / INDEX_NAME).read_bytes()
+    (IN_PACKS | ELSEWHERE | COUNTS)[name](folder)
+    rebuild_index(folder, accept="sha256" in name)
+    assert (folder / INDEX_NAME).read_bytes() == before
+    assert findings_of(folder) == []
+
+
+def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
+    write_folder(folder.with_name("whole"))
+    (folder / SHARD).unlink()
+    with pytest.raises(InputError, match=r"is missing; .* --accept"):
+        rebuild_index(folder)
+    before = read_index(folder.with_name("whole")).num_packs
+    assert rebuild_index(folder, accept=True).num_packs == before - 5
+    assert findings_of(folder) == []
+
+
+def test_a_name_that_no_reader_takes_is_not_indexed(folder):
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / "shard-000001 (1).tar").write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(InputError, match=r"shard-000001 \(1\).tar"):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_an_index_that_is_gone_is_made_like_that_of_another_folder(folder, tmp_path):
+    other = write_folder(tmp_path / "other")
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / INDEX_NAME).unlink()
+    with pytest.raises(InputError, match=INDEX_NAME):
+        rebuild_index(folder)
+    rebuild_index(folder, like=other)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_shards_beside_the_index_and_wrong_sums_are_found(folder):
+    entry = json.loads((folder / INDEX_NAME).read_text())
+    (folder / INDEX_NAME).write_text(json.dumps({**entry, "documents": 7}))
+    (folder / "shard-000099.tar").write_bytes((folder / SHARD).read_bytes())
+    counts, strange = findings_of(folder)
+    assert "40 documents" in counts and "got 7" in counts
+    assert "shard-000099.tar" in strange

@@ -1,0 +1,11 @@
+"""What the processes of a pool are given to do, where they can import it."""
+
+import time
+
+from transfusion_fast.data.pool import worker_number
+
+
+def slowly(job, task):
+    """(job, task, which process it was)."""
+    time.sleep(0.05)
+    return job, task, worker_number()
