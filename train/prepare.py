@@ -72,15 +72,18 @@ def _parser() -> argparse.ArgumentParser:
         stories, lambda options: Stories(FashionMnist(options.source)), sequence_length=4096, packs_per_shard=32
     )
     text = sources.add_parser("text", help="text: JSON lines, plain text files, Parquet")
-    _add_files(text, ".jsonl (a document a line), .txt (one a file), .parquet (one a row)")
-    text.add_argument("--field", default="text", help="of .jsonl and .parquet (default: %(default)s)")
+    _add_files(text, ".jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)")
+    text.add_argument("--field", default="text", help="of JSON lines and Parquet (default: %(default)s)")
     text.set_defaults(run=_text)
     pairs = sources.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
     _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
     _add_images(pairs)
     pairs.set_defaults(run=_pairs, long="reject")  # a caption without its image is of no use
     interleaved = sources.add_parser("interleaved", help="texts and images in turn: JSON lines beside their pictures")
-    _add_files(interleaved, '.jsonl, a line a document: {"content": ["text", {"image": "PATH"}, {"base64": ".."}]}')
+    _add_files(
+        interleaved,
+        '.jsonl (also .gz, .zst), a line a document: {"content": ["text", {"image": "PATH"}, {"base64": ".."}]}',
+    )
     _add_images(interleaved)
     interleaved.set_defaults(run=_interleaved)
     repack = sources.add_parser("repack", help="the documents of a data folder in packs of another length")

@@ -9,14 +9,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from transfusion_fast.errors import InputError
 
 Split = Literal["train", "heldout"]
 
-UNIT_BYTES = 64 << 20
 MAX_BYTES = 64 << 20  # of a line, or of a file in an archive: more is no document
+COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -71,60 +71,28 @@ class Source(Protocol[Raw_co]):
         """The settings, as JSON: two sources of one description and the same files have the same documents."""
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
+
+
 def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     """The files given, and those of `suffixes` in the folders given, by name; InputError where there is none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+            found = sorted(p for p in path.rglob("*") if kind_of(p) in suffixes and p.is_file())
             if not found:
                 raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, and holds none")
             files += found
         elif not path.is_file():
             raise InputError(f"source {path} must exist, and does not; give files or folders of them")
-        elif path.suffix.lower() not in suffixes:
+        elif kind_of(path) not in suffixes:
             raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
         else:
             files.append(path)
     return files
-
-
-def byte_ranges(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
-    """A file in pieces of about `size` bytes."""
-    total = path.stat().st_size
-    return [Unit(path, start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
-    """(offset, line without its end) of the lines that begin in the unit; a line in two units is the first's."""
-    with unit.path.open("rb") as file:
-        if unit.start:
-            file.seek(unit.start - 1)
-            _skip_line(file, unit.end)
-        while (at := file.tell()) < unit.end and (line := _read_line(file, unit.end)) is not None:
-            yield at, line
-
-
-def _skip_line(file: BinaryIO, end: int) -> None:
-    """To the next line, or `end`: a line across many units must not be read by each to its own end."""
-    while (left := min(MAX_BYTES, end - file.tell())) > 0 and (rest := file.readline(left)):
-        if rest.endswith(b"\n"):
-            return
-
-
-def _read_line(file: BinaryIO, end: int) -> bytes | Rejected | None:
-    """The next line; None at the end. No more of it than a document may have is ever in memory.
-
-    One too long is passed over to `end`.
-    """
-    at = file.tell()
-    line = file.readline(MAX_BYTES)
-    if not line:
-        return None
-    if len(line) < MAX_BYTES or line.endswith(b"\n"):
-        return line.rstrip(b"\r\n")
-    _skip_line(file, end)
-    return Rejected("line too long", f"more than {MAX_BYTES} bytes, byte {at} of {file.name}")
 
 
 def parse_json(line: bytes | Rejected, where: str) -> Any:

@@ -19,28 +19,27 @@ from transfusion_fast.data.source import (
     RawDocument,
     Rejected,
     Unit,
-    byte_ranges,
     existing_files,
-    lines_of,
     parse_json,
 )
+from transfusion_fast.data.sources.lines import JSON_LINES, line_units, lines_of
 
 CONTENT_FIELD = "content"
 
 
 @dataclass(frozen=True)
 class InterleavedSource:
-    """The documents of .jsonl files, one a line."""
+    """The documents of JSON lines, one a line."""
 
     files: tuple[Path, ...]
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> InterleavedSource:
         """Of files and folders; InputError where there are none."""
-        return cls(tuple(existing_files(paths, (".jsonl",))))
+        return cls(tuple(existing_files(paths, JSON_LINES)))
 
     def units(self) -> list[Unit]:
-        return [unit for file in self.files for unit in byte_ranges(file)]
+        return [unit for file in self.files for unit in line_units(file)]
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
         folder = unit.path.parent.resolve()

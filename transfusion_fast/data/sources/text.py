@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from transfusion_fast.data.source import (
     RawDocument,
     Rejected,
     Unit,
-    byte_ranges,
     existing_files,
-    lines_of,
+    kind_of,
     parse_json,
 )
 from transfusion_fast.data.sources import parquet
+from transfusion_fast.data.sources.lines import JSON_LINES, line_units, lines_of
 
-SUFFIXES = (".jsonl", ".txt", ".parquet")
+KINDS = (*JSON_LINES, ".txt", ".parquet")
 FILES_TOGETHER = 256
 """A unit of .txt is so many files that follow one another, by their numbers."""
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """The documents of files: one a line of .jsonl and a row of .parquet, under `field`; one a .txt."""
+    """The documents of files: one a line of JSON lines and a row of .parquet, under `field`; one a .txt."""
 
     files: tuple[Path, ...]
     field: str = "text"
@@ -34,7 +34,7 @@ class TextSource:
     @classmethod
     def of(cls, paths: Sequence[Path], field: str = "text") -> TextSource:
         """Of files and folders; InputError where there are none."""
-        return cls(tuple(existing_files(paths, SUFFIXES)), field)
+        return cls(tuple(existing_files(paths, KINDS)), field)
 
     def units(self) -> list[Unit]:
         units: list[Unit] = []
@@ -48,17 +48,12 @@ class TextSource:
         return units
 
     def _units_of(self, file: Path) -> list[Unit]:
-        if file.suffix.lower() == ".jsonl":
-            return byte_ranges(file)
+        if kind_of(file) in JSON_LINES:
+            return line_units(file)
         return [Unit(file, group, group + 1) for group in range(parquet.row_groups(file, self.field))]
 
     def documents(self, unit: Unit) -> Iterator[RawDocument | Rejected]:
-        readers: dict[str, Callable[[Unit], Iterator[tuple[str, Any]]]] = {
-            ".txt": self._whole_files,
-            ".jsonl": self._json_values,
-            ".parquet": lambda unit: parquet.rows(unit, self.field),
-        }
-        for where, value in readers[unit.path.suffix.lower()](unit):
+        for where, value in self._values(unit):
             if isinstance(value, Rejected):
                 yield value
             elif not isinstance(value, str):
@@ -67,6 +62,14 @@ class TextSource:
                 yield Rejected("empty text", where)
             else:
                 yield RawDocument(where, (value,))
+
+    def _values(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        match kind_of(unit.path):
+            case ".txt":
+                return self._whole_files(unit)
+            case ".parquet":
+                return parquet.rows(unit, self.field)
+        return self._json_values(unit)
 
     def _whole_files(self, unit: Unit) -> Iterator[tuple[str, Any]]:
         for file in self.files[unit.start : unit.end]:
@@ -91,7 +94,7 @@ class TextSource:
 
 def _is_whole(file: Path) -> bool:
     """Whether the file is one document."""
-    return file.suffix.lower() == ".txt"
+    return kind_of(file) == ".txt"
 
 
 def _content(file: Path) -> str | Rejected:
