@@ -1,6 +1,5 @@
 """Documents and packs: lengths, best-fit decreasing, and what validation lets through."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,6 @@ from transfusion_fast.data.pack import (
     ModalityInfo,
     Pack,
     TextSegment,
-    best_fit_decreasing,
     document_length,
     make_pack,
     segment_length,
@@ -209,45 +207,3 @@ def test_validation_of_any_numbers_ends_in_a_pack_that_can_be_read_or_an_input_e
     except InputError:
         return
     pack.documents(MODALITIES)
-
-
-lengths_and_capacity = st.integers(1, 300).flatmap(
-    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=80), st.just(capacity))
-)
-
-
-@given(lengths_and_capacity)
-def test_best_fit_places_each_document_once_and_overfills_no_bin(case):
-    lengths, capacity = case
-    bins = best_fit_decreasing(lengths, capacity)
-    assert sorted(document for members in bins for document in members) == list(range(len(lengths)))
-    filled = [sum(lengths[document] for document in members) for members in bins]
-    assert all(0 < fill <= capacity for fill in filled)
-    assert sum(2 * fill <= capacity for fill in filled) <= 1, "two bins half empty could have been one"
-    assert bins == best_fit_decreasing(lengths, capacity)
-
-
-def test_best_fit_takes_the_longest_first_and_the_fullest_bin_that_has_room():
-    assert best_fit_decreasing([30, 40, 60, 70, 50], 100) == [[3, 0], [2, 1], [4]]
-
-
-def test_200_000_documents_pack_in_seconds_and_waste_under_a_thousandth():
-    normal = np.random.default_rng(0).standard_normal(200_000)
-    spread = np.log(1107 / 292) / 1.645  # median 292, 95th percentile 1107
-    lengths = np.clip(np.rint(292 * np.exp(spread * normal)), 1, 4096).astype(int).tolist()
-    start = time.perf_counter()
-    bins = best_fit_decreasing(lengths, 4096)
-    assert time.perf_counter() - start < 10
-    assert 1 - sum(lengths) / (4096 * len(bins)) < 0.001
-
-
-def test_bins_of_small_documents_mix_their_lengths():
-    lengths = [20, 24] * 500
-    bins = best_fit_decreasing(lengths, 512)
-    assert all({lengths[document] for document in members} == {20, 24} for members in bins)
-
-
-@pytest.mark.parametrize(("lengths", "named"), [([3, 11], "document 1 .* got 11"), ([0], "document 0 .* got 0")])
-def test_a_document_that_fits_no_pack_is_named(lengths, named):
-    with pytest.raises(InputError, match=f"{named}; give a larger sequence length or a shorter document"):
-        best_fit_decreasing(lengths, 10)

@@ -45,20 +45,23 @@ def test_hardly_anything_is_wasted_and_it_takes_seconds(buffer):
     packs = list(pack_stream(np.array_split(lengths, 50), 4096, 0, buffer))
     assert time.perf_counter() - begun < 10
     waste = 1 - lengths.sum() / (4096 * len(packs))
-    assert waste < 0.001
+    assert waste < 0.0003
 
 
-@pytest.mark.parametrize(("low", "high", "capacity"), [(276, 340, 4096), (76, 90, 512), (208, 522, 4096)])
-def test_packs_hold_documents_of_many_lengths(low, high, capacity):
+@pytest.mark.parametrize(
+    ("low", "high", "capacity", "most"),
+    [(276, 340, 4096, 0.001), (208, 522, 4096, 0.001), (76, 90, 512, 0.034)],  # of the last no pack can hold seven
+)
+def test_packs_hold_documents_of_many_lengths(low, high, capacity, most):
     lengths = np.random.default_rng(0).integers(low, high, 20_000)
     packs = list(pack_stream([lengths], capacity, 0))
     assert np.mean([len(set(lengths[pack].tolist())) == 1 for pack in packs]) < 0.02
     assert np.median([lengths[pack].std() for pack in packs]) > 0.3 * lengths.std()
-    assert 1 - lengths.sum() / (capacity * len(packs)) < 0.04
+    assert 1 - lengths.sum() / (capacity * len(packs)) < most
 
 
 def test_neighbouring_packs_are_not_alike():
-    """Best-fit decreasing would put the longest documents into the first packs."""
+    """Best-fit decreasing makes bins of the longest documents first."""
     lengths = web_lengths(20_000)
     documents = np.array([len(pack) for pack in pack_stream([lengths], 4096, 0)])
     halves = documents[: len(documents) // 2].mean(), documents[len(documents) // 2 :].mean()

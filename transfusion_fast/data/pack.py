@@ -18,8 +18,6 @@ KIND_TEXT = 0  # an image of modality m has kind 1 + m
 SEGMENT_COLUMNS = ("document", "kind", "offset", "length", "height", "width")
 DOCUMENT_TOKENS = 2  # <bos> <eos>
 IMAGE_TOKENS = 2  # <boi> <eoi>
-_SMALL = 16  # a document of at most 1/16 of the capacity is small
-_ALIKE = 32  # lengths within 1/32 of the capacity are about one
 _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
 
 
@@ -155,48 +153,6 @@ def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> i
     lengths = sum(segment_length(segment, modalities) for segment in document)
     images = sum(isinstance(segment, ImageSegment) for segment in document)
     return DOCUMENT_TOKENS + lengths + IMAGE_TOKENS * images
-
-
-def check_lengths(lengths: Sequence[int], capacity: int) -> None:
-    """InputError naming the first document that no pack of `capacity` positions can hold."""
-    for document, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise InputError(
-                f"length of document {document} must be in 1..{capacity} (the sequence length), got {length}; "
-                "give a larger sequence length or a shorter document"
-            )
-
-
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of document numbers, none above `capacity`: the longest first, each into the fullest bin that takes it.
-
-    Documents of about one length, and all small ones, keep their given order: they fill gaps as well in any, and sorted
-    to the last position they would make bins of a single length, of captions of a few classes say. Deterministic, and
-    about a microsecond a document: bins lie in buckets by the room they have left, bit r of `rooms` says that bucket r
-    is not empty, so the least room that is enough is the lowest bit at or above the length.
-    """
-    check_lengths(lengths, capacity)
-    small, about = capacity // _SMALL, max(1, capacity // _ALIKE)
-    keys = [0 if length <= small else 1 + length // about for length in lengths]
-    order = sorted(range(len(lengths)), key=keys.__getitem__, reverse=True)
-    bins: list[list[int]] = []
-    buckets: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0
-    for document in order:
-        length = int(lengths[document])
-        enough = rooms >> length
-        if enough:
-            room = length + (enough & -enough).bit_length() - 1
-            chosen = buckets[room].pop()
-            if not buckets[room]:
-                rooms ^= 1 << room
-        else:
-            room, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(document)
-        buckets[room - length].append(chosen)
-        rooms |= 1 << (room - length)
-    return bins
 
 
 def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:

@@ -1,4 +1,4 @@
-"""Packs for documents that come in a stream: best-fit decreasing over a bounded buffer.
+"""Packs for documents that come in a stream: bins of a bounded buffer of them at a time.
 
 What does not fill a pack waits for the next buffer, where shorter documents may; so hardly more is wasted than if all
 documents were sorted at once, and memory is that of the buffer's numbers.
@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from transfusion_fast.data.bins import FULL, pack_bins
 from transfusion_fast.data.order import keyed_permutation
-from transfusion_fast.data.pack import best_fit_decreasing
 
 BUFFER = 1 << 16  # documents
 _DOCUMENT_STREAM, _PACK_STREAM = 0, 1
-_FULL = 1000  # a pack may be left with 1/1000 of its positions while there are documents to come
 
 
 def pack_stream(lengths: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
@@ -50,10 +49,10 @@ def _pack(
     seed, rounds = key
     documents = documents[keyed_permutation(len(documents), seed, _DOCUMENT_STREAM + 2 * rounds)]
     number, length = documents.T
-    bins = [np.array(chosen) for chosen in best_fit_decreasing(length.tolist(), capacity)]
+    bins = [np.array(chosen) for chosen in pack_bins(length.tolist(), capacity)]
     room = capacity - np.array([length[chosen].sum() for chosen in bins])
     by_room = np.argsort(room, kind="stable")
-    full = len(bins) if last else int(np.count_nonzero(room <= capacity // _FULL))
+    full = len(bins) if last else int(np.count_nonzero(room <= capacity // FULL))
     counts = np.cumsum([len(bins[i]) for i in by_room])
     full = max(full, int(np.searchsorted(counts, (len(documents) + 1) // 2)) + 1)
     ready, kept = np.sort(by_room[:full]), np.sort(by_room[full:])

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from transfusion_fast.data.bins import check_lengths
 from transfusion_fast.data.build import Built, Recipe, build
 from transfusion_fast.data.fitting import EncodedDocument, Fitter
 from transfusion_fast.data.index import Index
-from transfusion_fast.data.pack import Document, ModalityInfo, TextSegment, check_lengths, document_length
+from transfusion_fast.data.pack import Document, ModalityInfo, TextSegment, document_length
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.source import Split, Unit
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer
