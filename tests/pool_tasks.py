@@ -3,9 +3,14 @@
 import time
 
 from transfusion_fast.data.pool import worker_number
+from transfusion_fast.errors import InputError
 
 
 def slowly(job, task):
     """(job, task, which process it was)."""
     time.sleep(0.05)
     return job, task, worker_number()
+
+
+def refuse(job, task):
+    raise InputError(f"refused {task}")

@@ -96,6 +96,21 @@ def other_checksum_in_the_table(folder):
     align_index(folder)
 
 
+def rewrite_row(folder, place, end=None, crc32=None):
+    """A number of the table, and the index as if it were right."""
+    for column, value in enumerate((end, crc32)):
+        if value is not None:
+            patch(folder, table_row_start(folder, place) + 8 * column, value.to_bytes(8, "little", signed=True))
+    begin, stop = read_index(folder).shards[1].table_span
+    content = (folder / SHARD).read_bytes()
+    edit_index(folder, sha256=file_sha256(folder / SHARD), table_crc32=zlib.crc32(content[begin:stop]))
+
+
+def rewrite_ends(folder, *ends):
+    for place, end in enumerate(ends):
+        rewrite_row(folder, place, end=end)
+
+
 def shard_without_its_table(folder):
     rewrite(folder, members(folder)[:-1])
 
@@ -190,12 +205,15 @@ IN_PACKS = {
     "header of the table flipped": lambda folder: flip(folder, read_index(folder).shards[1].table + 3),
     "table of zeros": lambda folder: patch(folder, table_row_start(folder, 0), bytes(16 * 5)),
     "table with another checksum": other_checksum_in_the_table,
+    "table of ends that wrap around": lambda folder: rewrite_ends(folder, 10**12, -(2**63), -1),
+    "table of falling ends": lambda folder: rewrite_ends(folder, 6144, 3072),
+    "table of a checksum beyond 32 bits": lambda folder: rewrite_row(folder, 1, crc32=2**40),
     "no table": shard_without_its_table,
     "a header of a hundred terabytes": lambda folder: append_header(folder, size=10**14),
     "a long name of a hundred terabytes": lambda folder: append_header(folder, size=10**14, type=b"L"),
     "a link": lambda folder: append_header(folder, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
     "index with an absurd size": lambda folder: edit_index(folder, bytes=10**15, table=10**14),
-    "index with another table": lambda folder: edit_index(folder, table=pack_start(folder, 4)),
+    "index with another table": lambda folder: edit_index(folder, table=read_index(folder).shards[1].table + 512),
     "index with another checksum": lambda folder: edit_index(folder, table_crc32=0),
     "index with another size": lambda folder: edit_index(folder, bytes=10**9),
 }
@@ -205,7 +223,7 @@ ELSEWHERE = {
 }
 COUNTS = {  # which number the packs of other shards anew
     "index with fewer packs": lambda folder: edit_index(folder, packs=4),
-    "index with more packs": lambda folder: edit_index(folder, packs=6),
+    "index with one pack": lambda folder: edit_index(folder, packs=1),
 }
 
 

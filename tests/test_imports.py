@@ -26,6 +26,7 @@ LEAVES = {
     "autoencoder",
     "pictures",
     "checkpointing",
+    "files",
     "kernels.layout",
 }
 MODEL = LEAVES | {"backends", "ops", "layers", "codec", "loss", "inputs"}
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "autoencoder": {"errors", "images"},
     "pictures": {"errors"},
     "checkpointing": set(),
+    "files": set(),
     "kernels": {"kernels.layout"},
     "kernels.layout": {"kernels"},
     "backends": {"kernels", "kernels.layout"},

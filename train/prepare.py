@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         out = getattr(options, "out", None)
-        begun = out is not None and out.with_name(f"{out.name}.partial").exists()
+        begun = out is not None and (out.is_dir() or out.with_name(f"{out.name}.partial").exists())
         print("prepare: interrupted" + "; the same command goes on from there" * begun, file=sys.stderr)
         return 130
 
@@ -139,6 +139,8 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     preview.set_defaults(run=_preview)
     for command in (checks, info, index, preview):
         command.add_argument("folder", type=_local, metavar="FOLDER", help="data folder, local")
+    for command in (checks, index):
+        _add_processes(command)
 
 
 def _local(text: str) -> Path:
@@ -163,6 +165,10 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
         help="of documents longer than a pack: cut where a reader pauses, or left out (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
 
 
@@ -264,7 +270,8 @@ def _tell(folder: Path, built: Built) -> None:
 def _verify(options: argparse.Namespace) -> int:
     index = parse_index(options.folder)
     found = 0
-    for findings in tqdm(verify(options.folder, index), "verifying", len(index.shards) + 1, unit="shard", disable=None):
+    checked = verify(options.folder, index, options.processes)
+    for findings in tqdm(checked, "verifying", len(index.shards) + 1, unit="shard", disable=None):
         found += len(findings)
         for finding in findings:
             tqdm.write(finding, file=sys.stderr)
@@ -294,7 +301,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
-    index = rebuild_index(options.folder, options.like, options.accept)
+    index = rebuild_index(options.folder, options.like, options.accept, options.processes)
     print(f"{options.folder}: index written: {_summary(index)}")
 
 

@@ -76,7 +76,7 @@ def test_the_first_that_is_left_is_in_the_next_bin(case):
 
 
 @given(lengths_and_capacity)
-def test_neither_rule_alone_makes_fewer_bins_than_best_fit_with_what_it_leaves_filled_anew(case):
+def test_filling_anew_never_makes_more_bins_than_best_fit(case):
     lengths, capacity = case
     assert len(pack_bins(lengths, capacity)) <= len(best_fit_decreasing(lengths, capacity))
 

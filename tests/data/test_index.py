@@ -156,6 +156,15 @@ def test_few_shards_are_open_at_once(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_as_many_shards_stay_open_as_are_read_in_turns(tmp_path, monkeypatch):
+    reader = PackReader(write_folder(tmp_path / "data", num_packs=50, packs_per_shard=1), open_shards=50)
+    opened, really = [], os.open
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments) or really(*arguments))
+    for position in [*range(50)] * 3:
+        reader.read(position)
+    assert len(opened) == 50
+
+
 def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path):
     assert "run: python train/prepare.py digits OUT" in refusal(read_index, tmp_path / "nowhere")
     assert "not a prepared data folder" in refusal(read_index, tmp_path)
@@ -199,8 +208,9 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["shards", 0], 5, "file"),
         (["shards", 0, "bytes"], "x", "bytes"),
         (["shards", 0, "sha256"], 5, "sha256"),
-        (["shards", 0, "packs"], 0, "must lie behind its 0 packs"),
-        (["shards", 0, "packs"], 2**60, "must lie behind its"),
+        (["shards", 0, "packs"], 0, "must be in 1..1048576, got 0"),
+        (["shards", 0, "packs"], 2**60, "must be in 1..1048576, got"),
+        (["shards", 0, "packs"], 10, "must lie behind its 10 packs"),
         (["shards", 0, "packs"], [3], "packs"),
         (["shards", 0, "table"], 10**12, "must lie behind its 3 packs and within its"),
         (["shards", 0, "table"], -512, "must lie behind its 3 packs"),

@@ -1,8 +1,13 @@
 """Processes that share the tasks of a job."""
 
-from pool_tasks import slowly
+import multiprocessing
+import time
+
+import pytest
+from pool_tasks import refuse, slowly
 
 from transfusion_fast.data.pool import worker_pool
+from transfusion_fast.errors import InputError
 
 
 def test_every_task_is_done_once_by_processes_that_are_numbered():
@@ -15,3 +20,20 @@ def test_every_task_is_done_once_by_processes_that_are_numbered():
 def test_one_process_is_this_one():
     with worker_pool("job", 1) as each:
         assert list(each(slowly, range(3))) == [("job", task, 0) for task in range(3)]
+
+
+def test_a_task_that_fails_ends_the_processes_of_the_pool_and_no_other():
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        with pytest.raises(InputError, match="refused"), worker_pool("job", 2) as each:
+            list(each(refuse, range(4)))
+        assert multiprocessing.active_children() == [other]
+    finally:
+        other.terminate()
+        other.join()
+
+
+def test_a_pool_has_a_process():
+    with pytest.raises(InputError, match="processes must be 1 or more, got 0"), worker_pool("job", 0):
+        pass

@@ -109,6 +109,20 @@ def test_a_document_too_long_is_named_by_its_number_and_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        ((), "document 1 cannot be packed: document must have a segment, got none"),
+        ((TextSegment(np.zeros(3, np.int64)),), "document 1 cannot be packed: text ids must be int32"),
+        ((TextSegment(np.array([5, 256], np.int32)),), r"text ids of document 1 must be in 0..255, got 5..256"),
+        ((ImageSegment(np.zeros((3, 4, 1), np.uint8)),), "document 1 cannot be packed: image of modality 'digits'"),
+    ],
+)
+def test_a_document_that_cannot_be_packed_is_named_by_its_number_and_leaves_nothing(tmp_path, document, complaint):
+    assert complaint in refusal(prepare, [*texts(5), document], tmp_path / "out", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_documents_make_no_folder(tmp_path):
     assert "got none" in refusal(prepare, [], tmp_path / "out", **SETTINGS)
     assert list(tmp_path.iterdir()) == []

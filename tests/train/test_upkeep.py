@@ -166,6 +166,7 @@ def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path
     assert started.returncode == 130 and "Traceback" not in err
     assert "prepare: interrupted; the same command goes on from there" in err
     # What was finished says so of itself: it is heard again only where it is used again.
-    (units / "000000.json").write_text(json.dumps([1, {"mark": 1}, {"mark": "made before"}, 0]))
+    *_, cut, checksums = json.loads((units / "000000.json").read_text())
+    (units / "000000.json").write_text(json.dumps([1, {"mark": 1}, {"mark": "made before"}, cut, checksums]))
     again = subprocess.run([*command[:-1], "1"], capture_output=True, text=True)
     assert again.returncode == 0 and "left out 1: made before" in again.stderr

@@ -16,6 +16,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer
 from transfusion_fast.training.metrics import MetricsLog, Row, progress_line
+from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run import write_config
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
@@ -95,6 +96,23 @@ def test_settings_that_changed_since_the_last_start_are_told(tmp_path: Path) -> 
     (tmp_path / "config.yaml").write_text("data: [")
     assert "not known, as the config.yaml of before cannot be read" in write_config(tmp_path, second)[0]
     assert load_config(tmp_path / "config.yaml") == second
+
+
+def test_what_one_rank_cannot_do_is_an_error_on_all() -> None:
+    class Second(Ranks):
+        """Of two ranks the one whose own action succeeds."""
+
+        def gather(self, items: list) -> list:
+            return ["of the first", *items]
+
+    ranks = Second(1, 2, torch.device("cpu"), control=None)
+    with pytest.raises(InputError, match="of the first"):
+        ranks.together(lambda: None)
+    alone = type("Alone", (Ranks,), {"gather": lambda self, items: items})(0, 1, torch.device("cpu"), control=None)
+    alone.together(lambda: None)
+    for error in (InputError("of its own"), OSError("of its own")):
+        with pytest.raises(InputError, match="of its own"):
+            alone.together(lambda error=error: (_ for _ in ()).throw(error))
 
 
 def test_a_damaged_checkpoint_that_was_overtaken_is_dropped_before_a_good_one(tmp_path: Path) -> None:

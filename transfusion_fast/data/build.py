@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,16 +28,18 @@ from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
     IndexedShard,
+    file_sha256,
     index_shard,
     make_index,
     parse_shard,
     read_index,
     write_index,
 )
+from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ModalityInfo, Pack, make_pack
 from transfusion_fast.data.packing import BUFFER, pack_stream
 from transfusion_fast.data.pool import worker_pool
-from transfusion_fast.data.shards import PACKS_PER_SHARD, write_shard
+from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, write_shard
 from transfusion_fast.data.source import Rejected, Source, Unit
 from transfusion_fast.data.store import (
     UnitReader,
@@ -49,12 +51,14 @@ from transfusion_fast.data.store import (
 )
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import read_json, sync, write_whole
 
 RECIPE, LEFT_OUT = "recipe.json", "left_out.jsonl"
 _LOCK, _UNITS, _SHARDS = ".lock", "units", "shards"
 _VERSION = 3
 """Of units and of how documents are packed: work begun by another is not gone on with."""
 _OPEN_UNITS = 128  # of files that a process has open at once
+_UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
@@ -94,17 +98,19 @@ class Recipe:
     """Documents that are packed together."""
 
     def __post_init__(self) -> None:
-        for name in ("packs_per_shard", "buffer"):
+        for name, most in (("packs_per_shard", MAX_PACKS), ("buffer", None)):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}; give a larger number")
+            if most and getattr(self, name) > most:
+                raise InputError(f"{name} must be at most {most}, got {getattr(self, name)}; give a smaller number")
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with what would tell that a file of the source has changed."""
-        files = sorted(set(self.source.files))
+        files = [(file.resolve(), file.stat()) for file in self.source.files]
         return {
             "version": _VERSION,
-            "source": {**self.source.describe(), "units": len(self.source.units())},
-            "files": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+            "source": self.source.describe(),
+            "files": [[str(file), found.st_size, found.st_mtime_ns] for file, found in files],
             "encoder": self.encoder.describe(),
             "packing": [self.packs_per_shard, self.seed, self.buffer],
         }
@@ -151,16 +157,25 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
         raise InputError(f"processes must be 1 or more, got {processes}")
     folder = Path(folder).resolve()
     described = json.loads(json.dumps(recipe.describe()))
-    if not _is_free(folder):
-        return Built(_finished_index(folder, described), reused=True)
     partial = folder.with_name(f"{folder.name}.partial")
+    index = _finished(folder, described)
+    if index is not None and not partial.exists():
+        return Built(index, reused=True)
     with _locked(partial):
+        index = _finished(folder, described)  # another process may have come first
+        if index is not None:
+            if read_json(partial / RECIPE) in (None, described):  # of a run that was killed before it had tidied up
+                _discard(partial)
+            return Built(index, reused=True)
         _begin_or_go_on(partial, described)
         try:
-            return _build(recipe, folder, partial, processes)
-        finally:
+            built = _build(recipe, folder, partial, processes)
+        except BaseException:
             if not _has_begun(partial):  # nothing to go on with, and settings may be what was wrong
-                shutil.rmtree(partial, ignore_errors=True)
+                _discard(partial)
+            raise
+        _discard(partial)
+    return built
 
 
 def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built:
@@ -168,7 +183,8 @@ def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built
     with worker_pool(_Job(recipe, partial), processes) as each:
         reports = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
         built = _merge([reports[number] for number in range(len(units))])
-        tasks = _shard_tasks(recipe, partial, len(units))
+        counts = np.array([reports[number].documents for number in range(len(units))], dtype=np.int64)
+        tasks = _shard_tasks(recipe, partial, counts)
         shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
     if not shards:
         shutil.rmtree(partial / _UNITS)
@@ -180,18 +196,18 @@ def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built
     return Built(index, *built)
 
 
-def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _finished_index(folder: Path, recipe: dict[str, Any]) -> Index:
-    """The index of a folder that was made of this recipe, and is as it was then."""
+def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
+    """The index of a folder that was made of this recipe and is as it was then; None where the folder is free."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
     try:
-        made_of = json.loads((folder / RECIPE).read_bytes())
-        if differing := _differing(made_of, {**recipe, "index": _sha256(folder / INDEX_NAME)}):
+        made_of = read_json(folder / RECIPE)
+        if made_of is None:
+            raise InputError(f"it has no {RECIPE} to tell what it was made of")
+        if differing := _differing(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
             raise InputError(f"it was made with other {differing}")
         return read_index(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         raise InputError(
             f"output folder must be new or empty, got {str(folder)!r} ({error}); choose another, or remove this one"
         ) from error
@@ -203,22 +219,18 @@ def _differing(before: object, now: dict[str, Any]) -> str:
     return " and ".join(name for name, value in now.items() if known.get(name) != value)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
     """Writes the recipe, or finds the one that the work in `partial` was begun with to be the same."""
-    path = partial / RECIPE
-    if path.exists() and _has_begun(partial):
-        if differing := _differing(json.loads(path.read_bytes()), recipe):
+    before = read_json(partial / RECIPE)
+    if before is not None and _has_begun(partial):
+        if differing := _differing(before, recipe):
             raise InputError(
                 f"{partial} was begun with other {differing}; go on with those, or remove it to begin anew"
             )
     else:
         for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
             shutil.rmtree(partial / name, ignore_errors=True)
-        _write_whole(path, json.dumps(recipe, indent=1))
+        write_whole(partial / RECIPE, json.dumps(recipe, indent=1))
     for name in (_UNITS, _SHARDS):
         (partial / name).mkdir(exist_ok=True)
 
@@ -227,21 +239,32 @@ def _has_begun(partial: Path) -> bool:
     return any((partial / _UNITS).glob("*.json"))
 
 
-def _write_whole(path: Path, text: str) -> None:
-    staged = path.with_suffix(".staged")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
+    """Its lock is in the folder, and goes with it: who has locked one that is gone looks again."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{partial} must be made by one process, and another is at work in it") from error
-        yield
+            lock = (partial / _LOCK).open("w")
+        except FileNotFoundError:
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{partial} must be made by one process, and another is at work in it") from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), (partial / _LOCK).stat()):
+                    yield
+                    return
+
+
+def _discard(partial: Path) -> None:
+    """Frees its name in one step, so that who begins anew meets nothing of it."""
+    removed = partial.with_name(f".{partial.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    partial.rename(removed)
+    shutil.rmtree(removed)
 
 
 def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
@@ -265,22 +288,19 @@ def _merge(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str
     return dict(sorted(rejected.items())), examples, cut
 
 
-def _shard_tasks(recipe: Recipe, partial: Path, num_units: int) -> Iterator[_ShardTask]:
-    """The plan of all packs, a shard at a time; only a buffer of it is ever in memory."""
-    starts = [0]
+def _shard_tasks(recipe: Recipe, partial: Path, counts: np.ndarray) -> Iterator[_ShardTask]:
+    """The plan of all packs, a shard at a time; only a buffer of it is ever in memory.
 
-    def lengths() -> Iterator[np.ndarray]:
-        for number in range(num_units):
-            part = read_lengths(partial / _UNITS, number)
-            starts.append(starts[-1] + len(part))
-            yield part
-
-    packs = pack_stream(lengths(), recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
+    `counts` int64 [units] are documents. Units come in a keyed order, as those of a source may be sorted by length.
+    """
+    order = keyed_permutation(len(counts), recipe.seed, *_UNIT_STREAM)
+    starts = np.cumsum(counts[order]) - counts[order]
+    lengths = (read_lengths(partial / _UNITS, number) for number in order.tolist())
+    packs = pack_stream(lengths, recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
     number = 0
     while chosen := list(islice(packs, recipe.packs_per_shard)):
-        first = np.array(starts)
-        units = [np.searchsorted(first, pack, side="right") - 1 for pack in chosen]
-        located = [np.stack([unit, pack - first[unit]], axis=1) for unit, pack in zip(units, chosen, strict=True)]
+        places = [np.searchsorted(starts, pack, side="right") - 1 for pack in chosen]
+        located = [np.stack([order[at], pack - starts[at]], axis=1) for at, pack in zip(places, chosen, strict=True)]
         yield _ShardTask(number, located)
         number += 1
 
@@ -289,15 +309,15 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     record = job.folder / _UNITS / f"shard-{task.number:06d}.json"
     encoder = job.recipe.encoder
     folder = job.folder / _SHARDS
-    if record.exists():
-        entry, documents, tokens = json.loads(record.read_text(encoding="utf-8"))
-        info = parse_shard(entry, str(record))
-        if (folder / info.file).is_file() and (folder / info.file).stat().st_size == info.bytes:
-            return task.number, IndexedShard(info, documents, tokens)
+    match read_json(record):
+        case [dict(entry), int(documents), int(tokens)]:
+            info = parse_shard(entry, str(record))
+            if (folder / info.file).is_file() and (folder / info.file).stat().st_size == info.bytes:
+                return task.number, IndexedShard(info, documents, tokens)
     name = write_shard(_packs(job, task), folder, task.number)
     num_text_tokens = encoder.tokenizer.num_text_tokens
     shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
-    _write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
+    write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
     return task.number, shard
 
 
@@ -318,11 +338,11 @@ def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: I
     encoder.tokenizer.write(shards)
     copy_rejections(partial / _UNITS, units, shards / LEFT_OUT)
     write_index(shards, index)
-    recipe = json.loads((partial / RECIPE).read_bytes())
-    _write_whole(shards / RECIPE, json.dumps({**recipe, "index": _sha256(shards / INDEX_NAME)}, indent=1))
+    recipe = {**read_json(partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
+    write_whole(shards / RECIPE, json.dumps(recipe, indent=1))
+    sync(*(path for path in shards.iterdir() if path.suffix != ".tar"), shards)  # each tar was when it was written
     try:
         shards.rename(folder)
     except OSError as error:
         raise InputError(f"{shards} is whole, but cannot become {folder} ({error}); move it there") from error
-    (partial / RECIPE).unlink()  # first: what a run that is killed now leaves must not be gone on with
-    shutil.rmtree(partial)
+    sync(folder.parent)

@@ -11,16 +11,20 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transfusion_fast.data.pack import ModalityInfo, latents_dtype, validate_pack
+from tqdm import tqdm
+
+from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
+from transfusion_fast.data.pool import worker_pool
 from transfusion_fast.data.remote import DataFolder, RemoteFolder
-from transfusion_fast.data.shards import decode_pack, read_table, table_bytes
+from transfusion_fast.data.shards import LEAST_BYTES, MAX_PACKS, PackTable, decode_pack, read_table, table_bytes
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import write_whole
 
 INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
@@ -100,6 +104,27 @@ def index_shard(
     """
     table = read_table(path)
     documents = tokens = 0
+    for place, pack in enumerate(read_packs(path, table, sequence_length, num_text_tokens, modalities)):
+        if isinstance(pack, InputError):
+            raise InputError(f"pack {place} of shard {path} cannot be used: {pack}; copy the shard again") from pack
+        documents += pack.num_documents
+        tokens += pack.num_positions
+    size, sha256, packs = path.stat().st_size, file_sha256(path), len(table.rows)
+    return IndexedShard(ShardInfo(path.name, size, sha256, packs, *table_place(path, table)), documents, tokens)
+
+
+def table_place(path: Path, table: PackTable) -> tuple[int, int]:
+    """The byte that the table of a shard begins at, and the table's crc32."""
+    begin = table.ends[-1]
+    with path.open("rb") as stream:
+        stream.seek(begin)
+        return begin, zlib.crc32(stream.read(table_bytes(len(table.rows))))
+
+
+def read_packs(
+    path: Path, table: PackTable, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
+) -> Iterator[Pack | InputError]:
+    """Each pack of a shard, checked and validated, or what is wrong with it."""
     with path.open("rb") as stream:
         for place in range(len(table.rows)):
             start, end = table.span(place)
@@ -109,14 +134,9 @@ def index_shard(
                 pack = decode_pack(payload)
                 validate_pack(pack, modalities, num_text_tokens, sequence_length)
             except InputError as error:
-                raise InputError(
-                    f"pack {place} of shard {path} cannot be used: {error}; copy the shard again"
-                ) from error
-            documents += pack.num_documents
-            tokens += pack.num_positions
-        crc32 = zlib.crc32(stream.read(table_bytes(len(table.rows))))
-    size, sha256 = path.stat().st_size, file_sha256(path)
-    return IndexedShard(ShardInfo(path.name, size, sha256, len(table.rows), end, crc32), documents, tokens)
+                yield error
+            else:
+                yield pack
 
 
 def make_index(
@@ -140,11 +160,20 @@ def build_index(
     sequence_length: int,
     tokenizer: Tokenizer,
     modalities: Sequence[ModalityInfo],
+    processes: int = 1,
 ) -> Index:
-    """The index of shards as they lie in a folder."""
-    num_text_tokens = tokenizer.num_text_tokens
-    shards = [index_shard(folder / file, sequence_length, num_text_tokens, modalities) for file in files]
-    return make_index(shards, sequence_length, tokenizer, modalities)
+    """The index of shards as they lie in a folder; InputError as of `index_shard`."""
+    job = (sequence_length, tokenizer.num_text_tokens, tuple(modalities))
+    with worker_pool(job, processes) as each:
+        paths = enumerate(folder / file for file in files)
+        shards = dict(tqdm(each(_index_numbered, paths), "indexing", len(files), unit="shard", disable=None))
+    return make_index([shards[number] for number in range(len(files))], sequence_length, tokenizer, modalities)
+
+
+def _index_numbered(
+    job: tuple[int, int, tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
+) -> tuple[int, IndexedShard]:
+    return numbered[0], index_shard(numbered[1], *job)
 
 
 def file_sha256(path: Path) -> str:
@@ -159,9 +188,7 @@ def write_index(folder: Path, index: Index) -> None:
     fields["modalities"] = [asdict(modality) for modality in index.modalities]
     shards = ",\n".join(f"    {json.dumps(asdict(shard))}" for shard in fields.pop("shards"))
     lines = [f'  "{name}": {json.dumps(value)},' for name, value in fields.items()]
-    unfinished = folder / f".{INDEX_NAME}.partial"
-    unfinished.write_text("\n".join(["{", *lines, '  "shards": [', shards, "  ]", "}", ""]), encoding="utf-8")
-    unfinished.replace(folder / INDEX_NAME)
+    write_whole(folder / INDEX_NAME, "\n".join(["{", *lines, '  "shards": [', shards, "  ]", "}", ""]))
 
 
 def read_index(folder: DataFolder) -> Index:
@@ -259,7 +286,9 @@ def parse_shard(entry: object, where: str) -> ShardInfo:
         raise InputError(
             f"shard file in {where} must be a plain name of that folder, got {shard.file!r}; prepare it again"
         )
-    if shard.packs < 1 or shard.table < shard.packs or shard.table_span[1] > shard.bytes:
+    if not 1 <= shard.packs <= MAX_PACKS:
+        raise InputError(f"packs of {shard.file} in {where} must be in 1..{MAX_PACKS}, got {shard.packs}")
+    if shard.table < shard.packs * LEAST_BYTES or shard.table_span[1] > shard.bytes:
         raise InputError(
             f"table of {shard.file} in {where} must lie behind its {shard.packs} packs and within its {shard.bytes} "
             f"bytes, got {shard.table_span[0]}..{shard.table_span[1]}; prepare it again"

@@ -69,8 +69,8 @@ class _Item(NamedTuple):
 class PackDataset(data.Dataset):
     """Position in the order -> pack, and why it is empty if it cannot be read: whether to go on is not for a worker."""
 
-    def __init__(self, mixture: Mixture, order: MixtureOrder):
-        self.reader, self.order = MixtureReader(mixture), order
+    def __init__(self, mixture: Mixture, order: MixtureOrder, window: int):
+        self.reader, self.order = MixtureReader(mixture, window), order
         self.empty = empty_pack(mixture.modalities)
 
     def __getitem__(self, position: int) -> _Item:
@@ -120,7 +120,7 @@ def training_batches(
     """
     order = mixture.order(config.train.seed, config.data.shuffle_window)
     yield from data.DataLoader(
-        PackDataset(mixture, order),
+        PackDataset(mixture, order, config.data.shuffle_window),
         batch_sampler=_Endless(share, packs_consumed),
         collate_fn=_Collate(batch_builder(config, mixture, share.micro_batch)),
         num_workers=config.data.workers,

@@ -29,9 +29,11 @@ from transfusion_fast.data.index import (
 )
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, Pack
-from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.reader import OPEN_SHARDS, PackReader
 from transfusion_fast.data.remote import DataFolder, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.errors import InputError
+
+_MAX_OPEN_SHARDS = 512  # of a process; systems allow 1,024 files as a rule
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,10 @@ def _own_seed(seed: int, dataset: int) -> int:
 class MixtureReader:
     """The packs of all datasets of a mixture by number."""
 
-    def __init__(self, mixture: Mixture) -> None:
-        self._readers = [PackReader(dataset.folder, dataset.index) for dataset in mixture.datasets]
+    def __init__(self, mixture: Mixture, window: int) -> None:
+        """`window` shards of each are read at a time, in any order."""
+        shards = max(1, min(max(window, OPEN_SHARDS), _MAX_OPEN_SHARDS // len(mixture.datasets)))
+        self._readers = [PackReader(dataset.folder, dataset.index, shards) for dataset in mixture.datasets]
         self._starts = [0, *itertools.accumulate(len(reader) for reader in self._readers)]
 
     def read(self, number: int) -> Pack:

@@ -1,7 +1,8 @@
 """Packs for documents that come in a stream: bins of a bounded buffer of them at a time.
 
-What does not fill a pack waits for the next buffer, where shorter documents may; so hardly more is wasted than if all
-documents were sorted at once, and memory is that of the buffer's numbers.
+What does not fill a pack waits for the next buffer, where shorter documents may. So memory is that of a buffer's
+numbers, and hardly more is wasted than if all documents were packed at once: where one buffer is like another, which is
+for those to see to who put the documents in their order.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def pack_stream(lengths: Iterable[np.ndarray], capacity: int, seed: int, buffer:
     """
     waiting, first = np.empty((0, 2), dtype=np.int64), 0  # (document, length)
     rounds = 0
-    for part in lengths:
+    for part in (piece for array in lengths for piece in np.split(array, range(buffer, len(array), buffer))):
         numbers = np.arange(first, first + len(part))
         waiting = np.concatenate([waiting, np.stack([numbers, np.asarray(part, dtype=np.int64)], axis=1)])
         first += len(part)

@@ -24,11 +24,14 @@ Result = TypeVar("Result")
 def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
     """Gives `each(function, tasks)`: function(job, task) of every task, in any order, in so many processes.
 
-    InputError where one of them is killed.
+    InputError where one of them ends early.
     """
+    if processes < 1:
+        raise InputError(f"processes must be 1 or more, got {processes}")
     if processes == 1:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
+    others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
     with _interrupts_ignored():  # by its children too: Ctrl-C reaches all, and the process in charge ends the others
         forkserver.ensure_running()
@@ -47,10 +50,10 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
             yield each
         except BrokenProcessPool as error:
             raise InputError(
-                f"one of {processes} processes was killed, perhaps for memory; run it again with fewer: it goes on"
+                f"one of {processes} processes ended early, perhaps for memory; run it again with fewer: it goes on"
             ) from error
         except BaseException:
-            for process in active_children():
+            for process in set(active_children()) - others:
                 process.terminate()
             executor.shutdown(wait=False, cancel_futures=True)
             raise

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from transfusion_fast.data.bins import check_lengths
 from transfusion_fast.data.build import Built, Recipe, build
 from transfusion_fast.data.fitting import EncodedDocument, Fitter
@@ -98,9 +100,25 @@ def prepare(
     """
     if not documents:
         raise InputError("documents must be one or more, got none; give a source that holds some")
-    check_lengths([document_length(document, modalities) for document in documents], sequence_length)
+    lengths = [_length(number, document, tokenizer, modalities) for number, document in enumerate(documents)]
+    check_lengths(lengths, sequence_length)
     fitter = Fitter(tokenizer, sequence_length, tuple(modalities))
     return build(Recipe(_InMemory(documents), fitter, packs_per_shard, seed), folder).index
+
+
+def _length(number: int, document: Document, tokenizer: Tokenizer, modalities: Sequence[ModalityInfo]) -> int:
+    try:
+        length = document_length(document, modalities)
+    except InputError as error:
+        raise InputError(f"document {number} cannot be packed: {error}") from error
+    for segment in document:
+        ids = segment.ids if isinstance(segment, TextSegment) else np.zeros(1, np.int32)
+        if not 0 <= ids.min() <= ids.max() < tokenizer.num_text_tokens:
+            raise InputError(
+                f"text ids of document {number} must be in 0..{tokenizer.num_text_tokens - 1}, "
+                f"got {ids.min()}..{ids.max()}; encode it with the tokenizer"
+            )
+    return length
 
 
 def prepare_splits(source: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int) -> dict[Split, Built]:

@@ -15,14 +15,14 @@ from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
 from transfusion_fast.data.shards import PackTable, decode_pack, decode_table
 from transfusion_fast.errors import InputError
 
-_MAX_OPEN_SHARDS = 32
+OPEN_SHARDS = 32
 
 
 @dataclass
 class _OpenShard:
     descriptor: int
-    table: PackTable | None = None
-    """Once it was read."""
+    table: PackTable | InputError | None = None
+    """Once it was looked at, or what is wrong with it: it is not read again for every pack."""
 
 
 class PackReader:
@@ -31,7 +31,9 @@ class PackReader:
     Reads are at explicit offsets, so a reader that a forked worker inherits is safe to use there; use one a thread.
     """
 
-    def __init__(self, folder: DataFolder, index: Index | None = None) -> None:
+    def __init__(self, folder: DataFolder, index: Index | None = None, open_shards: int = OPEN_SHARDS) -> None:
+        """`open_shards` at once: as many as reads go back and forth between."""
+        self._open_shards = open_shards
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.folder = folder
         self.index = read_index(self.folder) if index is None else index
@@ -80,13 +82,15 @@ class PackReader:
         opened = self._opened(shard)
         if opened.table is None:
             opened.table = _read_table(opened.descriptor, self.index.shards[shard])
+        if isinstance(opened.table, InputError):
+            raise InputError(str(opened.table))
         payload = _read(opened.descriptor, *opened.table.span(place))
         opened.table.check(place, payload)
         return payload
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard not in self._open:
-            if len(self._open) == _MAX_OPEN_SHARDS:
+            if len(self._open) == self._open_shards:
                 os.close(self._open.popitem(last=False)[1].descriptor)
             self._open[shard] = _OpenShard(self._descriptor(self.index.shards[shard]))
         self._open.move_to_end(shard)
@@ -134,11 +138,11 @@ def _read(descriptor: int, start: int, end: int) -> bytes:
     return os.pread(descriptor, end - start, start)
 
 
-def _read_table(descriptor: int, shard: ShardInfo) -> PackTable:
+def _read_table(descriptor: int, shard: ShardInfo) -> PackTable | InputError:
     payload = _read(descriptor, *shard.table_span)
     if (crc32 := zlib.crc32(payload)) != shard.table_crc32:
-        raise InputError(f"checksum of the shard's table must be {shard.table_crc32}, got {crc32}")
-    table = decode_table(payload, shard.packs)
-    if table.ends[-1] != shard.table:
-        raise InputError(f"packs of the shard must end at byte {shard.table}, got {table.ends[-1]}")
-    return table
+        return InputError(f"checksum of its shard's table must be {shard.table_crc32}, got {crc32}")
+    try:
+        return decode_table(payload, shard.packs, shard.table)
+    except InputError as error:
+        return error

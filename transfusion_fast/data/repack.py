@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_fast.data.fitting import EncodedDocument, Fitter, Long
-from transfusion_fast.data.index import INDEX_NAME, parse_index
+from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import Unit
 from transfusion_fast.data.tokenizer import load_tokenizer
@@ -43,8 +42,7 @@ class PacksSource:
                 yield EncodedDocument(f"document {place} of pack {number} of {self.folder}", document)
 
     def describe(self) -> dict[str, Any]:
-        sha256 = hashlib.sha256((self.folder / INDEX_NAME).read_bytes()).hexdigest()
-        return {"kind": "packs", "folder": str(self.folder), "index": sha256}
+        return {"kind": "packs", "index": file_sha256(self.folder / INDEX_NAME)}
 
     def fitter(self, sequence_length: int, long: Long) -> Fitter:
         """What makes the documents fit packs of another length, with the folder's own tokenizer and modalities."""

@@ -23,6 +23,10 @@ from transfusion_fast.data.pack import Pack
 from transfusion_fast.errors import InputError
 
 PACKS_PER_SHARD = 1024
+MAX_PACKS = 1 << 20
+"""Of a shard: what an index says is believed so far that memory is taken for it."""
+LEAST_BYTES = 3 * 2 * tarfile.BLOCKSIZE
+"""That any pack takes in a tar: three headers, and a block behind each."""
 _DTYPES = {
     "tokens": (np.dtype(np.int32),),
     "segments": (np.dtype(np.int32),),
@@ -112,14 +116,20 @@ def table_bytes(packs: int) -> int:
     return tarfile.BLOCKSIZE + padded(packs * _ROW_BYTES)
 
 
-def decode_table(payload: bytes, packs: int) -> PackTable:
-    """The table of so many packs whose tar member, header included, is `payload`; InputError for anything else."""
+def decode_table(payload: bytes, packs: int, end: int) -> PackTable:
+    """The table whose tar member, header included, is `payload`: of so many packs, which end before byte `end`.
+
+    InputError for anything else.
+    """
     members = dict(_tar_members(payload))
     if members.keys() != {TABLE} or len(members[TABLE]) != packs * _ROW_BYTES:
         raise InputError(f"table must be one file {TABLE} of {packs} packs, got {sorted(members)!r:.80}")
     rows = np.frombuffer(members[TABLE], "<i8").reshape(packs, 2)
-    if (np.diff(rows[:, 0], prepend=0) <= 0).any() or (rows[:, 1] < 0).any():
-        raise InputError("table must have packs of one byte or more, and checksums; it has not")
+    ends, crc32 = rows.T
+    if not (ends[0] > 0 and (ends[1:] > ends[:-1]).all() and ends[-1] == end):
+        raise InputError(f"packs of the table must follow each other up to byte {end}, where it begins; they do not")
+    if ((crc32 < 0) | (crc32 >> 32 > 0)).any():
+        raise InputError("checksums of the table must be of 32 bits, and are not")
     return PackTable(rows)
 
 
@@ -197,7 +207,7 @@ def read_table(shard: Path) -> PackTable:
         stream.seek(start)
         payload = stream.read(end - start)
     try:
-        table = decode_table(payload, len(samples))
+        table = decode_table(payload, len(samples), start)
     except InputError as error:
         raise InputError(f"shard {shard} cannot be used: {error}; copy it again") from error
     if table.ends != [end for _, _, end in samples]:

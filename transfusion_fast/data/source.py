@@ -68,7 +68,7 @@ class Source(Protocol[Raw_co]):
         """Those of a unit, in order."""
 
     def describe(self) -> dict[str, Any]:
-        """The settings, as JSON: two sources of one description and the same files have the same documents."""
+        """The settings but for the files, as JSON: sources of one description and the same files are the same."""
 
 
 def kind_of(path: Path) -> str:

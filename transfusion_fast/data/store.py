@@ -1,17 +1,20 @@
 """Encoded documents of one unit on disk, between reading the sources and packing; both ends stream.
 
-Files of numbers, and one of what was rejected, beside a JSON that is written last and so says that they are whole.
+Files of numbers, and one of what was rejected, beside a JSON that is written last. It has a checksum of each of them: a
+machine that goes down may keep it and lose what it speaks of.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from array import array
+import zlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,8 +30,12 @@ from transfusion_fast.data.pack import (
     segment_length,
 )
 from transfusion_fast.data.source import Rejected
+from transfusion_fast.files import read_json, write_whole
 
-_COLUMNS = 6  # document, kind, offset, length, height, width, as in a pack, but int64
+_KINDS = ("tokens", "latents", "segments", "lengths", "rejected")
+_COLUMNS = 6  # of segments: document, kind, offset, length, height, width, as in a pack
+_BLOCK = 1 << 20
+_ROWS, _LENGTHS = np.dtype(np.int64), np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -47,55 +54,91 @@ class UnitReport:
 def write_unit(
     folder: Path, number: int, documents: Iterable[list[Document] | Rejected], modalities: tuple[ModalityInfo, ...]
 ) -> UnitReport:
-    """Writes the unit's documents in order, and counts what was rejected."""
-    rows, lengths = array("q"), array("q")  # a list of tuples takes ten times the memory
+    """Writes the unit's documents in order, none of which stays in memory, and counts what was rejected."""
     rejected: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    tokens_end = values_end = cut = 0
-    with (
-        _file(folder, number, "tokens").open("wb") as tokens,
-        _file(folder, number, "latents").open("wb") as latents,
-        _file(folder, number, "rejected").open("w", encoding="utf-8") as rejections,
-    ):
+    cut = 0
+    with ExitStack() as stack:
+        files = {kind: _Checked(stack.enter_context(_file(folder, number, kind).open("wb"))) for kind in _KINDS}
+        writer = _Writer(files, modalities)
         for outcome in documents:
             if isinstance(outcome, Rejected):
                 rejected[outcome.reason] += 1
                 examples.setdefault(outcome.reason, str(outcome))
-                rejections.write(json.dumps({"reason": outcome.reason, "detail": outcome.detail}) + "\n")
+                writer.reject(outcome)
                 continue
             cut += len(outcome) > 1
             for document in outcome:
-                for segment in document:
-                    length = segment_length(segment, modalities)
-                    if isinstance(segment, TextSegment):
-                        rows.extend((len(lengths), KIND_TEXT, tokens_end, length, 0, 0))
-                        tokens.write(segment.ids.tobytes())
-                        tokens_end += length
-                    else:
-                        rows.extend((len(lengths), 1 + segment.modality, values_end, length, *segment.values.shape[:2]))
-                        latents.write(segment.values.tobytes())
-                        values_end += segment.values.size
-                lengths.append(document_length(document, modalities))
-    np.save(_file(folder, number, "segments.npy"), np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS))
-    np.save(_file(folder, number, "lengths.npy"), np.array(lengths, dtype=np.int32))
-    report = UnitReport(len(lengths), dict(rejected), examples, cut)
-    whole = _file(folder, number, "json")
-    partial = whole.with_suffix(".partial")
-    partial.write_text(json.dumps([report.documents, report.rejected, report.examples, report.cut]), encoding="utf-8")
-    partial.replace(whole)
+                writer.write(document)
+    report = UnitReport(writer.documents, dict(rejected), examples, cut)
+    checksums = {kind: file.crc32 for kind, file in files.items()}
+    write_whole(_file(folder, number, "json"), json.dumps([*astuple(report), checksums]))
     return report
 
 
+class _Checked:
+    """A file that is written, and the checksum of what it has."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.crc32 = file, 0
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+
+class _Writer:
+    """The files of a unit, and what is in them so far."""
+
+    def __init__(self, files: Mapping[str, _Checked], modalities: tuple[ModalityInfo, ...]) -> None:
+        self._tokens, self._latents, self._segments, self._lengths, self._rejected = (files[kind] for kind in _KINDS)
+        self._modalities = modalities
+        self.documents = self._ids = self._values = 0
+
+    def write(self, document: Document) -> None:
+        for segment in document:
+            length = segment_length(segment, self._modalities)
+            if isinstance(segment, TextSegment):
+                row = (self.documents, KIND_TEXT, self._ids, length, 0, 0)
+                self._tokens.write(segment.ids.tobytes())
+                self._ids += length
+            else:
+                row = (self.documents, 1 + segment.modality, self._values, length, *segment.values.shape[:2])
+                self._latents.write(segment.values.tobytes())
+                self._values += segment.values.size
+            self._segments.write(np.array(row, _ROWS).tobytes())
+        self._lengths.write(np.array(document_length(document, self._modalities), _LENGTHS).tobytes())
+        self.documents += 1
+
+    def reject(self, rejected: Rejected) -> None:
+        line = json.dumps({"reason": rejected.reason, "detail": rejected.detail})
+        self._rejected.write(f"{line}\n".encode())
+
+
 def read_report(folder: Path, number: int) -> UnitReport | None:
-    """None where the unit is not written."""
+    """None where the unit is not written, or not as it was."""
+    match read_json(_file(folder, number, "json")):
+        case [int(documents), dict(rejected), dict(examples), int(cut), dict(checksums)]:
+            if all(_crc32(_file(folder, number, kind)) == checksums.get(kind) for kind in _KINDS):
+                return UnitReport(documents, rejected, examples, cut)
+    return None
+
+
+def _crc32(path: Path) -> int | None:
+    """None where there is no file."""
+    crc32 = 0
     try:
-        return UnitReport(*json.loads(_file(folder, number, "json").read_text(encoding="utf-8")))
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                crc32 = zlib.crc32(block, crc32)
     except FileNotFoundError:
         return None
+    return crc32
 
 
 def copy_rejections(folder: Path, units: int, path: Path) -> None:
     """Writes what was rejected of all units to `path`, as JSON a line; no file where it is nothing."""
+    path.unlink(missing_ok=True)
     parts = [part for part in (_file(folder, number, "rejected") for number in range(units)) if part.stat().st_size]
     if parts:
         with path.open("wb") as whole:
@@ -106,7 +149,7 @@ def copy_rejections(folder: Path, units: int, path: Path) -> None:
 
 def read_lengths(folder: Path, number: int) -> np.ndarray:
     """Positions that each document of the unit takes, int32."""
-    return np.load(_file(folder, number, "lengths.npy"), allow_pickle=False)
+    return np.fromfile(_file(folder, number, "lengths"), _LENGTHS)
 
 
 class UnitReader:
@@ -116,7 +159,7 @@ class UnitReader:
         self._modalities = modalities
         self._tokens = _mapped(_file(folder, number, "tokens"), np.dtype(np.int32))
         self._latents = _mapped(_file(folder, number, "latents"), latents_dtype(modalities))
-        self._rows = np.load(_file(folder, number, "segments.npy"), allow_pickle=False)
+        self._rows = _mapped(_file(folder, number, "segments"), _ROWS).reshape(-1, _COLUMNS)
 
     def __getitem__(self, document: int) -> Document:
         first, end = np.searchsorted(self._rows[:, 0], (document, document + 1))

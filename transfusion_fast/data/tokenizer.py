@@ -15,6 +15,7 @@ import numpy as np
 from transfusion_fast.data.remote import DataFolder, RemoteFolder
 from transfusion_fast.data.source import Rejected
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -134,7 +135,7 @@ class FileTokenizer:
         return {"name": self.name, "num_text_tokens": self.num_text_tokens, "sha256": sha256}
 
     def write(self, folder: Path) -> None:
-        (folder / TOKENIZER_NAME).write_bytes(self.content)
+        write_whole(folder / TOKENIZER_NAME, self.content)
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids, int32 [n]; their first characters and the ends behind their last, int64 [n, 2])."""

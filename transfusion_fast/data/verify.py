@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transfusion_fast.data.index import (
@@ -14,64 +15,65 @@ from transfusion_fast.data.index import (
     file_sha256,
     is_plain_name,
     parse_index,
+    read_packs,
+    table_place,
     write_index,
 )
-from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.pool import worker_pool
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError
 
 
-def verify(folder: Path, index: Index) -> Iterator[list[str]]:
-    """What is wrong with a data folder: a list for each shard, then one for the folder. All empty: all is well.
+def verify(folder: Path, index: Index, processes: int = 1) -> Iterator[list[str]]:
+    """What is wrong with a data folder: a list for each shard, in any order, then one for the folder. All empty: well.
 
     Every byte of the shards is read: sizes, sha256 and crc32 are compared, tars walked through, packs decoded and
     validated. What the index says beside that (modalities, pack length) is held to the packs only.
     """
     folder = Path(folder)
-    reader = PackReader(folder, index)
-    documents = tokens = first = 0
+    documents = tokens = 0
     damaged = False
-    for shard in index.shards:
-        numbers = range(first, first + shard.packs)
-        first = numbers.stop
-        findings = _file_findings(folder, shard)
-        for number in numbers if _is_whole(folder, shard) else ():
-            try:
-                pack = reader.read(number)
-            except InputError as error:
-                findings.append(str(error))
-                continue
-            documents += pack.num_documents
-            tokens += pack.num_positions
-        damaged = damaged or bool(findings)
-        yield findings
-    reader.close()
+    with worker_pool((folder, replace(index, shards=())), processes) as each:
+        for found in each(_verify_shard, index.shards):
+            documents += found.documents
+            tokens += found.tokens
+            damaged = damaged or bool(found.findings)
+            yield found.findings
     yield _folder_findings(folder, index, None if damaged else (documents, tokens))
 
 
-def _is_whole(folder: Path, shard: ShardInfo) -> bool:
-    path = folder / shard.file
-    return path.is_file() and path.stat().st_size == shard.bytes
+@dataclass
+class _Found:
+    findings: list[str] = field(default_factory=list)
+    documents: int = 0
+    tokens: int = 0
 
 
-def _file_findings(folder: Path, shard: ShardInfo) -> list[str]:
-    path = folder / shard.file
-    findings = []
+def _verify_shard(job: tuple[Path, Index], shard: ShardInfo) -> _Found:
+    folder, index = job
+    path, found = folder / shard.file, _Found()
     try:
         check_shard_file(folder, shard)
         sha256 = file_sha256(path)
         if sha256 != shard.sha256:
-            findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
+            found.findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
         table = read_table(path)
-        if (len(table.rows), table.ends[-1]) != (shard.packs, shard.table):
+        if (len(table.rows), *table_place(path, table)) != (shard.packs, shard.table, shard.table_crc32):
             cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
-            findings.append(f"table of shard {path} must lie where its index says, and does not; {cure}")
+            found.findings.append(f"table of shard {path} must be as its index says, and is not; {cure}")
+        packs = read_packs(path, table, index.sequence_length, index.num_text_tokens, index.modalities)
+        for place, pack in enumerate(packs):
+            if isinstance(pack, InputError):
+                found.findings.append(f"pack {place} of shard {path} cannot be used: {pack}; copy it again")
+                continue
+            found.documents += pack.num_documents
+            found.tokens += pack.num_positions
     except InputError as error:
-        findings.append(str(error))
+        found.findings.append(str(error))
     except OSError as error:
-        findings.append(f"shard {path} must be readable, and is not ({error}); copy it again")
-    return findings
+        found.findings.append(f"shard {path} must be readable, and is not ({error}); copy it again")
+    return found
 
 
 def _folder_findings(folder: Path, index: Index, found: tuple[int, int] | None) -> list[str]:
@@ -91,7 +93,7 @@ def _folder_findings(folder: Path, index: Index, found: tuple[int, int] | None) 
     return sorted(findings)
 
 
-def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False) -> Index:
+def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False, processes: int = 1) -> Index:
     """Writes the index of the shards that lie in `folder`, by name, with the settings of the index of `like`.
 
     Args:
@@ -117,7 +119,7 @@ def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False) 
     for file in files:
         if not is_plain_name(file):
             raise InputError(f"shard's name must be of letters, digits, _ . and -, got {file!r}; rename or remove it")
-    index = build_index(folder, files, settings.sequence_length, tokenizer, settings.modalities)
+    index = build_index(folder, files, settings.sequence_length, tokenizer, settings.modalities, processes)
     if like is None and not accept:
         _check_unchanged(folder, settings, index)
     if not own:

@@ -18,6 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import sync, write_durably
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run import (
     CHECKPOINT_NAME,
@@ -62,7 +63,7 @@ class Checkpoints:
         if self.ranks.is_main:
             manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(hashes)}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _sync(*staging.rglob("*"), staging)
+            sync(*staging.rglob("*"), staging)
             shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one of this step, passed over on resume
             os.rename(staging, self.folder / name)
             self._point_latest(name)
@@ -115,11 +116,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder / name)
 
     def _point_latest(self, name: str) -> None:
-        staged = self.folder / ".latest"
-        staged.write_text(name + "\n")
-        _sync(staged)
-        os.replace(staged, self.folder / LATEST)
-        _sync(self.folder)
+        write_durably(self.folder / LATEST, name + "\n")
 
     def _own_share(self, files: list[Path]) -> list[Path]:
         return files[self.ranks.rank :: self.ranks.world_size]
@@ -156,16 +153,6 @@ def _gather_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tenso
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _sync(*paths: Path) -> None:
-    """Puts files and folders on the disk, so that in a crash a name never outlives its contents."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _difference(got: Any, want: Any) -> tuple[Any, Any]:

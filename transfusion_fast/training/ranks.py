@@ -31,6 +31,8 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup
     """A gloo group over host memory: agreeing on counts waits for no GPU."""
+    on_node: tuple[int, int] = (0, 1)
+    """Which of how many ranks this is on its own node."""
     runner: psutil.Process | None = None
     """The `deepspeed` command that started it all, two processes up."""
 
@@ -51,11 +53,11 @@ class Ranks:
         return [item for part in gathered for item in part]
 
     def together(self, action: Callable[[], None]) -> None:
-        """Acts on every rank; an InputError on any of them is one on all, who would else wait for it."""
+        """Acts on every rank; an InputError or OSError on any is an InputError on all, who would else wait for it."""
         errors = []
         try:
             action()
-        except InputError as error:
+        except (InputError, OSError) as error:
             errors.append(str(error))
         if errors := self.gather(errors):
             raise InputError(errors[0])
@@ -95,7 +97,9 @@ def join_ranks(config: TrainConfig) -> Ranks:
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     runner = _deepspeed_command() if launched else None
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"), runner)
+    control = dist.new_group(backend="gloo")
+    on_node = (local_rank % _ranks_of_a_node(), _ranks_of_a_node())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, control, on_node, runner)
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -107,7 +111,12 @@ def computes_bf16(device: torch.device) -> bool:
 
 def _threads_of_a_rank() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, cores // _ranks_of_a_node())
+
+
+def _ranks_of_a_node() -> int:
+    """As deepspeed or torchrun says; 1 under a launcher that does not."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _deepspeed_command() -> psutil.Process | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.remote import FetchError
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import write_whole
 from transfusion_fast.model import Transfusion
 
 CONFIG = "config.yaml"
@@ -123,7 +123,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
         "modalities": [asdict(m) for m in data.modalities],
         "image_sizes": data.image_sizes,
     }
-    _write_whole(run / DATA, json.dumps(record, indent=1))
+    write_whole(run / DATA, json.dumps(record, indent=1))
 
 
 def read_data_description(run: Path) -> DataDescription:
@@ -147,15 +147,8 @@ def write_config(run: Path, config: Config) -> list[str]:
         changed = list(_changes(before, now))
     except (OSError, ValueError, yaml.YAMLError) as error:
         changed = [f"not known, as the {CONFIG} of before cannot be read ({' '.join(str(error).split()):.100})"]
-    _write_whole(path, yaml.safe_dump(now, sort_keys=False))
+    write_whole(path, yaml.safe_dump(now, sort_keys=False))
     return changed
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The file has its old contents or the new ones, whenever the process ends."""
-    staged = path.with_name(f".{path.name}")
-    staged.write_text(text)
-    os.replace(staged, path)
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -31,7 +31,7 @@ def train(config: Config, data: Mixture, ranks: Ranks) -> None:
     """
     share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
     if not config.data.quarantine:  # to which a shard that is missing is no more than its packs
-        ranks.together(lambda: data.check_shards(ranks.rank, ranks.world_size))
+        ranks.together(lambda: data.check_shards(*ranks.on_node))  # each node may have disks of its own
     run = Path(config.train.output)
     checkpoints = Checkpoints(run, ranks, config.train.keep_checkpoints)
     found = checkpoints.newest_whole()

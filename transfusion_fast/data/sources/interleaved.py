@@ -52,7 +52,7 @@ class InterleavedSource:
                 yield Rejected(rejected.reason, at_fault)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "interleaved", "files": [str(file) for file in self.files]}
+        return {"kind": "interleaved"}
 
 
 def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:

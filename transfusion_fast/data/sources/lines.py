@@ -45,9 +45,14 @@ def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a compressed file: its checksum comes last, when lines from before it would have been used."""
+    """What is wrong with a compressed file, found before any of it is used.
+
+    The checksum, which every .gz has and a .zst unless it was made without, comes after what it is of.
+    """
     if path.suffix.lower() not in COMPRESSIONS:
         return ""
+    if not path.stat().st_size:
+        return "it is of no bytes"
     try:
         with _opened(path) as file:
             while file.read(_BLOCK):

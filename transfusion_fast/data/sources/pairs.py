@@ -48,7 +48,7 @@ class PairsSource:
             yield Rejected("tar damaged", f"what follows is lost ({error}), {unit.path}")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "pairs", "files": [str(file) for file in self.files]}
+        return {"kind": "pairs"}
 
 
 def _opened(path: Path) -> tarfile.TarFile:

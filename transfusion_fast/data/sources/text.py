@@ -89,7 +89,7 @@ class TextSource:
                 yield where, entry[self.field] if isinstance(entry, dict) else entry
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "text", "files": [str(file) for file in self.files], "field": self.field}
+        return {"kind": "text", "field": self.field}
 
 
 def _is_whole(file: Path) -> bool:
