@@ -6,6 +6,7 @@ Global step s takes the packs [s B, (s + 1) B) of the endless order; accumulatio
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,16 @@ def training_batches(
         batch_sampler=_Endless(share, packs_consumed),
         collate_fn=_Collate(batch_builder(config, mixture, share.micro_batch)),
         num_workers=config.data.workers,
+        worker_init_fn=_outlive_signals,
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
+
+
+def _outlive_signals(_: int) -> None:
+    """Ctrl-C and a launcher's SIGTERM reach workers too, whose rank has a step to finish and then ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
