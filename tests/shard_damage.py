@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index
+from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index, schema_of
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.shards import append_table, padded, read_table
@@ -16,6 +16,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import verify
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+SCHEMA = schema_of(ByteTokenizer().describe(), (GREY,))
 SHARD = "shard-000001.tar"
 TRUNCATIONS = 20
 
@@ -63,7 +64,7 @@ def rewrite(folder, entries):
 def rewrite_packs(folder, entries):
     """The shard anew, with a table and an index that say what lies there, so that only decoding it can object."""
     rewrite(folder, entries)
-    append_table(folder / SHARD)
+    append_table(folder / SHARD, SCHEMA)
     align_index(folder)
 
 
@@ -71,7 +72,7 @@ def align_index(folder):
     path = folder / SHARD
     content, table = path.read_bytes(), read_table(path)
     packs, begin = len(table.rows), table.ends[-1]
-    end = begin + tarfile.BLOCKSIZE + padded(16 * packs)
+    end = begin + tarfile.BLOCKSIZE + padded(32 + 16 * packs)
     crc32 = zlib.crc32(content[begin:end])
     edit_index(
         folder, bytes=len(content), sha256=file_sha256(path), packs=packs, table=begin, table_crc32=crc32
@@ -88,7 +89,7 @@ def pack_start(folder, place):
 
 
 def table_row_start(folder, place):
-    return read_index(folder).shards[1].table + tarfile.BLOCKSIZE + 16 * place
+    return read_index(folder).shards[1].table + tarfile.BLOCKSIZE + 32 + 16 * place
 
 
 def other_checksum_in_the_table(folder):
@@ -104,6 +105,11 @@ def rewrite_row(folder, place, end=None, crc32=None):
     begin, stop = read_index(folder).shards[1].table_span
     content = (folder / SHARD).read_bytes()
     edit_index(folder, sha256=file_sha256(folder / SHARD), table_crc32=zlib.crc32(content[begin:stop]))
+
+
+def rewrite_schema(folder):
+    flip(folder, table_row_start(folder, 0) - 1)
+    rewrite_row(folder, 0)
 
 
 def rewrite_ends(folder, *ends):
@@ -206,6 +212,7 @@ IN_PACKS = {
     "table of zeros": lambda folder: patch(folder, table_row_start(folder, 0), bytes(16 * 5)),
     "table with another checksum": other_checksum_in_the_table,
     "table of ends that wrap around": lambda folder: rewrite_ends(folder, 10**12, -(2**63), -1),
+    "table of another schema": lambda folder: rewrite_schema(folder),
     "table of falling ends": lambda folder: rewrite_ends(folder, 6144, 3072),
     "table of a checksum beyond 32 bits": lambda folder: rewrite_row(folder, 1, crc32=2**40),
     "no table": shard_without_its_table,

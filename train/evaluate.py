@@ -54,6 +54,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     check_picture(picture)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     folder = options.data or _data_of(options.run)
+    if not (folder / "heldout").is_dir() or not (folder / "train").is_dir():
+        raise InputError(
+            f"evaluation needs a folder with train/ and heldout/ of captioned images, got {folder}; give --data"
+        )
     train, heldout = (read_captioned(folder / split, data.tokenizer) for split in ("train", "heldout"))
     image = ImageSettings(steps=options.steps, guidance=options.guidance, clip=1.0)
     patch_size = data.modalities[0].patch_size

@@ -146,12 +146,12 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _local(text: str) -> Path:
     """Path would take one of the slashes of a URL."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"folder must be local, got {text!r}; only training reads URLs")
+        raise argparse.ArgumentTypeError(f"files and folders must be local, got {text!r}; only training reads URLs")
     return Path(text)
 
 
 def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
+    parser.add_argument("files", type=_local, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
     _add_packing(parser)
     parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -310,3 +310,20 @@ def _explain(settings: type[BaseModel], error: ValidationError) -> str:
     near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return f"unknown key {path!r}; {hint}"
+
+
+def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """`NAME OLD -> NEW` of each setting that is not the same in two trees of them; long values are cut short."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*now, *(key for key in before if key not in now)]:
+            yield from changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for place, pair in enumerate(zip(before, now, strict=True)):
+            yield from changes(*pair, f"{name}.{place}")
+    elif before != now:
+        yield f"{name or 'all of it'} {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -69,9 +69,12 @@ def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, recipe, monke
     cut_off(recipe, tmp_path / "out", monkeypatch)
     begun = content(tmp_path / "out.partial" / "units")
     other = Recipe(recipe.source, Encoder(TOKENIZER, 128, RGB, IMAGES.image), packs_per_shard=PER_SHARD)
-    with pytest.raises(InputError, match=r"out.partial was begun with other encoder; go on with those, or remove it"):
+    with pytest.raises(
+        InputError,
+        match=r"out.partial was begun otherwise: encoder.sequence_length 64 -> 128; go on as it was begun, or remove",
+    ):
         build(other, tmp_path / "out")
-    with pytest.raises(InputError, match="was begun with other files"):
+    with pytest.raises(InputError, match=r"was begun otherwise: files\."):
         build(Recipe(PairsSource.of([tars / "00000.tar"]), IMAGES, packs_per_shard=PER_SHARD), tmp_path / "out")
     assert content(tmp_path / "out.partial" / "units") == begun
 
@@ -79,21 +82,21 @@ def test_other_settings_do_not_go_on_with_what_was_begun(tmp_path, recipe, monke
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"image": ImageRule("native", 12, 4)}, "encoder"),
-        ({"image": ImageRule("crop", 16, 4)}, "encoder"),
-        ({"long": "reject"}, "encoder"),
-        ({"modality": replace(RGB, name="others")}, "encoder"),
+        ({"image": ImageRule("native", 12, 4)}, "encoder.image.size 16 -> 12"),
+        ({"image": ImageRule("crop", 16, 4)}, "encoder.image.shape native -> crop"),
+        ({"long": "reject"}, "encoder.long split -> reject"),
+        ({"modality": replace(RGB, name="others")}, "encoder.modalities.0.name images -> others"),
     ],
 )
 def test_no_setting_of_the_encoder_may_change_meanwhile(tmp_path, recipe, monkeypatch, changes, what):
     cut_off(recipe, tmp_path / "out", monkeypatch)
-    with pytest.raises(InputError, match=f"was begun with other {what};"):
+    with pytest.raises(InputError, match=f"was begun otherwise: {what}"):
         build(replace(recipe, encoder=replace(IMAGES, **changes)), tmp_path / "out")
 
 
 def test_a_file_that_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
     cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
-    with pytest.raises(InputError, match="was begun with other files"):
+    with pytest.raises(InputError, match=r"was begun otherwise: files\."):
         build(texts(tmp_path / "a.jsonl", "new"), tmp_path / "out")
 
 
@@ -143,7 +146,7 @@ def test_another_recipe_does_not_meet_what_is_left(tmp_path, monkeypatch):
         with pytest.raises(Stop):
             build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="was begun with other files"):
+    with pytest.raises(InputError, match=r"was begun otherwise: files\."):
         build(texts(tmp_path / "b.jsonl", "new"), tmp_path / "out")
 
 
@@ -214,9 +217,9 @@ def test_a_folder_that_is_finished_is_there_already_and_is_not_made_again(tmp_pa
         again = build(recipe, tmp_path / "out", processes=3)
     assert again.reused and again.index == built.index and content(tmp_path / "out") == before
     (tmp_path / "out" / "index.json").write_text((tmp_path / "out" / "index.json").read_text() + "\n")
-    with pytest.raises(InputError, match=r"\(it was made with other index\)"):
+    with pytest.raises(InputError, match=r"\(it was made otherwise: index .* -> .*\)"):
         build(recipe, tmp_path / "out")
-    with pytest.raises(InputError, match=r"\(it was made with other files and index\)"):
+    with pytest.raises(InputError, match=r"\(it was made otherwise: files.*a.jsonl.bytes 940 -> 1040 and index "):
         build(texts(tmp_path / "a.jsonl", "newer"), tmp_path / "out")
 
 

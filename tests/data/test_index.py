@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, build_index, decode_index, read_index, write_index
+from transfusion_fast.data.index import INDEX_NAME, build_index, decode_index, read_index, schema_of, write_index
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.data.reader import PackReader
@@ -21,6 +21,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+SCHEMA = schema_of(ByteTokenizer().describe(), (GREY,))
 PACKS_PER_SHARD = 3
 NUM_PACKS = 7
 
@@ -34,7 +35,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=PACKS_PER_SHARD):
     folder.mkdir()
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
-    files = [write_shard(map(make, own), folder, shard) for shard, own in enumerate(numbers)]
+    files = [write_shard(map(make, own), folder, shard, SCHEMA) for shard, own in enumerate(numbers)]
     write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
     return folder
 
@@ -193,7 +194,7 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["sequence_length"], None, "sequence_length"),
         (["sequence_length"], True, "sequence_length"),
         (["sequence_length"], 0, "must be positive"),
-        (["sequence_length"], 2**31, "must be at most 2147483647, got 2147483648"),
+        (["sequence_length"], 2**24 + 1, "must be at most 16777216, got 16777217"),
         (["tokens"], 10**30, "must be below 2**63"),
         (["tokenizer"], "bytes", "tokenizer"),
         (["tokenizer", "num_text_tokens"], 256.0, "num_text_tokens"),
@@ -277,11 +278,30 @@ def test_a_flipped_byte_costs_its_own_pack_only(folder):
         assert_holds(reader.read(position), position)
 
 
+def test_a_shard_that_is_named_twice_is_refused(folder):
+    edit_index(folder, lambda entry: entry["shards"].append(entry["shards"][0]))
+    assert "must differ, got shard-000000.tar 2 times" in refusal(read_index, folder)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "", "x" * 101, "ünlaut\u202e"])
+def test_a_modality_whose_name_could_forge_lines_is_refused(folder, name):
+    edit_index(folder, lambda entry: entry["modalities"][0].update(name=name))
+    assert "name of a modality must be letters" in refusal(read_index, folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"modalities": []}, {"tokenizer": {"name": "bytes", "num_text_tokens": 256, "sha256": "other"}}]
+)
+def test_packs_of_a_shard_of_another_schema_are_not_read(folder, change):
+    edit_index(folder, lambda entry: entry.update(change))
+    assert "of another tokenizer or other modalities" in refusal(PackReader(folder).read, 0)
+
+
 def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
     edit_index(folder, lambda entry: entry.update(sequence_length=8))
     assert "at most 8 positions, got 9" in refusal(PackReader(folder).read, 0)
 
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
-    file = write_shard([make(254)], tmp_path, 0)
+    file = write_shard([make(254)], tmp_path, 0, SCHEMA)
     assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))

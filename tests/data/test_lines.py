@@ -35,8 +35,7 @@ def test_every_line_is_in_one_unit_wherever_the_file_is_cut(tmp_path_factory, li
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
     content = path.read_bytes()
-    expected = content.split(b"\n")
-    expected = expected[:-1] if not expected[-1] else expected
+    expected = [line for line in content.split(b"\n") if line.strip()]
     for size in (1, 2, 3, 7, 1000):
         found = [line for unit in line_units(path, size) for line in lines_of(unit)]
         assert [line for _, line in found] == expected

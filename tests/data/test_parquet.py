@@ -1,5 +1,6 @@
 """Parquet files give their texts, and name the rows and row groups that cannot be used."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -97,9 +98,16 @@ def test_a_bit_flipped_in_the_values_is_never_raised(tmp_path):
     assert rejected["parquet damaged"] and rejected["not UTF-8"]
 
 
-def test_a_file_of_damaged_names_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize("damage", ["names", "cut", "empty", "pickle"])
+def test_a_file_that_is_damaged_is_counted_and_the_rest_goes_on(tmp_path, damage):
     path = write_column(tmp_path / "a.parquet", ["a"])
-    path.write_bytes(path.read_bytes().replace(b"text", b"te\xff\xfe"))
-    with pytest.raises(InputError, match=r"a.parquet must be") as caught:
-        texts_of([path])
-    assert "\n" not in str(caught.value)
+    write_column(tmp_path / "b.parquet", ["b"])
+    content = path.read_bytes()
+    damaged = {
+        "names": content.replace(b"text", b"te\xff\xfe"),
+        "cut": content[: len(content) // 2],
+        "empty": b"",
+        "pickle": pickle.dumps(print),
+    }
+    path.write_bytes(damaged[damage])
+    assert texts_of([tmp_path]) == (["b"], {"file damaged": 1})

@@ -134,8 +134,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     prepare(texts(5), out, **SETTINGS)  # an empty one is filled
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    assert "(it was made with other source)" in refusal(prepare, texts(6), out, **SETTINGS)
-    assert "(it was made with other packing)" in refusal(prepare, texts(5), out, **SETTINGS, seed=1)
+    assert "(it was made otherwise: source.sha256 " in refusal(prepare, texts(6), out, **SETTINGS)
+    assert "(it was made otherwise: packing.seed 0 -> 1)" in refusal(prepare, texts(5), out, **SETTINGS, seed=1)
     assert "must be new or empty" in refusal(prepare, texts(5), tmp_path / "file", **SETTINGS)
     assert contents(tmp_path) == before
 
@@ -151,7 +151,7 @@ def test_documents_that_look_alike_are_told_apart(tmp_path):
     ]
     prepare(alike[0], tmp_path / "out", **SETTINGS)
     for documents in alike[1:]:
-        assert "made with other source" in refusal(prepare, documents, tmp_path / "out", **SETTINGS)
+        assert "made otherwise: source.sha256" in refusal(prepare, documents, tmp_path / "out", **SETTINGS)
 
 
 def test_a_folder_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_digits_prepared_again_are_left_as_they_are(digits):
 
 def test_digits_of_other_settings_or_damaged_are_not_overwritten(digits, tmp_path):
     message = refusal(prepare_splits, Digits(), digits, **{**DIGITS_SETTINGS, "sequence_length": 256})
-    assert "must be new or empty" in message and "made with other encoder" in message
+    assert "must be new or empty" in message and "made otherwise: encoder.sequence_length 512 -> 256" in message
     out = tmp_path / "digits"
     prepare_splits(Digits(), out, **DIGITS_SETTINGS)
     shard = out / "train" / "shard-000000.tar"

@@ -202,7 +202,7 @@ def test_a_rotten_shard_whose_source_is_gone_is_no_damaged_data(folder, tmp_path
 def test_a_pack_that_is_not_as_its_table_says_costs_no_other_and_no_fetch(source, folder, tmp_path, fetches):
     shard = parse_index(folder).shards[0]
     content = bytearray((folder / shard.file).read_bytes())
-    content[shard.table + 512 + 16 + 8] ^= 1  # the second pack's checksum
+    content[shard.table + 512 + 32 + 16 + 8] ^= 1  # the second pack's checksum
     (folder / shard.file).write_bytes(content)
     entry, (start, end) = json.loads((folder / INDEX_NAME).read_text()), shard.table_span
     entry["shards"][0] |= {

@@ -15,6 +15,7 @@ from transfusion_fast.data.shards import decode_pack, write_shard
 from transfusion_fast.errors import InputError
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
+SCHEMA = bytes(range(32))
 FIELDS = ("tokens", "segments", "latents")
 
 
@@ -66,7 +67,7 @@ def refusal(data):
 
 def test_shards_are_read_by_a_plain_webdataset(tmp_path):
     packs = [make(number) for number in range(5)]
-    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard) for shard in range(3)]
+    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA) for shard in range(3)]
     assert files == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     samples = list(wds.WebDataset([str(tmp_path / file) for file in files], shardshuffle=False))
@@ -82,7 +83,7 @@ def test_equal_packs_give_equal_bytes(tmp_path):
     contents = []
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        file = write_shard(map(make, range(3)), tmp_path / run, 0)
+        file = write_shard(map(make, range(3)), tmp_path / run, 0, SCHEMA)
         contents.append((tmp_path / run / file).read_bytes())
     assert contents[0] == contents[1]
 
@@ -93,7 +94,7 @@ def test_a_shard_is_named_only_once_it_is_whole(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        write_shard(packs(), tmp_path, 0)
+        write_shard(packs(), tmp_path, 0, SCHEMA)
     assert not list(tmp_path.glob("*.tar"))
 
 

@@ -125,7 +125,9 @@ def test_a_folder_without_an_index_asks_for_settings(folder, capsys):
 def test_commands_of_local_folders_take_no_url(command, capsys):
     with pytest.raises(SystemExit) as ended:
         prepare.main([command, "https://host/data"])
-    assert ended.value.code == 2 and "folder must be local, got 'https://host/data'" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "files and folders must be local, got 'https://host/data'" in capsys.readouterr().err
+    )
 
 
 def test_preview_with_an_autoencoder_needs_latents(folder, tmp_path, capsys):

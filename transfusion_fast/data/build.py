@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from transfusion_fast.config import changes
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
@@ -33,6 +35,7 @@ from transfusion_fast.data.index import (
     make_index,
     parse_shard,
     read_index,
+    schema_of,
     write_index,
 )
 from transfusion_fast.data.order import keyed_permutation
@@ -106,13 +109,14 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with what would tell that a file of the source has changed."""
-        files = [(file.resolve(), file.stat()) for file in self.source.files]
+        files = [(str(file.resolve()), file.stat()) for file in self.source.files]
         return {
             "version": _VERSION,
             "source": self.source.describe(),
-            "files": [[str(file), found.st_size, found.st_mtime_ns] for file, found in files],
+            "files": {file: {"bytes": found.st_size, "modified": found.st_mtime_ns} for file, found in files},
+            "order": hashlib.sha256("\n".join(file for file, _ in files).encode()).hexdigest(),
             "encoder": self.encoder.describe(),
-            "packing": [self.packs_per_shard, self.seed, self.buffer],
+            "packing": {"packs_per_shard": self.packs_per_shard, "seed": self.seed, "buffer": self.buffer},
         }
 
 
@@ -188,8 +192,10 @@ def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built
         shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
     if not shards:
         shutil.rmtree(partial / _UNITS)
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in built[0].items()) or "it is empty"
-        raise InputError(f"source must hold documents that can be used, and has none ({reasons})")
+        rejected, examples, _ = built
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "it is empty"
+        first = "".join(f"; {example}" for example in list(examples.values())[:1])
+        raise InputError(f"source must hold documents that can be used, and has none ({reasons}){first}")
     ordered = [shards[number] for number in range(len(shards))]
     index = make_index(ordered, encoder.sequence_length, encoder.tokenizer, encoder.modalities)
     _finish(partial, folder, encoder, index, units=len(units))
@@ -205,7 +211,7 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
         if made_of is None:
             raise InputError(f"it has no {RECIPE} to tell what it was made of")
         if differing := _differing(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
-            raise InputError(f"it was made with other {differing}")
+            raise InputError(f"it was made otherwise: {differing}")
         return read_index(folder)
     except (OSError, InputError) as error:
         raise InputError(
@@ -214,9 +220,10 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
 
 
 def _differing(before: object, now: dict[str, Any]) -> str:
-    """The names of what is not the same in two recipes."""
+    """What is not the same in two recipes, of each part the first thing."""
     known = before if isinstance(before, dict) else {}
-    return " and ".join(name for name, value in now.items() if known.get(name) != value)
+    found = {name: next(changes(known.get(name), value, name), None) for name, value in now.items()}
+    return " and ".join(change for change in found.values() if change)
 
 
 def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
@@ -225,7 +232,7 @@ def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
     if before is not None and _has_begun(partial):
         if differing := _differing(before, recipe):
             raise InputError(
-                f"{partial} was begun with other {differing}; go on with those, or remove it to begin anew"
+                f"{partial} was begun otherwise: {differing}; go on as it was begun, or remove it to begin anew"
             )
     else:
         for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
@@ -312,11 +319,11 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     match read_json(record):
         case [dict(entry), int(documents), int(tokens)]:
             info = parse_shard(entry, str(record))
-            if (folder / info.file).is_file() and (folder / info.file).stat().st_size == info.bytes:
+            if (folder / info.file).is_file() and file_sha256(folder / info.file) == info.sha256:
                 return task.number, IndexedShard(info, documents, tokens)
-    name = write_shard(_packs(job, task), folder, task.number)
-    num_text_tokens = encoder.tokenizer.num_text_tokens
-    shard = index_shard(folder / name, encoder.sequence_length, num_text_tokens, encoder.modalities)
+    tokenizer = encoder.tokenizer.describe()
+    name = write_shard(_packs(job, task), folder, task.number, schema_of(tokenizer, encoder.modalities))
+    shard = index_shard(folder / name, encoder.sequence_length, tokenizer, encoder.modalities)
     write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
     return task.number, shard
 

@@ -12,6 +12,7 @@ from transfusion_fast.data.chunks import piece_lengths
 from transfusion_fast.data.pack import (
     DOCUMENT_TOKENS,
     IMAGE_TOKENS,
+    MAX_LENGTH,
     Document,
     ImageSegment,
     ModalityInfo,
@@ -40,6 +41,8 @@ class Fitting:
     def __post_init__(self) -> None:
         if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
             raise InputError(f"sequence length must be at least 5, got {self.sequence_length}; give a larger one")
+        if self.sequence_length > MAX_LENGTH:
+            raise InputError(f"sequence length must be at most {MAX_LENGTH}, got {self.sequence_length}")
 
     @property
     def room(self) -> int:
@@ -106,8 +109,9 @@ class EncodedDocument:
 class Fitter:
     """What makes encoded documents fit packs; nothing is decoded or encoded but a text that is cut. Picklable.
 
-    To be cut where a reader would pause, a text must give the ids that are stored, as texts do but for odd places where
-    an earlier cut fell inside a word; what does not is rejected.
+    An image and its caption stay together, or are rejected. To be cut where a reader would pause, a text must give the
+    ids that are stored, as texts do but for odd places where an earlier cut fell inside a word; what does not is
+    rejected.
     """
 
     tokenizer: Tokenizer
@@ -138,9 +142,15 @@ class Fitter:
                 yield document
                 continue
             try:
-                yield self._fitting.documents(document.segments, self._segments)
+                yield self._fitted(document.segments)
             except Rejected as rejected:
                 yield rejected.at(document.where)
+
+    def _fitted(self, document: Document) -> list[Document]:
+        parts = self._fitting.documents(document, self._segments)
+        if len(parts) > 1 and len(document) == 2 and any(isinstance(segment, ImageSegment) for segment in document):
+            raise Rejected("too long", f"caption and image take more than {self.sequence_length} positions")
+        return parts
 
     def _segments(self, segment: Segment, free: int) -> Sequence[Segment]:
         if isinstance(segment, ImageSegment) or len(segment.ids) <= free:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from transfusion_fast.data.pack import ModalityInfo, Pack, latents_dtype, validate_pack
+from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
 from transfusion_fast.data.pool import worker_pool
 from transfusion_fast.data.remote import DataFolder, RemoteFolder
 from transfusion_fast.data.shards import LEAST_BYTES, MAX_PACKS, PackTable, decode_pack, read_table, table_bytes
@@ -30,7 +31,6 @@ INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
 VERSION = 2
 _MAX_INT = 2**63 - 1  # which file offsets hold
-MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 _T = TypeVar("_T")
 
 
@@ -81,6 +81,11 @@ class Index:
         return int(self.tokenizer["num_text_tokens"])
 
     @property
+    def schema(self) -> bytes:
+        """That every shard must carry."""
+        return schema_of(self.tokenizer, self.modalities)
+
+    @property
     def waste(self) -> float:
         """The part of all packs' positions that no document takes."""
         return 1 - self.tokens / (self.num_packs * self.sequence_length)
@@ -95,22 +100,39 @@ class IndexedShard:
     tokens: int
 
 
+def schema_of(tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]) -> bytes:
+    """Digest of what makes sense of the numbers in packs, which every shard carries."""
+    described = [tokenizer, [asdict(modality) for modality in modalities]]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).digest()
+
+
+def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
+    """InputError where the numbers in a shard mean something else."""
+    if table.schema != schema:
+        raise InputError(
+            f"shard {path} must be of the tokenizer and modalities of its index, and is of others; "
+            "prepare its documents again with those"
+        )
+
+
 def index_shard(
-    path: Path, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
+    path: Path, sequence_length: int, tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]
 ) -> IndexedShard:
     """What is to be known of a shard as it lies on disk: every pack is read back and validated on the way.
 
     InputError naming the shard, and the pack, where one cannot be used.
     """
     table = read_table(path)
+    check_schema(path, table, schema_of(tokenizer, modalities))
     documents = tokens = 0
-    for place, pack in enumerate(read_packs(path, table, sequence_length, num_text_tokens, modalities)):
+    packs = read_packs(path, table, sequence_length, int(tokenizer["num_text_tokens"]), modalities)
+    for place, pack in enumerate(packs):
         if isinstance(pack, InputError):
             raise InputError(f"pack {place} of shard {path} cannot be used: {pack}; copy the shard again") from pack
         documents += pack.num_documents
         tokens += pack.num_positions
-    size, sha256, packs = path.stat().st_size, file_sha256(path), len(table.rows)
-    return IndexedShard(ShardInfo(path.name, size, sha256, packs, *table_place(path, table)), documents, tokens)
+    size, sha256, count = path.stat().st_size, file_sha256(path), len(table.rows)
+    return IndexedShard(ShardInfo(path.name, size, sha256, count, *table_place(path, table)), documents, tokens)
 
 
 def table_place(path: Path, table: PackTable) -> tuple[int, int]:
@@ -163,7 +185,7 @@ def build_index(
     processes: int = 1,
 ) -> Index:
     """The index of shards as they lie in a folder; InputError as of `index_shard`."""
-    job = (sequence_length, tokenizer.num_text_tokens, tuple(modalities))
+    job = (sequence_length, tokenizer.describe(), tuple(modalities))
     with worker_pool(job, processes) as each:
         paths = enumerate(folder / file for file in files)
         shards = dict(tqdm(each(_index_numbered, paths), "indexing", len(files), unit="shard", disable=None))
@@ -171,7 +193,7 @@ def build_index(
 
 
 def _index_numbered(
-    job: tuple[int, int, tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
+    job: tuple[int, dict[str, str | int], tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
 ) -> tuple[int, IndexedShard]:
     return numbered[0], index_shard(numbered[1], *job)
 
@@ -246,10 +268,13 @@ def _parse_index(entry: object, where: str) -> Index:
     )
     if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
         raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
-    if index.sequence_length > MAX_POSITION:
+    if index.sequence_length > MAX_LENGTH:
         raise InputError(
-            f"sequence_length in {where} must be at most {MAX_POSITION}, got {index.sequence_length}; prepare it again"
+            f"sequence_length in {where} must be at most {MAX_LENGTH}, got {index.sequence_length}; prepare it again"
         )
+    file, times = Counter(shard.file for shard in index.shards).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"shards in {where} must differ, got {file} {times} times; rebuild the index")
     if index.latents_dtype != latents_dtype(index.modalities).name:
         raise InputError(
             f"latents_dtype in {where} must be {latents_dtype(index.modalities).name}, as its modalities have, "

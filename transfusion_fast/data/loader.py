@@ -16,13 +16,15 @@ from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
-from transfusion_fast.data.index import MAX_POSITION, Index
+from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.data.remote import FetchError, ShardCache
 from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError
 from transfusion_fast.sequence import PackedBatch, Vocabulary
+
+_MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def check_fits(config: Config, mixture: Mixture) -> None:
     widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
     if model.dim_latent != widths:
         raise InputError(f"model.dim_latent must be {list(widths)} for {mixture}, got {list(model.dim_latent)}")
-    most = MAX_POSITION // mixture.sequence_length
+    most = _MAX_POSITION // mixture.sequence_length
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "

@@ -16,6 +16,8 @@ from transfusion_fast.errors import InputError
 
 KIND_TEXT = 0  # an image of modality m has kind 1 + m
 SEGMENT_COLUMNS = ("document", "kind", "offset", "length", "height", "width")
+MAX_LENGTH = 1 << 24
+"""Positions of a pack: memory for so many is taken on an index's word."""
 DOCUMENT_TOKENS = 2  # <bos> <eos>
 IMAGE_TOKENS = 2  # <boi> <eoi>
 _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
@@ -36,6 +38,10 @@ class ModalityInfo:
         for field in ("channels", "patch_size"):
             if not 1 <= getattr(self, field) <= 65535:
                 raise InputError(f"{field} of modality {self.name!r} must be in 1..65535, got {getattr(self, field)}")
+        if not re.fullmatch(r"\w[\w .-]{0,99}", self.name):
+            raise InputError(
+                f"name of a modality must be letters, digits, _ . - and spaces, 100 at most, got {self.name!r:.80}"
+            )
         if self.encoding not in _STORED_AS:
             raise InputError(f"encoding of modality {self.name!r} must be pixels or latents, got {self.encoding!r}")
         if not re.fullmatch("([0-9a-f]{64})?" if self.encoding == "latents" else "", self.autoencoder):

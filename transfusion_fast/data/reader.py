@@ -37,6 +37,7 @@ class PackReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.folder = folder
         self.index = read_index(self.folder) if index is None else index
+        self._schema = self.index.schema
         self._starts = [0, *itertools.accumulate(self.index.pack_counts)]
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class PackReader:
     def _payload(self, shard: int, place: int) -> bytes:
         opened = self._opened(shard)
         if opened.table is None:
-            opened.table = _read_table(opened.descriptor, self.index.shards[shard])
+            opened.table = _read_table(opened.descriptor, self.index.shards[shard], self._schema)
         if isinstance(opened.table, InputError):
             raise InputError(str(opened.table))
         payload = _read(opened.descriptor, *opened.table.span(place))
@@ -138,11 +139,14 @@ def _read(descriptor: int, start: int, end: int) -> bytes:
     return os.pread(descriptor, end - start, start)
 
 
-def _read_table(descriptor: int, shard: ShardInfo) -> PackTable | InputError:
+def _read_table(descriptor: int, shard: ShardInfo, schema: bytes) -> PackTable | InputError:
     payload = _read(descriptor, *shard.table_span)
     if (crc32 := zlib.crc32(payload)) != shard.table_crc32:
         return InputError(f"checksum of its shard's table must be {shard.table_crc32}, got {crc32}")
     try:
-        return decode_table(payload, shard.packs, shard.table)
+        table = decode_table(payload, shard.packs, shard.table)
     except InputError as error:
         return error
+    if table.schema != schema:
+        return InputError("its shard is of another tokenizer or other modalities than its index says")
+    return table

@@ -1,7 +1,8 @@
 """Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles.
 
-Behind the packs lies the shard's table, by which any of them is found and checked. So the index of a folder has a line
-a shard, however many packs there are. The table's name is of the kind that WebDataset passes over as metadata.
+Behind the packs lies the shard's table, by which any of them is found and checked, and which tells shards apart that
+look alike and mean something else. So the index of a folder has a line a shard, however many packs there are. The
+table's name is of the kind that WebDataset passes over as metadata.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ _DTYPES = {
 }
 _NDIM = {"tokens": 1, "segments": 2, "latents": 1}
 TABLE = "__packs__"
-_ROW_BYTES = 16  # of the table
+SCHEMA_BYTES, _ROW_BYTES = 32, 16  # of the table: first the one, then of each pack the other
 
 
 @dataclass(frozen=True, eq=False)
 class PackTable:
-    """Of each pack of a shard the byte it ends before and its crc32, int64 [n, 2]; packs follow each other from 0."""
+    """What is known of a shard's packs, which follow each other from byte 0."""
 
+    schema: bytes
+    """Digest of what makes sense of the packs' numbers."""
     rows: np.ndarray
+    """Of each pack the byte it ends before and its crc32, int64 [n, 2]."""
 
     @property
     def ends(self) -> list[int]:
@@ -61,7 +65,7 @@ class PackTable:
             raise InputError(f"checksum of its bytes must be {self.rows[place, 1]}, got {crc32}")
 
 
-def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
+def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> str:
     """Write the shard of that number, and return its name, which it bears only once it is whole.
 
     Equal packs give equal bytes.
@@ -71,21 +75,23 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int) -> str:
     with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
         for i, pack in enumerate(packs):
             writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
-    append_table(unfinished)
+    append_table(unfinished, schema)
     unfinished.rename(folder / name)
     return name
 
 
-def append_table(shard: Path) -> None:
+def append_table(shard: Path, schema: bytes) -> None:
     """Puts the table of its packs into a tar that holds nothing else."""
+    assert len(schema) == SCHEMA_BYTES
     ends = [end for _, _, end in _samples(shard)]
     with shard.open("r+b") as stream:
         spans = itertools.pairwise([0, *ends])
         rows = np.array([(end, zlib.crc32(stream.read(end - start))) for start, end in spans], "<i8")
         member = tarfile.TarInfo(TABLE)
-        member.size, member.uname, member.gname = rows.nbytes, "root", "root"
+        data = schema + rows.tobytes()
+        member.size, member.uname, member.gname = len(data), "root", "root"
         stream.seek(ends[-1])  # behind it are the zeros that end a tar
-        stream.write(member.tobuf(tarfile.USTAR_FORMAT) + rows.tobytes().ljust(padded(rows.nbytes), b"\0"))
+        stream.write(member.tobuf(tarfile.USTAR_FORMAT) + data.ljust(padded(len(data)), b"\0"))
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
         stream.truncate()
@@ -113,7 +119,7 @@ def padded(size: int) -> int:
 
 def table_bytes(packs: int) -> int:
     """What the table of so many packs takes in a tar, header included."""
-    return tarfile.BLOCKSIZE + padded(packs * _ROW_BYTES)
+    return tarfile.BLOCKSIZE + padded(SCHEMA_BYTES + packs * _ROW_BYTES)
 
 
 def decode_table(payload: bytes, packs: int, end: int) -> PackTable:
@@ -122,15 +128,15 @@ def decode_table(payload: bytes, packs: int, end: int) -> PackTable:
     InputError for anything else.
     """
     members = dict(_tar_members(payload))
-    if members.keys() != {TABLE} or len(members[TABLE]) != packs * _ROW_BYTES:
+    if members.keys() != {TABLE} or len(members[TABLE]) != SCHEMA_BYTES + packs * _ROW_BYTES:
         raise InputError(f"table must be one file {TABLE} of {packs} packs, got {sorted(members)!r:.80}")
-    rows = np.frombuffer(members[TABLE], "<i8").reshape(packs, 2)
+    rows = np.frombuffer(members[TABLE][SCHEMA_BYTES:], "<i8").reshape(packs, 2)
     ends, crc32 = rows.T
     if not (ends[0] > 0 and (ends[1:] > ends[:-1]).all() and ends[-1] == end):
         raise InputError(f"packs of the table must follow each other up to byte {end}, where it begins; they do not")
     if ((crc32 < 0) | (crc32 >> 32 > 0)).any():
         raise InputError("checksums of the table must be of 32 bits, and are not")
-    return PackTable(rows)
+    return PackTable(bytes(members[TABLE][:SCHEMA_BYTES]), rows)
 
 
 def decode_pack(payload: bytes) -> Pack:

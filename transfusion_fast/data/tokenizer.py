@@ -141,8 +141,10 @@ class FileTokenizer:
         """(ids, int32 [n]; their first characters and the ends behind their last, int64 [n, 2])."""
         try:
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises this very class
-            if type(error) is not Exception:
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of its Rust, which derives from no Exception
+                raise InputError(f"{self.name} must encode texts, and fails at one ({error}); give another") from error
+            if type(error) is not Exception:  # the library raises this very class
                 raise
             raise Rejected("not in the vocabulary", self._first_unknown(text) or f"part of it ({error})") from error
         return np.array(encoded.ids, dtype=np.int32), np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)

@@ -11,6 +11,7 @@ from transfusion_fast.data.index import (
     Index,
     ShardInfo,
     build_index,
+    check_schema,
     check_shard_file,
     file_sha256,
     is_plain_name,
@@ -59,6 +60,7 @@ def _verify_shard(job: tuple[Path, Index], shard: ShardInfo) -> _Found:
         if sha256 != shard.sha256:
             found.findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
         table = read_table(path)
+        check_schema(path, table, index.schema)
         if (len(table.rows), *table_place(path, table)) != (shard.packs, shard.table, shard.table_crc32):
             cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
             found.findings.append(f"table of shard {path} must be as its index says, and is not; {cure}")

@@ -25,7 +25,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from transfusion_fast.config import Config, ModelConfig, parse
+from transfusion_fast.config import Config, ModelConfig, changes, parse
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.data.reader import PackReader
@@ -144,19 +144,11 @@ def write_config(run: Path, config: Config) -> list[str]:
     path, now = run / CONFIG, config.model_dump(mode="json")
     try:
         before = yaml.safe_load(path.read_text()) if path.exists() else now
-        changed = list(_changes(before, now))
+        changed = list(changes(before, now))
     except (OSError, ValueError, yaml.YAMLError) as error:
         changed = [f"not known, as the {CONFIG} of before cannot be read ({' '.join(str(error).split()):.100})"]
     write_whole(path, yaml.safe_dump(now, sort_keys=False))
     return changed
-
-
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *(key for key in before if key not in now)]:
-            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name or 'all of it'} {before} -> {now}"
 
 
 def check_output(run: Path) -> None:

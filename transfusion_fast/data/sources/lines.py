@@ -29,9 +29,9 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
 
 
 def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
-    """(offset, line without its end) of the lines that begin in the unit; a line in two units is the first's.
+    """(offset, line without its end) of the lines that begin in the unit, but for blank ones.
 
-    A compressed file that is damaged is one line that is rejected.
+    A line in two units is the first's. A compressed file that is damaged is one line that is rejected.
     """
     if damage := _damage(unit.path):
         yield 0, Rejected("file damaged", f"nothing of it is used ({damage}), {unit.path}")
@@ -41,7 +41,8 @@ def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
             file.seek(unit.start - 1)
             _skip_line(file, unit.end)
         while (at := file.tell()) < unit.end and (line := _read_line(file, unit)) is not None:
-            yield at, line
+            if isinstance(line, Rejected) or line.strip():
+                yield at, line
 
 
 def _damage(path: Path) -> str:

@@ -16,6 +16,7 @@ from transfusion_fast.data.source import MAX_BYTES, RawDocument, Rejected, Unit,
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELD = "caption"
+_BLOCK = 1 << 16
 
 # tarfile lets out whatever its arithmetic raises on a damaged header.
 _DAMAGED = (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, MemoryError, RecursionError)
@@ -74,11 +75,15 @@ def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Exception]:
             begin = archive.offset
             if member.isfile():
                 yield member
-        # A damaged header counts as the end; but a tar ends in two blocks of zeros.
+        # A damaged header counts as the end, and so does a block of zeros; but a tar ends in those and nothing else.
         archive.fileobj.seek(archive.offset)
         rest = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
         if len(rest) < tarfile.BLOCKSIZE or any(rest):
             yield _at(archive.offset, "no end of archive")
+        while rest := archive.fileobj.read(_BLOCK):
+            if any(rest):
+                yield _at(archive.offset, "something follows the end of the archive")
+                return
     except _DAMAGED as error:
         yield _at(archive.offset, error)
 

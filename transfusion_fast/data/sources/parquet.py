@@ -15,15 +15,28 @@ _MAX_GROUP_BYTES = 16 << 30
 
 
 def row_groups(path: Path, name: str) -> int:
-    """Of a file; InputError where the column is not there, holds no texts, or is more than a process should read."""
-    with _parquet(path) as table:
-        _check_column(table, path, name)
-        return table.num_row_groups
+    """Of a file, one for a file that cannot be read.
+
+    InputError where the column is not there, holds no texts, or is more than a process should read.
+    """
+    try:
+        with _parquet(path) as table:
+            _check_column(table, path, name)
+            return table.num_row_groups
+    except Rejected:  # once more when its rows are asked for
+        return 1
 
 
 def rows(unit: Unit, name: str) -> Iterator[tuple[str, str | Rejected | None]]:
     """(where, value) of each row; a row group that cannot be read is named once, and what follows in it is lost."""
     group = f"row group {unit.start} of {unit.path}"
+    try:
+        yield from _rows(unit, name, group)
+    except Rejected as rejected:
+        yield group, rejected
+
+
+def _rows(unit: Unit, name: str, group: str) -> Iterator[tuple[str, str | Rejected | None]]:
     with _parquet(unit.path) as table:
         info = table.metadata.row_group(unit.start)
         if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
@@ -46,8 +59,10 @@ def _parquet(path: Path) -> Iterator[Any]:
         with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
             yield table
     except (ArrowException, OSError, UnicodeDecodeError) as error:  # names in its schema need not be UTF-8
+        if getattr(error, "errno", None):  # the disk's, not the file's
+            raise
         reason = " ".join(str(error).split())
-        raise InputError(f"{path} must be a Parquet file, and cannot be read as one ({reason})") from error
+        raise Rejected("file damaged", f"it cannot be read as Parquet ({reason:.200}), {path}") from error
 
 
 def _check_column(table: Any, path: Path, name: str) -> None:
