@@ -16,7 +16,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import verify
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
-SCHEMA = schema_of(ByteTokenizer().describe(), (GREY,))
+SCHEMA = schema_of(64, ByteTokenizer().describe(), (GREY,))
 SHARD = "shard-000001.tar"
 TRUNCATIONS = 20
 

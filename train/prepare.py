@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transfusion_fast.autoencoder import read_autoencoder
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.build import LEFT_OUT, Built, DocumentEncoder, Recipe, build
+from transfusion_fast.data.build import LEFT_OUT, Built, DocumentEncoder, Recipe, build, tokenizer_of_before
 from transfusion_fast.data.digits import Digits
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
@@ -46,6 +46,7 @@ CAPACITIES = (2048, 4096, 8192, 16384)  # whose waste `info` tells
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; 0 on success, 1 where verify finds damage, 2 with one line for bad input."""
     options = _parser().parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be any bytes
     try:
         return options.run(options) or 0
     except (InputError, OSError) as error:
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     repack = sources.add_parser("repack", help="the documents of a data folder in packs of another length")
     repack.add_argument("folder", type=_local, metavar="FOLDER", help="data folder; stays as it is")
     _add_packing(repack)
-    repack.set_defaults(run=_repack)
+    repack.set_defaults(run=_repack, long=None)
     _add_upkeep(sources)
     return parser
 
@@ -100,7 +101,7 @@ def _add_built_in(
     sequence_length: int,
     packs_per_shard: int,
 ) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; gets train/ and heldout/")
+    parser.add_argument("out", type=_local, metavar="OUT", help="folder to make; gets train/ and heldout/")
     parser.add_argument(
         "--seq-len", type=int, default=sequence_length, help="positions of a pack (default: %(default)s)"
     )
@@ -119,22 +120,25 @@ def _add_upkeep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     checks = commands.add_parser("verify", help="compare every byte of a data folder with its index")
     checks.set_defaults(run=_verify)
     info = commands.add_parser("info", help="what a data folder holds, and what other pack lengths would waste")
-    info.add_argument("--picture", type=Path, metavar="PNG", help="draw the lengths of its documents")
+    info.add_argument("--picture", type=_local, metavar="PNG", help="draw the lengths of its documents")
     info.set_defaults(run=_info)
     index = commands.add_parser("index", help="write index.json anew, for the shards that lie in a folder")
     index.add_argument(
-        "--like", type=Path, metavar="OTHER",
+        "--like", type=_local, metavar="OTHER",
         help="data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
     )  # fmt: skip
-    index.add_argument("--accept", action="store_true", help="take shards that the old index has otherwise, or not")
+    index.add_argument("--accept", action="store_true", help="although the old index has other shards")
     index.set_defaults(run=_index)
-    preview = commands.add_parser("preview", help="a pack as a page of HTML: text and images as the model sees them")
+    preview = commands.add_parser(
+        "preview",
+        help="a pack as a page of HTML: text and images as a model with the default settings sees them",
+    )
     preview.add_argument("--pack", type=int, default=0, metavar="N", help="its number (default: %(default)s)")
-    preview.add_argument("--vae", type=Path, metavar="FOLDER", help="show latents as this autoencoder decodes them")
+    preview.add_argument("--vae", type=_local, metavar="FOLDER", help="show latents as this autoencoder decodes them")
     preview.add_argument("--epoch", type=int, default=0, help="whose order and noise are drawn (default: %(default)s)")
     preview.add_argument("--seed", type=int, default=0, help="train.seed of the run (default: %(default)s)")
     preview.add_argument(
-        "--out", type=Path, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)"
+        "--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)"
     )
     preview.set_defaults(run=_preview)
     for command in (checks, info, index, preview):
@@ -153,16 +157,17 @@ def _local(text: str) -> Path:
 def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
     parser.add_argument("files", type=_local, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
     _add_packing(parser)
-    parser.add_argument("--tokenizer", type=Path, metavar="JSON", help="a tokenizer.json (default: bytes)")
+    parser.add_argument("--tokenizer", type=_local, metavar="JSON", help="a tokenizer.json (default: bytes)")
     parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these very texts")
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make; run again to go on")
+    parser.add_argument("--out", type=_local, required=True, metavar="OUT", help="folder to make; run again to go on")
     parser.add_argument("--seq-len", type=int, default=4096, help="positions of a pack (default: %(default)s)")
     parser.add_argument(
         "--long", choices=("split", "reject"), default="split",
-        help="of documents longer than a pack: cut where a reader pauses, or left out (default: %(default)s)",
+        help="of documents longer than a pack: cut where a reader pauses, or left out (default: split; for pairs "
+        "reject; for repack as the folder was prepared)",
     )  # fmt: skip
     parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
     _add_processes(parser)
@@ -184,7 +189,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--vae", type=Path, metavar="FOLDER",
+        "--vae", type=_local, metavar="FOLDER",
         help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); each of the "
         "--processes holds one, on the GPUs that they share where there are any, else on a core of its own",
     )  # fmt: skip
@@ -246,19 +251,32 @@ def _repack(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Tokenizer:
+    _check_apart(options)
     if options.tokenizer and options.train_bpe is not None:
         raise InputError("--tokenizer and --train-bpe were both given; give one of them")
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
+        if before := tokenizer_of_before(source, options.train_bpe, options.out):
+            return before
         documents = (found for unit in source.units() for found in source.documents(unit))
         parts = (part for found in documents if isinstance(found, RawDocument) for part in found.parts)
         return train_bpe((part for part in parts if isinstance(part, str)), options.train_bpe)
     return ByteTokenizer()
 
 
+def _check_apart(options: argparse.Namespace) -> None:
+    """What is made in a folder of the source would be read the next time."""
+    for path in options.files:
+        if options.out.resolve().is_relative_to(path.resolve()):
+            raise InputError(
+                f"output folder must lie outside of the sources, got {options.out} in {path}; choose another"
+            )
+
+
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:
-    _tell(options.out, build(Recipe(source, encoder, options.packs_per_shard), options.out, options.processes))
+    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=getattr(options, "train_bpe", None))
+    _tell(options.out, build(recipe, options.out, options.processes))
 
 
 def _tell(folder: Path, built: Built) -> None:
@@ -321,7 +339,7 @@ def _preview(options: argparse.Namespace) -> None:
     documents = pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer, _decoder(options, index))
     check_writable(options.out)
     title = f"{options.folder}: pack {options.pack}, epoch {options.epoch}, seed {options.seed}"
-    options.out.write_text(page(title, documents), encoding="utf-8")
+    options.out.write_text(page(title, documents), encoding="utf-8", errors="replace")
     print(f"{len(documents)} documents: {options.out}")
 
 

@@ -21,7 +21,7 @@ def test_packs_are_half_patches_of_32_values(loader, tmp_path):
     assert loader["loader, all of it"].count == index.num_packs * data_bench.CAPACITY
     assert index.modalities[0].channels * index.modalities[0].patch_size ** 2 == 32
     assert 0.4 < 64 * 256 / index.tokens < 0.6
-    assert index.latents_dtype == "float16"
+    assert [modality.encoding for modality in index.modalities] == ["latents"]
 
 
 def test_the_loader_stage_makes_a_batch_of_every_pack(loader):

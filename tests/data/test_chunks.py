@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion_fast.data.chunks import piece_lengths
+from transfusion_fast.data.chunks import blocks, piece_lengths
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
@@ -60,3 +60,24 @@ def test_a_space_stays_with_the_word_that_its_token_holds():
     parts = pieces("the quick brown fox jumps over", 4, tokenizer=BPE)
     assert len(parts) > 1 and all(not part.endswith(" ") for part in parts)
     assert all(part.startswith(" ") for part in parts[1:])
+
+
+@given(text=st.text(st.sampled_from("ab é.\n"), max_size=60), size=st.integers(1, 20))
+def test_blocks_fit_and_are_the_text(text, size):
+    found = list(blocks(text, size))
+    assert "".join(found) == text
+    assert all(0 < len(block) <= size for block in found) or not text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("aa bb.\n\ncc. dd\nee ff gg hh", ["aa bb.\n\n", "cc. dd\n", "ee ff gg hh"]),
+        ("aa bbbb? cc dd ee", ["aa bbbb?", " cc dd ee"]),
+        ("aaaa bbbb ccccc dd", ["aaaa bbbb", " ccccc dd"]),
+        ("a bbbbbbbbbbbbbbbbb", ["a bbbbbbbbbb", "bbbbbbb"]),
+        ("aa bb", ["aa bb"]),
+    ],
+)
+def test_blocks_end_at_the_best_pause_of_their_second_half(text, expected):
+    assert list(blocks(text, 12)) == expected

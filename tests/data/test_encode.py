@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from transfusion_fast.data import encode as encoding
+from transfusion_fast.data import fitting
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, document_length
 from transfusion_fast.data.source import RawDocument, Rejected
@@ -135,3 +136,20 @@ def test_a_document_of_many_small_files_and_large_images_is_refused(monkeypatch)
     assert len(document) == 3
     with pytest.raises(Rejected, match="document too large"):
         encode([png(2, 2)] * 4)
+
+
+def test_a_text_of_many_packs_is_encoded_in_blocks_and_none_of_it_is_lost(monkeypatch):
+    monkeypatch.setattr(fitting, "_BLOCK", 500)
+    monkeypatch.setattr(fitting, "_BLOCK_PACKS", 4)
+    longest = []
+
+    class Measured(ByteTokenizer):
+        def encode_with_starts(self, text):
+            longest.append(len(text))
+            return super().encode_with_starts(text)
+
+    text = " ".join(f"This is sentence {number}." for number in range(500))
+    parts = Encoder(Measured(), 64)(RawDocument("here", (text,)))
+    assert 250 < max(longest) <= 500
+    assert "".join(ByteTokenizer().decode(segment.ids) for part in parts for segment in part) == text
+    assert all(len(segment.ids) <= 62 for part in parts for segment in part)

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -117,6 +118,20 @@ def test_the_web_is_asked_and_not_believed(web):
     assert "t10k-labels-idx1-ubyte.gz must have the sha256" in refusal("web")
     path.unlink()
     assert "t10k-labels-idx1-ubyte.gz cannot be downloaded" in refusal("web")
+
+
+def test_an_answer_that_is_no_http_is_one_line(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection = server.accept()[0]
+            connection.recv(4096)
+            connection.sendall(b"garbage\r\n\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(fashion, "URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
+        assert "cannot be downloaded" in refusal("web")
 
 
 def test_prepared_again_it_is_not_fetched_again(files, tmp_path):

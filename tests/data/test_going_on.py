@@ -1,5 +1,6 @@
 """Making a data folder that was cut off, finished or begun otherwise: nothing is made twice, mixed up or lost."""
 
+import os
 import signal
 from dataclasses import replace
 
@@ -19,10 +20,10 @@ from build_cases import (
 )
 
 from transfusion_fast.data import build as building
-from transfusion_fast.data.build import Recipe, build
+from transfusion_fast.data.build import Recipe, build, tokenizer_of_before
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.sources.pairs import PairsSource
-from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 from transfusion_fast.errors import InputError
 
 
@@ -129,6 +130,8 @@ def test_what_a_run_killed_while_tidying_up_leaves_is_taken_for_what_it_is(tmp_p
         with pytest.raises(Stop):
             build(recipe, tmp_path / "out")
     assert words(tmp_path / "out") == sorted(f"old {n}" for n in range(50))
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and ".partial" in str(path)]
+    assert killed_in == "before" or [path.name for path in left] == [".lock", "recipe.json"]  # what is large went first
     assert len(list(tmp_path.iterdir())) == 3
     (tmp_path / "out").rename(tmp_path / "moved")
     if not moved:
@@ -236,3 +239,31 @@ def test_a_process_that_was_killed_is_one_line_and_what_was_begun_goes_on(tmp_pa
         build(deadly, tmp_path / "out", processes=2)
     build(recipe, tmp_path / "out")  # of the same description
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_that_was_trained_is_not_trained_again(tmp_path, monkeypatch):
+    source = texts(tmp_path / "a.jsonl", "old").source
+    trained = train_bpe([f"old {n}" for n in range(50)], 270)
+    recipe = Recipe(source, Encoder(trained, 64), train_bpe=270)
+    assert tokenizer_of_before(source, 270, tmp_path / "out") is None
+    cut_off(recipe, tmp_path / "out", monkeypatch)
+    for _ in range(2):  # begun, and then made
+        assert tokenizer_of_before(source, 270, tmp_path / "out").describe() == trained.describe()
+        assert tokenizer_of_before(source, 280, tmp_path / "out") is None
+        build(recipe, tmp_path / "out")
+    build(replace(recipe, train_bpe=None), tmp_path / "given")
+    assert tokenizer_of_before(source, 270, tmp_path / "given") is None
+    changed = texts(tmp_path / "a.jsonl", "new").source
+    assert tokenizer_of_before(changed, 270, tmp_path / "out") is None
+
+
+def test_a_file_may_have_a_name_that_is_no_text(tmp_path):
+    name = os.fsdecode(b"\xff.jsonl")
+    recipe = texts(tmp_path / name, "old")
+    build(recipe, tmp_path / "out")
+    assert build(recipe, tmp_path / "out").reused
+
+
+def test_a_folder_without_a_name_is_refused(recipe):
+    with pytest.raises(InputError, match="output folder must have a name, got '/'"):
+        build(recipe, "/")

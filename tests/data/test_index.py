@@ -12,7 +12,15 @@ import zlib
 import numpy as np
 import pytest
 
-from transfusion_fast.data.index import INDEX_NAME, build_index, decode_index, read_index, schema_of, write_index
+from transfusion_fast.data.index import (
+    INDEX_NAME,
+    build_index,
+    decode_index,
+    read_index,
+    schema_of,
+    table_place,
+    write_index,
+)
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.data.reader import PackReader
@@ -21,7 +29,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
-SCHEMA = schema_of(ByteTokenizer().describe(), (GREY,))
+SCHEMA = schema_of(16, ByteTokenizer().describe(), (GREY,))
 PACKS_PER_SHARD = 3
 NUM_PACKS = 7
 
@@ -91,7 +99,12 @@ def test_a_billion_packs_take_a_line_a_shard_and_little_memory(folder):
     """Index and order together: what every rank of a run holds."""
     entry = json.loads((folder / INDEX_NAME).read_text())
     shard = entry["shards"][0] | {"bytes": 2**40, "packs": 10_000, "table": 2**39}
-    many = {**entry, "shards": [{**shard, "file": f"shard-{number:06d}.tar"} for number in range(100_000)]}
+    many = {
+        **entry,
+        "shards": [
+            {**shard, "file": f"shard-{number:06d}.tar", "sha256": f"{number:064x}"} for number in range(100_000)
+        ],
+    }
     content = json.dumps(many).encode()
     del many
     assert len(content) < 30e6
@@ -107,7 +120,7 @@ def test_a_billion_packs_take_a_line_a_shard_and_little_memory(folder):
 
 def test_the_index_has_a_line_a_shard(folder):
     lines = (folder / INDEX_NAME).read_text().splitlines()
-    assert len(lines) == 3 + 7 + 3 + 2
+    assert len(lines) == 3 + 6 + 3 + 2
     assert sum('"file": "shard-' in line for line in lines) == 3
 
 
@@ -178,7 +191,7 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
 
 def test_another_version_is_refused_naming_both(folder):
     edit_index(folder, lambda entry: entry.update(version=1))
-    assert "must be 2, the one supported, got 1" in refusal(read_index, folder)
+    assert "must be 3, the one supported, got 1" in refusal(read_index, folder)
 
 
 @pytest.mark.parametrize("name", ["../data/shard-000000.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".hidden"])
@@ -201,8 +214,7 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         (["modalities"], {}, "modalities"),
         (["modalities", 0], "grey", "name"),
         (["modalities", 0, "patch_size"], 0, "patch_size"),
-        (["modalities", 0, "encoding"], "latents", "latents_dtype"),
-        (["latents_dtype"], "object", "latents_dtype"),
+        (["modalities", 0, "encoding"], "objects", "encoding"),
         (["documents"], "7", "documents"),
         (["tokens"], [], "tokens"),
         (["shards"], [], "must be positive"),
@@ -278,9 +290,14 @@ def test_a_flipped_byte_costs_its_own_pack_only(folder):
         assert_holds(reader.read(position), position)
 
 
+def test_a_shard_that_is_there_twice_under_two_names_is_refused(folder):
+    edit_index(folder, lambda entry: entry["shards"].append(entry["shards"][0] | {"file": "copy.tar"}))
+    assert "got shard-000000.tar and copy.tar of the same bytes; remove one" in refusal(read_index, folder)
+
+
 def test_a_shard_that_is_named_twice_is_refused(folder):
     edit_index(folder, lambda entry: entry["shards"].append(entry["shards"][0]))
-    assert "must differ, got shard-000000.tar 2 times" in refusal(read_index, folder)
+    assert "must differ, got shard-000000.tar twice" in refusal(read_index, folder)
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "", "x" * 101, "ünlaut\u202e"])
@@ -290,15 +307,24 @@ def test_a_modality_whose_name_could_forge_lines_is_refused(folder, name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"modalities": []}, {"tokenizer": {"name": "bytes", "num_text_tokens": 256, "sha256": "other"}}]
+    "change",
+    [
+        {"modalities": []},
+        {"sequence_length": 65},
+        {"tokenizer": {"name": "bytes", "num_text_tokens": 256, "sha256": "other"}},
+    ],
 )
 def test_packs_of_a_shard_of_another_schema_are_not_read(folder, change):
     edit_index(folder, lambda entry: entry.update(change))
-    assert "of another tokenizer or other modalities" in refusal(PackReader(folder).read, 0)
+    assert "of another tokenizer, pack length or other modalities" in refusal(PackReader(folder).read, 0)
 
 
 def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
+    (folder / "shard-000000.tar").unlink()
+    write_shard(map(make, range(3)), folder, 0, schema_of(8, ByteTokenizer().describe(), (GREY,)))
+    table_crc32 = table_place(folder / "shard-000000.tar", read_table(folder / "shard-000000.tar"))[1]
     edit_index(folder, lambda entry: entry.update(sequence_length=8))
+    edit_index(folder, lambda entry: entry["shards"][0].update(table_crc32=table_crc32))
     assert "at most 8 positions, got 9" in refusal(PackReader(folder).read, 0)
 
 

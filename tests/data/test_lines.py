@@ -14,6 +14,7 @@ from transfusion_fast.data.source import Rejected
 from transfusion_fast.data.sources import lines as reading
 from transfusion_fast.data.sources.lines import line_units, lines_of
 from transfusion_fast.data.sources.text import TextSource
+from transfusion_fast.errors import InputError
 
 LINES = [json.dumps({"text": f"line {number} " + "of text " * (number % 50)}).encode() for number in range(4000)]
 CONTENT = b"\n".join(LINES) + b"\n"
@@ -136,3 +137,14 @@ def test_files_are_known_by_their_last_names(tmp_path):
         "c.v2.JSONL.GZ",
         "d.json.zst",
     ]
+
+
+def test_a_file_that_takes_more_memory_than_the_library_gives_is_refused_and_not_called_damaged(tmp_path):
+    """As of `zstd --long=31`."""
+    frame = b"\x28\xb5\x2f\xfd" + b"\x00\xa8" + ((2 << 3) | 1).to_bytes(3, "little") + b"5\n"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(frame)
+    with pytest.raises(InputError, match=r"a.jsonl.zst must be compressed without --long"):
+        TextSource.of([path]).units()
+    path.write_bytes(frame.replace(b"\xa8", b"\x50"))  # a window of 1 MB
+    assert lines_in(path) == [b"5"]

@@ -28,7 +28,7 @@ fractions = st.builds(Fraction, st.integers(1, 1000), st.integers(1, 1000))
 def index_of(pack_counts=(3, 2), tokens_of_a_pack=50, modalities=()):
     shards = tuple(ShardInfo(f"s{i}.tar", 0, "", n, 0, 0) for i, n in enumerate(pack_counts))
     tokens = sum(pack_counts) * tokens_of_a_pack
-    return Index(64, ByteTokenizer().describe(), tuple(modalities), "uint8", 1, tokens, shards)
+    return Index(64, ByteTokenizer().describe(), tuple(modalities), 1, tokens, shards)
 
 
 def mixture_of(*datasets: tuple[Index, Fraction]) -> Mixture:
@@ -153,7 +153,7 @@ def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
         ({"tokenizer": {"name": "bytes", "num_text_tokens": 300, "sha256": "0"}}, "tokenizer"),
         ({"sequence_length": 65}, "sequence_length"),
         ({"modalities": (replace(GREY, patch_size=4),)}, "modalities"),
-        ({"modalities": (replace(GREY, encoding="latents"),), "latents_dtype": "float16"}, "modalities"),
+        ({"modalities": (replace(GREY, encoding="latents"),)}, "modalities"),
         ({"modalities": (GREY, GREY)}, "modalities"),
     ],
 )

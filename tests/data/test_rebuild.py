@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from shard_damage import COUNTS, ELSEWHERE, IN_PACKS, SHARD, findings_of, write_folder
+from shard_damage import COUNTS, ELSEWHERE, GREY, IN_PACKS, SHARD, documents, findings_of, write_folder
 
 from transfusion_fast.data.index import INDEX_NAME, read_index
+from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.data.verify import rebuild_index
 from transfusion_fast.errors import InputError
 
@@ -78,3 +80,35 @@ def test_shards_beside_the_index_and_wrong_sums_are_found(folder):
     counts, strange = findings_of(folder)
     assert "40 documents" in counts and "got 7" in counts
     assert "shard-000099.tar" in strange
+
+
+def test_settings_of_another_folder_do_not_let_go_of_shards(folder, tmp_path):
+    other = write_folder(tmp_path / "other")
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / SHARD).unlink()
+    for like in (other, folder):
+        with pytest.raises(InputError, match=rf"{SHARD} must be as the old index says, and is missing; .* --accept"):
+            rebuild_index(folder, like=like)
+    (folder / INDEX_NAME).write_text("{")
+    with pytest.raises(InputError, match=r"must be JSON, .*; or give --accept"):
+        rebuild_index(folder, like=other)
+    (folder / INDEX_NAME).write_bytes(before)
+    rebuild_index(folder, like=other, accept=True)
+    assert findings_of(folder) == []
+
+
+def test_one_shard_under_two_names_is_not_indexed(folder):
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / "copy.tar").write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(InputError, match=f"got .*{SHARD}.* of the same bytes; remove one"):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_shards_of_another_pack_length_do_not_join(folder, tmp_path):
+    longer = tmp_path / "longer"
+    prepare(list(documents(7)), longer, sequence_length=128, tokenizer=ByteTokenizer(), modalities=(GREY,))
+    for shard in folder.glob("*.tar"):
+        shard.rename(longer / f"other-{shard.name}")
+    with pytest.raises(InputError, match="must be of the tokenizer, modalities and pack length of its index"):
+        rebuild_index(longer)

@@ -1,5 +1,6 @@
 """A data folder in packs of another length: the same documents, and nothing cut but where a reader would pause."""
 
+import json
 import shutil
 import sys
 from collections import Counter
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data.build import Recipe, build
+from transfusion_fast.data.build import RECIPE, Recipe, build
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
@@ -152,3 +153,29 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
     assert "must exist" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 5"):
         PacksSource(folder).fitter(4, "split")
+
+
+def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
+    """A caption is not: whether a picture goes with all of its text is known to the recipe alone."""
+    image = ImageSegment(np.zeros((4, 4, 3), np.uint8))
+    document = (image, TextSegment(BYTES.encode("A sentence of an article. " * 20)))
+    settings = {"sequence_length": 1024, "tokenizer": BYTES, "modalities": (PHOTOS,)}
+    prepare([document] * 3, tmp_path / "data", **settings)
+    assert repacked(tmp_path / "data", tmp_path / "split", 256, long=None).cut == 3
+    recipe = json.loads((tmp_path / "data" / RECIPE).read_text())
+    recipe["encoder"]["long"] = "reject"
+    (tmp_path / "data" / RECIPE).write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match=r"has none .3 x too long"):
+        repacked(tmp_path / "data", tmp_path / "rejected", 256, long=None)
+    (tmp_path / "data" / RECIPE).unlink()
+    with pytest.raises(InputError, match=r"has none .3 x too long"):
+        repacked(tmp_path / "data", tmp_path / "unknown", 256, long=None)
+
+
+def test_a_text_that_only_begins_another_part_need_not_give_its_ids_again(tmp_path):
+    odd = np.concatenate([train_bpe(SENTENCES, 300).encode(letter) for letter in "odd text of letters"])
+    texts = [TextSegment(np.resize(odd, length).astype(np.int32)) for length in (24, 12, 1)]
+    settings = {"sequence_length": 64, "tokenizer": train_bpe(SENTENCES, 300), "modalities": ()}
+    prepare([tuple(texts)], tmp_path / "data", **settings)
+    assert not repacked(tmp_path / "data", tmp_path / "out", 30).rejected
+    assert sorted(len(segment.ids) for document in read(tmp_path / "out") for segment in document) == [1, 12, 24]

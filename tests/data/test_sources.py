@@ -100,6 +100,38 @@ def test_files_that_are_not_there_or_not_theirs_are_refused_in_one_line(tmp_path
         TextSource.of([tmp_path / "a.csv"])
 
 
+def test_links_in_folders_are_followed_once_and_those_to_nothing_named(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "b.txt").write_text("two")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one")
+    (corpus / "more").symlink_to(tmp_path / "disk")
+    (corpus / "more" / "round").symlink_to(corpus)
+    (corpus / "table.parquet").mkdir()
+    assert texts_of([corpus])[0] == ["one", "two"]
+    (corpus / "c.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(InputError, match=r"source .*c.txt must be a file, and is none or a link to nothing"):
+        TextSource.of([corpus])
+
+
+@pytest.mark.parametrize("again", ["a.txt", ".", "link.txt"])
+def test_a_file_that_is_given_twice_is_refused(tmp_path, again):
+    (tmp_path / "a.txt").write_text("one")
+    if again == "link.txt":
+        (tmp_path / again).symlink_to(tmp_path / "a.txt")
+    with pytest.raises(InputError, match=r"must hold a file once, got .*a.txt and .*, which are one"):
+        TextSource.of([tmp_path, tmp_path / again])
+
+
+def test_the_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text('"hello"', encoding="utf-8-sig")
+    assert texts_of([tmp_path])[0] == ['"hello"', "hello"]
+    make_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.txt", "\ufeff caption".encode())])
+    assert read(PairsSource.of([tmp_path / "a.tar"]))[0] == [("caption", b"image")]
+
+
 # Pairs.
 
 
@@ -281,12 +313,12 @@ def test_texts_and_images_alternate_as_written(tmp_path):
 
 def test_what_is_no_interleaved_document_is_counted_and_the_rest_goes_on(tmp_path):
     bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
-           [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
+           [" ", ""], [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
            [{"text": "", "image": "a.png"}], [{"image": "a.png", "base64": ""}]]  # fmt: skip
     documents, rejected = read(write_lines(tmp_path, *bad, ["good"]))
     assert documents == [("good",)]
     assert rejected == {
-        "no content": 3, "empty document": 1, "unknown part": 4, "image missing": 1, "not base64": 1,
+        "no content": 3, "empty document": 2, "unknown part": 4, "image missing": 1, "not base64": 1,
         "image unreadable": 2,
     }  # fmt: skip
 

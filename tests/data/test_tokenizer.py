@@ -58,6 +58,18 @@ def test_a_lone_surrogate_becomes_a_question_mark():
     assert all(tokenizer.decode(tokenizer.encode(text)) == "a?b" for tokenizer in TOKENIZERS)
 
 
+def test_a_lone_surrogate_may_be_trained_on():
+    assert train_bpe(["\ud800 abc"], 256).encode("\ud800").tolist() == train_bpe(["abc"], 256).encode("?").tolist()
+
+
+def test_an_id_beyond_int32_is_refused(tmp_path):
+    content = json.loads(BPE.content)
+    content["model"]["vocab"]["beyond"] = 2**32 - 1
+    (tmp_path / TOKENIZER_NAME).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"ids of .*tokenizer.json must be below 1073741824, got 4294967295"):
+        read_tokenizer(tmp_path / TOKENIZER_NAME)
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
 def test_what_is_written_is_loaded_again(tmp_path, tokenizer):
     tokenizer.write(tmp_path)
@@ -76,7 +88,7 @@ def test_a_length_that_a_file_asks_for_cuts_nothing():
 
 def test_another_file_than_the_data_was_made_with_is_refused(tmp_path):
     train_bpe(TEXTS, 290).write(tmp_path)
-    with pytest.raises(InputError, match=r"num_text_tokens of tokenizer 'tokenizer.json' must be 290, got 300"):
+    with pytest.raises(InputError, match=r"num_text_tokens of .* must be 300, as its index says, got 290"):
         load_tokenizer(BPE.describe(), tmp_path)
     (tmp_path / TOKENIZER_NAME).write_bytes(BPE.content.replace(b'"merges"', b'"merges" '))
     with pytest.raises(InputError, match="sha256 of tokenizer"):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import resource
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -58,13 +61,19 @@ def test_text_is_bytes_unless_told_otherwise(stories, tmp_path, capsys):
     assert documents(tmp_path / "data") == sorted(STORIES)
 
 
-def test_train_bpe_trains_on_these_texts(stories, tmp_path, capsys):
+def test_train_bpe_trains_on_these_texts_once(stories, tmp_path, capsys, monkeypatch):
     code, _, err = run(capsys, "text", stories, "--out", tmp_path / "data", "--train-bpe", 290)
     assert (code, err) == (0, "")
     index = read_index(tmp_path / "data")
     assert index.num_text_tokens == 290
     assert index.tokens < sum(map(len, STORIES)) / 2
     assert documents(tmp_path / "data") == sorted(STORIES)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "train_bpe", lambda *_: pytest.fail("it was trained again"))
+        code, out, _ = run(capsys, "text", stories, "--out", tmp_path / "data", "--train-bpe", 290)
+    assert code == 0 and "already there" in out
+    code, _, err = run(capsys, "text", stories, "--out", tmp_path / "data", "--train-bpe", 280)
+    assert code == 2 and "train_bpe 290 -> 280" in err
 
 
 def test_a_tokenizer_of_a_file_is_used_and_kept(stories, tmp_path, capsys):
@@ -109,6 +118,43 @@ def test_options_that_cannot_be_get_one_line_and_code_2(stories, tmp_path, capsy
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("out", [".", "packed", "deeper/packed"])
+def test_a_folder_is_not_made_inside_of_its_source(stories, tmp_path, capsys, out):
+    code, _, err = run(capsys, "text", tmp_path, "--out", tmp_path / out)
+    assert code == 2 and err.count("\n") == 1 and "must lie outside of the sources" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--tokenizer"])
+def test_no_url_is_taken_for_a_folder(stories, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, "text", stories, "--out", tmp_path / "out", option, "s3://bucket/data")
+    assert ended.value.code == 2 and "must be local, got 's3://bucket/data'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
+
+
+def test_a_folder_whose_name_is_no_text_can_be_looked_at(stories, tmp_path, capfd):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    for command in (["text", stories, "--out", folder, "--processes", "1"], ["info", folder],
+                    ["preview", folder, "--out", tmp_path / "page.html"]):  # fmt: skip
+        ended = subprocess.run([sys.executable, prepare.__file__, *command], capture_output=True)
+        assert ended.returncode == 0 and b"Traceback" not in ended.stderr
+
+
+def test_many_small_files_are_prepared_with_few_open(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(150):
+        (tmp_path / "in" / f"{number}.jsonl").write_text(json.dumps(f"story {number}"))
+    command = [sys.executable, prepare.__file__, "text", tmp_path / "in", "--out", tmp_path / "out"]
+    subprocess.run([*command, "--processes", "1"], check=True, preexec_fn=_few_files)
+    assert len(documents(tmp_path / "out")) == 150
+
+
+def _few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+
+
 def picture(kind):
     file = io.BytesIO()
     Image.fromarray(np.full((20, 30, 3), 99, np.uint8)).save(file, kind)
@@ -142,13 +188,14 @@ def test_pairs_of_every_kind_of_image_with_a_tokenizer_of_their_captions(tmp_pat
 
 
 def test_a_damaged_tar_and_a_name_that_forges_lines_are_named_in_one_line_each(tmp_path, capsys):
-    write_tar(tmp_path / "a.tar", [("a.jpg", picture("JPEG")), ("a.txt", b"words")])
-    write_tar(tmp_path / "b.tar", [("b\nprepare: all is well\x1b[2J.jpg", b"no picture")])
-    with tarfile.open(tmp_path / "c.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", [("a.jpg", picture("JPEG")), ("a.txt", b"words")])
+    write_tar(tmp_path / "in" / "b.tar", [("b\nprepare: all is well\x1b[2J.jpg", b"no picture")])
+    with tarfile.open(tmp_path / "in" / "c.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("c.jpg")
         member.pax_headers = {"GNU.sparse.size": "abc"}
         archive.addfile(member)
-    code, out, err = run(capsys, "pairs", tmp_path, "--out", tmp_path / "data", *SIZE)
+    code, out, err = run(capsys, "pairs", tmp_path / "in", "--out", tmp_path / "data", *SIZE)
     assert code == 0 and "1 documents" in out
     damaged, forged = sorted(err.splitlines(), key=lambda line: "no caption" in line)
     assert "left out 1: tar damaged: " in damaged and "c.tar" in damaged

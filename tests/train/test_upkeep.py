@@ -76,9 +76,10 @@ def test_the_shape_of_images_is_as_asked_for(folder, tmp_path, capsys):
 
 
 def test_documents_that_were_cut_are_counted(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("A sentence of some words. " * 20)
-    (tmp_path / "b.txt").write_text("short")
-    code, _, err = run(capsys, "text", tmp_path, "--out", tmp_path / "out", "--seq-len", 64, "--processes", "1")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("A sentence of some words. " * 20)
+    (tmp_path / "in" / "b.txt").write_text("short")
+    code, _, err = run(capsys, "text", tmp_path / "in", "--out", tmp_path / "out", "--seq-len", 64, "--processes", "1")
     assert code == 0 and "cut 1 documents that no pack has room for" in err
 
 
@@ -138,8 +139,9 @@ def test_preview_with_an_autoencoder_needs_latents(folder, tmp_path, capsys):
 def test_workers_end_with_the_process_that_was_killed(tmp_path):
     for number in range(4):
         words = "some words. " * (60_000 if number else 1)
-        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
-    command = [sys.executable, prepare.__file__, "text", str(tmp_path), "--out", str(tmp_path / "out")]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
+    command = [sys.executable, prepare.__file__, "text", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     started = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL)
     units = tmp_path / "out.partial" / "units"
     while started.poll() is None and not any(units.glob("*.json")):
@@ -156,8 +158,9 @@ def test_workers_end_with_the_process_that_was_killed(tmp_path):
 def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path):
     for number in range(6):  # the first is done at once, the others take seconds
         words = "some words. " * (60_000 if number else 1)
-        (tmp_path / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
-    command = [sys.executable, prepare.__file__, "text", str(tmp_path), "--out", str(tmp_path / "out")]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
+    command = [sys.executable, prepare.__file__, "text", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     command += ["--seq-len", "512", "--processes", "2"]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     units = tmp_path / "out.partial" / "units"

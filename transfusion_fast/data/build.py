@@ -52,7 +52,7 @@ from transfusion_fast.data.store import (
     read_report,
     write_unit,
 )
-from transfusion_fast.data.tokenizer import Tokenizer
+from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json, sync, write_whole
 
@@ -60,7 +60,7 @@ RECIPE, LEFT_OUT = "recipe.json", "left_out.jsonl"
 _LOCK, _UNITS, _SHARDS = ".lock", "units", "shards"
 _VERSION = 3
 """Of units and of how documents are packed: work begun by another is not gone on with."""
-_OPEN_UNITS = 128  # of files that a process has open at once
+_OPEN_UNITS = 32  # of three files each, that a process has open at once
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
@@ -99,6 +99,8 @@ class Recipe:
     seed: int = 0
     buffer: int = BUFFER
     """Documents that are packed together."""
+    train_bpe: int | None = None
+    """Size of the vocabulary, where the tokenizer was trained on the source itself."""
 
     def __post_init__(self) -> None:
         for name, most in (("packs_per_shard", MAX_PACKS), ("buffer", None)):
@@ -109,15 +111,22 @@ class Recipe:
 
     def describe(self) -> dict[str, Any]:
         """As JSON, with what would tell that a file of the source has changed."""
-        files = [(str(file.resolve()), file.stat()) for file in self.source.files]
         return {
-            "version": _VERSION,
-            "source": self.source.describe(),
-            "files": {file: {"bytes": found.st_size, "modified": found.st_mtime_ns} for file, found in files},
-            "order": hashlib.sha256("\n".join(file for file, _ in files).encode()).hexdigest(),
+            **_source_description(self.source, self.train_bpe),
             "encoder": self.encoder.describe(),
             "packing": {"packs_per_shard": self.packs_per_shard, "seed": self.seed, "buffer": self.buffer},
         }
+
+
+def _source_description(source: Source[Any], train_bpe: int | None) -> dict[str, Any]:
+    files = [(str(file.resolve()), file.stat()) for file in source.files]
+    return {
+        "version": _VERSION,
+        "source": source.describe(),
+        "files": {file: {"bytes": found.st_size, "modified": found.st_mtime_ns} for file, found in files},
+        "order": hashlib.sha256(os.fsencode("\n".join(file for file, _ in files))).hexdigest(),
+        "train_bpe": train_bpe,
+    }
 
 
 @dataclass(frozen=True)
@@ -159,9 +168,8 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
     """
     if processes < 1:
         raise InputError(f"processes must be 1 or more, got {processes}")
-    folder = Path(folder).resolve()
+    folder, partial = _places(folder)
     described = json.loads(json.dumps(recipe.describe()))
-    partial = folder.with_name(f"{folder.name}.partial")
     index = _finished(folder, described)
     if index is not None and not partial.exists():
         return Built(index, reused=True)
@@ -171,7 +179,7 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
             if read_json(partial / RECIPE) in (None, described):  # of a run that was killed before it had tidied up
                 _discard(partial)
             return Built(index, reused=True)
-        _begin_or_go_on(partial, described)
+        _begin_or_go_on(partial, described, recipe.encoder.tokenizer)
         try:
             built = _build(recipe, folder, partial, processes)
         except BaseException:
@@ -180,6 +188,25 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
             raise
         _discard(partial)
     return built
+
+
+def tokenizer_of_before(source: Source[Any], vocabulary: int, folder: Path) -> Tokenizer | None:
+    """The tokenizer that was trained on this very source, where the folder was made or begun with it."""
+    now = json.loads(json.dumps(_source_description(source, vocabulary)))
+    for place in _places(folder):
+        match read_json(place / RECIPE):
+            case {"encoder": {"tokenizer": dict(described)}, **rest} if now.items() <= rest.items():
+                with suppress(InputError):
+                    return load_tokenizer(described, place)
+    return None
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """The folder, and where it is made."""
+    folder = Path(folder).resolve()
+    if not folder.name:
+        raise InputError(f"output folder must have a name, got {str(folder)!r}; choose another")
+    return folder, folder.with_name(f"{folder.name}.partial")
 
 
 def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built:
@@ -226,8 +253,8 @@ def _differing(before: object, now: dict[str, Any]) -> str:
     return " and ".join(change for change in found.values() if change)
 
 
-def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
-    """Writes the recipe, or finds the one that the work in `partial` was begun with to be the same."""
+def _begin_or_go_on(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Writes the recipe and the tokenizer, or finds the recipe of what has begun in `partial` to be the same."""
     before = read_json(partial / RECIPE)
     if before is not None and _has_begun(partial):
         if differing := _differing(before, recipe):
@@ -237,6 +264,7 @@ def _begin_or_go_on(partial: Path, recipe: dict[str, Any]) -> None:
     else:
         for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
             shutil.rmtree(partial / name, ignore_errors=True)
+        tokenizer.write(partial)
         write_whole(partial / RECIPE, json.dumps(recipe, indent=1))
     for name in (_UNITS, _SHARDS):
         (partial / name).mkdir(exist_ok=True)
@@ -267,7 +295,10 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _discard(partial: Path) -> None:
-    """Frees its name in one step, so that who begins anew meets nothing of it."""
+    """Frees its name in one step, so that who begins anew meets nothing of it; what takes time is before that."""
+    for name in (_UNITS, _SHARDS):
+        if (partial / name).exists():
+            shutil.rmtree(partial / name)
     removed = partial.with_name(f".{partial.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     partial.rename(removed)
@@ -322,7 +353,8 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
             if (folder / info.file).is_file() and file_sha256(folder / info.file) == info.sha256:
                 return task.number, IndexedShard(info, documents, tokens)
     tokenizer = encoder.tokenizer.describe()
-    name = write_shard(_packs(job, task), folder, task.number, schema_of(tokenizer, encoder.modalities))
+    schema = schema_of(encoder.sequence_length, tokenizer, encoder.modalities)
+    name = write_shard(_packs(job, task), folder, task.number, schema)
     shard = index_shard(folder / name, encoder.sequence_length, tokenizer, encoder.modalities)
     write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
     return task.number, shard

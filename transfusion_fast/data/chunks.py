@@ -34,6 +34,23 @@ def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iter
     yield len(starts) - begin
 
 
+def blocks(text: str, size: int) -> Iterator[str]:
+    """The text in parts of at most so many characters, which end where pieces would."""
+    begin = 0
+    while len(text) - begin > size:
+        most = begin + size
+        pauses = _PAUSE.finditer(text, begin + (size + 1) // 2, most)
+        _, end = max(((-_kind(pause), _end(pause)) for pause in pauses), default=(0, most))
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _end(pause: re.Match[str]) -> int:
+    """Between words of a line the space goes with the word behind it, as in most vocabularies."""
+    return pause.end() if _kind(pause) in (_PARAGRAPH, _LINE) else pause.start("space")
+
+
 def _places(text: str, starts: np.ndarray) -> list[np.ndarray]:
     """The tokens that a piece may begin with, ascending, from the best kind of place to the worst."""
     pauses = [(_kind(m), m.start("space"), m.end()) for m in _PAUSE.finditer(text)]

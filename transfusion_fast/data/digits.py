@@ -4,9 +4,12 @@ A digit is an 8 x 8 grey image captioned with its name ("seven"); a sum is a tex
 seven"). The split is fixed: 300 images and every tenth sum are held out.
 """
 
+from typing import ClassVar
+
 import numpy as np
 from sklearn.datasets import load_digits
 
+from transfusion_fast.data.fitting import Long
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.source import Split
@@ -27,6 +30,7 @@ class Digits:
     """The digits, as a data set to prepare."""
 
     modality = MODALITY
+    long: ClassVar[Long] = "reject"
 
     def describe(self) -> dict[str, object]:
         """As JSON: what the documents depend on."""

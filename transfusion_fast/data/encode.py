@@ -181,7 +181,7 @@ class Encoder:
             raise piece
         if isinstance(piece, np.ndarray):
             return [ImageSegment(piece)]
-        return self._fitting.cut(piece, *self.tokenizer.encode_with_starts(piece), free)
+        return self._fitting.texts(self.tokenizer, piece, free)
 
     @property
     def _fitting(self) -> Fitting:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import subprocess
 import tempfile
 import urllib.request
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
+from transfusion_fast.data.fitting import Long
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.source import Split
 from transfusion_fast.data.tokenizer import Tokenizer
@@ -56,6 +58,7 @@ class FashionMnist:
     """
 
     modality = MODALITY
+    long: ClassVar[Long] = "reject"
 
     def __init__(self, origin: str | Path) -> None:
         self.origin = origin
@@ -113,9 +116,10 @@ def _download(folder: Path) -> None:
         try:
             with urllib.request.urlopen(f"{URL}{name}.gz", timeout=_TIMEOUT) as answer:
                 content = answer.read(_MAX_BYTES)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"{URL}{name}.gz cannot be downloaded ({error}); give --source {DEBIAN}, or a folder that holds it"
+                f"{URL}{name}.gz cannot be downloaded ({reason}); give --source {DEBIAN}, or a folder that holds it"
             ) from error
         (folder / f"{name}.gz").write_bytes(content)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from transfusion_fast.data.chunks import piece_lengths
+from transfusion_fast.data.chunks import blocks, piece_lengths
 from transfusion_fast.data.pack import (
     DOCUMENT_TOKENS,
     IMAGE_TOKENS,
@@ -28,6 +28,7 @@ Long = Literal["split", "reject"]
 """What becomes of a document that is longer than a pack: several, or none."""
 
 _Piece = TypeVar("_Piece")
+_BLOCK, _BLOCK_PACKS = 1 << 20, 64  # characters that are encoded together, at least, and in positions of a pack
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,28 @@ class Fitting:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return length
 
+    def first(self, free: int) -> int:
+        """Ids that the first piece of a text may have: what is free of a pack if that is half of it, else a pack's."""
+        return free if 2 * free >= self.room else self.room
+
+    def texts(self, tokenizer: Tokenizer, text: str, free: int) -> list[TextSegment]:
+        """A text in pieces that fit, as of `cut`.
+
+        One that is far longer than a pack is encoded in blocks, as its ids take many times its memory.
+        """
+        pieces: list[TextSegment] = []
+        for block in blocks(text, max(_BLOCK, _BLOCK_PACKS * self.room)):
+            pieces += self.cut(block, *tokenizer.encode_with_starts(block), self.room if pieces else free)
+        return pieces
+
     def cut(self, text: str, ids: np.ndarray, starts: np.ndarray, free: int) -> list[TextSegment]:
-        """A text in pieces that fit: the first into what is `free`, if it all fits there or half of a pack is free.
+        """A text in pieces that fit, where so many positions of a pack are free.
 
         `ids` int32 [n] and `starts` int64 [n] are the text's, as `Tokenizer.encode_with_starts` gives them.
         """
         if not len(ids):
             return []
-        first = free if len(ids) <= free or 2 * free >= self.room else self.room
-        ends = np.cumsum(list(piece_lengths(text, starts, first, self.room)))
+        ends = np.cumsum(list(piece_lengths(text, starts, self.first(free), self.room)))
         return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
 
 
@@ -109,9 +123,8 @@ class EncodedDocument:
 class Fitter:
     """What makes encoded documents fit packs; nothing is decoded or encoded but a text that is cut. Picklable.
 
-    An image and its caption stay together, or are rejected. To be cut where a reader would pause, a text must give the
-    ids that are stored, as texts do but for odd places where an earlier cut fell inside a word; what does not is
-    rejected.
+    To be cut where a reader would pause, a text must give the ids that are stored, as texts do but for odd places where
+    an earlier cut fell inside a word; what does not is rejected.
     """
 
     tokenizer: Tokenizer
@@ -142,18 +155,12 @@ class Fitter:
                 yield document
                 continue
             try:
-                yield self._fitted(document.segments)
+                yield self._fitting.documents(document.segments, self._segments)
             except Rejected as rejected:
                 yield rejected.at(document.where)
 
-    def _fitted(self, document: Document) -> list[Document]:
-        parts = self._fitting.documents(document, self._segments)
-        if len(parts) > 1 and len(document) == 2 and any(isinstance(segment, ImageSegment) for segment in document):
-            raise Rejected("too long", f"caption and image take more than {self.sequence_length} positions")
-        return parts
-
     def _segments(self, segment: Segment, free: int) -> Sequence[Segment]:
-        if isinstance(segment, ImageSegment) or len(segment.ids) <= free:
+        if isinstance(segment, ImageSegment) or len(segment.ids) <= self._fitting.first(free):
             return [segment]
         text = self.tokenizer.decode(segment.ids)
         ids, starts = self.tokenizer.encode_with_starts(text)

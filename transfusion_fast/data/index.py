@@ -8,10 +8,10 @@ its own. What differs is an error that names shard and pack. Of a billion packs 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from transfusion_fast.files import write_whole
 
 INDEX_NAME = "index.json"
 FORMAT = "transfusion_fast.packs"
-VERSION = 2
+VERSION = 3
 _MAX_INT = 2**63 - 1  # which file offsets hold
 _T = TypeVar("_T")
 
@@ -60,7 +60,6 @@ class Index:
     sequence_length: int
     tokenizer: dict[str, str | int]
     modalities: tuple[ModalityInfo, ...]
-    latents_dtype: str
     documents: int
     tokens: int
     shards: tuple[ShardInfo, ...]
@@ -83,7 +82,7 @@ class Index:
     @property
     def schema(self) -> bytes:
         """That every shard must carry."""
-        return schema_of(self.tokenizer, self.modalities)
+        return schema_of(self.sequence_length, self.tokenizer, self.modalities)
 
     @property
     def waste(self) -> float:
@@ -100,9 +99,9 @@ class IndexedShard:
     tokens: int
 
 
-def schema_of(tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]) -> bytes:
+def schema_of(sequence_length: int, tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]) -> bytes:
     """Digest of what makes sense of the numbers in packs, which every shard carries."""
-    described = [tokenizer, [asdict(modality) for modality in modalities]]
+    described = [sequence_length, tokenizer, [asdict(modality) for modality in modalities]]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).digest()
 
 
@@ -110,7 +109,7 @@ def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
     """InputError where the numbers in a shard mean something else."""
     if table.schema != schema:
         raise InputError(
-            f"shard {path} must be of the tokenizer and modalities of its index, and is of others; "
+            f"shard {path} must be of the tokenizer, modalities and pack length of its index, and is of others; "
             "prepare its documents again with those"
         )
 
@@ -123,7 +122,7 @@ def index_shard(
     InputError naming the shard, and the pack, where one cannot be used.
     """
     table = read_table(path)
-    check_schema(path, table, schema_of(tokenizer, modalities))
+    check_schema(path, table, schema_of(sequence_length, tokenizer, modalities))
     documents = tokens = 0
     packs = read_packs(path, table, sequence_length, int(tokenizer["num_text_tokens"]), modalities)
     for place, pack in enumerate(packs):
@@ -169,7 +168,6 @@ def make_index(
         sequence_length=sequence_length,
         tokenizer=tokenizer.describe(),
         modalities=tuple(modalities),
-        latents_dtype=latents_dtype(modalities).name,
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         shards=tuple(shard.info for shard in shards),
@@ -184,12 +182,14 @@ def build_index(
     modalities: Sequence[ModalityInfo],
     processes: int = 1,
 ) -> Index:
-    """The index of shards as they lie in a folder; InputError as of `index_shard`."""
+    """The index of shards as they lie in a folder; InputError as of `index_shard`, or for one that lies there twice."""
     job = (sequence_length, tokenizer.describe(), tuple(modalities))
     with worker_pool(job, processes) as each:
         paths = enumerate(folder / file for file in files)
         shards = dict(tqdm(each(_index_numbered, paths), "indexing", len(files), unit="shard", disable=None))
-    return make_index([shards[number] for number in range(len(files))], sequence_length, tokenizer, modalities)
+    index = make_index([shards[number] for number in range(len(files))], sequence_length, tokenizer, modalities)
+    _check_different(index.shards, str(folder))
+    return index
 
 
 def _index_numbered(
@@ -261,7 +261,6 @@ def _parse_index(entry: object, where: str) -> Index:
         sequence_length=_field(entry, "sequence_length", int, where),
         tokenizer=_parse_tokenizer(_field(entry, "tokenizer", dict, where), where),
         modalities=tuple(_parse_modality(item, where) for item in _field(entry, "modalities", list, where)),
-        latents_dtype=_field(entry, "latents_dtype", str, where),
         documents=_field(entry, "documents", int, where),
         tokens=_field(entry, "tokens", int, where),
         shards=tuple(parse_shard(item, where) for item in _field(entry, "shards", list, where)),
@@ -272,15 +271,21 @@ def _parse_index(entry: object, where: str) -> Index:
         raise InputError(
             f"sequence_length in {where} must be at most {MAX_LENGTH}, got {index.sequence_length}; prepare it again"
         )
-    file, times = Counter(shard.file for shard in index.shards).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"shards in {where} must differ, got {file} {times} times; rebuild the index")
-    if index.latents_dtype != latents_dtype(index.modalities).name:
-        raise InputError(
-            f"latents_dtype in {where} must be {latents_dtype(index.modalities).name}, as its modalities have, "
-            f"got {index.latents_dtype!r}; prepare it again"
-        )
+    latents_dtype(index.modalities)  # which must have one
+    _check_different(index.shards, where)
     return index
+
+
+def _check_different(shards: Sequence[ShardInfo], where: str) -> None:
+    """No name twice, and no shard under two names: its documents would be trained on twice."""
+    for shard, another in itertools.pairwise(sorted(shards, key=lambda shard: shard.file)):
+        if shard.file == another.file:
+            raise InputError(f"shards in {where} must differ, got {shard.file} twice; rebuild the index")
+    for shard, another in itertools.pairwise(sorted(shards, key=lambda shard: shard.sha256)):
+        if shard.sha256 == another.sha256:
+            raise InputError(
+                f"shards in {where} must differ, got {shard.file} and {another.file} of the same bytes; remove one"
+            )
 
 
 def _field(entry: object, name: str, kind: type[_T], where: str) -> _T:

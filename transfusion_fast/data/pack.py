@@ -5,6 +5,7 @@ the sequence; a pack holds documents that together take at most `sequence_length
 out by the loader and never stored.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,13 +100,8 @@ class Pack:
     def documents(self, modalities: Sequence[ModalityInfo]) -> list[Document]:
         """The documents that `make_pack` was given; their arrays are views of the pack's."""
         documents: list[list[Segment]] = [[] for _ in range(self.num_documents)]
-        for document, kind, offset, length, height, width in self.segments.tolist():
-            if kind == KIND_TEXT:
-                documents[document].append(TextSegment(self.tokens[offset : offset + length]))
-                continue
-            shape = (height, width, modalities[kind - 1].channels)
-            values = self.latents[offset : offset + height * width * shape[2]].reshape(shape)
-            documents[document].append(ImageSegment(values, modality=kind - 1))
+        for row in self.segments.tolist():
+            documents[row[0]].append(segment_at(row, self.tokens, self.latents, modalities))
         return [tuple(segments) for segments in documents]
 
 
@@ -161,6 +157,27 @@ def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> i
     return DOCUMENT_TOKENS + lengths + IMAGE_TOKENS * images
 
 
+def segment_row(
+    segment: Segment, document: int, ids: int, values: int, modalities: Sequence[ModalityInfo]
+) -> tuple[int, ...]:
+    """`SEGMENT_COLUMNS` of a segment that so many ids and values lie before; InputError as of `segment_length`."""
+    length = segment_length(segment, modalities)
+    if isinstance(segment, TextSegment):
+        return document, KIND_TEXT, ids, length, 0, 0
+    return document, 1 + segment.modality, values, length, *segment.values.shape[:2]
+
+
+def segment_at(
+    row: Sequence[int], tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
+) -> Segment:
+    """The segment of a row, a view."""
+    _, kind, offset, length, height, width = row
+    if kind == KIND_TEXT:
+        return TextSegment(tokens[offset : offset + length])
+    shape = (height, width, modalities[kind - 1].channels)
+    return ImageSegment(latents[offset : offset + math.prod(shape)].reshape(shape), modality=kind - 1)
+
+
 def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:
     """One pack of `documents`, numbered from 0; InputError where there is none, or one that cannot be packed."""
     if not documents or not all(documents):
@@ -171,13 +188,11 @@ def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo])
     token_offset = value_offset = 0
     for number, document in enumerate(documents):
         for segment in document:
-            length = segment_length(segment, modalities)
+            rows.append(segment_row(segment, number, token_offset, value_offset, modalities))
             if isinstance(segment, TextSegment):
-                rows.append((number, KIND_TEXT, token_offset, length, 0, 0))
                 tokens.append(segment.ids)
-                token_offset += length
+                token_offset += segment.ids.size
             else:
-                rows.append((number, 1 + segment.modality, value_offset, length, *segment.values.shape[:2]))
                 latents.append(segment.values.reshape(-1))
                 value_offset += segment.values.size
     return Pack(np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents))

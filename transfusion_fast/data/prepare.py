@@ -12,7 +12,7 @@ import numpy as np
 
 from transfusion_fast.data.bins import check_lengths
 from transfusion_fast.data.build import Built, Recipe, build
-from transfusion_fast.data.fitting import EncodedDocument, Fitter
+from transfusion_fast.data.fitting import EncodedDocument, Fitter, Long
 from transfusion_fast.data.index import Index
 from transfusion_fast.data.pack import Document, ModalityInfo, TextSegment, document_length
 from transfusion_fast.data.shards import PACKS_PER_SHARD
@@ -27,6 +27,8 @@ class BuiltIn(Protocol):
     """A data set that the project brings or fetches itself, in two splits. Picklable."""
 
     modality: ModalityInfo
+    long: Long
+    """What becomes of documents that are longer than a pack."""
 
     def describe(self) -> dict[str, object]:
         """As JSON: what the documents depend on."""
@@ -124,7 +126,7 @@ def _length(number: int, document: Document, tokenizer: Tokenizer, modalities: S
 def prepare_splits(source: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int) -> dict[Split, Built]:
     """Makes the data set as `out`/train and `out`/heldout, of bytes as tokens; InputError as of `build`."""
     tokenizer = ByteTokenizer()
-    fitter = Fitter(tokenizer, sequence_length, (source.modality,))
+    fitter = Fitter(tokenizer, sequence_length, (source.modality,), source.long)
     return {
         split: build(Recipe(_SplitSource(source, split, tokenizer), fitter, packs_per_shard), Path(out) / split)
         for split in SPLITS

@@ -148,5 +148,5 @@ def _read_table(descriptor: int, shard: ShardInfo, schema: bytes) -> PackTable |
     except InputError as error:
         return error
     if table.schema != schema:
-        return InputError("its shard is of another tokenizer or other modalities than its index says")
+        return InputError("its shard is of another tokenizer, pack length or other modalities than its index says")
     return table

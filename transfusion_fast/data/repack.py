@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transfusion_fast.data.build import RECIPE
 from transfusion_fast.data.fitting import EncodedDocument, Fitter, Long
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import Unit
 from transfusion_fast.data.tokenizer import load_tokenizer
+from transfusion_fast.files import read_json
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,21 @@ class PacksSource:
     def describe(self) -> dict[str, Any]:
         return {"kind": "packs", "index": file_sha256(self.folder / INDEX_NAME)}
 
-    def fitter(self, sequence_length: int, long: Long) -> Fitter:
-        """What makes the documents fit packs of another length, with the folder's own tokenizer and modalities."""
+    def fitter(self, sequence_length: int, long: Long | None = None) -> Fitter:
+        """What makes the documents fit packs of another length, with the folder's own tokenizer and modalities.
+
+        `long` is as in its recipe if it is not given; where there is none, nothing is torn.
+        """
         index = self._reader.index
-        return Fitter(load_tokenizer(index.tokenizer, self.folder), sequence_length, index.modalities, long)
+        tokenizer = load_tokenizer(index.tokenizer, self.folder)
+        return Fitter(tokenizer, sequence_length, index.modalities, long or self._long)
+
+    @property
+    def _long(self) -> Long:
+        match read_json(self.folder / RECIPE):
+            case {"encoder": {"long": "split"}}:
+                return "split"
+        return "reject"
 
     @cached_property
     def _reader(self) -> PackReader:

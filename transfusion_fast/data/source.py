@@ -6,10 +6,11 @@ What cannot be used is yielded as `Rejected`, to be counted; the rest goes on.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from transfusion_fast.errors import InputError
 
@@ -78,11 +79,14 @@ def kind_of(path: Path) -> str:
 
 
 def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """The files given, and those of `suffixes` in the folders given, by name; InputError where there is none."""
+    """The files given, and those of `suffixes` in the folders given, by name.
+
+    InputError where there is none, and for a file that is there twice.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if kind_of(p) in suffixes and p.is_file())
+            found = _files_below(path, suffixes)
             if not found:
                 raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, and holds none")
             files += found
@@ -92,7 +96,32 @@ def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]
             raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
         else:
             files.append(path)
+    names: dict[Path, Path] = {}
+    for file in files:
+        if (other := names.setdefault(file.resolve(), file)) is not file:
+            raise InputError(f"source must hold a file once, got {other} and {file}, which are one; leave one out")
     return files
+
+
+def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """By name; links are followed, and no folder is entered twice."""
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    for name, below, files in os.walk(folder, onerror=_raise, followlinks=True):
+        status = os.stat(name)
+        below.sort()
+        if (status.st_dev, status.st_ino) in entered:
+            below.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        found += [path for path in (Path(name, file) for file in files) if kind_of(path) in suffixes]
+    if strange := next((path for path in found if not path.is_file()), None):
+        raise InputError(f"source {strange} must be a file, and is none or a link to nothing; mend or remove it")
+    return sorted(found)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def parse_json(line: bytes | Rejected, where: str) -> Any:

@@ -87,5 +87,5 @@ def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
         axes.set_xscale(scale)
         axes.set_xlabel("length of a document, positions")
         axes.set_ylabel(name)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110, format="png")

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from transfusion_fast.data.pack import (
-    KIND_TEXT,
+    SEGMENT_COLUMNS,
     Document,
     ImageSegment,
     ModalityInfo,
@@ -27,13 +27,13 @@ from transfusion_fast.data.pack import (
     TextSegment,
     document_length,
     latents_dtype,
-    segment_length,
+    segment_at,
+    segment_row,
 )
 from transfusion_fast.data.source import Rejected
 from transfusion_fast.files import read_json, write_whole
 
 _KINDS = ("tokens", "latents", "segments", "lengths", "rejected")
-_COLUMNS = 6  # of segments: document, kind, offset, length, height, width, as in a pack
 _BLOCK = 1 << 20
 _ROWS, _LENGTHS = np.dtype(np.int64), np.dtype(np.int32)
 
@@ -97,13 +97,11 @@ class _Writer:
 
     def write(self, document: Document) -> None:
         for segment in document:
-            length = segment_length(segment, self._modalities)
+            row = segment_row(segment, self.documents, self._ids, self._values, self._modalities)
             if isinstance(segment, TextSegment):
-                row = (self.documents, KIND_TEXT, self._ids, length, 0, 0)
                 self._tokens.write(segment.ids.tobytes())
-                self._ids += length
+                self._ids += segment.ids.size
             else:
-                row = (self.documents, 1 + segment.modality, self._values, length, *segment.values.shape[:2])
                 self._latents.write(segment.values.tobytes())
                 self._values += segment.values.size
             self._segments.write(np.array(row, _ROWS).tobytes())
@@ -159,18 +157,18 @@ class UnitReader:
         self._modalities = modalities
         self._tokens = _mapped(_file(folder, number, "tokens"), np.dtype(np.int32))
         self._latents = _mapped(_file(folder, number, "latents"), latents_dtype(modalities))
-        self._rows = _mapped(_file(folder, number, "segments"), _ROWS).reshape(-1, _COLUMNS)
+        self._rows = _mapped(_file(folder, number, "segments"), _ROWS).reshape(-1, len(SEGMENT_COLUMNS))
 
     def __getitem__(self, document: int) -> Document:
         first, end = np.searchsorted(self._rows[:, 0], (document, document + 1))
-        return tuple(self._segment(*row) for row in self._rows[first:end, 1:].tolist())
+        rows = self._rows[first:end].tolist()
+        return tuple(_copied(segment_at(row, self._tokens, self._latents, self._modalities)) for row in rows)
 
-    def _segment(self, kind: int, offset: int, length: int, height: int, width: int) -> Segment:
-        if kind == KIND_TEXT:
-            return TextSegment(np.array(self._tokens[offset : offset + length]))
-        channels = self._modalities[kind - 1].channels
-        values = self._latents[offset : offset + height * width * channels]
-        return ImageSegment(np.array(values).reshape(height, width, channels), kind - 1)
+
+def _copied(segment: Segment) -> Segment:
+    if isinstance(segment, TextSegment):
+        return TextSegment(np.array(segment.ids))
+    return ImageSegment(np.array(segment.values), segment.modality)
 
 
 def _file(folder: Path, number: int, kind: str) -> Path:

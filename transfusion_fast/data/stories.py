@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 from transfusion_fast.data.fashion import CLASSES, MODALITY, FashionMnist
+from transfusion_fast.data.fitting import Long
 from transfusion_fast.data.pack import Document, ImageSegment, Segment, TextSegment
 from transfusion_fast.data.source import Split
 from transfusion_fast.data.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class Stories:
     seed: int = 0
 
     modality = MODALITY
+    long: ClassVar[Long] = "split"
 
     def describe(self) -> dict[str, object]:
         """As JSON: what the documents depend on."""

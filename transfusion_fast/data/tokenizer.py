@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_NAME = "tokenizer.json"
+_MAX_TOKENS = 1 << 30  # int32 holds them, and special ones behind them
 
 _REMOVABLE = ("Cc", "Cf", "Co", "Cn", "Mn")  # what is no character to be seen, and marks such as accents
 _COMPOSED: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
@@ -101,6 +102,8 @@ class FileTokenizer:
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.num_text_tokens = 1 + max(vocabulary.values(), default=-1)
+        if self.num_text_tokens > _MAX_TOKENS:
+            raise InputError(f"ids of {where} must be below {_MAX_TOKENS}, got {self.num_text_tokens - 1}; mend it")
         model = self._tokenizer.model
         if isinstance(model, _library().models.BPE):
             model.dropout = None  # which would encode a text otherwise each time
@@ -219,7 +222,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> FileTokenizer:
     tokenizer.decoder = library.decoders.ByteLevel()
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_utf8(text).decode() for text in texts), trainer)
     if tokenizer.get_vocab_size() < vocabulary:
         raise InputError(
             f"vocabulary must be at most the {tokenizer.get_vocab_size()} tokens that these texts yield, "
@@ -245,8 +248,8 @@ def load_tokenizer(description: Mapping[str, str | int], folder: DataFolder) -> 
     for field, value in tokenizer.describe().items():
         if description.get(field) != value:
             raise InputError(
-                f"{field} of tokenizer {tokenizer.name!r} must be {value!r}, got {description.get(field)!r}; "
-                "the data was made with another tokenizer: prepare it again"
+                f"{field} of tokenizer {tokenizer.name!r} of {folder} must be {description.get(field)!r}, as its index "
+                f"says, got {value!r}; put the tokenizer there that the data was made with, or prepare it again"
             )
     return tokenizer
 

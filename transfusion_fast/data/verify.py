@@ -100,7 +100,7 @@ def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False, 
 
     Args:
         like: another data folder of the same tokenizer, modalities and sequence length; default: `folder` itself.
-        accept: take shards as they lie where the folder's own index has another sha256 of them, or more of them.
+        accept: take shards as they lie where the folder's own index has another sha256 of them, or has others.
 
     Raises:
         InputError: no settings to go by, no shard, one that does not hold what they say, or one that is not as the
@@ -122,16 +122,20 @@ def rebuild_index(folder: Path, like: Path | None = None, accept: bool = False, 
         if not is_plain_name(file):
             raise InputError(f"shard's name must be of letters, digits, _ . and -, got {file!r}; rename or remove it")
     index = build_index(folder, files, settings.sequence_length, tokenizer, settings.modalities, processes)
-    if like is None and not accept:
-        _check_unchanged(folder, settings, index)
+    if (folder / INDEX_NAME).exists() and not accept:
+        _check_unchanged(folder, index)
     if not own:
         tokenizer.write(folder)
     write_index(folder, index)
     return index
 
 
-def _check_unchanged(folder: Path, before: Index, now: Index) -> None:
+def _check_unchanged(folder: Path, now: Index) -> None:
     """The old index is all that can tell damage from data."""
+    try:
+        before = parse_index(folder)
+    except InputError as error:
+        raise InputError(f"{error}; or give --accept to index what lies there") from error
     found = {shard.file: shard.sha256 for shard in now.shards}
     for shard in before.shards:
         if shard.file not in found or found[shard.file] != shard.sha256:

@@ -63,7 +63,7 @@ def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:
         raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
     if not content:
         raise Rejected("empty document", f"{CONTENT_FIELD} is empty")
-    size = 0
+    size, blank = 0, True
     found: str | bytes
     for number, part in enumerate(content):
         match part, len(part) if isinstance(part, dict) else 1:
@@ -78,8 +78,11 @@ def _parts(entry: Any, folder: Path) -> Iterator[str | bytes]:
         size += len(found)
         if size > MAX_BYTES:
             raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
+        blank = blank and isinstance(found, str) and not found.strip()
         if found != "":  # an image of no bytes is for the decoder to reject
             yield found
+    if blank:
+        raise Rejected("empty document", "its texts are blank, and it has no image")
 
 
 def _file(name: str, folder: Path) -> bytes:

@@ -21,11 +21,25 @@ _BLOCK = 1 << 20
 
 
 def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
-    """A file in pieces of about `size` bytes; one that is compressed cannot be entered in its middle."""
+    """A file in pieces of about `size` bytes; one that is compressed cannot be entered in its middle.
+
+    InputError for a .zst that the library does not read, as whole as it may be.
+    """
     if path.suffix.lower() in COMPRESSIONS:
+        _check_window(path)
         return [Unit(path, 0, sys.maxsize)]
     total = path.stat().st_size
     return [Unit(path, start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _check_window(path: Path) -> None:
+    if path.suffix.lower() == ".zst":
+        with _zstandard(path) as stream:
+            try:
+                stream.read(1)
+            except OSError as error:
+                if "too much memory" in str(error):
+                    raise InputError(f"{path} must be compressed without --long, and is not; do it again") from error
 
 
 def lines_of(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:

@@ -133,7 +133,7 @@ def _caption(files: dict[str, bytes], where: str) -> str | Rejected:
     """Of the .txt, else of the .json."""
     if "txt" in files:
         try:
-            caption: Any = files["txt"].decode()
+            caption: Any = files["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             return Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {where}")
     else:

@@ -101,6 +101,6 @@ def _content(file: Path) -> str | Rejected:
     if file.stat().st_size > MAX_BYTES:
         return Rejected("file too large", f"more than {MAX_BYTES} bytes, {file}")
     try:
-        return file.read_bytes().decode()
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {file}")
