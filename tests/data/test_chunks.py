@@ -40,7 +40,7 @@ def test_a_text_that_fits_is_left_whole():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("aa bb.\n\ncc. dd\nee ff gg hh", ["aa bb.\n\n", "cc. dd\n", "ee ff gg hh"]),
+        ("aa bb.\n\ncccc.dd ee\nff gg", ["aa bb.\n\n", "cccc.dd ee\n", "ff gg"]),
         ("aa bb\ncc. dd ee ff", ["aa bb\n", "cc. dd ee ff"]),
         ("aa bb? cc dd ee ff", ["aa bb? ", "cc dd ee ff"]),
         ('a "bb." cc dd ee ff', ['a "bb." ', "cc dd ee ff"]),
@@ -50,6 +50,18 @@ def test_a_text_that_fits_is_left_whole():
 )
 def test_the_best_pause_in_the_second_half_is_taken(text, expected):
     assert pieces(text, 12) == expected
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "sentence", "end"),
+    [(200, 252, 252), (224, 247, 224), (200, 230, 230), (140, 200, 140), (100, 200, 200), (256, 250, 256)],
+)
+def test_a_pause_near_the_end_of_what_fits_goes_before_a_better_one_that_is_not(paragraph, sentence, end):
+    """Near is the last 32nd, the last eighth or the second half, of 256 here."""
+    letters = list("x" * 400)
+    letters[sentence - 2 : sentence] = ". "
+    letters[paragraph - 2 : paragraph] = "\n\n"
+    assert len(pieces("".join(letters), 256)[0]) == end
 
 
 def test_no_character_is_cut_in_two():

@@ -58,7 +58,7 @@ from transfusion_fast.files import read_json, sync, write_whole
 
 RECIPE, LEFT_OUT = "recipe.json", "left_out.jsonl"
 _LOCK, _UNITS, _SHARDS = ".lock", "units", "shards"
-_VERSION = 3
+_VERSION = 4
 """Of units and of how documents are packed: work begun by another is not gone on with."""
 _OPEN_UNITS = 32  # of three files each, that a process has open at once
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number

@@ -1,7 +1,8 @@
 """Cuts texts that are longer than a pack, where a reader would pause.
 
-A piece ends at the end of a paragraph if there is one in the second half of what fits, else of a line, a sentence, a
-word; a run of letters longer than that is cut between two of them. Nothing is dropped: the pieces are the text.
+A piece ends at the end of a paragraph, else of a line or a sentence, that is near the end of what fits: pieces fill
+packs where nothing shorter is left to fill them with. Only where none of them is in the second half it ends at a word,
+or in a run of letters longer than that between two of them. Nothing is dropped: the pieces are the text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 _PAUSE = re.compile(r"(?P<stop>[.!?;:][\"')\]]*)?(?P<space>\s+)")
 _PARAGRAPH, _LINE, _SENTENCE, _WORD = range(4)
+_NEAR = (32, 8, 2)  # the last 32nd of what fits, else the last eighth or half
 
 
 def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iterator[int]:
@@ -26,12 +28,17 @@ def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iter
     places: list[np.ndarray] = []
     while len(starts) - begin > room:
         places = places or _places(text, starts)
-        least, most = begin + (room + 1) // 2, begin + room
-        found = (_last_in(tokens, least, most) for tokens in places)
-        end = next((at for at in found if at is not None), most)
+        end = _piece_end(places, room, begin + room)
         yield end - begin
         begin, room = end, limit
     yield len(starts) - begin
+
+
+def _piece_end(places: list[np.ndarray], room: int, most: int) -> int:
+    *pauses, words, letters = places
+    tried = [*((tokens, part) for part in _NEAR for tokens in pauses), (words, 2), (letters, 2)]
+    found = (_last_in(tokens, most - room // part, most) for tokens, part in tried)
+    return next((at for at in found if at is not None), most)
 
 
 def blocks(text: str, size: int) -> Iterator[str]:
