@@ -3,6 +3,7 @@ your own, `text`, `pairs` or `interleaved`. And look after one: `preview`, `info
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -251,7 +252,7 @@ def _repack(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Tokenizer:
-    _check_apart(options)
+    _check_apart(options.out, options.files, source)
     if options.tokenizer and options.train_bpe is not None:
         raise InputError("--tokenizer and --train-bpe were both given; give one of them")
     if options.tokenizer:
@@ -265,13 +266,16 @@ def _tokenizer(options: argparse.Namespace, source: Source[RawDocument]) -> Toke
     return ByteTokenizer()
 
 
-def _check_apart(options: argparse.Namespace) -> None:
+def _check_apart(out: Path, given: Sequence[Path], source: Source[Any]) -> None:
     """What is made in a folder of the source would be read the next time."""
-    for path in options.files:
-        if options.out.resolve().is_relative_to(path.resolve()):
-            raise InputError(
-                f"output folder must lie outside of the sources, got {options.out} in {path}; choose another"
-            )
+    folders = {path for path in given if path.is_dir()}
+    for folder in {file.parent for file in source.files}:
+        parents = (folder, *folder.parents)
+        folders.update(parent for parent in parents if any(parent.is_relative_to(path) for path in given))
+    places = (out.resolve(), out.resolve().with_name(f"{out.resolve().name}.partial"))
+    for place, folder in itertools.product(places, folders):
+        if place.is_relative_to(folder.resolve()):
+            raise InputError(f"output folder must lie outside of the sources, got {place} in {folder}; choose another")
 
 
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:

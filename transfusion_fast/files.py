@@ -10,17 +10,22 @@ from typing import Any
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that has its old contents or the new ones whenever the process ends."""
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_bytes(content.encode() if isinstance(content, str) else content)
-    staged.replace(path)
+    begun = staged(path)
+    begun.write_bytes(content.encode() if isinstance(content, str) else content)
+    begun.replace(path)
+
+
+def staged(path: Path) -> Path:
+    """What `write_whole` leaves where it is cut off."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
     """As `write_whole`, and whenever the machine does."""
-    staged = path.with_name(f".{path.name}.durable")
-    write_whole(staged, content)
-    sync(staged)
-    staged.replace(path)
+    begun = path.with_name(f".{path.name}.durable")
+    write_whole(begun, content)
+    sync(begun)
+    begun.replace(path)
     sync(path.parent)
 
 

@@ -20,6 +20,7 @@ from build_cases import (
 )
 
 from transfusion_fast.data import build as building
+from transfusion_fast.data import unfinished
 from transfusion_fast.data.build import Recipe, build, tokenizer_of_before
 from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.sources.pairs import PairsSource
@@ -119,7 +120,7 @@ def test_what_a_run_killed_while_tidying_up_leaves_is_taken_for_what_it_is(tmp_p
     recipe = texts(tmp_path / "a.jsonl", "old")
     with monkeypatch.context() as patched:
         if killed_in == "before":
-            patched.setattr(building, "_discard", stop)
+            patched.setattr(building, "discard", stop)
         else:
             whole = building.shutil.rmtree
             patched.setattr(
@@ -145,7 +146,7 @@ def test_what_a_run_killed_while_tidying_up_leaves_is_taken_for_what_it_is(tmp_p
 def test_another_recipe_does_not_meet_what_is_left(tmp_path, monkeypatch):
     """Nor is what another began for the same folder removed, once it is there."""
     with monkeypatch.context() as patched:
-        patched.setattr(building, "_discard", lambda partial: (_ for _ in ()).throw(Stop))
+        patched.setattr(building, "discard", lambda partial: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -167,26 +168,49 @@ def test_a_file_of_a_unit_that_was_lost_with_the_machine_is_made_again(tmp_path,
 
 def test_who_finds_the_lock_of_a_folder_that_is_gone_looks_again(tmp_path, monkeypatch):
     """As when another run finishes between opening the lock and taking it."""
-    flock, recipe = building.fcntl.flock, texts(tmp_path / "a.jsonl", "old")
+    flock, recipe = unfinished.fcntl.flock, texts(tmp_path / "a.jsonl", "old")
     partial, done = tmp_path / "out.partial", []
 
     def overtaken(lock, how):
         if not done:
             done.append(True)
-            building._discard(partial)
+            building.discard(partial)
             build(recipe, tmp_path / "out")
         flock(lock, how)
 
-    monkeypatch.setattr(building.fcntl, "flock", overtaken)
+    monkeypatch.setattr(unfinished.fcntl, "flock", overtaken)
     assert build(recipe, tmp_path / "out").reused
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+@pytest.mark.parametrize("theirs", ["thesis.doc", "units/thesis.doc", "shards/thesis.doc", "tokenizer.json"])
+def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(tmp_path, theirs):
+    file = tmp_path / "out.partial" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    with pytest.raises(InputError, match=r"out.partial must be free, as OUT is made there, and holds \w+"):
+        build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+    assert [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file()] == [file]
 
 
 def test_what_is_left_of_another_source_without_its_recipe_is_not_used(tmp_path, monkeypatch):
     cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
     (tmp_path / "out.partial" / "recipe.json").unlink()
-    build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
-    assert words(tmp_path / "out") == sorted(f"new {n}" for n in range(20))
+    with pytest.raises(InputError, match=r"out.partial must be free, .* or remove it"):
+        build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
+
+
+def test_a_source_that_is_gone_meanwhile_is_named(tmp_path, monkeypatch):
+    recipe = texts(tmp_path / "a.jsonl", "old")
+    write = building.write_unit
+
+    def gone(*arguments):
+        (tmp_path / "a.jsonl").unlink()
+        return write(*arguments)
+
+    monkeypatch.setattr(building, "write_unit", gone)
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
+        build(recipe, tmp_path / "out")
 
 
 def test_settings_that_leave_nothing_may_be_corrected(tmp_path, tars):
@@ -198,7 +222,7 @@ def test_settings_that_leave_nothing_may_be_corrected(tmp_path, tars):
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
-    with building._locked(tmp_path / "out.partial"), pytest.raises(InputError, match="another is at work in it"):
+    with unfinished.locked(tmp_path / "out.partial"), pytest.raises(InputError, match="another is at work in it"):
         build(recipe, tmp_path / "out")
 
 

@@ -148,3 +148,4 @@ def test_a_file_that_takes_more_memory_than_the_library_gives_is_refused_and_not
         TextSource.of([path]).units()
     path.write_bytes(frame.replace(b"\xa8", b"\x50"))  # a window of 1 MB
     assert lines_in(path) == [b"5"]
+    assert lines_in(path.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl.zst"))) == [b"5"]

@@ -1,7 +1,9 @@
 """Parquet files give their texts, and name the rows and row groups that cannot be used."""
 
+import os
 import pickle
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -20,6 +22,15 @@ def texts_of(paths):
     found = [entry for unit in source.units() for entry in source.documents(unit)]
     texts = [entry.parts[0] for entry in found if not isinstance(entry, Rejected)]
     return texts, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
+
+
+def test_any_name_of_a_file_is_one(tmp_path, monkeypatch):
+    """And no URI."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("part:1.parquet", os.fsdecode(b"caf\xe9.parquet")):
+        write_column(tmp_path / "a.parquet", ["one"])
+        (tmp_path / "a.parquet").rename(name)
+        assert texts_of([Path(name)]) == (["one"], {})
 
 
 def write_column(path, values, **options):

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data.build import RECIPE, Recipe, build
+from transfusion_fast.data.build import Recipe, build
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.repack import PacksSource
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
+from transfusion_fast.data.unfinished import RECIPE
 from transfusion_fast.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
@@ -24,6 +25,7 @@ import prepare as command
 BYTES = ByteTokenizer()
 PHOTOS = ModalityInfo("photos", channels=3, patch_size=2, encoding="pixels")
 ICONS = ModalityInfo("icons", channels=1, patch_size=1, encoding="pixels")
+TEXT = {"sequence_length": 1024, "tokenizer": BYTES, "modalities": ()}
 SENTENCES = [f"Number {n} is told of in a sentence of its own. " * (1 + n % 7) for n in range(40)]
 
 
@@ -104,14 +106,25 @@ def test_texts_of_a_vocabulary_are_cut_where_they_give_the_same_ids(tmp_path):
     tokenizer = train_bpe(SENTENCES, 300)
     whole = " ".join(SENTENCES)
     ids = tokenizer.encode(whole)
-    odd = np.concatenate([tokenizer.encode(word) for letter in whole for word in letter])  # letter by letter
     settings = {"sequence_length": 8192, "tokenizer": tokenizer, "modalities": ()}
-    prepare([(TextSegment(ids),), (TextSegment(odd[:3000].astype(np.int32)),)], tmp_path / "data", **settings)
-    built = repacked(tmp_path / "data", tmp_path / "out", 256)
-    assert built.rejected == {"text cannot be cut": 1}
+    prepare([(TextSegment(ids),)], tmp_path / "data", **settings)
+    assert not repacked(tmp_path / "data", tmp_path / "out", 256).rejected
     found = [document[0].ids for document in read(tmp_path / "out")]
     assert sum(map(len, found)) == len(ids)
     assert Counter(np.concatenate(found).tolist()) == Counter(ids.tolist())
+
+
+def test_texts_that_other_ids_give_again_are_cut_and_parts_of_characters_are_not(tmp_path):
+    """As behind a blank line, which is one token at the end of a text and two before words."""
+    tokenizer = train_bpe(SENTENCES, 300)
+    whole = "\n".join(SENTENCES)
+    odd = np.concatenate([tokenizer.encode(letter) for letter in whole])
+    part = np.concatenate([tokenizer.encode("日")[:1], tokenizer.encode(whole)])
+    settings = {"sequence_length": 8192, "tokenizer": tokenizer, "modalities": ()}
+    prepare([(TextSegment(odd),), (TextSegment(part),)], tmp_path / "data", **settings)
+    assert repacked(tmp_path / "data", tmp_path / "out", 256).rejected == {"text cannot be cut": 1}
+    found = [tokenizer.decode(document[0].ids) for document in read(tmp_path / "out")]
+    assert Counter("".join(found)) == Counter(whole) and len(found) > 5
 
 
 def test_the_bytes_do_not_depend_on_the_processes(folder, tmp_path):
@@ -168,8 +181,14 @@ def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
     with pytest.raises(InputError, match=r"has none .3 x too long"):
         repacked(tmp_path / "data", tmp_path / "rejected", 256, long=None)
     (tmp_path / "data" / RECIPE).unlink()
-    with pytest.raises(InputError, match=r"has none .3 x too long"):
+    with pytest.raises(InputError, match=r"has no recipe.json to say .* give --long split, or --long reject"):
         repacked(tmp_path / "data", tmp_path / "unknown", 256, long=None)
+
+
+def test_texts_without_a_recipe_are_cut(tmp_path):
+    prepare([(TextSegment(BYTES.encode("A sentence of an article. " * 20)),)], tmp_path / "data", **TEXT)
+    (tmp_path / "data" / RECIPE).unlink()
+    assert repacked(tmp_path / "data", tmp_path / "out", 256, long=None).cut == 1
 
 
 def test_a_text_that_only_begins_another_part_need_not_give_its_ids_again(tmp_path):

@@ -110,9 +110,13 @@ def test_links_in_folders_are_followed_once_and_those_to_nothing_named(tmp_path)
     (corpus / "more" / "round").symlink_to(corpus)
     (corpus / "table.parquet").mkdir()
     assert texts_of([corpus])[0] == ["one", "two"]
-    (corpus / "c.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(InputError, match=r"source .*c.txt must be a file, and is none or a link to nothing"):
-        TextSource.of([corpus])
+    (corpus / "picture.png").symlink_to(tmp_path / "gone.png")  # which is for documents to miss
+    assert texts_of([corpus])[0] == ["one", "two"]
+    for name in ("c.txt", "part"):
+        (corpus / name).symlink_to(tmp_path / "gone")
+        with pytest.raises(InputError, match=rf"source .*{name} must be a file, and is none or a link to nothing"):
+            TextSource.of([corpus])
+        (corpus / name).unlink()
 
 
 @pytest.mark.parametrize("again", ["a.txt", ".", "link.txt"])

@@ -41,5 +41,5 @@ def test_waste_is_that_of_packing_anew(found):
 
 
 def test_the_picture_shows_something(found, tmp_path):
-    draw_lengths(found, "a $title_{ with a \\ of no formula", tmp_path / "lengths.png")
+    draw_lengths(found, "a $title_{ with a \\ of no formula and no text\udce9", tmp_path / "lengths.png")
     assert np.asarray(Image.open(tmp_path / "lengths.png").convert("L")).std() > 10

@@ -125,6 +125,20 @@ def test_a_folder_is_not_made_inside_of_its_source(stories, tmp_path, capsys, ou
     assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
 
 
+def test_a_folder_is_not_made_where_links_lead(stories, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    stories.rename(tmp_path / "disk" / "stories.jsonl")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "more").symlink_to(tmp_path / "disk")
+    code, _, err = run(capsys, "text", tmp_path / "links", "--out", tmp_path / "disk" / "out")
+    assert code == 2 and "must lie outside of the sources" in err
+    code, _, err = run(capsys, "text", tmp_path / "disk", "--out", tmp_path / "disk.partial" / ".." / "other")
+    assert code == 0
+    (tmp_path / "disk").rename(tmp_path / "disk.partial")
+    code, _, err = run(capsys, "text", tmp_path / "disk.partial", "--out", tmp_path / "disk")
+    assert code == 2 and "must lie outside of the sources" in err
+
+
 @pytest.mark.parametrize("option", ["--out", "--tokenizer"])
 def test_no_url_is_taken_for_a_folder(stories, tmp_path, capsys, monkeypatch, option):
     monkeypatch.chdir(tmp_path)

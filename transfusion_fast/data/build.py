@@ -8,7 +8,6 @@ by which the same command knows that it is done, and left_out.jsonl which docume
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -16,7 +15,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.config import changes
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
@@ -53,11 +51,22 @@ from transfusion_fast.data.store import (
     write_unit,
 )
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
+from transfusion_fast.data.unfinished import (
+    RECIPE,
+    SHARDS,
+    UNITS,
+    begin_or_go_on,
+    check_ours,
+    differing,
+    discard,
+    has_begun,
+    locked,
+    places,
+)
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json, sync, write_whole
 
-RECIPE, LEFT_OUT = "recipe.json", "left_out.jsonl"
-_LOCK, _UNITS, _SHARDS = ".lock", "units", "shards"
+LEFT_OUT = "left_out.jsonl"
 _VERSION = 4
 """Of units and of how documents are packed: work begun by another is not gone on with."""
 _OPEN_UNITS = 32  # of three files each, that a process has open at once
@@ -168,45 +177,38 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
     """
     if processes < 1:
         raise InputError(f"processes must be 1 or more, got {processes}")
-    folder, partial = _places(folder)
+    folder, partial = places(folder)
     described = json.loads(json.dumps(recipe.describe()))
     index = _finished(folder, described)
     if index is not None and not partial.exists():
         return Built(index, reused=True)
-    with _locked(partial):
+    check_ours(partial)
+    with locked(partial):
         index = _finished(folder, described)  # another process may have come first
         if index is not None:
             if read_json(partial / RECIPE) in (None, described):  # of a run that was killed before it had tidied up
-                _discard(partial)
+                discard(partial)
             return Built(index, reused=True)
-        _begin_or_go_on(partial, described, recipe.encoder.tokenizer)
+        begin_or_go_on(partial, described, recipe.encoder.tokenizer)
         try:
             built = _build(recipe, folder, partial, processes)
         except BaseException:
-            if not _has_begun(partial):  # nothing to go on with, and settings may be what was wrong
-                _discard(partial)
+            if not has_begun(partial):  # nothing to go on with, and settings may be what was wrong
+                discard(partial)
             raise
-        _discard(partial)
+        discard(partial)
     return built
 
 
 def tokenizer_of_before(source: Source[Any], vocabulary: int, folder: Path) -> Tokenizer | None:
     """The tokenizer that was trained on this very source, where the folder was made or begun with it."""
     now = json.loads(json.dumps(_source_description(source, vocabulary)))
-    for place in _places(folder):
+    for place in places(folder):
         match read_json(place / RECIPE):
             case {"encoder": {"tokenizer": dict(described)}, **rest} if now.items() <= rest.items():
                 with suppress(InputError):
                     return load_tokenizer(described, place)
     return None
-
-
-def _places(folder: Path) -> tuple[Path, Path]:
-    """The folder, and where it is made."""
-    folder = Path(folder).resolve()
-    if not folder.name:
-        raise InputError(f"output folder must have a name, got {str(folder)!r}; choose another")
-    return folder, folder.with_name(f"{folder.name}.partial")
 
 
 def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built:
@@ -218,7 +220,7 @@ def _build(recipe: Recipe, folder: Path, partial: Path, processes: int) -> Built
         tasks = _shard_tasks(recipe, partial, counts)
         shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
     if not shards:
-        shutil.rmtree(partial / _UNITS)
+        shutil.rmtree(partial / UNITS)
         rejected, examples, _ = built
         reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "it is empty"
         first = "".join(f"; {example}" for example in list(examples.values())[:1])
@@ -237,8 +239,8 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
         made_of = read_json(folder / RECIPE)
         if made_of is None:
             raise InputError(f"it has no {RECIPE} to tell what it was made of")
-        if differing := _differing(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
-            raise InputError(f"it was made otherwise: {differing}")
+        if change := differing(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
+            raise InputError(f"it was made otherwise: {change}")
         return read_index(folder)
     except (OSError, InputError) as error:
         raise InputError(
@@ -246,68 +248,9 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
         ) from error
 
 
-def _differing(before: object, now: dict[str, Any]) -> str:
-    """What is not the same in two recipes, of each part the first thing."""
-    known = before if isinstance(before, dict) else {}
-    found = {name: next(changes(known.get(name), value, name), None) for name, value in now.items()}
-    return " and ".join(change for change in found.values() if change)
-
-
-def _begin_or_go_on(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes the recipe and the tokenizer, or finds the recipe of what has begun in `partial` to be the same."""
-    before = read_json(partial / RECIPE)
-    if before is not None and _has_begun(partial):
-        if differing := _differing(before, recipe):
-            raise InputError(
-                f"{partial} was begun otherwise: {differing}; go on as it was begun, or remove it to begin anew"
-            )
-    else:
-        for name in (_UNITS, _SHARDS):  # what no recipe speaks for may be of any
-            shutil.rmtree(partial / name, ignore_errors=True)
-        tokenizer.write(partial)
-        write_whole(partial / RECIPE, json.dumps(recipe, indent=1))
-    for name in (_UNITS, _SHARDS):
-        (partial / name).mkdir(exist_ok=True)
-
-
-def _has_begun(partial: Path) -> bool:
-    return any((partial / _UNITS).glob("*.json"))
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Its lock is in the folder, and goes with it: who has locked one that is gone looks again."""
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = (partial / _LOCK).open("w")
-        except FileNotFoundError:
-            continue
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{partial} must be made by one process, and another is at work in it") from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), (partial / _LOCK).stat()):
-                    yield
-                    return
-
-
-def _discard(partial: Path) -> None:
-    """Frees its name in one step, so that who begins anew meets nothing of it; what takes time is before that."""
-    for name in (_UNITS, _SHARDS):
-        if (partial / name).exists():
-            shutil.rmtree(partial / name)
-    removed = partial.with_name(f".{partial.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    partial.rename(removed)
-    shutil.rmtree(removed)
-
-
 def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
     number, unit = numbered
-    folder, encoder = job.folder / _UNITS, job.recipe.encoder
+    folder, encoder = job.folder / UNITS, job.recipe.encoder
     report = read_report(folder, number)
     if report is None:
         documents = encoder.encode(job.recipe.source.documents(unit))
@@ -333,7 +276,7 @@ def _shard_tasks(recipe: Recipe, partial: Path, counts: np.ndarray) -> Iterator[
     """
     order = keyed_permutation(len(counts), recipe.seed, *_UNIT_STREAM)
     starts = np.cumsum(counts[order]) - counts[order]
-    lengths = (read_lengths(partial / _UNITS, number) for number in order.tolist())
+    lengths = (read_lengths(partial / UNITS, number) for number in order.tolist())
     packs = pack_stream(lengths, recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
     number = 0
     while chosen := list(islice(packs, recipe.packs_per_shard)):
@@ -344,9 +287,9 @@ def _shard_tasks(recipe: Recipe, partial: Path, counts: np.ndarray) -> Iterator[
 
 
 def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
-    record = job.folder / _UNITS / f"shard-{task.number:06d}.json"
+    record = job.folder / UNITS / f"shard-{task.number:06d}.json"
     encoder = job.recipe.encoder
-    folder = job.folder / _SHARDS
+    folder = job.folder / SHARDS
     match read_json(record):
         case [dict(entry), int(documents), int(tokens)]:
             info = parse_shard(entry, str(record))
@@ -365,7 +308,7 @@ def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
 
     @functools.lru_cache(maxsize=_OPEN_UNITS)
     def reader(unit: int) -> UnitReader:
-        return UnitReader(job.folder / _UNITS, unit, modalities)
+        return UnitReader(job.folder / UNITS, unit, modalities)
 
     for pack in task.packs:
         yield make_pack([reader(unit)[document] for unit, document in pack.tolist()], modalities)
@@ -373,9 +316,9 @@ def _packs(job: _Job, task: _ShardTask) -> Iterator[Pack]:
 
 def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: Index, units: int) -> None:
     """Puts what belongs beside the shards there, and the folder into its place."""
-    shards = partial / _SHARDS
+    shards = partial / SHARDS
     encoder.tokenizer.write(shards)
-    copy_rejections(partial / _UNITS, units, shards / LEFT_OUT)
+    copy_rejections(partial / UNITS, units, shards / LEFT_OUT)
     write_index(shards, index)
     recipe = {**read_json(partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
     write_whole(shards / RECIPE, json.dumps(recipe, indent=1))

@@ -28,6 +28,7 @@ Long = Literal["split", "reject"]
 """What becomes of a document that is longer than a pack: several, or none."""
 
 _Piece = TypeVar("_Piece")
+_NO_TEXT = "\ufffd"  # what decoding puts where bytes are no character
 _BLOCK, _BLOCK_PACKS = 1 << 20, 64  # characters that are encoded together, at least, and in positions of a pack
 
 
@@ -123,8 +124,8 @@ class EncodedDocument:
 class Fitter:
     """What makes encoded documents fit packs; nothing is decoded or encoded but a text that is cut. Picklable.
 
-    To be cut where a reader would pause, a text must give the ids that are stored, as texts do but for odd places where
-    an earlier cut fell inside a word; what does not is rejected.
+    To be cut where a reader would pause, a text is encoded again, by ids that may not be those stored but give the same
+    text. One that holds a part of a character, as where an earlier cut fell inside it, has no such ids and is rejected.
     """
 
     tokenizer: Tokenizer
@@ -164,6 +165,6 @@ class Fitter:
             return [segment]
         text = self.tokenizer.decode(segment.ids)
         ids, starts = self.tokenizer.encode_with_starts(text)
-        if not np.array_equal(ids, segment.ids):
-            raise Rejected("text cannot be cut", "its words do not give the stored ids again; choose longer packs")
+        if not np.array_equal(ids, segment.ids) and (_NO_TEXT in text or self.tokenizer.decode(ids) != text):
+            raise Rejected("text cannot be cut", "encoded again it would be another; choose longer packs")
         return self._fitting.cut(text, ids, starts, free)

@@ -1,4 +1,4 @@
-"""A data folder as a source: its documents, to be packed anew at another length. Nothing is encoded again."""
+"""A data folder as a source: its documents, to be packed anew at another length."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.data.build import RECIPE
 from transfusion_fast.data.fitting import EncodedDocument, Fitter, Long
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.source import Unit
 from transfusion_fast.data.tokenizer import load_tokenizer
+from transfusion_fast.data.unfinished import RECIPE
+from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 
 
@@ -49,7 +50,7 @@ class PacksSource:
     def fitter(self, sequence_length: int, long: Long | None = None) -> Fitter:
         """What makes the documents fit packs of another length, with the folder's own tokenizer and modalities.
 
-        `long` is as in its recipe if it is not given; where there is none, nothing is torn.
+        `long` is as in its recipe if it is not given; without either, InputError for a folder with images.
         """
         index = self._reader.index
         tokenizer = load_tokenizer(index.tokenizer, self.folder)
@@ -58,9 +59,14 @@ class PacksSource:
     @property
     def _long(self) -> Long:
         match read_json(self.folder / RECIPE):
-            case {"encoder": {"long": "split"}}:
-                return "split"
-        return "reject"
+            case {"encoder": {"long": ("split" | "reject") as long}}:
+                return long
+        if not self._reader.index.modalities:
+            return "split"
+        raise InputError(
+            f"{self.folder} has no {RECIPE} to say what becomes of documents longer than a pack; "
+            "give --long split, or --long reject to keep images with their captions"
+        )
 
     @cached_property
     def _reader(self) -> PackReader:

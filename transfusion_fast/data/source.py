@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from transfusion_fast.errors import InputError
 
@@ -107,21 +107,25 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """By name; links are followed, and no folder is entered twice."""
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    for name, below, files in os.walk(folder, onerror=_raise, followlinks=True):
-        status = os.stat(name)
-        below.sort()
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        status = current.stat()
         if (status.st_dev, status.st_ino) in entered:
-            below.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
-        found += [path for path in (Path(name, file) for file in files) if kind_of(path) in suffixes]
-    if strange := next((path for path in found if not path.is_file()), None):
-        raise InputError(f"source {strange} must be a file, and is none or a link to nothing; mend or remove it")
+        with os.scandir(current) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
+        for entry in entries:
+            path = Path(entry.path)
+            wanted = kind_of(path) in suffixes
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and path.is_dir()):
+                waiting.append(path)
+            elif wanted and path.is_file():
+                found.append(path)
+            elif wanted or (not path.suffix and entry.is_symlink() and not path.exists()):  # perhaps to a folder
+                raise InputError(f"source {path} must be a file, and is none or a link to nothing; mend or remove it")
     return sorted(found)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
 
 
 def parse_json(line: bytes | Rejected, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,5 +88,6 @@ def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
         axes.set_xscale(scale)
         axes.set_xlabel("length of a document, positions")
         axes.set_ylabel(name)
+    title = os.fsencode(title).decode(errors="replace")  # names of folders may be any bytes
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110, format="png")

@@ -116,13 +116,15 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def _zstandard(path: Path) -> Any:
+@contextmanager
+def _zstandard(path: Path) -> Iterator[Any]:
     """pyarrow's, which reads frame after frame, and tells where one is cut off."""
     try:
         import pyarrow
     except ModuleNotFoundError as error:
         raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
-    return pyarrow.input_stream(str(path), compression="zstd")
+    with path.open("rb") as file, pyarrow.input_stream(file, compression="zstd") as stream:
+        yield stream
 
 
 class _Counted(io.RawIOBase):

@@ -55,8 +55,8 @@ def _parquet(path: Path) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
     try:
-        # Else a row group is in memory as a whole.
-        with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+        # A name would be taken for a URI. With other settings a row group is in memory as a whole.
+        with path.open("rb") as file, ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             yield table
     except (ArrowException, OSError, UnicodeDecodeError) as error:  # names in its schema need not be UTF-8
         if getattr(error, "errno", None):  # the disk's, not the file's
