@@ -271,11 +271,17 @@ def _check_apart(out: Path, given: Sequence[Path], source: Source[Any]) -> None:
     folders = {path for path in given if path.is_dir()}
     for folder in {file.parent for file in source.files}:
         parents = (folder, *folder.parents)
-        folders.update(parent for parent in parents if any(parent.is_relative_to(path) for path in given))
-    places = (out.resolve(), out.resolve().with_name(f"{out.resolve().name}.partial"))
-    for place, folder in itertools.product(places, folders):
-        if place.is_relative_to(folder.resolve()):
-            raise InputError(f"output folder must lie outside of the sources, got {place} in {folder}; choose another")
+        entered = list(itertools.takewhile(lambda parent: parent not in folders, parents))
+        if len(entered) < len(parents):  # else the file was given, and not a folder that it is in
+            folders.update(entered)
+    resolved = {folder.resolve(): folder for folder in folders}
+    out = out.resolve()
+    for place in (out, out.with_name(f"{out.name}.partial")):
+        for parent in (place, *place.parents):
+            if parent in resolved:
+                raise InputError(
+                    f"output folder must lie outside of the sources, got {place} in {resolved[parent]}; choose another"
+                )
 
 
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:

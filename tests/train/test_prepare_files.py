@@ -125,6 +125,13 @@ def test_a_folder_is_not_made_inside_of_its_source(stories, tmp_path, capsys, ou
     assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
 
 
+@pytest.mark.parametrize("given", ["stories.jsonl", "./stories.jsonl", "absolute"])
+def test_a_folder_may_be_made_beside_a_file_that_was_given(stories, tmp_path, capsys, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "text", stories if given == "absolute" else given, "--out", "data")
+    assert code == 0 and "12 documents" in out
+
+
 def test_a_folder_is_not_made_where_links_lead(stories, tmp_path, capsys):
     (tmp_path / "disk").mkdir()
     stories.rename(tmp_path / "disk" / "stories.jsonl")
