@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     repack = sources.add_parser("repack", help="the documents of a data folder in packs of another length")
     repack.add_argument("folder", type=_local, metavar="FOLDER", help="data folder; stays as it is")
     _add_packing(repack)
-    repack.set_defaults(run=_repack, long=None)
+    repack.set_defaults(run=_repack, long=None, train_bpe=None)
     _add_upkeep(sources)
     return parser
 
@@ -285,7 +285,7 @@ def _check_apart(out: Path, given: Sequence[Path], source: Source[Any]) -> None:
 
 
 def _build(options: argparse.Namespace, source: Source[Any], encoder: DocumentEncoder[Any]) -> None:
-    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=getattr(options, "train_bpe", None))
+    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe)
     _tell(options.out, build(recipe, options.out, options.processes))
 
 

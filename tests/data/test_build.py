@@ -15,10 +15,8 @@ from build_cases import (
     TOKENIZER,
     content,
     documents_in,
-    recipe_of,
     texts,
     words,
-    write_tars,
 )
 from image_files import picture, png_with_header, saved
 from PIL import Image
@@ -31,16 +29,6 @@ from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory):
-    return write_tars(tmp_path_factory.mktemp("tars"))
-
-
-@pytest.fixture
-def recipe(tars):
-    return recipe_of(tars)
 
 
 def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path, recipe):

@@ -13,10 +13,8 @@ from build_cases import (
     Stop,
     content,
     cut_off,
-    recipe_of,
     texts,
     words,
-    write_tars,
 )
 
 from transfusion_fast.data import build as building
@@ -26,16 +24,6 @@ from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.sources.pairs import PairsSource
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 from transfusion_fast.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory):
-    return write_tars(tmp_path_factory.mktemp("tars"))
-
-
-@pytest.fixture
-def recipe(tars):
-    return recipe_of(tars)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4, 6])
@@ -196,7 +184,7 @@ def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(tmp_path, theirs):
 def test_what_is_left_of_another_source_without_its_recipe_is_not_used(tmp_path, monkeypatch):
     cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
     (tmp_path / "out.partial" / "recipe.json").unlink()
-    with pytest.raises(InputError, match=r"out.partial must be free, .* or remove it"):
+    with pytest.raises(InputError, match=r"out.partial must be free, .* or move that"):
         build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
 
 

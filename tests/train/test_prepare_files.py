@@ -155,7 +155,7 @@ def test_no_url_is_taken_for_a_folder(stories, tmp_path, capsys, monkeypatch, op
     assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
 
 
-def test_a_folder_whose_name_is_no_text_can_be_looked_at(stories, tmp_path, capfd):
+def test_a_folder_whose_name_is_no_text_can_be_looked_at(stories, tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff")
     for command in (["text", stories, "--out", folder, "--processes", "1"], ["info", folder],
                     ["preview", folder, "--out", tmp_path / "page.html"]):  # fmt: skip

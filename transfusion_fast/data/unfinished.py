@@ -38,7 +38,7 @@ def check_ours(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name not in ours:
             raise InputError(
-                f"{partial} must be free, as OUT is made there, and holds {path.name}; choose another OUT, or remove it"
+                f"{partial} must be free, as OUT is made there, and holds {path.name}; choose another OUT, or move that"
             )
 
 
