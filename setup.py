@@ -16,8 +16,12 @@ setup(
     packages=[
         "transfusion_fast",
         "transfusion_fast.data",
-        "transfusion_fast.data.sources",
         "transfusion_fast.kernels",
+        "transfusion_fast.model",
+        "transfusion_fast.prepare",
+        "transfusion_fast.prepare.examples",
+        "transfusion_fast.prepare.sources",
+        "transfusion_fast.sampling",
         "transfusion_fast.training",
     ],
     # Only Python files are installed. The YAML files in train/configs belong to the repository's command lines.

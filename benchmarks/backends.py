@@ -18,7 +18,7 @@ from attn_problem import NEEDS_CUDA, Backend, Forward, Problem, too_large
 from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
-from transfusion_fast.ops import hybrid_attention
+from transfusion_fast.model.ops import hybrid_attention
 
 
 class Ours:

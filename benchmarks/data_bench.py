@@ -28,17 +28,17 @@ from PIL import Image
 
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack, draw
-from transfusion_fast.data.build import Recipe, build
-from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.loader import Share, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.packing import pack_stream
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.source import Source
-from transfusion_fast.data.sources.pairs import PairsSource
-from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.prepare.build import Recipe, build
+from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.packing import pack_stream
+from transfusion_fast.prepare.sources.base import Source
+from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.text import TextSource
 
 CAPACITY = 4096
 LATENTS = ModalityInfo("latents", channels=8, patch_size=2, encoding="latents")  # 32 values a patch

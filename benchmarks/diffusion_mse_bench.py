@@ -24,8 +24,8 @@ from fused_bench import Where
 from fused_compare import Forward, Problem, bytes_of
 from torch import Tensor
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import reference
+from transfusion_fast.model import ops
 
 C = 32
 

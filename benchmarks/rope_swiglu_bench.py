@@ -24,9 +24,9 @@ from fused_bench import Where
 from fused_compare import Forward, Problem, bytes_of
 from torch import Tensor
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.reference import Rotary
+from transfusion_fast.model import ops
 
 EPS = 1e-6  # of the norm, as the op has it
 

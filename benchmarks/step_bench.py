@@ -38,11 +38,11 @@ from step_report import MATMUL, Facts, Row
 from torch import Tensor, nn
 
 from transfusion_fast import Transfusion
-from transfusion_fast.backends import IMPLEMENTATIONS
 from transfusion_fast.errors import InputError
-from transfusion_fast.loss import Losses
-from transfusion_fast.sequence import PackedBatch
-from transfusion_fast.training.heap import keep_freed_memory
+from transfusion_fast.model.loss import Losses
+from transfusion_fast.model.ops import IMPLEMENTATIONS
+from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.training.ranks import keep_freed_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINTING = ("none", "selective", "full")

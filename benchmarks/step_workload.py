@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transfusion_fast import Transfusion, inputs
+from transfusion_fast import Transfusion
 from transfusion_fast.config import PRESETS, ModelConfig, TransformerConfig
 from transfusion_fast.kernels.layout import AttentionLayout
-from transfusion_fast.sequence import PackedBatch
+from transfusion_fast.model import inputs
+from transfusion_fast.model.sequence import PackedBatch
 
 # Documents as a model takes them: integers are text, [patches, C] numbers an image.
 Documents = list[list[Tensor]]

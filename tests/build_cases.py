@@ -9,14 +9,14 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from transfusion_fast.data import build as building
-from transfusion_fast.data.build import Recipe, build
-from transfusion_fast.data.encode import Encoder, ImageRule
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.sources.pairs import PairsSource
-from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.prepare import build as building
+from transfusion_fast.prepare.build import Recipe, build
+from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.text import TextSource
 
 TOKENIZER = ByteTokenizer()
 RGB = ModalityInfo("images", channels=3, patch_size=4, encoding="pixels")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data import fashion
+from transfusion_fast.prepare.examples import fashion
 
 SIZES = {"train": 40, "heldout": 20}
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from transfusion_fast.config import Config, load_config
-from transfusion_fast.data.digits import MODALITY
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.examples.digits import MODALITY
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "train" / "pretrain.py"

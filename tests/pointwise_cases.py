@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from attention_cases import ROUNDING, relative_error
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import reference
+from transfusion_fast.model import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GUARD = 8192  # numbers, more than a tile has

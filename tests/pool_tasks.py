@@ -2,8 +2,8 @@
 
 import time
 
-from transfusion_fast.data.pool import worker_number
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.pool import worker_number
 
 
 def slowly(job, task):

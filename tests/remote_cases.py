@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfusion_fast.data import remote
+from transfusion_fast.data import folder as remote
+from transfusion_fast.data.folder import RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.remote import RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.examples.built_in import prepare
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 FORK = multiprocessing.get_context("fork")

@@ -10,10 +10,10 @@ import numpy as np
 
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index, schema_of
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.shards import append_table, padded, read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
-from transfusion_fast.data.verify import verify
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.inspect import verify
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 SCHEMA = schema_of(64, ByteTokenizer().describe(), (GREY,))

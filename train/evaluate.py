@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from transfusion_fast.data.digits import DIGIT_WORDS
-from transfusion_fast.data.remote import is_url
+from transfusion_fast.data.folder import is_url
 from transfusion_fast.errors import InputError
-from transfusion_fast.evaluation import Captioned, Report, evaluate, read_captioned
-from transfusion_fast.pictures import check_picture, draw_grid
-from transfusion_fast.sample import ImageSettings
-from transfusion_fast.training.run import find_checkpoint, load_model, read_data_description
+from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
+from transfusion_fast.sampling.decoder import ImageSettings
+from transfusion_fast.sampling.evaluation import Captioned, Report, evaluate, read_captioned
+from transfusion_fast.sampling.pictures import check_picture, draw_grid
+from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_data_description
 
 
 def main() -> int:

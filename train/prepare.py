@@ -14,32 +14,31 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.autoencoder import read_autoencoder
 from transfusion_fast.config import Config, parse
+from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.build import LEFT_OUT, Built, DocumentEncoder, Recipe, build, tokenizer_of_before
-from transfusion_fast.data.digits import Digits
-from transfusion_fast.data.encode import Encoder, ImageRule
-from transfusion_fast.data.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.data.index import Index, parse_index
-from transfusion_fast.data.latents import BATCH, LatentRule
 from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ModalityInfo
-from transfusion_fast.data.prepare import BuiltIn, prepare_splits
-from transfusion_fast.data.preview import Decoder, pack_documents, page
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.repack import PacksSource
 from transfusion_fast.data.shards import PACKS_PER_SHARD
-from transfusion_fast.data.source import RawDocument, Source
-from transfusion_fast.data.sources.interleaved import InterleavedSource
-from transfusion_fast.data.sources.pairs import PairsSource
-from transfusion_fast.data.sources.text import TextSource
-from transfusion_fast.data.statistics import draw_lengths, pack_statistics, summed
-from transfusion_fast.data.stories import Stories
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, read_tokenizer, train_bpe
-from transfusion_fast.data.verify import rebuild_index, verify
 from transfusion_fast.errors import InputError
-from transfusion_fast.pictures import check_picture, check_writable
+from transfusion_fast.prepare.build import LEFT_OUT, Built, DocumentEncoder, Recipe, build, tokenizer_of_before
+from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
+from transfusion_fast.prepare.examples.digits import Digits
+from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
+from transfusion_fast.prepare.examples.stories import Stories
+from transfusion_fast.prepare.images import BATCH, LatentRule
+from transfusion_fast.prepare.inspect import draw_lengths, pack_statistics, rebuild_index, summed, verify
+from transfusion_fast.prepare.preview import Decoder, pack_documents, page
+from transfusion_fast.prepare.repack import PacksSource
+from transfusion_fast.prepare.sources.base import RawDocument, Source
+from transfusion_fast.prepare.sources.interleaved import InterleavedSource
+from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.text import TextSource
+from transfusion_fast.sampling.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)  # whose waste `info` tells
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from transfusion_fast import backends
 from transfusion_fast.config import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.run import check_output
+from transfusion_fast.model import ops
+from transfusion_fast.training.run_folder import check_output
 
 # DeepSpeed calls collectives by names that torch renames; a line from every rank about it helps nobody.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -38,7 +38,7 @@ def main() -> int:
         config = load_config(path, arguments)
         data = open_data(config)
         check_output(Path(config.train.output))
-        backends.describe(config.model.backend, torch.device("cpu"))  # refuses one that cannot run here
+        ops.describe(config.model.backend, torch.device("cpu"))  # refuses one that cannot run here
         from transfusion_fast.training.ranks import join_ranks
         from transfusion_fast.training.trainer import train
 

@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from PIL import Image as PillowImage
 
-from transfusion_fast.autoencoder import Autoencoder, read_autoencoder
-from transfusion_fast.data.decode import decode_image
-from transfusion_fast.data.encode import scaled_middle
+from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
+from transfusion_fast.data.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.data.pack import ModalityInfo
-from transfusion_fast.data.preview import Picture, page
-from transfusion_fast.data.source import Rejected
-from transfusion_fast.errors import InputError
-from transfusion_fast.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
-from transfusion_fast.model import Transfusion
-from transfusion_fast.pictures import check_picture, check_writable, draw_grid
-from transfusion_fast.sample import ImageSettings, generate_images, sample
-from transfusion_fast.sequence import Image, Text
-from transfusion_fast.training.run import DataDescription, find_checkpoint, load_model, read_data_description
+from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.model.sequence import Image, Text
+from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.prepare.encode import scaled_middle
+from transfusion_fast.prepare.images import decode_image
+from transfusion_fast.prepare.preview import Picture, page
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid
+from transfusion_fast.training.run_folder import DataDescription, find_checkpoint, load_model, read_data_description
 
 
 def main() -> int:

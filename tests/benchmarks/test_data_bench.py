@@ -8,7 +8,7 @@ import pytest
 from measure import Effort, write_csv
 
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.sequence import PackedBatch
+from transfusion_fast.model.sequence import PackedBatch
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from fused_bench import Where
 from fused_compare import COMPILED, PLAIN, Outcome, compare
 from measure import NOT_MEASURED, Effort, Machine, Quantiles, Timing
 
-from transfusion_fast import backends
 from transfusion_fast.kernels import reference
+from transfusion_fast.model import ops
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine("a CPU", "2.13", "-", "-", "abc")
@@ -54,13 +54,13 @@ def test_every_op_is_measured_on_a_cpu_and_what_needs_a_gpu_is_named(tmp_path, n
 @pytest.mark.parametrize("spoil", ["output", "gradient"])
 def test_a_wrong_backend_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys, spoil):
     def wrong(gate, up):
-        gate, up = backends._halves(gate, up)
+        gate, up = ops._halves(gate, up)
         if spoil == "gradient":
             up = up.detach() + 1.1 * (up - up.detach())
         out = reference.swiglu(gate, up)
         return 1.05 * out if spoil == "output" else out
 
-    monkeypatch.setitem(backends.IMPLEMENTATIONS["torch"], "swiglu", wrong)
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "swiglu", wrong)
     arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--backends", "torch", "--dtypes", "bf16"]
     assert rope_swiglu_bench.main([*arguments, "--seconds", "0.01"]) == 1
     status = {row["op"]: row["status"] for row in rows_in(tmp_path, "rope_swiglu")}
@@ -71,8 +71,8 @@ def test_a_wrong_backend_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_a_diffusion_error_that_is_off_by_a_hundredth_is_found_in_every_precision(monkeypatch, flow):
-    right = backends.IMPLEMENTATIONS["torch"]["diffusion_mse"]
-    monkeypatch.setitem(backends.IMPLEMENTATIONS["torch"], "diffusion_mse", lambda *tensors: 1.01 * right(*tensors))
+    right = ops.IMPLEMENTATIONS["torch"]["diffusion_mse"]
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "diffusion_mse", lambda *tensors: 1.01 * right(*tensors))
     for dtype in (torch.bfloat16, torch.float32):
         problem = diffusion_mse_bench.error(Where(BF16.device, dtype, tiny=True), ragged=True, flow=flow)
         [outcome], _ = compare(problem, ["torch"], Effort(1, 0))
@@ -85,7 +85,7 @@ def test_ours_that_breaks_fails_and_a_compiler_that_breaks_is_left_out(monkeypat
     def broken(*arguments, **options):
         raise RuntimeError("it fell over\nin its second line")
 
-    monkeypatch.setitem(backends.IMPLEMENTATIONS["torch"], "swiglu", broken)
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "swiglu", broken)
     monkeypatch.setattr(fused_compare.torch, "compile", broken)
     outcomes, _ = compare(problem, ["torch", PLAIN, COMPILED], Effort(1, 0))
     assert [o.status for o in outcomes] == [

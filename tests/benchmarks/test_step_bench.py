@@ -12,9 +12,10 @@ from measure import Machine, Quantiles, Timing
 from step_bench import MasterAdamW, Variant
 from step_report import Facts
 
-from transfusion_fast import Transfusion, backends
+from transfusion_fast import Transfusion
 from transfusion_fast.config import ModelConfig, TransformerConfig
 from transfusion_fast.errors import InputError
+from transfusion_fast.model import ops
 
 CPU = torch.device("cpu")
 
@@ -67,8 +68,8 @@ def test_nothing_is_timed_where_a_backends_losses_are_not_the_references(monkeyp
     monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
     documents = step_workload.ragged_documents(2)
     step_bench._check_losses("mini", documents, CPU, "torch")
-    wrong = backends.IMPLEMENTATIONS["torch"] | {"swiglu": lambda gate, up: gate.chunk(2, dim=-1)[0]}
-    monkeypatch.setitem(backends.IMPLEMENTATIONS, "torch", wrong)
+    wrong = ops.IMPLEMENTATIONS["torch"] | {"swiglu": lambda gate, up: gate.chunk(2, dim=-1)[0]}
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "torch", wrong)
     with pytest.raises(InputError, match="losses of fp32 torch must be the reference's to 1e-05, they differ by"):
         step_bench._check_losses("mini", documents, CPU, "torch")
 

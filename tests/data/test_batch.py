@@ -9,8 +9,8 @@ import torch
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
-from transfusion_fast.diffusion import CosineDDPM
-from transfusion_fast.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.diffusion import CosineDDPM
+from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 COLOUR = ModalityInfo("colour", channels=3, patch_size=1, encoding="pixels")

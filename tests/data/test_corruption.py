@@ -28,8 +28,8 @@ from transfusion_fast.data.index import read_index
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import TABLE
-from transfusion_fast.data.verify import rebuild_index
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.inspect import rebuild_index
 
 
 @pytest.fixture

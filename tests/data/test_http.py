@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from remote_cases import FORK, assert_reads, refusal, write_source
 
-from transfusion_fast.data import remote
+from transfusion_fast.data import folder as remote
+from transfusion_fast.data.folder import FetchError, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.index import INDEX_NAME, parse_index
 from transfusion_fast.data.pack import TextSegment
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.remote import FetchError, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
+from transfusion_fast.prepare.examples.built_in import prepare
 
 
 class Server(ThreadingHTTPServer):

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config, load_config
-from transfusion_fast.data.digits import MODALITY, Digits
 from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.pack import TextSegment
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.sequence import PackedBatch
+from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.examples.digits import MODALITY, Digits
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion_fast.data.index import Index, ShardInfo
+from transfusion_fast.data.folder import ShardCache
+from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Dataset, Mixture, MixtureOrder, open_mixture
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, TextSegment
-from transfusion_fast.data.prepare import prepare
-from transfusion_fast.data.remote import ShardCache
+from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.examples.built_in import prepare
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 NO_CACHE = ShardCache(Path("unused"), 0)

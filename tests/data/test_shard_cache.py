@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from remote_cases import FORK, assert_reads, at, lines_of, log_fetches, refusal, shard_bytes, write_source
 
-from transfusion_fast.data import remote
+from transfusion_fast.data import folder as remote
+from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.remote import FetchError
 from transfusion_fast.data.shards import read_table
 
 
@@ -100,7 +100,7 @@ def test_processes_that_crowd_a_small_cache_wait_for_room(source, tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from transfusion_fast.data import remote
+from transfusion_fast.data import folder as remote
 from transfusion_fast.data.reader import PackReader
 
 copy = remote._copy

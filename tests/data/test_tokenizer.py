@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from transfusion_fast.data.source import Rejected
 from transfusion_fast.data.tokenizer import (
     TOKENIZER_NAME,
     ByteTokenizer,
@@ -18,7 +17,7 @@ from transfusion_fast.data.tokenizer import (
     read_tokenizer,
     train_bpe,
 )
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, Rejected
 
 TEXTS = ["the cat sat on the mat. " * 5, "once upon a time there was a cat\n" * 4, "日本語 and français " * 3]
 BPE = train_bpe(TEXTS, 300)

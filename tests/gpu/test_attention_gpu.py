@@ -5,8 +5,8 @@ import mixes
 import pytest
 import torch
 
-from transfusion_fast import ops
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("pydantic", reason="settings need pydantic")
 from transfusion_fast import Transfusion
-from transfusion_fast.inputs import as_document, pack_documents
+from transfusion_fast.model.inputs import as_document, pack_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -23,7 +23,7 @@ from pointwise_cases import (
     upstreams,
 )
 
-from transfusion_fast import ops
+from transfusion_fast.model import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -21,9 +21,9 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import attention_configs, launch, reference
 from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
+from transfusion_fast.model import ops
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"),

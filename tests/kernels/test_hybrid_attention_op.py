@@ -14,10 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import attention_kernels, launch
 from transfusion_fast.kernels import hybrid_attention as kernel
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model import ops
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 

@@ -21,9 +21,9 @@ from pointwise_cases import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfusion_fast import ops
 from transfusion_fast.kernels import launch
 from transfusion_fast.kernels import swiglu as kernel
+from transfusion_fast.model import ops
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"),

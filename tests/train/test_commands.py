@@ -15,8 +15,8 @@ from PIL import Image
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, in a folder with the digits it was trained on."""
-    from transfusion_fast.data.digits import Digits
-    from transfusion_fast.data.prepare import prepare_splits
+    from transfusion_fast.prepare.examples.built_in import prepare_splits
+    from transfusion_fast.prepare.examples.digits import Digits
 
     folder = tmp_path_factory.mktemp("commands")
     prepare_splits(Digits(), folder / "digits", sequence_length=128, packs_per_shard=16)
@@ -173,10 +173,10 @@ def test_a_picture_to_caption_is_read_as_training_pictures_are(run: Path, tmp_pa
 
 
 def test_evaluation_of_stories_is_refused(run: Path, tmp_path: Path, command) -> None:
-    from transfusion_fast.data.digits import MODALITY
     from transfusion_fast.data.pack import ImageSegment, TextSegment
-    from transfusion_fast.data.prepare import prepare
     from transfusion_fast.data.tokenizer import ByteTokenizer
+    from transfusion_fast.prepare.examples.built_in import prepare
+    from transfusion_fast.prepare.examples.digits import MODALITY
 
     words, image = TextSegment(ByteTokenizer().encode("one")), ImageSegment(np.zeros((8, 8, 1), np.uint8))
     settings = {"sequence_length": 128, "tokenizer": ByteTokenizer(), "modalities": (MODALITY,)}

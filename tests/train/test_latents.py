@@ -10,7 +10,7 @@ from autoencoders import random_pixels, save_autoencoder
 from launching import metrics, train
 from PIL import Image
 
-from transfusion_fast.autoencoder import read_autoencoder
+from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.reader import PackReader
 
 SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from launching import train
 
-from transfusion_fast.data.digits import Digits
-from transfusion_fast.data.prepare import prepare_splits
+from transfusion_fast.prepare.examples.built_in import prepare_splits
+from transfusion_fast.prepare.examples.digits import Digits
 
 
 @pytest.fixture(scope="session")

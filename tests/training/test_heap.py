@@ -11,7 +11,7 @@ import os, re, sys
 from pathlib import Path
 import numpy as np
 import torch
-from transfusion_fast.training.heap import keep_freed_memory
+from transfusion_fast.training.ranks import keep_freed_memory
 
 keep_freed_memory()
 held = [torch.ones(4 << 20) for _ in range(100)]  # 1.6 GB, beyond one growth

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, metrics, picture, start, text, train, write_packs
 
-from transfusion_fast.data.prepare import prepare
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.prepare.examples.built_in import prepare
 
 SETTINGS = ("train.steps=4", "train.checkpoint_every=2", "train.micro_batch=2")
 

@@ -17,7 +17,7 @@ from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer
 from transfusion_fast.training.metrics import MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run import write_config
+from transfusion_fast.training.run_folder import write_config
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
 

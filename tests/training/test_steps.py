@@ -15,7 +15,7 @@ from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import read_table
-from transfusion_fast.loss import Counts
+from transfusion_fast.model.loss import Counts
 from transfusion_fast.training.engine import learning_rate, make_optimizer, set_learning_rate
 
 

@@ -8,10 +8,10 @@ import fashion_files
 import pytest
 from launching import ROOT, metrics, train
 
-from transfusion_fast.data import stories
-from transfusion_fast.data.fashion import FashionMnist
-from transfusion_fast.data.prepare import prepare_splits
-from transfusion_fast.data.stories import Stories
+from transfusion_fast.prepare.examples import stories
+from transfusion_fast.prepare.examples.built_in import prepare_splits
+from transfusion_fast.prepare.examples.fashion import FashionMnist
+from transfusion_fast.prepare.examples.stories import Stories
 
 
 def test_stories_are_trained_on_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from launching import ROOT, metrics, train
 
-from transfusion_fast.data.build import Recipe, build
-from transfusion_fast.data.encode import Encoder
-from transfusion_fast.data.sources.text import TextSource
 from transfusion_fast.data.tokenizer import train_bpe
+from transfusion_fast.prepare.build import Recipe, build
+from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.sources.text import TextSource
 
 
 def test_prepared_text_is_trained_on_and_gone_on_with(tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.config import DataConfig
+from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
-from transfusion_fast.diffusion import NUM_TIMESTEPS, Objective
-from transfusion_fast.images import scale_pixels
-from transfusion_fast.patches import patchify
-from transfusion_fast.sequence import (
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Objective
+from transfusion_fast.model.sequence import (
     PackedBatch,
     PositionScheme,
     Segments,

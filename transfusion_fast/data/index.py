@@ -17,12 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
+from transfusion_fast.data.folder import DataFolder, RemoteFolder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.pool import worker_pool
-from transfusion_fast.data.remote import DataFolder, RemoteFolder
-from transfusion_fast.data.shards import LEAST_BYTES, MAX_PACKS, PackTable, decode_pack, read_table, table_bytes
+from transfusion_fast.data.shards import (
+    LEAST_BYTES,
+    MAX_PACKS,
+    PackTable,
+    ShardInfo,
+    decode_pack,
+    read_table,
+    table_bytes,
+)
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_whole
@@ -32,25 +37,6 @@ FORMAT = "transfusion_fast.packs"
 VERSION = 3
 _MAX_INT = 2**63 - 1  # which file offsets hold
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """One shard."""
-
-    file: str
-    bytes: int
-    sha256: str
-    packs: int
-    table: int
-    """Byte that its table begins at, and its packs end before."""
-    table_crc32: int
-    """Of the table, tar header included."""
-
-    @property
-    def table_span(self) -> tuple[int, int]:
-        """First and end byte of the table, tar header included."""
-        return self.table, self.table + table_bytes(self.packs)
 
 
 @dataclass(frozen=True)
@@ -174,30 +160,6 @@ def make_index(
     )
 
 
-def build_index(
-    folder: Path,
-    files: Sequence[str],
-    sequence_length: int,
-    tokenizer: Tokenizer,
-    modalities: Sequence[ModalityInfo],
-    processes: int = 1,
-) -> Index:
-    """The index of shards as they lie in a folder; InputError as of `index_shard`, or for one that lies there twice."""
-    job = (sequence_length, tokenizer.describe(), tuple(modalities))
-    with worker_pool(job, processes) as each:
-        paths = enumerate(folder / file for file in files)
-        shards = dict(tqdm(each(_index_numbered, paths), "indexing", len(files), unit="shard", disable=None))
-    index = make_index([shards[number] for number in range(len(files))], sequence_length, tokenizer, modalities)
-    _check_different(index.shards, str(folder))
-    return index
-
-
-def _index_numbered(
-    job: tuple[int, dict[str, str | int], tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
-) -> tuple[int, IndexedShard]:
-    return numbered[0], index_shard(numbered[1], *job)
-
-
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, as hexadecimal digits."""
     with path.open("rb") as stream:
@@ -272,11 +234,11 @@ def _parse_index(entry: object, where: str) -> Index:
             f"sequence_length in {where} must be at most {MAX_LENGTH}, got {index.sequence_length}; prepare it again"
         )
     latents_dtype(index.modalities)  # which must have one
-    _check_different(index.shards, where)
+    check_different(index.shards, where)
     return index
 
 
-def _check_different(shards: Sequence[ShardInfo], where: str) -> None:
+def check_different(shards: Sequence[ShardInfo], where: str) -> None:
     """No name twice, and no shard under two names: its documents would be trained on twice."""
     for shard, another in itertools.pairwise(sorted(shards, key=lambda shard: shard.file)):
         if shard.file == another.file:

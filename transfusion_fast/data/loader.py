@@ -16,13 +16,13 @@ from torch.utils import data
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
+from transfusion_fast.data.folder import FetchError, ShardCache
 from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
 from transfusion_fast.data.pack import empty_pack
-from transfusion_fast.data.remote import FetchError, ShardCache
-from transfusion_fast.diffusion import OBJECTIVES
 from transfusion_fast.errors import InputError
-from transfusion_fast.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 
 _MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
 

@@ -20,6 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from transfusion_fast.data.folder import DataFolder, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
@@ -30,7 +31,6 @@ from transfusion_fast.data.index import (
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, Pack
 from transfusion_fast.data.reader import OPEN_SHARDS, PackReader
-from transfusion_fast.data.remote import DataFolder, RemoteFolder, ShardCache, data_folder
 from transfusion_fast.errors import InputError
 
 _MAX_OPEN_SHARDS = 512  # of a process; systems allow 1,024 files as a rule

@@ -9,10 +9,10 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from transfusion_fast.data.index import Index, ShardInfo, read_index
+from transfusion_fast.data.folder import DataFolder, FetchError, RemoteFolder
+from transfusion_fast.data.index import Index, read_index
 from transfusion_fast.data.pack import Pack, validate_pack
-from transfusion_fast.data.remote import DataFolder, FetchError, RemoteFolder
-from transfusion_fast.data.shards import PackTable, decode_pack, decode_table
+from transfusion_fast.data.shards import PackTable, ShardInfo, decode_pack, decode_table
 from transfusion_fast.errors import InputError
 
 OPEN_SHARDS = 32

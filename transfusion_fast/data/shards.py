@@ -65,6 +65,25 @@ class PackTable:
             raise InputError(f"checksum of its bytes must be {self.rows[place, 1]}, got {crc32}")
 
 
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard."""
+
+    file: str
+    bytes: int
+    sha256: str
+    packs: int
+    table: int
+    """Byte that its table begins at, and its packs end before."""
+    table_crc32: int
+    """Of the table, tar header included."""
+
+    @property
+    def table_span(self) -> tuple[int, int]:
+        """First and end byte of the table, tar header included."""
+        return self.table, self.table + table_bytes(self.packs)
+
+
 def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> str:
     """Write the shard of that number, and return its name, which it bears only once it is whole.
 

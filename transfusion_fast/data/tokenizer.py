@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from transfusion_fast.data.remote import DataFolder, RemoteFolder
-from transfusion_fast.data.source import Rejected
-from transfusion_fast.errors import InputError
+from transfusion_fast.data.folder import DataFolder, RemoteFolder
+from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import write_whole
 
 if TYPE_CHECKING:

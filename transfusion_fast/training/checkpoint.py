@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run import (
+from transfusion_fast.training.run_folder import (
     CHECKPOINT_NAME,
     CHECKPOINTS,
     LATEST,

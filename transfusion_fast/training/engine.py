@@ -14,7 +14,7 @@ from torch import nn
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
-from transfusion_fast.model import Transfusion
+from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks, computes_bf16
 
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transfusion_fast import backends
 from transfusion_fast.config import Config
 from transfusion_fast.data.loader import Share, training_batches
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
-from transfusion_fast.loss import Counts
-from transfusion_fast.sequence import PackedBatch
+from transfusion_fast.model import ops
+from transfusion_fast.model.loss import Counts
+from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run import Meta, describe_data, write_config, write_data_description
+from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
 
 
 def train(config: Config, data: Mixture, ranks: Ranks) -> None:
@@ -236,5 +236,5 @@ def _announce(config: Config, data: Mixture, ranks: Ranks, share: Share, engine:
             "steps; lower it to train at optimizer.lr"
         )
     begin = f"resuming at step {meta.step}" if meta.step else "training"
-    backend = backends.describe(config.model.backend, ranks.device)
+    backend = ops.describe(config.model.backend, ranks.device)
     print(f"{begin}, {config.train.steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)

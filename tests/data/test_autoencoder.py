@@ -1,0 +1,185 @@
+"""Latents are what diffusers' own model gives, scaled as its config says; what is no such model gets one line."""
+
+import json
+import logging
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from autoencoders import random_pixels, save_autoencoder
+from safetensors.torch import load_file, save_file
+
+from transfusion_fast.data.autoencoder import CONFIG, WEIGHTS, _model, read_autoencoder
+from transfusion_fast.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+PIXELS = random_pixels(3, 8, 12, 3)
+
+
+def posterior(model, pixels):
+    """By hand: mean and standard deviation, fp32 [n, channels, h, w]."""
+    with torch.no_grad():
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = model.encode(images).latent_dist
+    return found.mean, found.std
+
+
+def stored(latents):
+    """fp32 [n, channels, h, w] as it is to be stored."""
+    return latents.permute(0, 2, 3, 1).half().numpy()
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale", "shift"),
+    [({}, 0.18215, 0.0), ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 1.5305, 0.0609)],
+)
+def test_latents_are_the_mean_or_a_sample_shifted_and_scaled(tmp_path, settings, scale, shift):
+    model = save_autoencoder(tmp_path, **settings)
+    autoencoder = read_autoencoder(tmp_path)
+    assert (autoencoder.stride, autoencoder.channels) == (2, 4)
+    mean, std = posterior(model, PIXELS)
+    assert np.array_equal(autoencoder.encode(PIXELS), stored((mean - shift) * scale))
+    noise = np.random.default_rng(1).standard_normal((3, 4, 6, 4), dtype=np.float32)
+    sample = mean + std * torch.from_numpy(noise).permute(0, 3, 1, 2)
+    assert np.array_equal(autoencoder.encode(PIXELS, noise), stored((sample - shift) * scale))
+
+
+def test_decoding_undoes_shift_and_scale_and_rounds_to_pixels(tmp_path):
+    model = save_autoencoder(tmp_path, scaling_factor=0.5, shift_factor=-0.25)
+    mean, _ = posterior(model, random_pixels(11, 8, 12, 3))  # more than are decoded together
+    with torch.no_grad():
+        images = model.decode(mean).sample.permute(0, 2, 3, 1)
+    expected = ((images.clamp(-1, 1) + 1) * 127.5).round()
+    decoded = read_autoencoder(tmp_path).decode(((mean + 0.25) * 0.5).permute(0, 2, 3, 1).numpy())
+    assert decoded.dtype == np.uint8 and expected.std() > 5
+    assert np.abs(decoded - expected.numpy()).max() <= 1
+
+
+def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(tmp_path):
+    save_autoencoder(tmp_path)
+    autoencoder, pixels = read_autoencoder(tmp_path), random_pixels(4, 64, 64, 3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(autoencoder.encode(pixels).tobytes())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
+def edit(folder, **fields):
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_the_fingerprint_is_of_settings_and_weights_alone(tmp_path):
+    first = tmp_path / "first"
+    save_autoencoder(first)
+    shutil.copytree(first, tmp_path / "copy")
+    edit(tmp_path / "copy", _diffusers_version="0.30.0", _name_or_path="elsewhere")
+    save_autoencoder(tmp_path / "weights", seed=1)
+    save_autoencoder(tmp_path / "scale", scaling_factor=0.2)
+    expected = read_autoencoder(first).fingerprint
+    same = {name: read_autoencoder(tmp_path / name).fingerprint == expected for name in ("copy", "weights", "scale")}
+    assert same == {"copy": True, "weights": False, "scale": False}
+
+
+def test_a_folder_that_has_changed_is_read_anew(tmp_path):
+    save_autoencoder(tmp_path)
+    before = read_autoencoder(tmp_path).encode(PIXELS)
+    save_autoencoder(tmp_path, seed=1)
+    assert not np.array_equal(read_autoencoder(tmp_path).encode(PIXELS), before)
+
+
+class Bomb:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_another_process_does_not_take_changed_weights_for_the_ones_that_were_named(tmp_path):
+    save_autoencoder(tmp_path / "vae")
+    autoencoder = read_autoencoder(tmp_path / "vae")
+    save_autoencoder(tmp_path / "vae", seed=1)
+    _model.cache_clear()  # as in a process that has not read it yet
+    with pytest.raises(InputError, match="must stay as it is while it is in use, and has changed"):
+        autoencoder.encode(PIXELS)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_pickled_weights_are_refused_and_never_read(tmp_path, suffix):
+    folder, written = tmp_path / "vae", tmp_path / "written"
+    save_autoencoder(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).with_suffix(suffix).write_bytes(pickle.dumps(Bomb(written)))
+    with pytest.raises(InputError, match="never a pickle.*convert them" if suffix == ".bin" else "cannot be read"):
+        read_autoencoder(folder)
+    assert not written.exists()
+    pickle.loads(pickle.dumps(Bomb(written)))
+    assert written.exists()  # it is one
+
+
+def lacking(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def cut(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (shutil.rmtree, "must be a folder with config.json, and is not"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "config.json must be JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), r"_class_name in .* must be AutoencoderKL, got \[\]"),
+        (lambda folder: edit(folder, _class_name="VQModel"), "must be AutoencoderKL, got 'VQModel'"),
+        (lambda folder: edit(folder, latents_mean=[0.5] * 4), "latents_mean in .* must be null"),
+        (lambda folder: edit(folder, in_channels=1), "in_channels in .* must be 3 for colour, got 1"),
+        (lambda folder: edit(folder, block_out_channels=5), "cannot be read"),
+        (lambda folder: edit(folder, block_out_channels=[8, 16]), "cannot be read"),
+        (lambda folder: edit(folder, latent_channels="4"), "cannot be read"),
+        (lambda folder: edit(folder, scaling_factor=0), "scaling_factor in .* must be a positive number.* got 0"),
+        (lambda folder: edit(folder, shift_factor="x"), "shift_factor a number or null, got 0.18215 and 'x'"),
+        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must lie in one file"),
+        (lacking, "must be those of its config, and differ in encoder.conv_in.bias"),
+        (cut, "cannot be read"),
+    ],
+)
+def test_what_is_no_autoencoder_gets_one_line(tmp_path, damage, complaint, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    folder = tmp_path / "vae"
+    save_autoencoder(folder)
+    damage(folder)
+    with pytest.raises(InputError, match=complaint) as error:
+        read_autoencoder(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert not caplog.messages  # more lines, of diffusers' own
+
+
+def test_without_diffusers_there_is_one_line_that_names_it(tmp_path, monkeypatch):
+    save_autoencoder(tmp_path, seed=2)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(InputError, match=r"needs the package diffusers .*; install it"):
+        read_autoencoder(tmp_path)
+
+
+def test_diffusers_is_not_imported_before_it_is_needed():
+    code = (
+        "import sys, transfusion_fast.prepare.build, transfusion_fast.data.autoencoder; "
+        "assert not {'diffusers', 'huggingface_hub'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,104 @@
+"""Documents into bins: each once, none overfilled, and hardly any room left where there is a choice."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.packing import best_fit_decreasing, fullest_subset, pack_bins, subset_fit
+
+lengths_and_capacity = st.integers(1, 300).flatmap(
+    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=80), st.just(capacity))
+)
+
+
+def in_their_order(lengths, capacity):
+    return subset_fit(range(len(lengths)), lengths, capacity)
+
+
+@pytest.mark.parametrize("rule", [best_fit_decreasing, in_their_order, pack_bins])
+@given(lengths_and_capacity)
+def test_each_document_is_placed_once_and_no_bin_overfilled(rule, case):
+    lengths, capacity = case
+    bins = rule(lengths, capacity)
+    assert sorted(document for members in bins for document in members) == list(range(len(lengths)))
+    filled = [sum(lengths[document] for document in members) for members in bins]
+    assert all(0 < fill <= capacity for fill in filled)
+    assert bins == rule(lengths, capacity)
+
+
+@given(lengths_and_capacity)
+def test_best_fit_leaves_no_two_bins_that_could_be_one(case):
+    lengths, capacity = case
+    filled = [sum(lengths[document] for document in members) for members in best_fit_decreasing(lengths, capacity)]
+    assert sum(2 * fill <= capacity for fill in filled) <= 1
+
+
+def test_best_fit_takes_the_longest_first_and_the_fullest_bin_that_has_room():
+    assert best_fit_decreasing([30, 40, 60, 70, 50], 100) == [[3, 0], [2, 1], [4]]
+
+
+def test_bins_of_small_documents_mix_their_lengths():
+    lengths = [20, 24] * 500
+    bins = best_fit_decreasing(lengths, 512)
+    assert all({lengths[document] for document in members} == {20, 24} for members in bins)
+
+
+@pytest.mark.parametrize(("lengths", "named"), [([3, 11], "document 1 .* got 11"), ([0], "document 0 .* got 0")])
+def test_a_document_that_fits_no_pack_is_named(lengths, named):
+    with pytest.raises(InputError, match=f"{named}; give a larger sequence length or a shorter document"):
+        best_fit_decreasing(lengths, 10)
+
+
+@given(st.lists(st.integers(1, 60), max_size=10), st.integers(0, 200))
+def test_no_subset_is_fuller_than_the_fullest(lengths, room):
+    places = fullest_subset(lengths, room)
+    sums = [sum(some) for size in range(len(lengths) + 1) for some in itertools.combinations(lengths, size)]
+    assert sum(lengths[place] for place in places) == max(total for total in sums if total <= room)
+    assert places == sorted(set(places))
+
+
+def test_the_fullest_subset_prefers_what_comes_first():
+    assert fullest_subset([5, 5, 3, 2, 5], 10) == [0, 1]
+    assert fullest_subset([7, 6, 4, 3], 10) == [1, 2]
+
+
+@given(lengths_and_capacity)
+def test_the_first_that_is_left_is_in_the_next_bin(case):
+    lengths, capacity = case
+    left = list(range(len(lengths)))
+    for members in in_their_order(lengths, capacity):
+        assert members[0] == left[0] and members == sorted(members)
+        left = [document for document in left if document not in members]
+
+
+@given(lengths_and_capacity)
+def test_filling_anew_never_makes_more_bins_than_best_fit(case):
+    lengths, capacity = case
+    assert len(pack_bins(lengths, capacity)) <= len(best_fit_decreasing(lengths, capacity))
+
+
+@pytest.mark.parametrize("capacity", [4096, 8192])
+@pytest.mark.parametrize("typical", [15, 60])
+def test_captioned_images_fill_packs_where_best_fit_leaves_gaps(typical, capacity):
+    """Images of 256 patches, captions of `typical` tokens."""
+    captions = np.random.default_rng(0).lognormal(np.log(typical), 0.6, 30_000)
+    lengths = (256 + 4 + np.clip(captions, 1, 800)).astype(int).tolist()
+    least = -(-sum(lengths) // capacity)
+    assert len(best_fit_decreasing(lengths, capacity)) > 1.005 * least
+    assert len(pack_bins(lengths, capacity)) <= least + 1
+
+
+def test_long_documents_find_the_short_ones_that_fit_beside_them():
+    """Lengths of 1 to all of a pack: in their order, short ones would be gone before their gap comes."""
+    lengths = np.random.default_rng(0).integers(1, 4097, 30_000).tolist()
+    bound = sum(lengths) / 4096
+    assert len(pack_bins(lengths, 4096)) < 1.005 * bound < 1.02 * bound < len(in_their_order(lengths, 4096))
+
+
+def test_tiny_documents_fill_a_large_pack():
+    lengths = np.random.default_rng(0).integers(3, 45, 20_000).tolist()
+    assert len(pack_bins(lengths, 16384)) == -(-sum(lengths) // 16384)

@@ -1,0 +1,114 @@
+"""The index made anew: of shards that are whole, and as it was."""
+
+import json
+
+import pytest
+from shard_damage import COUNTS, ELSEWHERE, GREY, IN_PACKS, SHARD, documents, findings_of, write_folder
+
+from transfusion_fast.data.index import INDEX_NAME, read_index
+from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.inspect import rebuild_index
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE] if not name.startswith("index")])
+def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
+    (IN_PACKS | ELSEWHERE)[name](folder)
+    before = (folder / INDEX_NAME).read_bytes()
+    with pytest.raises(InputError, match=SHARD):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_pack_is_read_of_a_shard_whose_packs_are_counted_wrong(folder, name):
+    COUNTS[name](folder)
+    reader = PackReader(folder)
+    for number in range(5, 5 + reader.index.shards[1].packs):
+        with pytest.raises(InputError, match=rf"{SHARD} .* table must be one file __packs__ of [14] packs"):
+            reader.read(number)
+
+
+@pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE, *COUNTS] if name.startswith("index")])
+def test_a_wrong_index_is_rebuilt_as_it_was(folder, name):
+    before = (folder / INDEX_NAME).read_bytes()
+    (IN_PACKS | ELSEWHERE | COUNTS)[name](folder)
+    rebuild_index(folder, accept="sha256" in name)
+    assert (folder / INDEX_NAME).read_bytes() == before
+    assert findings_of(folder) == []
+
+
+def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
+    write_folder(folder.with_name("whole"))
+    (folder / SHARD).unlink()
+    with pytest.raises(InputError, match=r"is missing; .* --accept"):
+        rebuild_index(folder)
+    before = read_index(folder.with_name("whole")).num_packs
+    assert rebuild_index(folder, accept=True).num_packs == before - 5
+    assert findings_of(folder) == []
+
+
+def test_a_name_that_no_reader_takes_is_not_indexed(folder):
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / "shard-000001 (1).tar").write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(InputError, match=r"shard-000001 \(1\).tar"):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_an_index_that_is_gone_is_made_like_that_of_another_folder(folder, tmp_path):
+    other = write_folder(tmp_path / "other")
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / INDEX_NAME).unlink()
+    with pytest.raises(InputError, match=INDEX_NAME):
+        rebuild_index(folder)
+    rebuild_index(folder, like=other)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_shards_beside_the_index_and_wrong_sums_are_found(folder):
+    entry = json.loads((folder / INDEX_NAME).read_text())
+    (folder / INDEX_NAME).write_text(json.dumps({**entry, "documents": 7}))
+    (folder / "shard-000099.tar").write_bytes((folder / SHARD).read_bytes())
+    counts, strange = findings_of(folder)
+    assert "40 documents" in counts and "got 7" in counts
+    assert "shard-000099.tar" in strange
+
+
+def test_settings_of_another_folder_do_not_let_go_of_shards(folder, tmp_path):
+    other = write_folder(tmp_path / "other")
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / SHARD).unlink()
+    for like in (other, folder):
+        with pytest.raises(InputError, match=rf"{SHARD} must be as the old index says, and is missing; .* --accept"):
+            rebuild_index(folder, like=like)
+    (folder / INDEX_NAME).write_text("{")
+    with pytest.raises(InputError, match=r"must be JSON, .*; or give --accept"):
+        rebuild_index(folder, like=other)
+    (folder / INDEX_NAME).write_bytes(before)
+    rebuild_index(folder, like=other, accept=True)
+    assert findings_of(folder) == []
+
+
+def test_one_shard_under_two_names_is_not_indexed(folder):
+    before = (folder / INDEX_NAME).read_bytes()
+    (folder / "copy.tar").write_bytes((folder / SHARD).read_bytes())
+    with pytest.raises(InputError, match=f"got .*{SHARD}.* of the same bytes; remove one"):
+        rebuild_index(folder)
+    assert (folder / INDEX_NAME).read_bytes() == before
+
+
+def test_shards_of_another_pack_length_do_not_join(folder, tmp_path):
+    longer = tmp_path / "longer"
+    prepare(list(documents(7)), longer, sequence_length=128, tokenizer=ByteTokenizer(), modalities=(GREY,))
+    for shard in folder.glob("*.tar"):
+        shard.rename(longer / f"other-{shard.name}")
+    with pytest.raises(InputError, match="must be of the tokenizer, modalities and pack length of its index"):
+        rebuild_index(longer)

@@ -1,0 +1,304 @@
+"""Decoding: text, images in its midst, guidance, and where it stops.
+
+Ten text ids, so <bos> is 10, <eos> 11, <boi> and <eoi> 12 and 13 for modality 0, 14 and 15 for modality 1.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from transfusion_fast import Image, Text, Transfusion
+from transfusion_fast.model.inputs import pack_rows
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+
+BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
+GRIDS = [(2, 2), (1, 3)]
+ONE_STEP = ImageSettings(steps=1, guidance=1.0, eta=0.0, clip=1.0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def ids(*values):
+    return torch.tensor(values, dtype=torch.long)
+
+
+def make(**settings):
+    """A small model whose every weight matters."""
+    torch.manual_seed(0)
+    transformer = {"dim": 32, "depth": 2, "heads": 2, "ffn_dim": 48}
+    model = Transfusion(num_text_tokens=10, dim_latent=(4, 6), transformer=transformer, **settings)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape) * p.shape[1] ** -0.5 if p.ndim == 2 else p.data + 0.1 * torch.randn(p.shape)
+    return model
+
+
+def chain(links):
+    """A model that predicts by the last token alone: links[token] are the tokens that it finds likely, and how much."""
+    model = make()
+    model.norm.weight.data.fill_(1.0)
+    for block in model.blocks:
+        block.attention.out.weight.data.zero_()
+        block.mlp.down.weight.data.zero_()
+    model.embedding.weight.data = torch.eye(16, 32)
+    model.head.weight.data.zero_()
+    for token, following in links.items():
+        for likely, weight in (following if isinstance(following, dict) else {following: 1.0}).items():
+            model.head.weight.data[likely, token] = 5 * weight
+    return model
+
+
+def produced_by(model, prompts=((),), **settings):
+    """What was produced after each prompt, text as lists of ids and images as (modality, shape)."""
+    documents = sample(model, prompts, **{"grids": GRIDS, "image": ONE_STEP, "generator": seeded()} | settings)
+    return [
+        [p.ids.tolist() if isinstance(p, Text) else (p.modality, tuple(p.latents.shape)) for p in document]
+        for document in documents
+    ]
+
+
+def spy_on(model, monkeypatch):
+    """The (batch, x_t) of every forward pass of the model from now on."""
+    calls, hidden = [], model.hidden
+
+    def spy(batch, x_t):
+        calls.append((batch, [x.clone() for x in x_t]))
+        return hidden(batch, x_t)
+
+    monkeypatch.setattr(model, "hidden", spy)
+    return calls
+
+
+def tokens_of_documents(batch):
+    offsets = batch.layout.document_offsets.tolist()
+    return [batch.tokens[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+def predict(model, tokens, x, t):
+    """The prediction for one image of modality 0 after `tokens`, by the way that training takes."""
+    rows, columns, _ = x.shape
+    row = ids(*tokens, *[0] * (rows * columns))[None]
+    batch = pack_rows(row, [[x]], [[(len(tokens), rows * columns)]], model.config)
+    images = replace(batch.modalities[0], timesteps=torch.tensor([t]))
+    batch = replace(batch, modalities=(images, batch.modalities[1]))
+    hidden = model.hidden(batch, [x.flatten(0, 1), torch.zeros(0, 6)])
+    return model.prediction(hidden, batch, 0).view(x.shape)
+
+
+def test_greedy_text_is_the_likeliest_token_every_time():
+    model = make()
+    [[text]] = produced_by(model, [[ids(1, 2)]], max_text_tokens=6, max_images=0)
+    tokens = [BOS, 1, 2]
+    for token in text:
+        batch = pack_rows(ids(*tokens)[None], [[]], [[]], model.config)
+        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities]))[-1]
+        likeliest = [i for i in logits.argsort(descending=True).tolist() if i not in (BOS, EOI, EOI1)]
+        assert token == likeliest[0]
+        tokens.append(token)
+    assert len(text) >= 2
+
+
+def test_decoding_is_repeatable():
+    model = make()
+    settings = {
+        "max_text_tokens": 8,
+        "max_images": 2,
+        "temperature": 1.0,
+        "grids": GRIDS,
+        "image": ImageSettings(steps=2),
+    }
+    one, two = (sample(model, [[ids(1)], []], **settings, generator=seeded(3)) for _ in range(2))
+    for a, b in zip([p for d in one for p in d], [p for d in two for p in d], strict=True):
+        assert torch.equal(*((p.ids if isinstance(p, Text) else p.latents) for p in (a, b)))
+
+
+def test_text_ends_at_eos():
+    assert produced_by(chain({BOS: 1, 1: 2, 2: 3, 3: EOS})) == [[[1, 2, 3]]]
+    assert produced_by(chain({BOS: EOS})) == [[]]
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_text_without_an_end_stops_at_its_limit(limit):
+    assert produced_by(chain({BOS: 1, 1: 1}), max_text_tokens=limit) == [[[1] * limit]]
+
+
+def test_no_text_is_decoded_where_none_is_allowed():
+    assert produced_by(chain({BOS: 1, 1: 1}), max_text_tokens=0) == [[]]
+
+
+def test_the_limit_of_text_counts_what_comes_after_an_image_too():
+    links = {BOS: 1, 1: BOI, EOI: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: EOS}
+    assert produced_by(chain(links), max_text_tokens=3) == [[[1], (0, (2, 2, 4)), [2, 3]]]
+
+
+def test_boi_switches_to_an_image_and_eoi_goes_on_with_text():
+    model = chain({BOS: 1, 1: BOI, EOI: 2, 2: EOS})
+    assert produced_by(model) == [[[1], (0, (2, 2, 4)), [2]]]
+
+
+def test_each_modality_is_drawn_on_its_own_grid():
+    model = chain({BOS: BOI1, EOI1: BOI, EOI: EOS})
+    assert produced_by(model, max_images=2) == [[(1, (1, 3, 6)), (0, (2, 2, 4))]]
+
+
+def test_prompts_that_begin_images_of_different_modalities_at_once_each_get_theirs():
+    model = chain({1: BOI, 2: BOI1, EOI: 3, EOI1: 4, 3: EOS, 4: EOS})
+    expected = [[(1, (1, 3, 6)), [4]], [(0, (2, 2, 4)), [3]], [(1, (1, 3, 6)), [4]]]
+    assert produced_by(model, [[ids(2)], [ids(1)], [ids(2)]]) == expected
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_images_stop_at_their_limit(limit):
+    model = chain({BOS: BOI, EOI: BOI})
+    assert produced_by(model, max_images=limit) == [[(0, (2, 2, 4))] * limit]
+
+
+def test_images_of_the_prompt_do_not_count():
+    model = chain({EOI: BOI})
+    assert produced_by(model, [[torch.randn(2, 4)]], max_images=1) == [[(0, (2, 2, 4))]]
+
+
+def test_bos_and_eoi_are_never_written():
+    model = chain({BOS: {BOS: 4, EOI: 3, EOI1: 2, 7: 1}, 7: EOS})
+    assert produced_by(model) == [[[7]]]
+
+
+def test_temperature_draws_in_proportion_and_zero_takes_the_likeliest():
+    """Two likely tokens a factor of e^2 apart at temperature 1, of e at temperature 2; 32^0.5 undoes the norm."""
+    model = chain({BOS: {1: 5.0, 2: 5.0 - 0.4 / 32**0.5}, 1: {EOS: 5.0}, 2: {EOS: 5.0}})
+    for temperature, share in ((1.0, 1 / (1 + np.exp(-2))), (2.0, 1 / (1 + np.exp(-1)))):
+        produced = produced_by(model, [()] * 1000, temperature=temperature)
+        assert np.mean([document == [[1]] for document in produced]) == pytest.approx(share, abs=0.04)
+    assert produced_by(model, [()] * 3, temperature=0.0) == [[[1]]] * 3
+
+
+def test_the_prompt_is_laid_out_as_in_training(monkeypatch):
+    model = chain({4: EOS})
+    calls = spy_on(model, monkeypatch)
+    first, second = torch.randn(2, 4), torch.randn(1, 3, 6)
+    produced_by(model, [[ids(1), first, (1, second), ids(4)], [ids(4)]])
+    [(batch, x_t)] = calls
+    expected = [[BOS, 1, BOI, 0, 0, EOI, BOI1, 0, 0, 0, EOI1, 4], [BOS, 4]]
+    assert tokens_of_documents(batch) == expected
+    assert batch.layout.image_spans.tolist() == [[3, 2], [7, 3]]
+    assert torch.equal(x_t[0], first) and torch.equal(x_t[1], second[0])
+
+
+def test_a_finished_image_is_seen_clean_between_its_tokens(monkeypatch):
+    model = chain({BOS: BOI, EOI: 2, 2: EOS})
+    calls = spy_on(model, monkeypatch)
+    [[image, _]] = sample(model, [()], grids=GRIDS, image=ONE_STEP, generator=seeded())
+    batch, x_t = calls[-1]
+    assert tokens_of_documents(batch) == [[BOS, BOI, 0, 0, 0, 0, EOI, 2]]
+    assert isinstance(image, Image) and torch.equal(x_t[0], image.latents.flatten(0, 1))
+    assert batch.modalities[0].timesteps.tolist() == [1.0]
+
+
+def test_the_unconditional_branch_is_boi_alone(monkeypatch):
+    model = make()
+    calls = spy_on(model, monkeypatch)
+    prompts = [[ids(1, 2)], [torch.randn(2, 4)]]
+    generate_images(model, prompts, (1, 2), image=ImageSettings(steps=1, guidance=2.0), generator=seeded())
+    [(batch, x_t)] = calls
+    assert tokens_of_documents(batch) == [
+        [BOS, 1, 2, BOI, 0, 0],
+        [BOS, BOI, 0, 0, EOI, BOI, 0, 0],
+        [BOI, 0, 0],
+        [BOI, 0, 0],
+    ]
+    assert batch.positions[-3:].tolist() == [0, 1, 2]
+    first, _, second, *unconditional = x_t[0].split(2)
+    assert torch.equal(torch.cat([first, second]), torch.cat(unconditional)), "both branches see one x_t"
+
+
+def test_guidance_of_one_runs_the_conditional_branch_only(monkeypatch):
+    model = make()
+    calls = spy_on(model, monkeypatch)
+    generate_images(model, [[ids(1, 2)]], (1, 2), image=ImageSettings(steps=1, guidance=1.0), generator=seeded())
+    assert [tokens_of_documents(batch) for batch, _ in calls] == [[[BOS, 1, 2, BOI, 0, 0]]]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("positions", ["sequential", "axial"])
+def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional(guidance, positions, tolerance):
+    """Flow matching in one step: the image is the noise minus the prediction."""
+    model = make(objective="flow", positions=positions)
+    x = torch.randn((1, 2, 2, 4), generator=seeded())[0]
+    conditional, unconditional = predict(model, [BOS, 1, 2, BOI], x, 1000.0), predict(model, [BOI], x, 1000.0)
+    settings = ImageSettings(steps=1, guidance=guidance)
+    [got] = generate_images(model, [[ids(1, 2)]], (2, 2), image=settings, generator=seeded())
+    expected = x - (unconditional + guidance * (conditional - unconditional))
+    torch.testing.assert_close(got, expected, **tolerance["fp32"])
+    assert (conditional - unconditional).abs().max() > 0.1, "the prompt matters"
+
+
+@pytest.mark.parametrize(("objective", "start"), [("ddpm", 999.0), ("flow", 1000.0)])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(objective, start, eta, monkeypatch):
+    model = make(objective=objective)
+    calls = spy_on(model, monkeypatch)
+    clean = torch.randn(2, 2, 2, 4)
+
+    def oracle(hidden, batch, modality):
+        x_t, t = calls[-1][1][0].view(clean.shape), float(batch.modalities[0].timesteps[-1])
+        if objective == "flow":
+            return ((x_t - clean) / (t / 1000)).view(8, 4)
+        alpha_bar = model.objective.alpha_bar(t)
+        return ((x_t - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()).float().view(8, 4)
+
+    monkeypatch.setattr(model, "prediction", oracle)
+    settings = ImageSettings(steps=5, guidance=1.0, eta=eta)
+    got = generate_images(model, [[ids(1)], []], (2, 2), image=settings, generator=seeded())
+    torch.testing.assert_close(got, clean, rtol=1e-3, atol=1e-3)
+    times = [batch.modalities[0].timesteps.tolist() for batch, _ in calls]
+    assert [t for t, _ in times] == pytest.approx([start * k / 5 for k in (5, 4, 3, 2, 1)])
+    assert all(a == b for a, b in times)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolerance):
+    model = make()
+    calls = spy_on(model, monkeypatch)
+    monkeypatch.setattr(model, "prediction", lambda hidden, batch, modality: calls[0][1][0] / 2)
+    settings = ImageSettings(steps=2, guidance=1.0, eta=eta)
+    generate_images(model, [[]], (2, 2), image=settings, generator=seeded())
+    generator = seeded()
+    start, noise = (torch.randn((1, 2, 2, 4), generator=generator).view(4, 4) for _ in range(2))
+    expected = model.objective.step(start, start / 2, 999.0, 499.5, eta=eta, noise=noise)
+    torch.testing.assert_close(calls[1][1][0], expected, **tolerance["fp32"])
+
+
+PROMPTS = [[ids(1, 2, 3)], [], [ids(4), torch.randn(3, 4), (1, torch.randn(2, 6)), ids(5)], [(1, torch.randn(1, 6))]]
+
+
+@pytest.mark.parametrize(("objective", "modality"), [("ddpm", 0), ("flow", 0), ("flow", 1)])
+def test_images_after_unequal_prompts_are_those_drawn_one_by_one(objective, modality, tolerance):
+    """An image has 16 or 48 values, so that torch draws the same normals for all at once and for one after another."""
+    model, grid = make(objective=objective), [(2, 2), (2, 4)][modality]
+    settings = ImageSettings(steps=3, guidance=2.0, eta=0.0, clip=1.0)
+    at_once = generate_images(model, PROMPTS, grid, modality=modality, image=settings, generator=seeded())
+    generator = seeded()
+    for prompt, image in zip(PROMPTS, at_once, strict=True):
+        [alone] = generate_images(model, [prompt], grid, modality=modality, image=settings, generator=generator)
+        torch.testing.assert_close(image, alone, **tolerance["fp32"])
+
+
+def test_text_after_unequal_prompts_is_that_decoded_one_by_one():
+    model = make()
+    at_once = produced_by(model, PROMPTS, max_text_tokens=6, max_images=0)
+    assert at_once == [produced_by(model, [prompt], max_text_tokens=6, max_images=0)[0] for prompt in PROMPTS]
+    assert len({str(text) for text in at_once}) > 1
+
+
+def test_the_model_samples_as_the_function_does():
+    model = chain({1: 2, 2: EOS})
+    assert [p.ids.tolist() for p in model.sample([[ids(1)]], grids=GRIDS)[0]] == [[2]]
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"piece 0: text ids must lie in \[0, 10\), got 10 to 10"):
+        sample(make(), [[ids(10)]], grids=GRIDS)

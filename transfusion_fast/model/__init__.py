@@ -1,0 +1,1 @@
+"""The model: sequences of text and patches, layers, losses."""

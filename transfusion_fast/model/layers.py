@@ -1,0 +1,151 @@
+"""The blocks of the transformer: Llama's, over flat packed sequences. Letters as in sequence.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from transfusion_fast.config import TransformerConfig
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model import ops
+
+INIT_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """A linear layer drawn from a normal of `std`, its bias zero.
+
+    Weights are drawn in the constructor, as ZeRO-3 scatters a module's weights over the ranks once it is constructed.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float = INIT_STD):
+        self.std = std
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors drawn from a normal of 0.02."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467), statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Attention over the modality spans of a packed sequence: [T, E] -> [T, E]."""
+
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.backend = backend
+        self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.dim, std=_residual_std(config))
+        self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+        qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+        q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, q_weight=self.q_norm, k_weight=self.k_norm, backend=self.backend)
+        out_THD = ops.hybrid_attention(q_THD, k_TGD, v_TGD, layout, backend=self.backend)
+        return self.out(out_THD.flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [T, E] -> [T, E]."""
+
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
+        super().__init__()
+        self.backend = backend
+        self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
+        self.down = Linear(config.hidden_dim, config.dim, std=_residual_std(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward with residuals."""
+
+    def __init__(self, config: TransformerConfig, backend: ops.Backend):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, backend)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config, backend)
+
+    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, layout)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class TimestepEmbedding(nn.Module):
+    """Timesteps [N] in (0, 1000] -> [N, dim]: sinusoids (arXiv 2006.11239), then a two-layer MLP."""
+
+    def __init__(self, dim: int, frequencies: int = 128, hidden: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(Linear(2 * frequencies, hidden, bias=True), nn.SiLU(), Linear(hidden, dim, bias=True))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        exponent = torch.arange(self.frequencies, device=timesteps.device) / self.frequencies
+        angles = timesteps[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+
+
+def _residual_std(config: TransformerConfig) -> float:
+    """What writes to the residual stream starts smaller, so that the stream's variance does not grow with the depth."""
+    return INIT_STD / (2 * config.depth) ** 0.5
+
+
+# Attention by the kernel of this project, and by those behind scaled_dot_product_attention.
+_KEPT = frozenset(
+    {
+        "transfusion_fast::hybrid_attention",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+    }
+)
+
+
+def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation._schema.name in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _call(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)
+
+
+# Nothing in a block is random, so no state of a generator has to be kept, which on a GPU is a copy to the host.
+_full = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+_selective = partial(_full, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+
+CHECKPOINTING: dict[str, Callable[..., Tensor]] = {"none": _call, "selective": _selective, "full": _full}
+"""How to call a block, by the setting `model.activation_checkpointing`."""

@@ -1,0 +1,354 @@
+"""The one seam between the model and the kernels: the fused ops, each on a backend chosen by name.
+
+`backend` is "torch" (PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), "reference"
+(the specification as it is written, with attention over all pairs of positions, to compare with), or "auto": triton for
+CUDA tensors, torch everywhere else; or a mapping from ops to these, auto for an op that it does not name. A backend
+named outright is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfusion_fast.kernels import reference
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.reference import Rotary
+
+
+def hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, *, scale: float | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Attention that is causal over text and bidirectional within each image, over packed documents.
+
+    Args:
+        q: [T, H, D]. k, v: [T, G, D], where G divides H; query head h reads key/value head h // (H / G).
+        layout: what each of the T positions sees.
+        scale: of the scores, positive; default D ** -0.5.
+
+    Returns:
+        [T, H, D] in q's dtype; zero at padding.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other or the layout.
+        NotImplementedError: the backend has no kernel for this op.
+    """
+    T, H, _ = _check_heads("hybrid_attention", q, k)
+    if v.shape != k.shape or v.dtype != q.dtype or v.device != q.device:
+        raise ValueError(
+            f"v must have k's shape {tuple(k.shape)} and q's dtype and device, {q.dtype} on {q.device}, "
+            f"got {tuple(v.shape)}, {v.dtype} on {v.device}"
+        )
+    if not k.shape[1] or H % k.shape[1]:
+        raise ValueError(f"the query heads must be a multiple of the key/value heads, got H={H} and G={k.shape[1]}")
+    if layout.total_length != T:
+        raise ValueError(f"layout must be of q's length {T}, got {layout.total_length}; build it for this batch")
+    if layout.device != q.device:
+        raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
+    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
+    """The table of angles that `rope` turns by: made once a step, shared by all layers and heads.
+
+    Args:
+        positions: int [T], or [T, 2] for (row, column), which take turns over the frequencies.
+        head_dim: D, even.
+
+    Returns:
+        cos and sin of position * theta^(-2i/D) for the pairs i, fp32 [T, D / 2] each.
+
+    Raises:
+        ValueError: positions of another shape, an odd head dimension.
+    """
+    if positions.ndim not in (1, 2) or positions.shape[1:] not in ((), (2,)):
+        raise ValueError(f"positions must be [T] or [T, 2], got {tuple(positions.shape)}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"the head dimension must be even to be rotated in pairs, got {head_dim}")
+    if not 0 < theta < float("inf"):
+        raise ValueError(f"theta must be a positive number, got {theta}")
+    return reference.rotary(positions, head_dim, theta)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor | Rotary,
+    *,
+    theta: float = 10000.0,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of q and k (pairs i and i + D/2), after an RMS norm of each head where weights are given.
+
+    Args:
+        q: [T, H, D]. k: [T, G, D], D even; views of one fused projection are read where they lie.
+        positions: as `rotary` takes them, or the table that it made of them. A table has its own theta; this one is
+            then not used.
+        q_weight, k_weight: [D], both or neither; the norm adds 1e-6 to the mean square.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
+    """
+    T, _, D = _check_heads("rope", q, k)
+    if isinstance(positions, Tensor):
+        if positions.shape[:1] != (T,):
+            raise ValueError(f"positions must be [{T}] or [{T}, 2] for q of length {T}, got {tuple(positions.shape)}")
+        positions = rotary(positions, D, theta)
+    for name, table in zip(("cos", "sin"), positions, strict=True):
+        if table.shape != (T, D // 2) or table.dtype != torch.float32 or table.device != q.device:
+            raise ValueError(
+                f"positions.{name} must be fp32 [{T}, {D // 2}] on {q.device} for this q, "
+                f"got {table.dtype} {tuple(table.shape)} on {table.device}; call rotary for this batch"
+            )
+    if (q_weight is None) != (k_weight is None):
+        given = "k_weight" if q_weight is None else "q_weight"
+        raise ValueError(f"q_weight and k_weight must be given together, got {given} alone")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (weight.shape != (D,) or weight.device != q.device):
+            raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
+    return implementation("rope", q.device, backend)(q, k, positions, q_weight, k_weight)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up.
+
+    Args:
+        gate, up: of one shape and dtype; or `gate` alone, [.., 2F], with both in it, the gate first.
+
+    Returns:
+        [.., F] in gate's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that differ. NotImplementedError: the backend cannot run here.
+    """
+    _check_floating("swiglu", "gate", gate)
+    if up is None and (not gate.ndim or gate.shape[-1] % 2):
+        raise ValueError(f"gate must be [.., 2F] where it holds up too, got {tuple(gate.shape)}; give up as well")
+    if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device):
+        raise ValueError(
+            f"up must be like gate, {tuple(gate.shape)} {gate.dtype} on {gate.device}, "
+            f"got {tuple(up.shape)} {up.dtype} on {up.device}"
+        )
+    return implementation("swiglu", gate.device, backend)(gate, up)
+
+
+def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Mean squared error of each image over packed patches.
+
+    Args:
+        prediction, target: [P, C].
+        image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offset n, offset n + 1), not empty.
+            On a GPU, or under a compiler, that is not checked, which would wait for the device: patches of no image
+            then have undefined gradients.
+
+    Returns:
+        fp32 [N].
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
+    """
+    _check_patches(prediction, image_offsets, target=target)
+    return implementation("diffusion_mse", prediction.device, backend)(prediction, target, image_offsets, None)
+
+
+def diffusion_mse_from_noise(
+    prediction: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    image_offsets: Tensor,
+    objective: Literal["ddpm", "flow"],
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`diffusion_mse` against an objective's target, which is formed on the fly: no target is in memory.
+
+    Args:
+        prediction, x_0, eps: [P, C]: the model's output, the clean latents, the noise.
+        image_offsets: as in `diffusion_mse`.
+        objective: "ddpm", whose target is eps, or "flow", whose target is eps - x_0, both whatever the timestep.
+
+    Returns:
+        fp32 [N].
+
+    Raises:
+        As `diffusion_mse`; ValueError for another objective.
+    """
+    if objective not in ("ddpm", "flow"):
+        raise ValueError(f'objective must be "ddpm" or "flow", got {objective!r}')
+    _check_patches(prediction, image_offsets, x_0=x_0, eps=eps)
+    subtracted = x_0 if objective == "flow" else None
+    return implementation("diffusion_mse", prediction.device, backend)(prediction, eps, image_offsets, subtracted)
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"{op}: q must be [T, H, D] and k [T, G, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    _check_floating(op, "q", q)
+    if q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(
+            f"{op}: k must have q's dtype and device, got {k.dtype} on {k.device}, q {q.dtype} on {q.device}"
+        )
+    return q.shape[0], q.shape[1], q.shape[2]
+
+
+def _check_floating(op: str, name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: {name} must be of a floating dtype, got {x.dtype}; convert it")
+
+
+def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) -> None:
+    """`others` by name must be like prediction [P, C]; dtypes may differ."""
+    if prediction.ndim != 2 or not prediction.shape[1]:
+        raise ValueError(f"prediction must be [P, C] with at least one value C, got {tuple(prediction.shape)}")
+    for name, x in {"prediction": prediction, **others}.items():
+        _check_floating("diffusion_mse", name, x)
+        if x.shape != prediction.shape or x.device != prediction.device:
+            raise ValueError(
+                f"{name} must be {list(prediction.shape)} on {prediction.device} as the prediction is, "
+                f"got {list(x.shape)} on {x.device}"
+            )
+    if image_offsets.ndim != 1 or not len(image_offsets) or image_offsets.dtype != torch.int32:
+        raise ValueError(f"image_offsets must be int32 [N + 1], got {image_offsets.dtype} {tuple(image_offsets.shape)}")
+    if image_offsets.device != prediction.device:
+        raise ValueError(f"image_offsets must be on {prediction.device}, got {image_offsets.device}")
+    # Read where that waits for no device; a compiler cannot follow numbers.
+    if image_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = image_offsets.tolist()
+        if offsets[0] != 0 or offsets[-1] != len(prediction) or any(a >= b for a, b in pairwise(offsets)):
+            raise ValueError(f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}")
+
+
+BACKENDS = ("auto", "torch", "triton", "reference")
+Backend = str | Mapping[Any, str]
+
+
+def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
+    """What computes `op` on tensors of `device`.
+
+    Raises:
+        ValueError: an unknown backend. NotImplementedError: a package that the backend needs is missing.
+    """
+    chosen = choose(op, device, backend)
+    if chosen == "triton":
+        try:
+            import triton  # noqa: F401
+        except ModuleNotFoundError as error:
+            hint = 'install it, or use backend="torch"'
+            raise NotImplementedError(f'{op}: backend="triton" needs the package {error.name}; {hint}') from error
+    return IMPLEMENTATIONS[chosen][op]
+
+
+def choose(op: str, device: torch.device, backend: Backend) -> str:
+    """The name of the backend that computes `op` on tensors of `device`; ValueError for an unknown one."""
+    if not isinstance(backend, str):
+        unknown = set(backend) - set(IMPLEMENTATIONS["torch"])
+        if unknown:
+            names = ", ".join(IMPLEMENTATIONS["torch"])
+            raise ValueError(f"backend must name ops of {names}, got {min(unknown)!r}; correct it")
+        backend = backend.get(op, "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def describe(backend: Backend, device: torch.device) -> str:
+    """Which ops run on which backend for tensors of `device`, for people. Raises as `implementation`."""
+    chosen = {}
+    for op in IMPLEMENTATIONS["torch"]:
+        implementation(op, device, backend)
+        chosen[op] = choose(op, device, backend)
+    if len(set(chosen.values())) == 1:
+        return f"all ops on {next(iter(chosen.values()))}"
+    return ", ".join(f"{op} on {name}" for op, name in chosen.items())
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
+    from transfusion_fast.kernels.attention_cpu import tiled_attention
+
+    return tiled_attention(q, k, v, layout, scale)
+
+
+def _torch_rope(
+    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
+
+
+def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+    """The reference without its detour over fp32, which on a CPU costs more than the matmuls around it."""
+    gate, up = _halves(gate, up)
+    return F.silu(gate) * up
+
+
+def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    if x_0 is not None:
+        target = target.to(torch.promote_types(target.dtype, torch.float32)) - x_0
+    return reference.diffusion_mse(prediction, target, image_offsets)
+
+
+def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+    return reference.swiglu(*_halves(gate, up))
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    first, second = gate.chunk(2, dim=-1)
+    return first, second
+
+
+def _triton_attention(*args: Any) -> Tensor:
+    from transfusion_fast.kernels.hybrid_attention import hybrid_attention
+
+    return hybrid_attention(*args)
+
+
+def _triton_rope(*args: Any) -> tuple[Tensor, Tensor]:
+    from transfusion_fast.kernels.rope import rope
+
+    return rope(*args)
+
+
+def _triton_swiglu(*args: Any) -> Tensor:
+    from transfusion_fast.kernels.swiglu import swiglu
+
+    return swiglu(*args)
+
+
+def _triton_diffusion_mse(*args: Any) -> Tensor:
+    from transfusion_fast.kernels.diffusion_mse import diffusion_mse
+
+    return diffusion_mse(*args)
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "torch": {
+        "hybrid_attention": _torch_attention,
+        "rope": _torch_rope,
+        "swiglu": _torch_swiglu,
+        "diffusion_mse": _torch_diffusion_mse,
+    },
+    "triton": {
+        "hybrid_attention": _triton_attention,
+        "rope": _triton_rope,
+        "swiglu": _triton_swiglu,
+        "diffusion_mse": _triton_diffusion_mse,
+    },
+    "reference": {
+        "hybrid_attention": reference.hybrid_attention,
+        "rope": _torch_rope,
+        "swiglu": _reference_swiglu,
+        "diffusion_mse": _torch_diffusion_mse,
+    },
+}

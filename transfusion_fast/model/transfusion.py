@@ -1,0 +1,143 @@
+"""Transfusion (arXiv 2408.11039): one transformer over text tokens and image patches, with a head for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfusion_fast.config import ModelConfig, parse
+from transfusion_fast.model import inputs, ops
+from transfusion_fast.model.codec import LinearCodec
+from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.layers import CHECKPOINTING, INIT_STD, Block, Embedding, RMSNorm
+from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
+from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+
+
+class LanguageHead(nn.Module):
+    """Vectors [S, E] to logits [S, V], or, given labels [S], straight to cross-entropies fp32 [S]."""
+
+    def __init__(self, dim: int, vocabulary_size: int, tied: Tensor | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary_size, dim).normal_(std=INIT_STD)) if tied is None else tied
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return token_cross_entropy(hidden, self.weight, labels)
+
+
+class Transfusion(nn.Module):
+    """The model. Letters as in sequence.py.
+
+        model = Transfusion(num_text_tokens=256, dim_latent=192, transformer=dict(dim=512, depth=8))
+
+    Args:
+        config: every setting; or give the settings of `ModelConfig` by name.
+
+    Raises:
+        InputError: an unknown or ill-valued setting.
+    """
+
+    sample: Callable[..., list[Any]]
+    """Continue prompts with text and images; `sampling/decoder.py`, which builds on the model, binds this method."""
+
+    def __init__(self, config: ModelConfig | None = None, **settings: Any):
+        super().__init__()
+        if config is not None and settings:
+            raise ValueError(f"give a ModelConfig or settings by name, not both; got {', '.join(settings)} as well")
+        self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
+        transformer = config.transformer
+        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
+        self.objective = OBJECTIVES[config.objective]
+        self.embedding = Embedding(self.vocabulary.size, transformer.dim)
+        self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim) for width in config.dim_latent)
+        self.blocks = nn.ModuleList(Block(transformer, config.backend) for _ in range(transformer.depth))
+        self.norm = RMSNorm(transformer.dim, transformer.norm_eps)
+        tied = self.embedding.weight if config.tie_embeddings else None
+        self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
+
+    def forward(
+        self,
+        batch: PackedBatch | Tensor | Sequence[Sequence[Any]],
+        modality_tokens: Sequence[Sequence[Tensor]] | None = None,
+        modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
+        *,
+        counts: Counts | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Losses | Tensor | tuple[Tensor, Losses]:
+        """The training loss, of whichever of three inputs:
+
+            losses = model(packed_batch)                            # what the trainer calls
+            loss = model([[ids, latents, ids], [ids, (1, latents)]])        # documents; special tokens are added
+            loss, losses = model(text_ids, modality_tokens, modality_positions)     # rows [B, T], as they are
+
+        Args:
+            counts: what the losses are divided by; default: the batch's own tokens and images.
+            generator: draws timesteps and noise where the batch does not carry them.
+
+        Raises:
+            ValueError: naming the input that does not fit the model.
+        """
+        if isinstance(batch, PackedBatch):
+            return self._losses(batch, counts)
+        if isinstance(batch, Tensor):
+            tokens = [()] * len(batch) if modality_tokens is None else modality_tokens
+            positions = [()] * len(batch) if modality_positions is None else modality_positions
+            packed = inputs.pack_rows(batch, tokens, positions, self.config, generator)
+            losses = self._losses(packed.to(self.device), counts)
+            return losses.total, losses
+        if modality_tokens is not None or modality_positions is not None:
+            raise ValueError("modality_tokens go with text_ids [B, T]; in documents, images stand among the text")
+        documents = [inputs.as_document(d, self.config, i) for i, d in enumerate(batch)]
+        packed = inputs.pack_documents(documents, self.config, generator)
+        return self._losses(packed.to(self.device), counts).total
+
+    def _losses(self, batch: PackedBatch, counts: Counts | None) -> Losses:
+        x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
+        hidden = self.hidden(batch, x_t)
+        supervised = hidden.index_select(0, batch.supervised)
+        token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
+        image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
+        for number, images in enumerate(batch.modalities):
+            prediction = self.prediction(hidden, batch, number)
+            clean, noise, offsets = images.latents, images.noise, images.image_offsets
+            image_losses.append(
+                ops.diffusion_mse_from_noise(prediction, clean, noise, offsets, self.config.objective, backend=backend)
+            )
+        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
+
+    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
+        """The last layer's output [T, E], normed, for the tokens of `batch` and the noisy patches x_t [P, C] given."""
+        x = self.embedding(batch.tokens)
+        for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
+            patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
+            x = x.index_copy(0, images.sequence_index, patches.to(x.dtype))
+        transformer = self.config.transformer
+        rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
+        run = CHECKPOINTING[self.config.activation_checkpointing if self.training else "none"]
+        for block in self.blocks:
+            x = run(block, x, rotary, batch.layout)
+        return self.norm(x)
+
+    def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
+        """The diffusion head of one modality: [P, C] in the weights' dtype."""
+        index = batch.modalities[modality].sequence_index
+        return self._codec(modality).decode(hidden.index_select(0, index))
+
+    def _codec(self, modality: int) -> LinearCodec:
+        return cast(LinearCodec, self.codecs[modality])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+
+def _per_patch(timesteps: Tensor, images: Any) -> Tensor:
+    """[N] -> [P, 1], each image's timestep at its patches."""
+    return timesteps.repeat_interleave(images.image_offsets.diff(), output_size=len(images.latents))[:, None]

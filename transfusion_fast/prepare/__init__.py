@@ -1,0 +1,1 @@
+"""What makes data folders; run once."""

@@ -1,0 +1,1 @@
+"""What a trained model produces, and how good it is."""
