@@ -70,8 +70,7 @@ def mix_documents(mix: str, length: int, seed: int = 0) -> Documents:
 
 def pack(model: Transfusion, documents: Documents) -> PackedBatch:
     """One micro-batch of the documents, with the same noise and timesteps each time."""
-    laid_out = [inputs.as_document(document, model.config, i) for i, document in enumerate(documents)]
-    return inputs.pack_documents(laid_out, model.config, torch.Generator().manual_seed(0))
+    return inputs.pack_documents(documents, model.config, torch.Generator().manual_seed(0))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:

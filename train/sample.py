@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
+from PIL import Image
 
 from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
 from transfusion_fast.data.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.model.sequence import Image, Text
+from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.prepare.encode import scaled_middle
 from transfusion_fast.prepare.images import decode_image
@@ -178,10 +178,11 @@ def _continue(
         print(f"pictures: {options.out}")
 
 
-def _piece(piece: Text | Image, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
-    if isinstance(piece, Text):
-        return data.tokenizer.decode(piece.ids.numpy())
-    return Picture((_pixels(piece.latents[None], data.modalities[piece.modality], vae)[0],), "")
+def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
+    modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
+    if not tensor.is_floating_point():
+        return data.tokenizer.decode(tensor.numpy())
+    return Picture((_pixels(tensor[None], data.modalities[modality], vae)[0],), "")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:
@@ -215,7 +216,7 @@ def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray
         raise InputError(f"{path}: must be a readable image, and is not ({error})") from error
     scale = max(height / pixels.shape[0], width / pixels.shape[1])
     middle = scaled_middle(pixels, height, width, scale)
-    shown = PillowImage.fromarray(middle).convert("L" if channels == 1 else "RGB")
+    shown = Image.fromarray(middle).convert("L" if channels == 1 else "RGB")
     return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)
 
 

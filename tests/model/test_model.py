@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import TEXT, Segments, build_batch, frame
+from transfusion_fast.model.sequence import TEXT, Segments, build_batch, lay_out
 
 SMALL = {
     "num_text_tokens": 16,
@@ -46,7 +46,7 @@ def picture(rows=1, columns=3, seed=0, timestep=300.0, modality=0, width=4):
     return Picture(latents, noise, timestep, modality)
 
 
-def pack(model, documents, total_length=None, framed=None):
+def pack(model, documents, total_length=None, delimited=None):
     """Documents of texts (lists of ids) and pictures as one batch."""
     segments = [(number, piece) for number, document in enumerate(documents) for piece in document]
     pictures = [piece for _, piece in segments if isinstance(piece, Picture)]
@@ -56,16 +56,17 @@ def pack(model, documents, total_length=None, framed=None):
         else (number, 1 + piece.modality, piece.latents[..., 0].numel(), *piece.latents.shape[:2])
         for number, piece in segments
     ]
-    framed = np.array([True] * len(documents) if framed is None else framed)
+    delimited = np.array([True] * len(documents) if delimited is None else delimited)
     ids = np.array([i for _, piece in segments if isinstance(piece, list) for i in piece], dtype=np.int64)
-    sequenced = frame(Segments(*np.array(rows).T, framed=framed), ids, model.vocabulary)
-    modalities = []
+    sequence = lay_out(Segments(*np.array(rows).T, delimited=delimited), ids, model.vocabulary)
+    images = []
     for modality, width in enumerate(model.config.dim_latent):
         own = [p for p in pictures if p.modality == modality]
-        flat = [torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in
-                ([p.latents for p in own], [p.noise for p in own])]  # fmt: skip
-        modalities.append((*flat, torch.tensor([p.timestep for p in own])))
-    return build_batch(sequenced, model.vocabulary, modalities, model.config.positions, total_length)
+        of_modality = [[p.latents for p in own], [p.noise for p in own]]
+        latents, noise = (torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in of_modality)
+        images.append((latents, noise))
+    timesteps = torch.tensor([p.timestep for p in pictures])
+    return build_batch(sequence, images, timesteps, model.config.positions, total_length)
 
 
 def noisy(model, batch):
@@ -260,10 +261,10 @@ def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
     """A micro-batch without an image among them."""
     model = make(dim_latent=(4, 6))
     documents = [*PACK, [[3], picture(modality=1, width=6)]]
-    framed = [*FRAMED, True]
-    whole = model(pack(model, documents, framed=framed))
+    delimited = [*FRAMED, True]
+    whole = model(pack(model, documents, delimited=delimited))
     parts = [
-        model(pack(model, documents[cut], framed=framed[cut]), counts=whole.counts)
+        model(pack(model, documents[cut], delimited=delimited[cut]), counts=whole.counts)
         for cut in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6))
     ]
     for name in ("text", "diffusion", "total"):
@@ -273,10 +274,10 @@ def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
 
 
 @pytest.mark.parametrize("documents", [[[[1, 2, 3]]], [[picture()]]], ids=["text only", "images only"])
-@pytest.mark.parametrize("framed", [True, False])
-def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents, framed):
+@pytest.mark.parametrize("delimited", [True, False])
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents, delimited):
     model = make(dim_latent=(4, 6))
-    model(pack(model, documents, framed=[framed])).total.backward()
+    model(pack(model, documents, delimited=[delimited])).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 

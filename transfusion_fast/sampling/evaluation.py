@@ -22,7 +22,6 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import pack_documents
-from transfusion_fast.model.sequence import Text
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
@@ -115,13 +114,13 @@ def caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray,
     prompts = [[latents] for latents in pixels_to_latents(images, patch_size)]
     grid = prompts[0][0].shape[:2]
     produced = sample(model, prompts, grids=[(grid[0], grid[1])], max_images=0)
-    return ["".join(tokenizer.decode(p.ids.numpy()) for p in pieces if isinstance(p, Text)) for pieces in produced]
+    return ["".join(tokenizer.decode(p.numpy()) for p in pieces if isinstance(p, torch.Tensor)) for pieces in produced]
 
 
 @torch.no_grad()
 def text_perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
-    documents = [[Text(torch.from_numpy(tokenizer.encode(text)).long())] for text in texts]
+    documents = [[torch.from_numpy(tokenizer.encode(text)).long()] for text in texts]
     batch = pack_documents(documents, model.config).to(model.device)
     return math.exp(model(batch).text.item())
 
