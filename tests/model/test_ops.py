@@ -70,6 +70,13 @@ def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
 
 
 @each_op
+def test_auto_is_triton_for_cuda_tensors_and_torch_for_others(op):
+    assert ops.choose(op, torch.device("cuda"), "auto") == "triton"
+    assert ops.choose(op, torch.device("cuda"), {}) == "triton"
+    assert ops.choose(op, torch.device("cpu"), "auto") == "torch"
+
+
+@each_op
 def test_an_unknown_backend_is_refused_with_the_known_ones(op):
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, reference, got 'cuda'"):
         getattr(ops, op)(*CALLS[op], backend="cuda")

@@ -188,6 +188,7 @@ def test_the_prompt_is_laid_out_as_in_training(monkeypatch):
     assert tokens_of_documents(batch) == expected
     assert batch.layout.image_spans.tolist() == [[3, 2], [7, 3]]
     assert torch.equal(x_t[0], first) and torch.equal(x_t[1], second[0])
+    assert [m.timesteps.tolist() for m in batch.modalities] == [[1.0], [1.0]], "images of a prompt are clean"
 
 
 def test_a_finished_image_is_seen_clean_between_its_tokens(monkeypatch):

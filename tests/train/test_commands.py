@@ -84,7 +84,7 @@ def test_weights_that_do_not_match_the_manifest_are_not_sampled_from(run: Path, 
         (["sample", "RUN", "--prompt", "one", "--checkpoint", "../x"], "has no checkpoint '../x'"),
         (
             ["sample", "RUN", "--caption", __file__],
-            "must be a readable image, and is not (not an image: must be JPEG, PNG, WEBP)",
+            "must be a readable image (not an image: must be JPEG, PNG, WEBP)",
         ),
         (["sample", "RUN", "--prompt", "one", "--guidance", "nan"], "guidance weight must be finite, got nan"),
         (["sample", "RUN", "--text", "one", "--temperature", "nan"], "--temperature must be at least 0, got nan"),

@@ -76,7 +76,7 @@ def test_pictures_are_captioned_through_it(folder, run, tmp_path, command):
     [
         (
             ["sample", "RUN", "--prompt", "a"],
-            "is on latents, which need the autoencoder of its data; give --vae",
+            "--vae must be given for",
         ),
         (["sample", "RUN", "--caption", "a.png"], "give --vae FOLDER"),
         (

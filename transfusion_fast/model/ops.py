@@ -235,9 +235,7 @@ def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) 
     if image_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = image_offsets.tolist()
         if offsets[0] != 0 or offsets[-1] != len(prediction) or any(a >= b for a, b in pairwise(offsets)):
-            raise ValueError(
-                f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}"
-            )
+            raise ValueError(f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}")
 
 
 def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
