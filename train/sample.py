@@ -43,41 +43,36 @@ def main() -> int:
     return 0
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help that keeps the lines of the description and names every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
-    what.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
-    what.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_HelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
+    task.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
+    task.add_argument(
         "--text", nargs="+", action="extend", help="texts to continue, with images if the model begins them"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("grid.png"),
-        help="picture to write; with --text also a page, NAME.html (default: %(default)s)",
-    )
-    parser.add_argument("--each", type=int, default=8, help="images per prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="diffusion steps (default: %(default)s)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="(default: %(default)s)")
-    parser.add_argument(
-        "--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-images", type=int, default=1, help="most images in the continuation of a --text (default: %(default)s)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=64, help="most new tokens of text (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-        help="size of images in pixels (default: the size of the first image of the training data)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of text and noise (default: %(default)s)")
-    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")
-    parser.add_argument("--checkpoint", help="name of a checkpoint, such as step-00000500 (default: the latest)")
+    add("--out", type=Path, default=Path("grid.png"), help="picture to write; with --text also a page, NAME.html")
+    add("--each", type=int, default=8, help="images per prompt")
+    add("--steps", type=int, default=250, help="diffusion steps")
+    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler of models that predict noise")
+    add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
+    add("--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy")
+    add("--max-images", type=int, default=1, help="most images in the continuation of a --text")
+    add("--max-tokens", type=int, default=64, help="most new tokens of text")
+    size_help = "size of images in pixels (default: the size of the first image of the training data)"
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size_help)
+    add("--seed", type=int, default=0, help="seed of text and noise")
+    add("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")
+    add("--checkpoint", help="name of a checkpoint, such as step-00000500 (default: the latest)")
     return parser
 
 
@@ -120,9 +115,7 @@ def _autoencoder(options: argparse.Namespace, data: DataDescription) -> Autoenco
     if not latents and options.vae is None:
         return None
     if not latents:
-        raise InputError(
-            f"--vae needs a run on latents, got {options.run}, a run on pixels or text alone; leave it out"
-        )
+        raise InputError(f"--vae needs a run on latents, got {options.run} on pixels or text; leave it out")
     if options.vae is None:
         raise InputError(f"--vae must be given for {options.run}, a run on latents; give the autoencoder of its data")
     vae = read_autoencoder(options.vae)
