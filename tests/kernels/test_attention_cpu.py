@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transfusion_fast.kernels import cpu_half_attention, reference, torch_attention
+from transfusion_fast.kernels import attention_cpu, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 
@@ -64,13 +64,13 @@ def test_values_and_gradients_are_the_references(tolerance, layout, heads, scale
 @settings(max_examples=50)
 def test_documents_longer_than_a_tile_are_the_references(tolerance, layout, heads, max_rows):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_attention, "MAX_ROWS", max_rows)
+        patch.setattr(attention_cpu, "MAX_ROWS", max_rows)
         assert_like_reference(layout, heads, None, tolerance)
 
 
 def test_a_document_of_several_full_tiles_is_the_references(tolerance):
     """Longer than MAX_ROWS as it is, an image across the cut, and short documents of other tile shapes beside it."""
-    rows = torch_attention.MAX_ROWS
+    rows = attention_cpu.MAX_ROWS
     layout = AttentionLayout.from_spans([3, rows + 40, 70, 5], [(rows - 20, 60), (rows + 43, 70)], rows + 125)
     assert_like_reference(layout, (2, 1), None, tolerance)
 
@@ -84,12 +84,11 @@ def test_double_precision_is_the_references_to_double_precision(tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("max_rows", [torch_attention.MAX_ROWS, 64, 48], ids=["one tile", "several", "uneven ones"])
+@pytest.mark.parametrize("max_rows", [attention_cpu.MAX_ROWS, 64, 48], ids=["one tile", "several", "uneven ones"])
 @pytest.mark.parametrize("spans", [([9, 17, 4], [(2, 5), (9, 17)], 33), ([300, 12, 280], [(20, 200)], 600)])
 def test_half_precision_obeys_the_error_rule(monkeypatch, dtype, max_rows, spans):
     """Output and gradients of short and long documents, with images and without, whose backward has its own formula."""
-    monkeypatch.setattr(torch_attention, "MAX_ROWS", max_rows)
-    monkeypatch.setattr(cpu_half_attention, "ROWS", max_rows)
+    monkeypatch.setattr(attention_cpu, "MAX_ROWS", max_rows)
     layout = AttentionLayout.from_spans(*spans)
     inputs = attention_cases.qkv(layout, (4, 2), dtype=dtype)
     assert_accurate(attention_cases.run(tiled, inputs, layout, 0.3), inputs, layout, 0.3)
@@ -142,8 +141,8 @@ def test_poison_in_other_documents_does_not_reach_a_document(lengths, poison):
 
 def test_poison_in_later_tiles_of_a_document_does_not_reach_earlier_tiles(monkeypatch):
     """Within a tile it may: the weight of a key that is not seen is zero, and zero times NaN is NaN."""
-    monkeypatch.setattr(torch_attention, "MAX_ROWS", 8)
-    monkeypatch.setattr(torch_attention, "SHORT", 0)
+    monkeypatch.setattr(attention_cpu, "MAX_ROWS", 8)
+    monkeypatch.setattr(attention_cpu, "SHORT", 0)
     layout = AttentionLayout.from_spans([24], [(2, 4)])
     clean = qkv(layout)
     poisoned = [torch.cat([x[:16], torch.full_like(x[16:], float("nan"))]) for x in clean]
