@@ -48,7 +48,7 @@ def layout_of(spans):
 
 @st.composite
 def any_spans(draw, length=SMALL, documents=5):
-    """Draw (document lengths, image spans, total length): documents of texts and images of any `length`, then padding."""
+    """Draw (document lengths, image spans, total length): documents of texts and images of `length`, then padding."""
     segment = st.tuples(st.booleans(), length)
     lengths, spans, end = [], [], 0
     for document in draw(st.lists(st.lists(segment, min_size=1, max_size=4), max_size=documents)):

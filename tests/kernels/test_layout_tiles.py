@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from attention_cases import AROUND_TILES, MIXED, any_spans, layout_of, qkv, run
+from attention_cases import AROUND_TILES, MIXED, any_spans, layout_of, qkv
 from hypothesis import given
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder
@@ -86,7 +86,10 @@ def test_a_document_has_as_few_tiles_as_possible_with_the_remainder_where_it_cos
     for start, end in pairwise(layout.document_offsets.tolist()):
         if end - start > SHORT:
             own = [tile for tile in tiles if start <= tile[0] < end]
-            cuts = list(range(start, end, TALL)), sorted({start, *range(end, start, -TALL)})[: -(-(end - start) // TALL)]
+            cuts = (
+                list(range(start, end, TALL)),
+                sorted({start, *range(end, start, -TALL)})[: -(-(end - start) // TALL)],
+            )
             possible = [list(pairwise([*cut, end])) for cut in cuts]
             assert own in possible and work(own) == min(map(work, possible))
 
@@ -168,7 +171,9 @@ def test_blocks_are_full_where_all_rows_see_all_columns_and_rounded_up_elsewhere
                 rows = visible[first : min(first + work.config.block, end)]
                 in_full = int(rows.all(dim=0).sum()) // work.config.step * work.config.step
                 full += in_full
-                partial += -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step) * work.config.partial_step
+                partial += (
+                    -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step) * work.config.partial_step
+                )
                 programs += 1
         assert (work.programs, work.full, work.partial) == (programs, full, partial), height
     assert layout.visited_area(kernel, **sizes) == sum(w.config.block * (w.full + w.partial) for w in counted)
