@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import kernel_rows
 import mixes
 
+from transfusion_fast.kernels.work import tile_work
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -72,17 +74,17 @@ def rows(compiled: Sequence[kernel_rows.Row]) -> list[Row]:
 def _row(name: str, gpu: Gpu, kernel: str, head_dim: int, mix: str, variants: Sequence[kernel_rows.Row]) -> Row:
     layout = mixes.sample(mix, mixes.FIXED_LENGTH)
     T, H, G = layout.total_length, 16, 4
-    walks = layout.walks(kernel, head_dim=head_dim, arch=gpu.arch)
+    work = tile_work(layout, kernel, head_dim=head_dim, arch=gpu.arch)
     # dK and dV walk their queries once for every query head of the group, but load their own tile once.
     by_keys = kernel == "backward_dkdv"
     best = worst = loaded = 0.0
-    for walk, v in zip(walks, variants, strict=True):
-        for columns, step, loop in ((walk.whole, v.step, "whole"), (walk.edge, v.edge_step, "edge")):
+    for tiles, v in zip(work, variants, strict=True):
+        for columns, step, loop in ((tiles.full, v.step, "whole"), (tiles.partial, v.edge_step, "edge")):
             matrix, issue, mufu = (getattr(v, f"{loop}_{unit}_cycles") for unit in ("matrix", "issue", "mufu"))
             best += H * columns / step * max(matrix, issue, mufu)
             worst += H * columns / step * (matrix + max(issue, mufu))
             loaded += H * columns * 2 * head_dim * 2
-        loaded += walk.programs * v.block * (G if by_keys else H) * 2 * head_dim * 2
+        loaded += tiles.programs * v.block * (G if by_keys else H) * 2 * head_dim * 2
     flops = FLOPS_OF_PAIR[kernel] * H * head_dim * layout.area
     least = _least_bytes(kernel, T, H, G, head_dim)
     memory_us = least / gpu.bandwidth_gbs / 1e3

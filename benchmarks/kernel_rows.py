@@ -84,7 +84,7 @@ def row_of(variant: offline.Variant, rules_only: bool = False) -> Row:
         heads=f"{variant.heads}/{variant.kv_heads}",
         block=c.block,
         step=c.step,
-        edge_step=c.edge_step,
+        edge_step=c.partial_step,
         warps=c.warps,
         stages=c.stages,
         descriptors=c.descriptors,
@@ -118,7 +118,7 @@ def _loops(variant: offline.Variant, found: list[sass.Loop]) -> _Loops | None:
     # The mask's compares tell them apart, in whichever order they lie.
     whole, edge = sorted(found, key=lambda loop: sass.count(loop).integer_compare / len(loop.instructions))
     whole_mix, edge_mix = sass.count(whole), sass.count(edge)
-    cycles = (_cycles(variant, mix, columns) for mix, columns in ((whole_mix, c.step), (edge_mix, c.edge_step)))
+    cycles = (_cycles(variant, mix, columns) for mix, columns in ((whole_mix, c.step), (edge_mix, c.partial_step)))
     whole_cycles, edge_cycles = cycles
     return _Loops(whole, whole_mix, whole_cycles, edge_mix, edge_cycles)
 

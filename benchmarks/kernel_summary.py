@@ -33,7 +33,7 @@ def text(
         *_assemblers(sorted({row.arch for row in rows})),
         f"## Rules\n\n{len(rows)} configurations compiled, {len(broken)} break a rule.\n" + "\n".join(broken),
         "## Resources\n\n" + _resources(rows),
-        "What was tried, and what it changed: docs/attention.md.",
+        "What was tried, and what it changed: docs/kernels.md.",
         "## Inner loops on sm_90, bf16\n\n" + _LOOPS_LEGEND + "\n\n" + _loops(rows),
         "## Visited area\n\n" + _AREAS_LEGEND + "\n\n" + _areas(areas),
         "## Estimated times\n\n" + (kernel_estimates.__doc__ or "").strip() + "\n\n" + _estimates(estimates),
