@@ -40,9 +40,9 @@ def main() -> int:
         check_output(Path(config.train.output))
         ops.describe(config.model.backend, torch.device("cpu"))  # refuses one that cannot run here
         from transfusion_fast.training.ranks import join_ranks
-        from transfusion_fast.training.trainer import train
+        from transfusion_fast.training.trainer import Trainer
 
-        train(config, data, join_ranks(config.train))
+        Trainer(config, data, join_ranks(config.train)).run()
         code = 0
     except OSError as error:
         _report(error)
