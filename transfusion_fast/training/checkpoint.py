@@ -62,8 +62,8 @@ class Checkpoints:
         self.ranks.barrier()
         engine.save_checkpoint(str(staging), tag=_ENGINE, save_latest=False)
         # Every rank takes part in gathering each full weight, and only the main rank keeps them.
-        gathered = ((name, safe_get_full_fp32_param(p)) for name, p in engine.module.named_parameters())
-        weights = {name: weight.float().cpu().clone() for name, weight in gathered if self.ranks.is_main}
+        gathered = ((key, safe_get_full_fp32_param(p)) for key, p in engine.module.named_parameters())
+        weights = {key: weight.float().cpu().clone() for key, weight in gathered if self.ranks.is_main}
         if self.ranks.is_main:
             save_file(weights, staging / WEIGHTS)
             (staging / META).write_text(json.dumps(asdict(meta), indent=1))
