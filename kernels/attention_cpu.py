@@ -8,14 +8,11 @@ start of the document to the last key that one of its rows sees. Short documents
 common length and computed as one batch, because one call for each would cost more than its work. The masks are made
 once for all layers, on the device: one byte a pair, and three more in half precision on a CPU.
 
-Every product is one `scaled_dot_product_attention`, and autograd saves what it needs. In half precision on a CPU,
-`_HalfPrecisionAttention` computes PyTorch's forward pass with a backward pass of its own, which is faster than
-PyTorch's: it saves Q, K, V and the log-sum-exp L and computes
+Every product is one `scaled_dot_product_attention`. In half precision on a CPU the backward pass is our own, which is
+faster than PyTorch's: it saves Q, K, V and the log-sum-exp L, and computes (FlashAttention, arXiv 2205.14135)
 
-    P = exp(scale Q K^T - L),   dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dP P)),   dQ = scale dS K,
-    dK = scale dS^T Q                                                           (FlashAttention, arXiv 2205.14135)
-
-Gradients cannot be differentiated again.
+    P = exp(scale Q K^T - L),   dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dP P)),
+    dQ = scale dS K,   dK = scale dS^T Q
 """
 
 from __future__ import annotations
@@ -93,16 +90,13 @@ def _join(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-# The plan: documents -> batches of one length -> tiles of queries.
-
-
 @dataclass(frozen=True, eq=False)
 class _Tile:
     """Queries `rows` of each of the B documents of a batch, and the keys [0, keys) that they see."""
 
     rows: slice
     keys: int
-    visible: Tensor | None  # bool [B, 1, rows, keys]; None for causal attention over a whole text
+    visible: Tensor | None  # bool [B, 1, rows, keys]; None for causal attention over a text
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -205,7 +199,7 @@ def _round_up(length: int, alignment: int) -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """Copies positions [T, ..] to rows [R, ..].
+    """The copy of positions [T, ..] to rows [R, ..].
 
     No other row sees a padding row, and its output is dropped, so its gradient is zero.
     """
@@ -222,7 +216,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Copies rows [R, ..] to positions [T, ..], with zeros at padding.
+    """The copy of rows [R, ..] to positions [T, ..], with zeros at padding.
 
     No row is used twice, so the gradient is copied. The gradient of index_select would be a sum.
     """
@@ -247,9 +241,6 @@ def _select(x: Tensor, index: Tensor, length: int) -> Tensor:
     torch.index_select(x.flatten(1), 0, index, out=out[: len(index)].flatten(1))
     out[len(index) :] = 0.0
     return out
-
-
-# Half precision on a CPU.
 
 
 class _HalfPrecisionAttention(torch.autograd.Function):

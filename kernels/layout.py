@@ -132,15 +132,8 @@ class AttentionLayout:
     def visited_area(self, direction: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> int:
         """Return the number of (query, key) pairs that the Triton kernels compute for one head, visible or not.
 
-        Unused rows of tiles count too.
-
-        Args:
-            direction: "forward", "backward_dq", "backward_dkdv", or "backward": the mean of the last two, weighted by
-                their three and four matrix products.
-            head_dim: D. arch: 80, 90, 100 or 120, as in sm_80. itemsize: Bytes of a number.
-
-        Raises:
-            ValueError: An unknown direction, or a head dimension or architecture without a configuration.
+        Unused rows of tiles count too. `direction` is a kernel of `work.tile_work`, whose other arguments and errors
+        these are, or "backward": the mean of dQ and of dK and dV, weighted by their three and four matrix products.
         """
         if direction == "backward":
             dq, dkdv = (

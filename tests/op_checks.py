@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps the calls of this library's ops."""
+    """A mode that keeps the calls of this library's ops."""
 
     def __init__(self):
         super().__init__()

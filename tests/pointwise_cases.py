@@ -244,7 +244,7 @@ def saved_by(op, tensors):
 
 
 class Launches:
-    """Stands in for a kernel, and counts its launches and the addresses of the tensors that it is given."""
+    """A kernel that counts its launches and keeps the addresses of the tensors that it is given."""
 
     def __init__(self, kernel):
         self.kernel, self.count, self.addresses = kernel, 0, set()

@@ -68,9 +68,9 @@ def test_padding_affects_nothing():
 
 def test_rows_beyond_32_bits_are_addressed():
     """Query and key rows of a fused projection, of which the last ones lie more than 2^31 numbers behind the first."""
-    layout = AttentionLayout.from_spans([137, 40], [(3, 20), (150, 9)], device="cuda")
+    layout = AttentionLayout.from_spans([200, 40], [(0, 200), (210, 9)], device="cuda")
     inputs = attention_cases.qkv(layout, (1, 1), 64, torch.bfloat16)
-    projection = torch.empty(177, 2**24 - 16, dtype=torch.bfloat16, device="cuda")
+    projection = torch.empty(240, 2**24 - 16, dtype=torch.bfloat16, device="cuda")
     moved = [projection[:, 64 * n : 64 * (n + 1)].unflatten(1, (1, 64)).copy_(x) for n, x in enumerate(inputs)]
     expected = attention_cases.run(triton, inputs, layout)
     attention_cases.assert_same_bits(attention_cases.run(triton, moved, layout), expected)

@@ -137,7 +137,7 @@ def test_poison_in_later_tiles_of_a_document_does_not_reach_earlier_tiles(monkey
 
 
 class LargestOutput(TorchDispatchMode):
-    """Keeps the number of values of the largest tensor that any operation makes."""
+    """A mode that keeps the number of values of the largest tensor that any operation makes."""
 
     numel = 0
 

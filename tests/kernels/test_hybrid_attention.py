@@ -156,9 +156,11 @@ def test_the_memory_layout_of_the_inputs_changes_nothing(stored, dtype):
     assert_same_bits(run(triton, moved, layout), run(triton, inputs, layout))
 
 
-def test_rows_beyond_32_bits_are_addressed():
+@pytest.mark.parametrize("architecture", [80, 90], ids=["by pointers", "by descriptors"])
+def test_rows_beyond_32_bits_are_addressed(architecture, interpret_as):
     """Offsets within a tile have 32 bits: the largest stride for 128 rows is just under 2^24."""
-    layout = AttentionLayout.from_spans([137, 40], [(3, 20), (150, 9)])
+    interpret_as(architecture)
+    layout = AttentionLayout.from_spans([200, 40], [(0, 200), (210, 9)])  # full blocks start at 128 and beyond
     inputs = qkv(layout, heads=(1, 1), dtype=HALF)
     moved = [far_apart(x, step=2**24 - 16) for x in inputs]
     assert layout.query_tiles.max() * moved[0].stride(0) > 2**31

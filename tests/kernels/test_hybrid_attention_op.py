@@ -38,7 +38,7 @@ def replace_kernels(monkeypatch, stand_in):
 
 
 class Launched:
-    """Calls `launch(grid, args, options)` in place of a kernel."""
+    """A stand-in for a kernel that calls `launch(grid, args, options)`."""
 
     def __init__(self, launch):
         self.launch = launch
@@ -92,7 +92,7 @@ BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
 class Specialization(Launched):
-    """Keeps what Triton would compile a kernel for, by the height of the tiles, in place of running it."""
+    """A stand-in for a kernel that keeps what Triton would compile, by the height of the tiles."""
 
     def __init__(self, name, kernel):
         super().__init__(self.specialize)
@@ -133,7 +133,7 @@ def test_another_dtype_is_another_specialization(specializations):
 
 
 class Block(torch.nn.Module):
-    """Computes q, k and v, attends, and computes on."""
+    """A block of a model, with computations before and after its attention."""
 
     def __init__(self):
         super().__init__()
