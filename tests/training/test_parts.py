@@ -6,17 +6,24 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from launching import DEFAULT_CONFIG, OneRank
+from launching import DEFAULT_CONFIG, OneRank, small_config, text, write_packs
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config, OptimizerConfig, load_config
-from transfusion_fast.data.loader import Share
+from transfusion_fast.data.loader import Share, open_data
+from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
-from transfusion_fast.training.run_folder import write_config
+from transfusion_fast.training.run_folder import (
+    describe_data,
+    read_data_description,
+    write_config,
+    write_data_description,
+)
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
 ROW = Row(90, 720, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0, 0)
@@ -148,6 +155,14 @@ def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path)
     (tmp_path / "config.yaml").write_text("data: [")
     assert "unknown, since the previous config.yaml cannot be read" in write_config(tmp_path, second)[0]
     assert load_config(tmp_path / "config.yaml") == second
+
+
+def test_a_run_folder_remembers_height_and_width_of_the_first_image(tmp_path: Path) -> None:
+    document = (text(9, seed=0), ImageSegment(np.zeros((8, 4, 1), np.uint8)))
+    data = open_data(small_config(write_packs(tmp_path / "data", [document], 56)))
+    write_data_description(tmp_path, describe_data(data))
+    read = read_data_description(tmp_path)
+    assert read.image_sizes == ((8, 4),) and read.grid(0) == (4, 2) and read.modalities == data.modalities
 
 
 def test_an_error_of_one_rank_is_an_error_of_all_ranks() -> None:
