@@ -30,6 +30,7 @@ setup(
         "torch>=2.13",
         "deepspeed>=0.18",
         "einops>=0.8",
+        "filelock>=4.2",
         "fsspec>=2024.2",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -1,4 +1,4 @@
-"""Autoencoders of random weights, small enough to run in milliseconds, as diffusers saves them."""
+"""Autoencoders with random weights that run in milliseconds, in folders as diffusers saves them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def save_autoencoder(folder: Path, seed: int = 0, **settings: Any) -> Any:
-    """Writes one of stride 2 and 4 latent channels to a folder, and returns diffusers' own object."""
+    """Write an autoencoder of stride 2 and 4 latent channels to a folder; return diffusers' own object."""
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng():
@@ -28,5 +28,5 @@ def save_autoencoder(folder: Path, seed: int = 0, **settings: Any) -> Any:
 
 
 def random_pixels(*shape: int, seed: int = 0) -> np.ndarray:
-    """uint8 of that shape."""
+    """Return random uint8 of that shape."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -1,26 +1,28 @@
-"""A data folder to be read at a URL, and what tests ask of one."""
+"""A data folder to be read at a URL, and common checks of one."""
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from shard_damage import GREY, assert_same_pack
 
-from transfusion_fast.data import folder as remote
-from transfusion_fast.data.folder import RemoteFolder, ShardCache, data_folder
+from transfusion_fast.data.folder import Folder, ShardCache, as_folder
 from transfusion_fast.data.index import parse_index
-from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
+from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.built_in import prepare
 
-GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 FORK = multiprocessing.get_context("fork")
 
 
 def write_source(folder: Path) -> Path:
-    """6 shards of 3 packs, with a tokenizer of their own."""
+    """Write 6 shards of 3 packs, with a tokenizer of their own."""
     tokenizer = train_bpe(["some words to learn from, some more words to learn"] * 3, 260)
     rng = np.random.default_rng(0)
     documents = [
@@ -31,18 +33,33 @@ def write_source(folder: Path) -> Path:
     return folder
 
 
+def at(folder: Path, cache: Path, max_bytes: int = 10**9) -> Folder:
+    """Return a local folder as a remote one."""
+    return as_folder(f"file://{folder}", ShardCache(cache, max_bytes))
+
+
+def intercept_fetches(patch: pytest.MonkeyPatch, fetch: Callable[[str, Callable[[], BinaryIO]], BinaryIO]) -> None:
+    """Let `fetch(name, open)` replace the opening of every shard at a file:// URL, in forked processes too."""
+    really_open = LocalFileSystem.open
+
+    def opened(self, path, *arguments, **options):
+        if not path.endswith(".tar"):
+            return really_open(self, path, *arguments, **options)
+        return fetch(Path(path).name, lambda: really_open(self, path, *arguments, **options))
+
+    patch.setattr(LocalFileSystem, "open", opened)
+
+
 def log_fetches(log: Path, patch: pytest.MonkeyPatch) -> Path:
-    """`log` gets the name of every shard that any process opens at its URL, a line each."""
-    opened = remote._open_url
+    """Append to `log` the name of every shard that any process opens at its file:// URL, a line each."""
     log.touch()
 
-    def logged(url):
-        if url.endswith(".tar"):
-            with log.open("a") as lines:
-                lines.write(url.rpartition("/")[2] + "\n")
-        return opened(url)
+    def logged(name, really_open):
+        with log.open("a") as lines:
+            lines.write(f"{name}\n")
+        return really_open()
 
-    patch.setattr(remote, "_open_url", logged)
+    intercept_fetches(patch, logged)
     return log
 
 
@@ -50,13 +67,21 @@ def lines_of(log: Path) -> list[str]:
     return log.read_text().split()
 
 
-def at(folder: Path, cache: Path, max_bytes: int = 10**9) -> RemoteFolder:
-    found = data_folder(f"file://{folder}", ShardCache(cache, max_bytes))
-    assert isinstance(found, RemoteFolder)
-    return found
+def run_forked(*actions: Callable[[], None], timeout: float = 60) -> None:
+    """Run each action in a forked process, all at once; fail if one fails or hangs."""
+    processes = [FORK.Process(target=action, daemon=True) for action in actions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * len(actions), "None: it hangs"
 
 
 def refusal(action, *arguments, kind=InputError) -> str:
+    """Return the one line of the error of exactly this class that an action must raise."""
     with pytest.raises(InputError) as error:
         action(*arguments)
     assert type(error.value) is kind and "\n" not in str(error.value)
@@ -64,11 +89,10 @@ def refusal(action, *arguments, kind=InputError) -> str:
 
 
 def assert_reads(reader: PackReader, source: Path, numbers=None) -> None:
-    plain = PackReader(source)
-    for number in range(len(plain)) if numbers is None else numbers:
-        for field in ("tokens", "segments", "latents"):
-            got, expected = getattr(reader.read(number), field), getattr(plain.read(number), field)
-            np.testing.assert_array_equal(got, expected, strict=True)
+    """Assert that a reader returns the packs of a local folder."""
+    local = PackReader(source)
+    for number in range(len(local)) if numbers is None else numbers:
+        assert_same_pack(reader.read(number), local.read(number))
 
 
 def shard_bytes(folder: Path) -> int:

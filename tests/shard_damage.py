@@ -1,4 +1,4 @@
-"""A data folder, and everything that may befall one of its shards."""
+"""A data folder, and every kind of damage to one of its shards."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index, schema_of
-from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
+from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.data.shards import append_table, padded, read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare
@@ -26,6 +26,17 @@ def documents(seed):
     for _ in range(40):
         caption = TextSegment(rng.integers(0, 256, 9, dtype=np.int32))
         yield caption, ImageSegment(rng.integers(0, 256, (4, 6, 1), dtype=np.uint8))
+
+
+def small_pack(number):
+    """Return a pack of one caption and one image that hold its number, 9 positions in all."""
+    caption = TextSegment(np.arange(number, number + 3, dtype=np.int32))
+    return make_pack([(caption, ImageSegment(np.full((2, 4, 1), number, np.uint8)))], (GREY,))
+
+
+def assert_same_pack(got, expected):
+    for field in ("tokens", "segments", "latents"):
+        np.testing.assert_array_equal(getattr(got, field), getattr(expected, field), strict=True)
 
 
 def write_folder(folder, seed=0):
@@ -53,7 +64,7 @@ def members(folder):
 
 
 def rewrite(folder, entries):
-    """The shard anew, of these (name, data); as a plain writer of tars would."""
+    """Replace the shard by a plain tar of these (name, data)."""
     with tarfile.open(folder / SHARD, "w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in entries:
             member = tarfile.TarInfo(name)
@@ -62,7 +73,7 @@ def rewrite(folder, entries):
 
 
 def rewrite_packs(folder, entries):
-    """The shard anew, with a table and an index that say what lies there, so that only decoding it can object."""
+    """Replace the shard, with a table and an index that match it, so that only decoding can fail."""
     rewrite(folder, entries)
     append_table(folder / SHARD, SCHEMA)
     align_index(folder)
@@ -84,12 +95,12 @@ def replace_member(folder, data, number=3):
     rewrite_packs(folder, [(name, data if i == number else old) for i, (name, old) in enumerate(entries)])
 
 
-def pack_start(folder, place):
-    return read_table(folder / SHARD).span(place)[0]
+def pack_start(folder, number):
+    return read_table(folder / SHARD).span(number)[0]
 
 
-def table_row_start(folder, place):
-    return read_index(folder).shards[1].table + tarfile.BLOCKSIZE + 32 + 16 * place
+def table_row_start(folder, number):
+    return read_index(folder).shards[1].table + tarfile.BLOCKSIZE + 32 + 16 * number
 
 
 def other_checksum_in_the_table(folder):
@@ -97,11 +108,11 @@ def other_checksum_in_the_table(folder):
     align_index(folder)
 
 
-def rewrite_row(folder, place, end=None, crc32=None):
-    """A number of the table, and the index as if it were right."""
+def rewrite_row(folder, number, end=None, crc32=None):
+    """Change a row of the table, and the index as if the row were right."""
     for column, value in enumerate((end, crc32)):
         if value is not None:
-            patch(folder, table_row_start(folder, place) + 8 * column, value.to_bytes(8, "little", signed=True))
+            patch(folder, table_row_start(folder, number) + 8 * column, value.to_bytes(8, "little", signed=True))
     begin, stop = read_index(folder).shards[1].table_span
     content = (folder / SHARD).read_bytes()
     edit_index(folder, sha256=file_sha256(folder / SHARD), table_crc32=zlib.crc32(content[begin:stop]))
@@ -113,8 +124,8 @@ def rewrite_schema(folder):
 
 
 def rewrite_ends(folder, *ends):
-    for place, end in enumerate(ends):
-        rewrite_row(folder, place, end=end)
+    for number, end in enumerate(ends):
+        rewrite_row(folder, number, end=end)
 
 
 def shard_without_its_table(folder):
@@ -127,7 +138,7 @@ def shard_of_another_folder(folder):
 
 
 def append_header(folder, **fields):
-    """A member before the end blocks whose header is valid and says what no shard has."""
+    """Insert a member that no shard has, with a valid header, before the end blocks."""
     member = tarfile.TarInfo("x.npy")
     for name, value in fields.items():
         setattr(member, name, value)
@@ -148,7 +159,7 @@ def truncate_between_packs(folder):
 
 
 def truncate_between_members(folder):
-    """Behind the first of a pack's three files."""
+    """Truncate after the first of a pack's three files."""
     start = pack_start(folder, 2)
     with (folder / SHARD).open("rb") as stream:
         stream.seek(start)
@@ -177,16 +188,11 @@ def absurd_shape():
     return b"\x93NUMPY\x01\x00" + len(header.ljust(117) + b"\n").to_bytes(2, "little") + header.ljust(117) + b"\n"
 
 
-def keys_alike(folder):
+def rename_key(folder, like):
+    """Give the third pack the key of the member `like`."""
     entries = members(folder)
-    second = entries[3][0].partition(".")[0]
-    rewrite(folder, [(name.replace(entries[6][0].partition(".")[0], second), data) for name, data in entries])
-
-
-def a_key_again(folder):
-    entries = members(folder)
-    first = entries[0][0].partition(".")[0]
-    rewrite(folder, [(name.replace(entries[6][0].partition(".")[0], first), data) for name, data in entries])
+    old, new = (entries[number][0].partition(".")[0] for number in (6, like))
+    rewrite(folder, [(name.replace(old, new), data) for name, data in entries])
 
 
 IN_PACKS = {
@@ -201,8 +207,8 @@ IN_PACKS = {
     "missing file": lambda folder: (folder / SHARD).unlink(),
     "npy with a pickle": lambda folder: replace_member(folder, npy(np.array([{"a": 1}], dtype=object))),
     "npy of absurd shape": lambda folder: replace_member(folder, absurd_shape()),
-    "keys alike": keys_alike,
-    "key again": a_key_again,
+    "equal keys of neighbours": lambda folder: rename_key(folder, 3),
+    "equal keys of distant packs": lambda folder: rename_key(folder, 0),
     "shard of another folder": shard_of_another_folder,
     "zeros from a pack on": lambda folder: patch(
         folder, (start := pack_start(folder, 2)), bytes((folder / SHARD).stat().st_size - start)
@@ -228,7 +234,7 @@ ELSEWHERE = {
     "no end blocks": truncate_before_the_end_blocks,
     "index with another sha256": lambda folder: edit_index(folder, sha256="0" * 64),
 }
-COUNTS = {  # which number the packs of other shards anew
+COUNTS = {  # shifts the numbers of packs in other shards
     "index with fewer packs": lambda folder: edit_index(folder, packs=4),
     "index with one pack": lambda folder: edit_index(folder, packs=1),
 }

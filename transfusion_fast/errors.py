@@ -1,26 +1,24 @@
-"""The one exception that a user's input raises, and that a command line prints as one line."""
+"""Exceptions that report a user's mistakes; a command line prints them as one line."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What a user gave cannot be used: the message says what, the value got, the rule, and what to do."""
+    """Unusable input. The message names the thing, its rule, the value found, and a remedy."""
 
 
 class Rejected(ValueError):
-    """A document that cannot be used. `reason` is one of a few, for counting; the message is for the reader."""
+    """A document that cannot be used. `reason` is one of a few, for counting; the message is for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        # Names in archives and messages of libraries reach the terminal, and must not forge lines on it.
-        self.reason, self.detail = reason, _printable(detail)
+        # File names in archives and messages of libraries reach the terminal, and must not forge lines there.
+        self.reason, self.detail = reason, _escape(detail)
         super().__init__(f"{reason}: {self.detail}")
 
     def at(self, where: str) -> Rejected:
-        """The same, and in which document."""
+        """Return the same rejection with the document's location added."""
         return Rejected(self.reason, f"{self.detail}, {where}")
 
 
-def _printable(text: str) -> str:
-    if text.isprintable():
-        return text
+def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

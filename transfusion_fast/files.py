@@ -1,36 +1,42 @@
-"""Files that are whole under their names."""
+"""Files that are complete whenever they exist under their names, and strict JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from transfusion_fast.errors import InputError
+
+_T = TypeVar("_T")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that has its old contents or the new ones whenever the process ends."""
-    begun = staged(path)
-    begun.write_bytes(content.encode() if isinstance(content, str) else content)
-    begun.replace(path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that has its old or its new contents whenever the process ends."""
+    partial = partial_path(path)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
 
 
-def staged(path: Path) -> Path:
-    """What `write_whole` leaves where it is cut off."""
+def partial_path(path: Path) -> Path:
+    """Return the name under which an interrupted `write_atomically` leaves its file."""
     return path.with_name(f".{path.name}.partial")
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """As `write_whole`, and whenever the machine does."""
-    begun = path.with_name(f".{path.name}.durable")
-    write_whole(begun, content)
-    sync(begun)
-    begun.replace(path)
+    """Write a file that has its old or its new contents whenever the machine stops."""
+    durable = path.with_name(f".{path.name}.durable")
+    write_atomically(durable, content)
+    sync(durable)
+    durable.replace(path)
     sync(path.parent)
 
 
 def sync(*paths: Path) -> None:
-    """Puts files and folders on the disk, so that in a crash of the machine no name outlives its contents."""
+    """Flush files and folders to disk, so that a crash of the machine leaves no name without its contents."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -40,8 +46,26 @@ def sync(*paths: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of the project's own; None where there is none, or it cannot be read as JSON."""
+    """Return the value in a JSON file of the project's own, or None if it is missing or malformed."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
+
+
+def parse_json(adapter: TypeAdapter[_T], content: bytes, where: str, remedy: str) -> _T:
+    """Return the value that a JSON text holds, without converting types.
+
+    Raises:
+        InputError: Its first error, in one line that names the field in `where` and ends in `remedy`.
+    """
+    try:
+        return adapter.validate_json(content, strict=True)
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+    kind, field = error["type"], ".".join(map(str, error["loc"]))
+    if kind == "value_error":  # raised by a class of ours, with a complete message
+        raise InputError(f"{where}: {error['ctx']['error']}")
+    rule = {"json_invalid": "be JSON", "missing": "be given"}.get(kind) or error["msg"].split("should ", 1)[-1]
+    got = "nothing" if kind == "missing" else repr(error["input"])
+    raise InputError(f"{field + ' in ' if field else ''}{where} must {rule}, got {got:.60}; {remedy}")

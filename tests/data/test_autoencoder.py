@@ -1,4 +1,4 @@
-"""Latents are what diffusers' own model gives, scaled as its config says; what is no such model gets one line."""
+"""Latents are those of diffusers' own model, scaled by its config; a folder without a valid model gets one line."""
 
 import json
 import logging
@@ -14,15 +14,28 @@ import torch
 from autoencoders import random_pixels, save_autoencoder
 from safetensors.torch import load_file, save_file
 
-from transfusion_fast.data.autoencoder import CONFIG, WEIGHTS, _model, read_autoencoder
+from transfusion_fast.data.autoencoder import CONFIG, WEIGHTS, read_autoencoder
 from transfusion_fast.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 PIXELS = random_pixels(3, 8, 12, 3)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "vae"
+    save_autoencoder(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(saved, tmp_path / "vae")
+
+
 def posterior(model, pixels):
-    """By hand: mean and standard deviation, fp32 [n, channels, h, w]."""
+    """Return mean and standard deviation, fp32 [n, channels, h, w], computed with diffusers alone."""
     with torch.no_grad():
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         found = model.encode(images).latent_dist
@@ -30,7 +43,7 @@ def posterior(model, pixels):
 
 
 def stored(latents):
-    """fp32 [n, channels, h, w] as it is to be stored."""
+    """Return fp32 [n, channels, h, w] in the format of storage."""
     return latents.permute(0, 2, 3, 1).half().numpy()
 
 
@@ -79,7 +92,7 @@ def edit(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_the_fingerprint_is_of_settings_and_weights_alone(tmp_path):
+def test_the_fingerprint_depends_on_settings_and_weights_alone(tmp_path):
     first = tmp_path / "first"
     save_autoencoder(first)
     shutil.copytree(first, tmp_path / "copy")
@@ -99,7 +112,7 @@ def test_a_folder_that_has_changed_is_read_anew(tmp_path):
 
 
 class Bomb:
-    """A pickle that writes a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -108,12 +121,13 @@ class Bomb:
         return Path.touch, (self.target,)
 
 
-def test_another_process_does_not_take_changed_weights_for_the_ones_that_were_named(tmp_path):
+def test_a_process_that_reads_the_weights_later_notices_that_they_have_changed(tmp_path):
     save_autoencoder(tmp_path / "vae")
     autoencoder = read_autoencoder(tmp_path / "vae")
     save_autoencoder(tmp_path / "vae", seed=1)
-    _model.cache_clear()  # as in a process that has not read it yet
-    with pytest.raises(InputError, match="must stay as it is while it is in use, and has changed"):
+    save_autoencoder(tmp_path / "other")
+    read_autoencoder(tmp_path / "other")  # the one model that a process keeps
+    with pytest.raises(InputError, match="must not change while it is in use"):
         autoencoder.encode(PIXELS)
 
 
@@ -130,48 +144,49 @@ def test_pickled_weights_are_refused_and_never_read(tmp_path, suffix):
     assert written.exists()  # it is one
 
 
-def lacking(folder):
+def remove_a_weight(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.bias"]
     save_file(weights, folder / WEIGHTS)
 
 
-def cut(folder):
+def truncate(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
 
 
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (shutil.rmtree, "must be a folder with config.json, and is not"),
+        (shutil.rmtree, "must be a folder with config.json, got "),
         (lambda folder: (folder / CONFIG).write_text("{"), "config.json must be JSON"),
-        (lambda folder: (folder / CONFIG).write_text("[]"), r"_class_name in .* must be AutoencoderKL, got \[\]"),
-        (lambda folder: edit(folder, _class_name="VQModel"), "must be AutoencoderKL, got 'VQModel'"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), r"config.json must be an object, got \[\]"),
+        (
+            lambda folder: edit(folder, _class_name="VQModel"),
+            "_class_name in .* must be 'AutoencoderKL', got 'VQ",
+        ),
         (lambda folder: edit(folder, latents_mean=[0.5] * 4), "latents_mean in .* must be null"),
-        (lambda folder: edit(folder, in_channels=1), "in_channels in .* must be 3 for colour, got 1"),
-        (lambda folder: edit(folder, block_out_channels=5), "cannot be read"),
+        (lambda folder: edit(folder, in_channels=1), "in_channels in .* must be 3, got 1"),
+        (lambda folder: edit(folder, block_out_channels=5), "block_out_channels in .* must be a valid array, got 5"),
         (lambda folder: edit(folder, block_out_channels=[8, 16]), "cannot be read"),
-        (lambda folder: edit(folder, latent_channels="4"), "cannot be read"),
-        (lambda folder: edit(folder, scaling_factor=0), "scaling_factor in .* must be a positive number.* got 0"),
-        (lambda folder: edit(folder, shift_factor="x"), "shift_factor a number or null, got 0.18215 and 'x'"),
+        (lambda folder: edit(folder, latent_channels="4"), "latent_channels in .* must be a valid integer, got '4'"),
+        (lambda folder: edit(folder, scaling_factor=0), "scaling_factor in .* must be greater than 0, got 0"),
+        (lambda folder: edit(folder, shift_factor="x"), "shift_factor in .* must be a valid number, got 'x'"),
         (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must lie in one file"),
-        (lacking, "must be those of its config, and differ in encoder.conv_in.bias"),
-        (cut, "cannot be read"),
+        (remove_a_weight, "must be those of its config, got a difference in encoder.conv_in.bias"),
+        (truncate, "cannot be read"),
     ],
 )
-def test_what_is_no_autoencoder_gets_one_line(tmp_path, damage, complaint, caplog, monkeypatch):
+def test_an_invalid_autoencoder_gets_one_line(folder, damage, complaint, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    folder = tmp_path / "vae"
-    save_autoencoder(folder)
     damage(folder)
     with pytest.raises(InputError, match=complaint) as error:
         read_autoencoder(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    assert not caplog.messages  # more lines, of diffusers' own
+    assert not caplog.messages  # diffusers would print further lines
 
 
 def test_without_diffusers_there_is_one_line_that_names_it(tmp_path, monkeypatch):
-    save_autoencoder(tmp_path, seed=2)
+    save_autoencoder(tmp_path, seed=2)  # a model that no other test has read
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"needs the package diffusers .*; install it"):
         read_autoencoder(tmp_path)
@@ -183,3 +198,12 @@ def test_diffusers_is_not_imported_before_it_is_needed():
         "assert not {'diffusers', 'huggingface_hub'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_latents_of_another_autoencoder_are_refused(saved):
+    autoencoder = read_autoencoder(saved)
+    autoencoder.check_made(autoencoder.fingerprint, 4, "the run")
+    autoencoder.check_made("", 4, "the run")  # not known
+    for fingerprint, channels in (("0" * 64, 4), ("", 16)):
+        with pytest.raises(InputError, match=f"autoencoder of the run must have .* and {channels} channels, got "):
+            autoencoder.check_made(fingerprint, channels, "the run")

@@ -1,4 +1,4 @@
-"""Data folders on a web server: what it must be able to do, and what of its faults is waited out."""
+"""Data folders on a web server: what the server must support, and which of its faults are retried."""
 
 import re
 from collections.abc import Iterator
@@ -9,10 +9,9 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
-from remote_cases import FORK, assert_reads, refusal, write_source
+from remote_cases import assert_reads, refusal, run_forked
 
-from transfusion_fast.data import folder as remote
-from transfusion_fast.data.folder import FetchError, RemoteFolder, ShardCache, data_folder
+from transfusion_fast.data.folder import FetchError, Folder, ShardCache, as_folder
 from transfusion_fast.data.index import INDEX_NAME, parse_index
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.reader import PackReader
@@ -21,7 +20,7 @@ from transfusion_fast.prepare.examples.built_in import prepare
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder. `faults` are what it does of the next requests for shards, one each, the last for ever."""
+    """A server of a folder. `faults` are its faults at the next requests for shards, one each, the last one forever."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
@@ -73,13 +72,8 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return write_source(tmp_path_factory.mktemp("source") / "packs")
-
-
-@pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A shard of 8 MB, more than clients ask for at a time."""
+    """A shard of 8 MB, more than clients request at a time."""
     folder, size = tmp_path_factory.mktemp("large") / "packs", 2 * 10**6
     text = TextSegment(np.random.default_rng(0).integers(0, 256, size, dtype=np.int32))
     prepare([(text,)], folder, sequence_length=size + 9, tokenizer=ByteTokenizer(), modalities=(), packs_per_shard=1)
@@ -88,7 +82,7 @@ def large(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def served() -> Iterator:
-    """Starts servers of folders."""
+    """A function that starts the server of a folder."""
     servers: list[Server] = []
 
     def serve(folder: Path) -> Server:
@@ -103,24 +97,12 @@ def served() -> Iterator:
         server.server_close()
 
 
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """How long fetching would have waited before each further attempt."""
-    found: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", found.append)
-    return found
-
-
-def at(server: Server, cache: Path, folder: str = "") -> RemoteFolder:
-    found = data_folder(f"http://127.0.0.1:{server.server_port}{folder}", ShardCache(cache, 10**9))
-    assert isinstance(found, RemoteFolder)
-    return found
+def at(server: Server, cache: Path, folder: str = "") -> Folder:
+    return as_folder(f"http://127.0.0.1:{server.server_port}{folder}", ShardCache(cache, 10**9))
 
 
 @pytest.mark.parametrize("ranges", [False, True])
-def test_a_folder_on_a_server_is_read_like_a_plain_one_whatever_its_server_can_do(
-    source, large, tmp_path, served, ranges
-):
+def test_a_folder_on_a_server_is_read_like_a_local_one_with_one_request_a_file(source, large, tmp_path, served, ranges):
     for folder in (source, large):
         server = served(folder)
         server.ranges = ranges
@@ -132,20 +114,17 @@ def test_a_folder_on_a_server_is_read_like_a_plain_one_whatever_its_server_can_d
         files = [INDEX_NAME, *(shard.file for shard in index.shards)]
         assert [request for request in server.requests if "tokenizer" not in request[1]] == [
             ("GET", f"/{file}") for file in files
-        ], "each is asked for once, and whole"
+        ], "each is requested once, as a whole"
 
 
-def test_a_process_that_forks_after_its_parent_has_read_reads_too(source, tmp_path, served):
+def test_a_process_forked_after_a_fetch_can_fetch_too(source, tmp_path, served):
     reader = PackReader(at(served(source), tmp_path / "cache"))
     assert_reads(reader, source, [0])
-    child = FORK.Process(target=assert_reads, args=(reader, source), daemon=True)
-    child.start()
-    child.join(timeout=30)
-    assert child.exitcode == 0
+    run_forked(lambda: assert_reads(reader, source), timeout=30)
     assert_reads(reader, source)
 
 
-def test_what_is_not_there_is_named_at_once(source, tmp_path, served, waits):
+def test_a_missing_file_is_named_without_a_retry(source, tmp_path, served, waits):
     server = served(source)
     assert "FileNotFoundError" in refusal(parse_index, at(server, tmp_path / "c", "/elsewhere"), kind=FetchError)
     reader = PackReader(at(server, tmp_path / "cache"))
@@ -156,7 +135,7 @@ def test_what_is_not_there_is_named_at_once(source, tmp_path, served, waits):
 
 
 @pytest.mark.parametrize("fault", ["broken off", "503"])
-def test_a_fault_of_the_server_is_waited_out(source, tmp_path, served, waits, fault):
+def test_a_fault_of_the_server_is_retried(source, tmp_path, served, waits, fault):
     server = served(source)
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = [fault, fault, ""]
@@ -170,8 +149,8 @@ def test_a_fault_of_the_server_is_waited_out(source, tmp_path, served, waits, fa
     assert_reads(reader, source)
 
 
-def test_a_server_that_falls_silent_is_asked_again(source, tmp_path, served, waits, monkeypatch):
-    monkeypatch.setattr(remote, "_SILENCE", 0.5)
+def test_a_request_to_a_silent_server_is_repeated(source, tmp_path, served, waits, monkeypatch):
+    monkeypatch.setattr("transfusion_fast.data.folder.SILENCE_TIMEOUT", 0.5)
     server = served(source)
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = ["silent", ""]
@@ -179,7 +158,7 @@ def test_a_server_that_falls_silent_is_asked_again(source, tmp_path, served, wai
     assert waits == [1]
 
 
-def test_a_server_that_does_not_answer_is_waited_for(source, tmp_path, served, waits):
+def test_a_connection_that_is_refused_is_retried(source, tmp_path, served, waits):
     server = served(source)
     reader = PackReader(at(server, tmp_path / "cache"))
     server.shutdown()
@@ -188,7 +167,7 @@ def test_a_server_that_does_not_answer_is_waited_for(source, tmp_path, served, w
     assert waits == [1, 2, 4]
 
 
-def test_no_more_is_taken_from_a_server_than_shows_that_it_is_too_much(source, tmp_path, served):
+def test_an_endless_download_is_stopped(source, tmp_path, served):
     server = served(source)
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = ["endless", "endless", ""]

@@ -150,7 +150,7 @@ def test_folders_at_urls_give_the_batches_of_plain_ones(folder: Path, texts: Pat
         assert_same(found, expected)
     cached = home / ".cache" / "transfusion_fast"
     assert 0 < sum(path.stat().st_size for path in cached.iterdir()) <= needed
-    with pytest.raises(InputError, match=f"data.cache_gb must be at least {needed / 1e9}, for a window .* = 2 shards"):
+    with pytest.raises(InputError, match=f"data.cache_gb must be at least {needed / 1e9}, for data.shuffle_window = 2"):
         open_data(config_of(far, f"data.cache_gb={(needed - 1) / 1e9}"))
     assert open_data(config_of(near, "data.cache_gb=1e-9"))
 

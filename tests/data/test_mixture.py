@@ -1,4 +1,4 @@
-"""Mixtures: the shares of tokens hold at every prefix, and every dataset keeps its own order and epochs."""
+"""Mixtures: tokens have their shares at every prefix, and every dataset keeps its own order and epochs."""
 
 import time
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion_fast.data.folder import ShardCache
+from transfusion_fast.data.folder import LocalFolder, ShardCache
 from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Dataset, Mixture, MixtureOrder, open_mixture
 from transfusion_fast.data.order import PackOrder
@@ -27,18 +27,20 @@ fractions = st.builds(Fraction, st.integers(1, 1000), st.integers(1, 1000))
 
 
 def index_of(pack_counts=(3, 2), tokens_of_a_pack=50, modalities=()):
-    shards = tuple(ShardInfo(f"s{i}.tar", 0, "", n, 0, 0) for i, n in enumerate(pack_counts))
+    shards = tuple(ShardInfo(f"s{i}.tar", 10**9, "", n, 10**8, 0) for i, n in enumerate(pack_counts))
     tokens = sum(pack_counts) * tokens_of_a_pack
     return Index(64, ByteTokenizer().describe(), tuple(modalities), 1, tokens, shards)
 
 
 def mixture_of(*datasets: tuple[Index, Fraction]) -> Mixture:
-    return Mixture(tuple(Dataset(Path(f"d{i}"), index, f"{i}", share) for i, (index, share) in enumerate(datasets)))
+    return Mixture(
+        tuple(Dataset(LocalFolder(Path(f"d{i}")), index, f"{i}", share) for i, (index, share) in enumerate(datasets))
+    )
 
 
 @given(st.lists(st.tuples(fractions, st.integers(1, 64)), min_size=1, max_size=6), st.integers(0, 10**18))
-def test_at_every_prefix_the_tokens_are_off_their_shares_by_less_than_a_pack_a_dataset(datasets, start):
-    """Of any stretch of the stream, wherever it begins; a pack standing for its dataset's average."""
+def test_tokens_differ_from_their_shares_by_less_than_a_pack_for_each_dataset(datasets, start):
+    """In any stretch of the stream, if every pack has the average tokens of its dataset."""
     total = sum(weight for weight, _ in datasets)
     mixture = mixture_of(*((index_of((5,), tokens), weight / total) for weight, tokens in datasets))
     order = mixture.order(seed=0, window=1)
@@ -54,7 +56,7 @@ def test_at_every_prefix_the_tokens_are_off_their_shares_by_less_than_a_pack_a_d
 
 
 @given(st.lists(fractions, min_size=2, max_size=5))
-def test_every_position_falls_to_one_dataset(weights):
+def test_every_position_belongs_to_one_dataset(weights):
     order = MixtureOrder(0, [[1]] * len(weights), weights)
     places = [order.locate(position) for position in range(200)]
     for dataset, weight in enumerate(weights):
@@ -77,7 +79,7 @@ def test_each_dataset_gives_each_pack_once_an_epoch(pack_counts, seed):
         first += size
 
 
-def test_datasets_alike_are_shuffled_apart_and_the_first_as_if_it_were_alone():
+def test_equal_datasets_have_different_orders_and_the_first_has_that_of_a_single_one():
     order = MixtureOrder(5, [[10] * 4, [10] * 4], HALVES, window=2)
     stream = [order[position] for position in range(80)]
     first = [number for _, number in stream if number < 40]
@@ -87,8 +89,18 @@ def test_datasets_alike_are_shuffled_apart_and_the_first_as_if_it_were_alone():
     assert first != second
 
 
+def test_every_dataset_is_shuffled_by_the_seed_of_the_run():
+    for first in (0, 40):
+        streams = set()
+        for seed in range(4):
+            order = MixtureOrder(seed, [[10] * 4, [10] * 4], HALVES, window=2)
+            stream = [order[position][1] for position in range(80)]
+            streams.add(tuple(number for number in stream if first <= number < first + 40))
+        assert len(streams) == 4
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 2**70), st.integers(0, 10**15))
-def test_one_dataset_is_read_as_it_always_was(counts, seed, position):
+def test_a_single_dataset_has_the_order_of_a_data_folder(counts, seed, position):
     assert MixtureOrder(seed, [counts], [Fraction(1, 3)], 3)[position] == PackOrder(seed, counts, 3)[position]
 
 
@@ -98,14 +110,14 @@ def test_the_order_is_the_same_on_every_machine_and_release():
     assert [order[position] for position in range(10)] == expected
 
 
-def test_a_position_far_off_is_found_at_once_and_exactly():
+def test_a_distant_position_is_found_quickly_and_exactly():
     weights = [Fraction(1, 3), Fraction(1, 7), Fraction(11, 21)]
     order = MixtureOrder(0, [[5], [3], [2]], weights)
     began = time.process_time()
     for start in (10**15, 21 * 10**15):
         places = [order.locate(position) for position in range(start, start + 21)]
         assert [sum(dataset == d for dataset, _ in places) for d in range(3)] == [7, 3, 11]
-    # 21 positions give whole numbers of each, so that what lies before the second start is known to the pack.
+    # 21 positions give whole numbers of packs, so the counts before the second start are known exactly.
     assert dict(reversed(places)) == {0: 7 * 10**15, 1: 3 * 10**15, 2: 11 * 10**15}
     assert order[21 * 10**15][0] in (7 * 10**15 // 5, 10**15, 11 * 10**15 // 2)
     assert time.process_time() - began < 1
@@ -122,7 +134,7 @@ def write_text(folder: Path, sequence_length: int = 32) -> Path:
     return folder
 
 
-def test_weights_are_shares_of_tokens_as_they_are_written(tmp_path):
+def test_weights_become_exact_shares_of_tokens(tmp_path):
     a, b = (str(write_text(tmp_path / name)) for name in "ab")
     for weights in ((0.1, 0.3), (1, 3), (2.5e300, 7.5e300)):
         mixture = open_mixture(dict(zip((a, b), weights, strict=True)), NO_CACHE)
@@ -132,14 +144,14 @@ def test_weights_are_shares_of_tokens_as_they_are_written(tmp_path):
     assert str(open_mixture({a: 3}, NO_CACHE)) == a
 
 
-def test_data_is_known_by_its_indexes_wherever_it_lies(tmp_path):
+def test_the_fingerprint_depends_on_the_indexes_and_not_on_the_paths(tmp_path):
     a, b, c = (str(write_text(tmp_path / name, length)) for name, length in (("a", 32), ("b", 32), ("c", 48)))
     prints = [open_mixture(dict.fromkeys(f, 1), NO_CACHE).fingerprint for f in ([a], [b], [c], [a, b])]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
 
-def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
+def test_folders_with_different_pack_lengths_are_refused_naming_both(tmp_path):
     a, b = write_text(tmp_path / "a"), write_text(tmp_path / "b", 48)
     with pytest.raises(InputError) as refused:
         open_mixture({str(a): 1, str(b): 1}, NO_CACHE)
@@ -158,7 +170,7 @@ def test_folders_of_other_lengths_are_refused_naming_both(tmp_path):
         ({"modalities": (GREY, GREY)}, "modalities"),
     ],
 )
-def test_folders_that_differ_in_what_the_model_sees_are_refused(change, name):
+def test_folders_that_do_not_fit_one_model_are_refused(change, name):
     index = index_of(modalities=(GREY,))
     text = index_of()
     with pytest.raises(InputError, match=rf"{name} of mixed data folders must be the same, got .* in d0 and .* in d2"):

@@ -28,7 +28,7 @@ def test_any_access_pattern_sees_the_same_order(counts, data):
         assert order[position] == sequential[position]
 
 
-def test_seed_and_epoch_and_nothing_else_set_the_order():
+def test_the_order_depends_on_seed_and_epoch_alone():
     counts = [20] * 8
     orders = [tuple(EpochOrder(seed, epoch, counts)) for seed in (0, 1, 2**32, 2**32 + 1) for epoch in range(3)]
     assert len(set(orders)) == len(orders)
@@ -50,9 +50,9 @@ def test_a_window_of_reads_stays_in_a_window_of_shards():
     assert len(set(shards[:10])) > 1, "packs of one window are not mixed"
 
 
-def test_every_pack_is_as_likely_at_every_place():
-    places = np.array([list(EpochOrder(seed, 0, [2, 2], window=2)) for seed in range(2000)])
-    frequency = np.stack([(places == pack).mean(axis=0) for pack in range(4)])
+def test_every_pack_is_equally_likely_at_every_position():
+    positions = np.array([list(EpochOrder(seed, 0, [2, 2], window=2)) for seed in range(2000)])
+    frequency = np.stack([(positions == pack).mean(axis=0) for pack in range(4)])
     np.testing.assert_allclose(frequency, 0.25, atol=0.05)  # five standard deviations
 
 
@@ -93,7 +93,7 @@ def test_positions_outside_are_index_errors():
         (0, [3, 0], 1, "pack counts"),
     ],
 )
-def test_settings_that_make_no_order_are_refused(seed, counts, window, reason):
+def test_settings_that_define_no_order_are_refused(seed, counts, window, reason):
     with pytest.raises(InputError, match=reason):
         PackOrder(seed, counts, window)
     with pytest.raises(InputError, match=reason):

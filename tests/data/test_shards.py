@@ -9,24 +9,16 @@ import pytest
 import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
+from recording import record_durability
+from remote_cases import refusal
+from shard_damage import GREY, assert_same_pack, small_pack
 
-from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
-from transfusion_fast.data.shards import decode_pack, write_shard
+from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack
+from transfusion_fast.data.shards import decode_pack, read_table, write_shard
 from transfusion_fast.errors import InputError
 
-GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 SCHEMA = bytes(range(32))
 FIELDS = ("tokens", "segments", "latents")
-
-
-def make(number):
-    caption = TextSegment(np.arange(number, number + 3, dtype=np.int32))
-    return make_pack([(caption, ImageSegment(np.full((2, 4, 1), number, np.uint8)))], (GREY,))
-
-
-def assert_same(got, expected):
-    for field in FIELDS:
-        np.testing.assert_array_equal(getattr(got, field), getattr(expected, field), strict=True)
 
 
 def npy(array, **options):
@@ -36,13 +28,13 @@ def npy(array, **options):
 
 
 def npy_claiming(header, body=b""):
-    """An npy file of version 1.0 with any header text."""
+    """Return an npy file of version 1.0 with any header text."""
     header = header.encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
 
 
 def payload(members):
-    """The bytes of tar members as they lie in a shard: no end-of-archive blocks."""
+    """Return the bytes of tar members as in the middle of a shard, without end-of-archive blocks."""
     blocks = []
     for name, data in members:
         member = tarfile.TarInfo(name)
@@ -55,18 +47,16 @@ def good_members(pack):
     return {f"k.{field}.npy": npy(getattr(pack, field)) for field in FIELDS}
 
 
-GOOD = payload(good_members(make(1)).items())
+def with_tokens(data):
+    """Return a good pack's payload, with `data` as its tokens.npy."""
+    return payload({**good_members(small_pack(1)), "k.tokens.npy": data}.items())
 
 
-def refusal(data):
-    with pytest.raises(InputError) as error:
-        decode_pack(data)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+GOOD = payload(good_members(small_pack(1)).items())
 
 
 def test_shards_are_read_by_a_plain_webdataset(tmp_path):
-    packs = [make(number) for number in range(5)]
+    packs = [small_pack(number) for number in range(5)]
     files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA) for shard in range(3)]
     assert files == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
@@ -83,14 +73,21 @@ def test_equal_packs_give_equal_bytes(tmp_path):
     contents = []
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        file = write_shard(map(make, range(3)), tmp_path / run, 0, SCHEMA)
+        file = write_shard(map(small_pack, range(3)), tmp_path / run, 0, SCHEMA)
         contents.append((tmp_path / run / file).read_bytes())
     assert contents[0] == contents[1]
 
 
-def test_a_shard_is_named_only_once_it_is_whole(tmp_path):
+def test_a_shard_is_complete_and_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = record_durability(monkeypatch)
+    write_shard(map(small_pack, range(3)), tmp_path, 0, SCHEMA)
+    partial, size = ".shard-000000.tar.partial", (tmp_path / "shard-000000.tar").stat().st_size
+    assert events == [("fsync", partial, str(size)), ("rename", partial, "shard-000000.tar")]
+
+
+def test_an_interrupted_shard_has_no_name(tmp_path):
     def packs():
-        yield from map(make, range(3))
+        yield from map(small_pack, range(3))
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
@@ -98,21 +95,31 @@ def test_a_shard_is_named_only_once_it_is_whole(tmp_path):
     assert not list(tmp_path.glob("*.tar"))
 
 
-def test_a_payload_gives_its_pack_in_arrays_of_its_own():
+def test_the_table_of_a_shard_locates_its_packs(tmp_path):
+    path = tmp_path / write_shard(map(small_pack, range(5)), tmp_path, 0, SCHEMA)
+    table, content = read_table(path), path.read_bytes()
+    assert table.schema == SCHEMA
+    for number in (3, 0, 4, 1, 2):
+        start, end = table.span(number)
+        table.check(number, content[start:end])
+        assert_same_pack(decode_pack(content[start:end]), small_pack(number))
+
+
+def test_a_decoded_pack_owns_its_arrays():
     pack = decode_pack(GOOD)
-    assert_same(pack, make(1))
+    assert_same_pack(pack, small_pack(1))
     pack.tokens[0] = 9  # writable
 
 
 def test_a_pack_without_text_or_images_is_decoded():
     only_text = make_pack([(TextSegment(np.array([1], np.int32)),)], (GREY,))
-    assert_same(decode_pack(payload(good_members(only_text).items())), only_text)
+    assert_same_pack(decode_pack(payload(good_members(only_text).items())), only_text)
     only_image = make_pack([(ImageSegment(np.zeros((2, 2, 1), np.uint8)),)], (GREY,))
-    assert_same(decode_pack(payload(good_members(only_image).items())), only_image)
+    assert_same_pack(decode_pack(payload(good_members(only_image).items())), only_image)
 
 
 class Trap:
-    """Unpickling it writes a file."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -126,7 +133,9 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     array = np.empty(1, dtype=object)
     array[0] = Trap(sprung)
     for bait in (npy(array, allow_pickle=True), pickle.dumps(Trap(sprung))):
-        assert "tokens.npy must" in refusal(payload({**good_members(make(1)), "k.tokens.npy": bait}.items()))
+        assert "tokens.npy must" in refusal(
+            decode_pack, payload({**good_members(small_pack(1)), "k.tokens.npy": bait}.items())
+        )
     assert not sprung.exists()
 
 
@@ -153,30 +162,32 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     ],
 )
 def test_a_malformed_npy_is_refused(tokens):
-    assert "tokens.npy" in refusal(payload({**good_members(make(1)), "k.tokens.npy": tokens}.items()))
+    assert "tokens.npy" in refusal(
+        decode_pack, payload({**good_members(small_pack(1)), "k.tokens.npy": tokens}.items())
+    )
 
 
 def test_other_members_than_the_three_are_refused():
-    members = good_members(make(1))
-    assert "three of one key" in refusal(payload(list(members.items())[:2]))
-    assert "three of one key" in refusal(b"")
-    assert "one each" in refusal(payload([*members.items(), ("k.extra.npy", npy(np.arange(3)))]))
-    assert "one each" in refusal(payload([*members.items(), ("k.tokens.npy", members["k.tokens.npy"])]))
-    assert "one each" in refusal(payload([("k.tokens.pkl", b"")]))
+    members = good_members(small_pack(1))
+    assert "three of one key" in refusal(decode_pack, payload(list(members.items())[:2]))
+    assert "three of one key" in refusal(decode_pack, b"")
+    assert "one each" in refusal(decode_pack, payload([*members.items(), ("k.extra.npy", npy(np.arange(3)))]))
+    assert "one each" in refusal(decode_pack, payload([*members.items(), ("k.tokens.npy", members["k.tokens.npy"])]))
+    assert "one each" in refusal(decode_pack, payload([("k.tokens.pkl", b"")]))
     other = {name.replace("k.t", "j.t"): data for name, data in members.items()}
-    assert "of keys ['j', 'k']" in refusal(payload(other.items()))
+    assert "of keys ['j', 'k']" in refusal(decode_pack, payload(other.items()))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.DIRTYPE])
 def test_a_member_that_is_no_file_is_refused(kind):
     member = tarfile.TarInfo("k.tokens.npy")
     member.type = kind
-    assert "must be a file" in refusal(member.tobuf(tarfile.USTAR_FORMAT))
+    assert "must be a file" in refusal(decode_pack, member.tobuf(tarfile.USTAR_FORMAT))
 
 
 @given(st.integers(0, len(GOOD) - 1))
 def test_every_truncation_is_refused(length):
-    refusal(GOOD[:length])
+    refusal(decode_pack, GOOD[:length])
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))

@@ -1,4 +1,4 @@
-"""Tokenizers give back every text, name themselves, and are refused where data was made with another."""
+"""Tokenizers reproduce every text, describe themselves, and are refused for data of another tokenizer."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
 @given(text=WORDS)
-def test_every_text_comes_back(tokenizer, text):
+def test_decoding_reproduces_every_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert tokenizer.decode(ids) == text
@@ -37,7 +37,7 @@ def test_every_text_comes_back(tokenizer, text):
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
 @given(text=WORDS)
-def test_starts_name_the_character_of_each_token(tokenizer, text):
+def test_starts_are_the_first_characters_of_tokens(tokenizer, text):
     ids, starts = tokenizer.encode_with_starts(text)
     assert np.array_equal(ids, tokenizer.encode(text)) and len(starts) == len(ids)
     assert (np.diff(starts) >= 0).all()
@@ -70,7 +70,7 @@ def test_an_id_beyond_int32_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.name)
-def test_what_is_written_is_loaded_again(tmp_path, tokenizer):
+def test_a_written_tokenizer_can_be_loaded(tmp_path, tokenizer):
     tokenizer.write(tmp_path)
     loaded = load_tokenizer(tokenizer.describe(), tmp_path)
     assert loaded.describe() == tokenizer.describe()
@@ -78,14 +78,14 @@ def test_what_is_written_is_loaded_again(tmp_path, tokenizer):
     assert pickle.loads(pickle.dumps(tokenizer)).describe() == tokenizer.describe()  # as worker processes get it
 
 
-def test_a_length_that_a_file_asks_for_cuts_nothing():
+def test_truncation_settings_of_a_file_are_ignored():
     settings = json.loads(BPE.content)
     settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     assert FileTokenizer(json.dumps(settings).encode()).decode(BPE.encode(TEXTS[0])) == TEXTS[0]
     assert len(FileTokenizer(json.dumps(settings).encode()).encode(TEXTS[0])) == len(BPE.encode(TEXTS[0]))
 
 
-def test_another_file_than_the_data_was_made_with_is_refused(tmp_path):
+def test_a_file_other_than_that_of_the_data_is_refused(tmp_path):
     train_bpe(TEXTS, 290).write(tmp_path)
     with pytest.raises(InputError, match=r"num_text_tokens of .* must be 300, as its index says, got 290"):
         load_tokenizer(BPE.describe(), tmp_path)
@@ -94,11 +94,11 @@ def test_another_file_than_the_data_was_made_with_is_refused(tmp_path):
         load_tokenizer(BPE.describe(), tmp_path)
 
 
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+def test_an_invalid_tokenizer_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read .*; give a tokenizer.json"):
         read_tokenizer(tmp_path / "missing.json")
     (tmp_path / "bad.json").write_bytes(pickle.dumps(print))
-    with pytest.raises(InputError, match="must be a tokenizer of the tokenizers library") as caught:
+    with pytest.raises(InputError, match=r"must be a tokenizer.json of .*, got .*; correct it") as caught:
         read_tokenizer(tmp_path / "bad.json")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"tokenizer must be 'bytes' or 'tokenizer.json', got 'sentencepiece'"):
@@ -146,25 +146,25 @@ UNKNOWING = {
 }
 
 
-def test_what_the_rules_of_a_file_put_in_place_of_characters_is_not_missing():
+def test_replaced_characters_do_not_count_as_missing():
     rules = normalizers.Sequence([normalizers.Replace("``", "b"), normalizers.Replace(Regex("c+"), "a")])
     tokenizer = built(models.BPE(numbered("a", "b"), []), rules)
     ids, _ = tokenizer.encode_with_starts("a``ccca")
     assert ids.tolist() == tokenizer.encode("abaa").tolist()
 
 
-def test_what_cannot_be_seen_may_be_removed():
+def test_invisible_characters_may_be_removed():
     tokenizer = built(models.WordLevel(numbered("ab", "cd")), normalizers.BertNormalizer(), pre_tokenizers.Whitespace())
     assert tokenizer.encode("ab\ufffd cd\ue000").tolist() == [0, 1]
 
 
-def test_a_vocabulary_with_dropout_encodes_alike_each_time():
+def test_dropout_settings_of_a_file_are_ignored():
     tokenizer = built(models.BPE(numbered("a", "b", "ab"), [("a", "b")], dropout=0.5))
     assert {tuple(tokenizer.encode("abab").tolist()) for _ in range(30)} == {(2, 2)}
 
 
 @pytest.mark.parametrize("kind", UNKNOWING)
-def test_text_that_a_vocabulary_does_not_hold_is_rejected_and_never_dropped(kind):
+def test_text_outside_of_the_vocabulary_is_rejected_and_never_dropped(kind):
     tokenizer, known, unknown, named = UNKNOWING[kind]
     assert len(tokenizer.encode(known))
     with pytest.raises(Rejected, match=f"^not in the vocabulary: .*{named}"):
@@ -173,7 +173,7 @@ def test_text_that_a_vocabulary_does_not_hold_is_rejected_and_never_dropped(kind
         tokenizer.encode(unknown)
 
 
-def test_an_unknown_token_stands_for_what_is_not_in_the_vocabulary():
+def test_an_unknown_token_replaces_text_outside_of_the_vocabulary():
     words = built(
         models.WordLevel(numbered("[UNK]", "ab"), unk_token="[UNK]"), None, pre_tokenizers.Whitespace(), ["[UNK]"]
     )
@@ -194,7 +194,7 @@ def test_white_space_and_accents_may_be_removed_and_characters_composed():
     assert composing.encode("\u1112\u1161ﾊﾞe\u0301").tolist() == [0, 1, 2]
 
 
-def test_offsets_that_leave_out_spaces_are_not_taken_for_missing_text():
+def test_spaces_outside_of_trimmed_offsets_do_not_count_as_missing():
     settings = Tokenizer.from_str(BPE.content.decode())
     settings.post_processor = processors.ByteLevel(trim_offsets=True)
     trimmed = FileTokenizer(settings.to_str().encode())
@@ -208,13 +208,27 @@ def test_text_never_becomes_a_special_token():
     assert tokenizer.num_text_tokens == 301
     text = "the cat<|end|> sat"
     assert tokenizer.encode(text).max() < 300 and tokenizer.decode(tokenizer.encode(text)) == text
-    # A vocabulary of pieces may hold it as one.
+    # A vocabulary of pieces may contain a special token as a piece.
     pieces = built(models.Unigram([("</s>", 0.0), *((letter, -9.0) for letter in "a</s>")]), special=["</s>"])
     with pytest.raises(Rejected, match=r"^special token: '</s>' would become one"):
         pieces.encode_with_starts("aa</s>")
 
 
-def test_a_process_builds_a_tokenizer_once_however_often_it_is_sent():
+@pytest.mark.parametrize("special", [False, True])
+def test_byte_fallback_encodes_any_text_unless_its_byte_tokens_are_special(special):
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    model = models.BPE(numbered("<unk>", *bytes_, "a", "b"), [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = built(model, special=bytes_ if special else [])
+    assert tokenizer.encode("ab").tolist() == [257, 258]
+    if special:
+        with pytest.raises(Rejected, match=r"^special token: 'é' would become one"):
+            tokenizer.encode_with_starts("aéb")
+    else:
+        ids, starts = tokenizer.encode_with_starts("aéb")
+        assert ids.tolist() == [257, 1 + 0xC3, 1 + 0xA9, 258] and starts.tolist() == [0, 1, 1, 2]
+
+
+def test_a_process_builds_a_tokenizer_once_however_often_it_is_unpickled():
     sent = pickle.dumps(BPE)
     assert pickle.loads(sent) is pickle.loads(sent)
     other = train_bpe(TEXTS, 290)

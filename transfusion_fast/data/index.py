@@ -1,8 +1,8 @@
 """index.json, which makes a folder of shards a data folder.
 
-Tar readers lose the rest of a truncated shard in silence and never notice a flipped byte. So the index records size and
-sha256 of every shard, and where in it the table of its packs lies with its crc32; the table, where each pack lies with
-its own. What differs is an error that names shard and pack. Of a billion packs in 10^5 shards the index has 20 MB.
+Tar readers silently lose the rest of a truncated shard and do not notice a flipped byte. The index therefore records
+size and sha256 of every shard, and the location and crc32 of the shard's table; the table records those of each pack.
+Any difference is an error that names the shard and the pack. The index of a billion packs in 10^5 shards takes 20 MB.
 """
 
 from __future__ import annotations
@@ -12,43 +12,51 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal
 
-from transfusion_fast.data.folder import DataFolder, RemoteFolder
+from pydantic import Field, PositiveInt, TypeAdapter
+
+from transfusion_fast.data.folder import Folder, as_folder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.shards import (
-    LEAST_BYTES,
-    MAX_PACKS,
-    PackTable,
-    ShardInfo,
-    decode_pack,
-    read_table,
-    table_bytes,
-)
-from transfusion_fast.data.tokenizer import Tokenizer
+from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo, decode_pack, read_table, table_bytes
+from transfusion_fast.data.tokenizer import Tokenizer, TokenizerDescription
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import write_whole
+from transfusion_fast.files import parse_json, write_atomically
 
 INDEX_NAME = "index.json"
-FORMAT = "transfusion_fast.packs"
-VERSION = 3
-_MAX_INT = 2**63 - 1  # which file offsets hold
-_T = TypeVar("_T")
+_Count = Annotated[PositiveInt, Field(lt=1 << 63)]
+
+
+@dataclass(frozen=True)
+class _Header:
+    format: Literal["transfusion_fast.packs"]
+    version: Literal[3]
+
+
+_HEADER = _Header("transfusion_fast.packs", 3)
+_REMEDY = "prepare the data again"
 
 
 @dataclass(frozen=True)
 class Index:
-    """All that is known of a data folder without reading a shard; `tokens` counts laid-out sequence positions."""
+    """Everything known about a data folder without reading a shard. Extra fields in the file are ignored."""
 
-    sequence_length: int
-    tokenizer: dict[str, str | int]
+    sequence_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+    """Positions of a pack."""
+    tokenizer: TokenizerDescription
     modalities: tuple[ModalityInfo, ...]
-    documents: int
-    tokens: int
-    shards: tuple[ShardInfo, ...]
+    documents: _Count
+    tokens: _Count
+    """Sequence positions that documents take in all packs, special tokens included."""
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, fail_fast=True)]
+
+    def __post_init__(self) -> None:
+        """Raise InputError if pixels and latents are mixed."""
+        latents_dtype(self.modalities)
 
     @property
     def pack_counts(self) -> list[int]:
@@ -62,82 +70,85 @@ class Index:
 
     @property
     def num_text_tokens(self) -> int:
-        """Text ids are below this."""
-        return int(self.tokenizer["num_text_tokens"])
+        """Size of the text vocabulary."""
+        return self.tokenizer["num_text_tokens"]
 
     @property
     def schema(self) -> bytes:
-        """That every shard must carry."""
+        """Digest that every shard must carry."""
         return schema_of(self.sequence_length, self.tokenizer, self.modalities)
 
     @property
     def waste(self) -> float:
-        """The part of all packs' positions that no document takes."""
+        """Fraction of all positions that no document takes."""
         return 1 - self.tokens / (self.num_packs * self.sequence_length)
+
+
+_HEADERS, _INDEXES, _SHARDS = TypeAdapter(_Header), TypeAdapter(Index), TypeAdapter(ShardInfo)
 
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """A shard, and what its packs hold."""
+    """A shard, and the documents and tokens in its packs."""
 
     info: ShardInfo
     documents: int
     tokens: int
 
 
-def schema_of(sequence_length: int, tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]) -> bytes:
-    """Digest of what makes sense of the numbers in packs, which every shard carries."""
-    described = [sequence_length, tokenizer, [asdict(modality) for modality in modalities]]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).digest()
+def schema_of(sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]) -> bytes:
+    """Return the digest of the settings that give the numbers in packs their meaning."""
+    settings = [sequence_length, tokenizer, [asdict(modality) for modality in modalities]]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
 def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
-    """InputError where the numbers in a shard mean something else."""
+    """Raise InputError for a shard that was made with other settings."""
     if table.schema != schema:
         raise InputError(
-            f"shard {path} must be of the tokenizer, modalities and pack length of its index, and is of others; "
+            f"shard {path} must have the tokenizer, modalities and pack length of its index, got others; "
             "prepare its documents again with those"
         )
 
 
 def index_shard(
-    path: Path, sequence_length: int, tokenizer: Mapping[str, str | int], modalities: Sequence[ModalityInfo]
+    path: Path, sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]
 ) -> IndexedShard:
-    """What is to be known of a shard as it lies on disk: every pack is read back and validated on the way.
+    """Read a shard back from disk, validate every pack, and return its description.
 
-    InputError naming the shard, and the pack, where one cannot be used.
+    Raises:
+        InputError: The shard or a pack cannot be used.
     """
     table = read_table(path)
     check_schema(path, table, schema_of(sequence_length, tokenizer, modalities))
     documents = tokens = 0
-    packs = read_packs(path, table, sequence_length, int(tokenizer["num_text_tokens"]), modalities)
-    for place, pack in enumerate(packs):
+    for number, pack in enumerate(read_packs(path, table, sequence_length, tokenizer["num_text_tokens"], modalities)):
         if isinstance(pack, InputError):
-            raise InputError(f"pack {place} of shard {path} cannot be used: {pack}; copy the shard again") from pack
+            raise InputError(f"pack {number} of shard {path} cannot be used: {pack}; copy the shard again") from pack
         documents += pack.num_documents
         tokens += pack.num_positions
     size, sha256, count = path.stat().st_size, file_sha256(path), len(table.rows)
-    return IndexedShard(ShardInfo(path.name, size, sha256, count, *table_place(path, table)), documents, tokens)
+    return IndexedShard(ShardInfo(path.name, size, sha256, count, *table_location(path, table)), documents, tokens)
 
 
-def table_place(path: Path, table: PackTable) -> tuple[int, int]:
-    """The byte that the table of a shard begins at, and the table's crc32."""
-    begin = table.ends[-1]
+def table_location(path: Path, table: PackTable) -> tuple[int, int]:
+    """Return the offset of a shard's table and its crc32."""
+    start = table.ends[-1]
     with path.open("rb") as stream:
-        stream.seek(begin)
-        return begin, zlib.crc32(stream.read(table_bytes(len(table.rows))))
+        stream.seek(start)
+        return start, zlib.crc32(stream.read(table_bytes(len(table.rows))))
 
 
 def read_packs(
     path: Path, table: PackTable, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
 ) -> Iterator[Pack | InputError]:
-    """Each pack of a shard, checked and validated, or what is wrong with it."""
+    """Yield each pack of a shard, validated, or the error that it causes."""
     with path.open("rb") as stream:
-        for place in range(len(table.rows)):
-            start, end = table.span(place)
+        for number in range(len(table.rows)):
+            start, end = table.span(number)
             payload = stream.read(end - start)
             try:
-                table.check(place, payload)
+                table.check(number, payload)
                 pack = decode_pack(payload)
                 validate_pack(pack, modalities, num_text_tokens, sequence_length)
             except InputError as error:
@@ -149,7 +160,7 @@ def read_packs(
 def make_index(
     shards: Sequence[IndexedShard], sequence_length: int, tokenizer: Tokenizer, modalities: Sequence[ModalityInfo]
 ) -> Index:
-    """The index of shards in their order."""
+    """Return the index of these shards, in their order."""
     return Index(
         sequence_length=sequence_length,
         tokenizer=tokenizer.describe(),
@@ -161,160 +172,60 @@ def make_index(
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
+    """Return the sha256 of a file as hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write `folder`/index.json: a line a field and a shard, under its name only once it is whole."""
-    fields = {"format": FORMAT, "version": VERSION, **vars(index)}
+    """Write index.json atomically, with a line for each field and each shard."""
+    fields = {**vars(_HEADER), **vars(index)}
     fields["modalities"] = [asdict(modality) for modality in index.modalities]
     shards = ",\n".join(f"    {json.dumps(asdict(shard))}" for shard in fields.pop("shards"))
     lines = [f'  "{name}": {json.dumps(value)},' for name, value in fields.items()]
-    write_whole(folder / INDEX_NAME, "\n".join(["{", *lines, '  "shards": [', shards, "  ]", "}", ""]))
+    write_atomically(folder / INDEX_NAME, "\n".join(["{", *lines, '  "shards": [', shards, "  ]", "}", ""]))
 
 
-def read_index(folder: DataFolder) -> Index:
-    """The index of a data folder, each local shard present and of its size; else an InputError saying why not."""
+def read_index(folder: Folder | Path | str) -> Index:
+    """Return the index of a data folder, after checking that local shards exist and have the right size.
+
+    Raises:
+        InputError: There is no valid index, or a shard is missing or has another size.
+        FetchError: The index is remote and cannot be fetched.
+    """
     index = parse_index(folder)
-    check_shard_files(folder, index.shards)
+    as_folder(folder).check_shards(index.shards)
     return index
 
 
-def parse_index(folder: DataFolder) -> Index:
-    """The index of a data folder, whatever has become of its shards; InputError where there is none to use."""
-    return decode_index(read_index_bytes(folder), str(folder / INDEX_NAME))
-
-
-def read_index_bytes(folder: DataFolder) -> bytes:
-    """The bytes of a data folder's index; InputError where there is none."""
-    if isinstance(folder, RemoteFolder):
-        return folder.read_bytes(INDEX_NAME)
-    if not folder.is_dir():
-        raise InputError(
-            f"data folder must exist, got {str(folder)!r}; to make one, run: python train/prepare.py digits OUT"
-        )
-    if not (folder / INDEX_NAME).is_file():
-        raise InputError(
-            f"data folder must hold {INDEX_NAME}, got {str(folder)!r}, which is not a prepared data folder; "
-            "give one that train/prepare.py wrote, such as OUT/train"
-        )
-    return (folder / INDEX_NAME).read_bytes()
+def parse_index(folder: Folder | Path | str) -> Index:
+    """Return the index of a data folder without looking at its shards; raise as `read_index` does."""
+    folder = as_folder(folder)
+    return decode_index(folder.read_bytes(INDEX_NAME), folder.path_to(INDEX_NAME))
 
 
 def decode_index(content: bytes, where: str) -> Index:
-    """The index of those bytes; InputError naming `where` for anything but what `write_index` writes."""
-    try:
-        entry = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} must be JSON, and is not; prepare the data again") from error
-    return _parse_index(entry, where)
-
-
-def _parse_index(entry: object, where: str) -> Index:
-    if not isinstance(entry, dict) or entry.get("format") != FORMAT:
-        got = entry.get("format") if isinstance(entry, dict) else entry
-        raise InputError(f"format of {where} must be {FORMAT!r}, got {got!r:.60}; give a folder of train/prepare.py")
-    version = _field(entry, "version", int, where)
-    if version != VERSION:
-        raise InputError(f"version of {where} must be {VERSION}, the one supported, got {version}; prepare it again")
-    index = Index(
-        sequence_length=_field(entry, "sequence_length", int, where),
-        tokenizer=_parse_tokenizer(_field(entry, "tokenizer", dict, where), where),
-        modalities=tuple(_parse_modality(item, where) for item in _field(entry, "modalities", list, where)),
-        documents=_field(entry, "documents", int, where),
-        tokens=_field(entry, "tokens", int, where),
-        shards=tuple(parse_shard(item, where) for item in _field(entry, "shards", list, where)),
-    )
-    if min(index.sequence_length, index.documents, index.tokens, len(index.shards)) < 1:
-        raise InputError(f"sequence length, documents, tokens and shards in {where} must be positive; prepare it again")
-    if index.sequence_length > MAX_LENGTH:
-        raise InputError(
-            f"sequence_length in {where} must be at most {MAX_LENGTH}, got {index.sequence_length}; prepare it again"
-        )
-    latents_dtype(index.modalities)  # which must have one
+    """Return the index in these bytes of version 3; raise InputError naming `where` and the field that is wrong."""
+    parse_json(_HEADERS, content, where, _REMEDY)
+    index = parse_json(_INDEXES, content, where, _REMEDY)
     check_different(index.shards, where)
     return index
 
 
+def parse_shard(entry: Mapping[str, object], where: str) -> ShardInfo:
+    """Return one shard of an index from its JSON object; raise InputError naming `where` if it is invalid."""
+    return parse_json(_SHARDS, json.dumps(entry).encode(), where, _REMEDY)
+
+
 def check_different(shards: Sequence[ShardInfo], where: str) -> None:
-    """No name twice, and no shard under two names: its documents would be trained on twice."""
-    for shard, another in itertools.pairwise(sorted(shards, key=lambda shard: shard.file)):
-        if shard.file == another.file:
-            raise InputError(f"shards in {where} must differ, got {shard.file} twice; rebuild the index")
-    for shard, another in itertools.pairwise(sorted(shards, key=lambda shard: shard.sha256)):
-        if shard.sha256 == another.sha256:
-            raise InputError(
-                f"shards in {where} must differ, got {shard.file} and {another.file} of the same bytes; remove one"
-            )
-
-
-def _field(entry: object, name: str, kind: type[_T], where: str) -> _T:
-    """`entry[name]`, which must be of that very type: a bool is no int."""
-    value = entry.get(name) if isinstance(entry, Mapping) else None
-    if type(value) is not kind:
-        raise InputError(f"{name} in {where} must be of type {kind.__name__}, got {value!r:.60}; prepare it again")
-    if isinstance(value, int) and abs(value) > _MAX_INT:
-        raise InputError(f"{name} in {where} must be below 2**63, got {value!r:.60}; prepare it again")
-    return value
-
-
-def _parse_tokenizer(entry: object, where: str) -> dict[str, str | int]:
-    kinds = {"name": str, "num_text_tokens": int, "sha256": str}
-    return {name: _field(entry, name, kind, where) for name, kind in kinds.items()}
-
-
-def _parse_modality(entry: object, where: str) -> ModalityInfo:
-    kinds = {"name": str, "channels": int, "patch_size": int, "encoding": str, "autoencoder": str}
-    return ModalityInfo(**{name: _field(entry, name, kind, where) for name, kind in kinds.items()})
-
-
-def parse_shard(entry: object, where: str) -> ShardInfo:
-    """One entry of an index, as JSON; InputError naming `where` for what `write_index` would not have written."""
-    kinds = {"file": str, "bytes": int, "sha256": str, "packs": int, "table": int, "table_crc32": int}
-    shard = ShardInfo(**{name: _field(entry, name, kind, where) for name, kind in kinds.items()})
-    if not is_plain_name(shard.file):
-        raise InputError(
-            f"shard file in {where} must be a plain name of that folder, got {shard.file!r}; prepare it again"
-        )
-    if not 1 <= shard.packs <= MAX_PACKS:
-        raise InputError(f"packs of {shard.file} in {where} must be in 1..{MAX_PACKS}, got {shard.packs}")
-    if shard.table < shard.packs * LEAST_BYTES or shard.table_span[1] > shard.bytes:
-        raise InputError(
-            f"table of {shard.file} in {where} must lie behind its {shard.packs} packs and within its {shard.bytes} "
-            f"bytes, got {shard.table_span[0]}..{shard.table_span[1]}; prepare it again"
-        )
-    if not 0 <= shard.table_crc32 < 2**32:
-        raise InputError(f"table_crc32 of {shard.file} in {where} must be in 0..{2**32 - 1}; prepare it again")
-    if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        raise InputError(
-            f"sha256 of {shard.file} in {where} must be 64 hexadecimal digits, got {shard.sha256!r:.80}; "
-            "prepare it again"
-        )
-    return shard
+    """Raise InputError if a name or the contents of a shard occur twice, which would repeat documents in training."""
+    for field, what in ((attrgetter("file"), "name"), (attrgetter("sha256"), "bytes")):
+        for shard, other in itertools.pairwise(sorted(shards, key=field)):
+            if field(shard) == field(other):
+                names = f"{shard.file} and {other.file}"
+                raise InputError(f"shards in {where} must differ, got {names} of the same {what}; remove one")
 
 
 def is_plain_name(file: str) -> bool:
-    """Whether an index may name that file: nothing that leads out of its folder or means more to some reader."""
-    return re.fullmatch(r"\w[\w.-]*", file, re.ASCII) is not None
-
-
-def check_shard_files(folder: DataFolder, shards: Iterable[ShardInfo]) -> None:
-    """InputError naming a shard that is missing or of another size. Remote ones are looked at when they are fetched."""
-    if not isinstance(folder, RemoteFolder):
-        for shard in shards:
-            check_shard_file(folder, shard)
-
-
-def check_shard_file(folder: Path, shard: ShardInfo) -> None:
-    """InputError where a shard is missing or of another size."""
-    path, size = Path(folder) / shard.file, shard.bytes
-    if not path.is_file():
-        raise InputError(f"shard {path} must exist, and is missing; copy it again or prepare the data again")
-    actual = path.stat().st_size
-    if actual != size:
-        raise InputError(
-            f"shard {path} must have {size} bytes as its index says, got {actual}; "
-            "it is truncated or replaced: copy it again or prepare the data again"
-        )
+    """Return True for a file name that an index may contain."""
+    return re.fullmatch(PLAIN_NAME, file) is not None

@@ -1,7 +1,8 @@
-"""The stream of training batches: one integer, packs consumed, is its whole state.
+"""The stream of training batches, whose whole state is one integer: packs consumed.
 
-Global step s takes the packs [s B, (s + 1) B) of the endless order; accumulation step a of rank r takes M of them from
-(a W + r) M, for W ranks and M packs a micro-batch. So a run sees the same global batches on any ranks and workers.
+Global step s takes the packs [s B, (s + 1) B) of the endless order. Of these, accumulation step a of rank r takes the M
+from (a W + r) M on, for W ranks and M packs a micro-batch. A run therefore sees the same global batches on any number
+of ranks and workers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,18 +20,18 @@ from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.folder import FetchError, ShardCache
 from transfusion_fast.data.index import Index
-from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, check_cache, open_mixture
+from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import OBJECTIVES
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 
-_MAX_POSITION = 2**31 - 1  # which the layouts' int32 hold
+_MAX_POSITIONS = 2**31 - 1  # layouts are int32
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch this rank takes."""
+    """The part of every global batch that one rank takes; batch sizes are in packs."""
 
     rank: int
     world_size: int
@@ -37,6 +39,7 @@ class Share:
     global_batch: int
 
     def __post_init__(self) -> None:
+        """Raise InputError for a global batch that ranks and micro-batches do not divide."""
         if self.global_batch % (self.world_size * self.micro_batch):
             raise InputError(
                 f"train.global_batch must be a multiple of ranks x train.micro_batch = {self.world_size} x "
@@ -45,10 +48,11 @@ class Share:
 
     @property
     def accumulation_steps(self) -> int:
+        """Micro-batches of one rank in a global batch."""
         return self.global_batch // (self.world_size * self.micro_batch)
 
     def micro_batches(self, packs_consumed: int) -> Iterator[list[int]]:
-        """Positions in the order, a list for each micro-batch, endless, from the global batch that starts there."""
+        """Yield endlessly the positions in the order of each micro-batch, from a global batch's first position on."""
         start = packs_consumed + self.rank * self.micro_batch
         while True:
             yield list(range(start, start + self.micro_batch))
@@ -56,12 +60,13 @@ class Share:
 
 
 class LoadedBatch(NamedTuple):
-    """A micro-batch, and why each of the packs that it should hold and does not is not there."""
+    """A micro-batch, and an error message for each pack that it lacks."""
 
     batch: PackedBatch
     unreadable: tuple[str, ...]
+    """Errors of damaged packs."""
     unfetched: tuple[str, ...]
-    """Of these the packs may be good."""
+    """Errors of packs whose shard could not be fetched, and which may be intact."""
 
 
 class _Item(NamedTuple):
@@ -70,9 +75,9 @@ class _Item(NamedTuple):
 
 
 class PackDataset(data.Dataset):
-    """Position in the order -> pack, and why it is empty if it cannot be read: whether to go on is not for a worker."""
+    """Maps a position in the order to its pack, or to an empty pack and an error, as a worker must not stop a run."""
 
-    def __init__(self, mixture: Mixture, order: MixtureOrder, window: int):
+    def __init__(self, mixture: Mixture, order: MixtureOrder, window: int) -> None:
         self.reader, self.order = MixtureReader(mixture, window), order
         self.empty = empty_pack(mixture.modalities)
 
@@ -84,19 +89,25 @@ class PackDataset(data.Dataset):
             return _Item(KeyedPack(self.empty, epoch, number), error)
 
 
-@dataclass(frozen=True)
-class _Collate:
-    builder: BatchBuilder
+def _collate(builder: BatchBuilder, items: Sequence[_Item]) -> LoadedBatch:
+    errors = [item.error for item in items if item.error]
+    unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
+    unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
+    return LoadedBatch(builder([item.pack for item in items]), unreadable, unfetched)
 
-    def __call__(self, items: Sequence[_Item]) -> LoadedBatch:
-        errors = [item.error for item in items if item.error]
-        unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
-        unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-        return LoadedBatch(self.builder([item.pack for item in items]), unreadable, unfetched)
+
+def open_data(config: Config) -> Mixture:
+    """Return the mixture of the run's data folders, checked against the model and the cache. No shard is opened."""
+    settings = config.data
+    cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
+    mixture = open_mixture(settings.weights, cache)
+    check_fits(config, mixture)
+    mixture.check_cache(cache, settings.shuffle_window)
+    return mixture
 
 
 def check_fits(config: Config, mixture: Mixture) -> None:
-    """Raises InputError where the model's vocabulary or latent widths, or the size of a batch, do not fit the data."""
+    """Raise InputError if the model's vocabulary or latent widths, or the batch size, do not fit the data."""
     model = config.model
     if model.num_text_tokens != mixture.num_text_tokens:
         raise InputError(
@@ -106,7 +117,7 @@ def check_fits(config: Config, mixture: Mixture) -> None:
     widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
     if model.dim_latent != widths:
         raise InputError(f"model.dim_latent must be {list(widths)} for {mixture}, got {list(model.dim_latent)}")
-    most = _MAX_POSITION // mixture.sequence_length
+    most = _MAX_POSITIONS // mixture.sequence_length
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
@@ -117,30 +128,30 @@ def check_fits(config: Config, mixture: Mixture) -> None:
 def training_batches(
     config: Config, mixture: Mixture, share: Share, packs_consumed: int, *, pin_memory: bool = False
 ) -> Iterator[LoadedBatch]:
-    """This rank's micro-batches, endless, from the global batch after `packs_consumed`.
+    """Yield this rank's micro-batches endlessly, from the global batch after `packs_consumed` packs on.
 
-    A pack that cannot be read is left out of its micro-batch, changes no other, and is named with shard and reason.
+    A pack that cannot be read is left out of its micro-batch and named with shard and reason; no other pack changes.
     """
     order = mixture.order(config.train.seed, config.data.shuffle_window)
     yield from data.DataLoader(
         PackDataset(mixture, order, config.data.shuffle_window),
-        batch_sampler=_Endless(share, packs_consumed),
-        collate_fn=_Collate(batch_builder(config, mixture, share.micro_batch)),
+        batch_sampler=share.micro_batches(packs_consumed),
+        collate_fn=partial(_collate, batch_builder(config, mixture, share.micro_batch)),
         num_workers=config.data.workers,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_signals,
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
 
 
-def _outlive_signals(_: int) -> None:
-    """Ctrl-C and a launcher's SIGTERM reach workers too, whose rank has a step to finish and then ends them."""
+def _ignore_signals(_: int) -> None:
+    """Ignore Ctrl-C and a launcher's SIGTERM in a worker: its rank finishes a step first, then ends the worker."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
-    """The builder of batches of `packs` packs for this run."""
+    """Return the run's builder of batches of `packs` packs."""
     return BatchBuilder(
         modalities=packed.modalities,
         vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
@@ -150,23 +161,3 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
         positions=config.model.positions,
         total_length=packs * packed.sequence_length,
     )
-
-
-def open_data(config: Config) -> Mixture:
-    """The datasets of the run's data folders, checked against the model and the cache; no shard is looked at."""
-    settings = config.data
-    cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
-    mixture = open_mixture(settings.weights, cache)
-    check_fits(config, mixture)
-    check_cache(mixture, cache, settings.shuffle_window)
-    return mixture
-
-
-class _Endless:
-    """A batch sampler without end."""
-
-    def __init__(self, share: Share, packs_consumed: int):
-        self.share, self.packs_consumed = share, packs_consumed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.share.micro_batches(self.packs_consumed)

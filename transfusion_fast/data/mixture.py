@@ -1,17 +1,16 @@
-"""Datasets in one stream of packs, each with a share of the tokens: a pure function of the position in the stream.
+"""Data folders mixed into one stream of packs, in proportion to weights: a pure function of the position.
 
-A dataset whose packs hold t tokens on average takes packs in proportion to m = share / t. Of the first n positions the
-first dataset takes floor(n m_0 / (m_0 + m_1 + ...)), the second floor(n' m_1 / (m_1 + ...)) of the n' that are left,
-and so on; the last takes what remains. So which dataset a position falls to, and how many packs that one has given
-before it, is exact arithmetic with whole numbers, equally fast anywhere in the stream; and at no position is the number
-of packs of any of D datasets off its proportion by D. Each dataset goes through its own order, epoch after epoch.
+A dataset with t tokens a pack on average is read in proportion to m = share / t. Of the first n positions of the
+stream, the first dataset gets floor(n m_0 / (m_0 + m_1 + ...)), the second floor(n' m_1 / (m_1 + ...)) of the n' that
+remain, and so on; the last dataset gets the rest. The dataset of a position, and the number of its packs before that
+position, are thus exact integer arithmetic, equally fast anywhere in the stream. At every position the packs of each of
+D datasets differ from their proportion by less than D. Each dataset repeats in its own order, epoch after epoch.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,46 +19,50 @@ from fractions import Fraction
 
 import numpy as np
 
-from transfusion_fast.data.folder import DataFolder, RemoteFolder, ShardCache, data_folder
-from transfusion_fast.data.index import (
-    INDEX_NAME,
-    Index,
-    check_shard_files,
-    decode_index,
-    read_index_bytes,
-)
+from transfusion_fast.data.folder import Folder, ShardCache, as_folder
+from transfusion_fast.data.index import INDEX_NAME, Index, decode_index
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.pack import ModalityInfo, Pack
 from transfusion_fast.data.reader import OPEN_SHARDS, PackReader
 from transfusion_fast.errors import InputError
 
-_MAX_OPEN_SHARDS = 512  # of a process; systems allow 1,024 files as a rule
+_MAX_OPEN_SHARDS = 512  # of a process, which may usually open 1,024 files
+_REMEDIES = {
+    "sequence_length": "repack one of them",
+    "tokenizer": "prepare one of them again as the other",
+    "modalities": "prepare one of them again as the other",
+}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data folder, and its share of the tokens of a mixture."""
+    """A data folder of a mixture."""
 
-    folder: DataFolder
+    folder: Folder
     index: Index
     sha256: str
-    """Of the index, as hexadecimal digits: what the data is."""
+    """sha256 of the index, as hexadecimal digits."""
     share: Fraction
+    """Fraction of the mixture's tokens."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One dataset or more that train one model. Packs are numbered through all of them, in their order."""
+    """One or more datasets that train one model. Packs are numbered across all of them, in their order."""
 
     datasets: tuple[Dataset, ...]
 
     def __post_init__(self) -> None:
-        """InputError naming two folders that cannot be mixed."""
-        for other in self.datasets[1:]:
-            _check_alike(self.datasets[0], other)
-        pictured = [dataset for dataset in self.datasets if dataset.index.modalities]
-        for other in pictured[1:]:
-            _check_same("modalities", pictured[0], other)
+        """Raise InputError naming two folders that cannot be mixed. Text alone goes with any images."""
+        for name, remedy in _REMEDIES.items():
+            datasets = [d for d in self.datasets if name != "modalities" or d.index.modalities]
+            for other in datasets[1:]:
+                first, second = getattr(datasets[0].index, name), getattr(other.index, name)
+                if first != second:
+                    raise InputError(
+                        f"{name} of mixed data folders must be the same, got {first} in {datasets[0].folder} "
+                        f"and {second} in {other.folder}; {remedy}"
+                    )
 
     @property
     def sequence_length(self) -> int:
@@ -68,12 +71,12 @@ class Mixture:
 
     @property
     def num_text_tokens(self) -> int:
-        """Text ids are below this."""
+        """Size of the text vocabulary."""
         return self.datasets[0].index.num_text_tokens
 
     @property
     def modalities(self) -> tuple[ModalityInfo, ...]:
-        """Of the images, which a dataset of text alone has none of."""
+        """Modalities of the datasets with images, or none."""
         return next((dataset.index.modalities for dataset in self.datasets if dataset.index.modalities), ())
 
     @property
@@ -83,22 +86,31 @@ class Mixture:
 
     @property
     def shares(self) -> tuple[str, ...]:
-        """Of the tokens, exact, such as 1/4."""
+        """Exact fraction of the tokens for each dataset, such as "1/4"."""
         return tuple(str(dataset.share) for dataset in self.datasets)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal data wherever it lies: the sha256 of the index, or of those of all indexes."""
+        """Digest of the data, wherever it is stored: the sha256 of the index, or of those of all indexes."""
         digests = [dataset.sha256 for dataset in self.datasets]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def check_shards(self, part: int = 0, parts: int = 1) -> None:
-        """InputError naming a local shard that is missing or cut, of the `part`-th of so many parts of them all."""
+        """Raise InputError for a local shard that is missing or truncated; check one of `parts` parts of the shards."""
         for dataset in self.datasets:
-            check_shard_files(dataset.folder, dataset.index.shards[part::parts])
+            dataset.folder.check_shards(dataset.index.shards[part::parts])
+
+    def check_cache(self, cache: ShardCache, window: int) -> None:
+        """Raise InputError if the remote shards of a shuffle window exceed the cache: every pack would be a fetch."""
+        needed = sum(dataset.folder.cache_bytes(dataset.index.shards, window) for dataset in self.datasets)
+        if needed > cache.max_bytes:
+            raise InputError(
+                f"data.cache_gb must be at least {needed / 1e9}, for data.shuffle_window = {window} shards of each "
+                f"remote folder, got {cache.max_bytes / 1e9}; raise it, or lower data.shuffle_window"
+            )
 
     def order(self, seed: int, window: int) -> MixtureOrder:
-        """The order of the packs of a run."""
+        """Return the order in which a run reads the packs."""
         counts = [dataset.index.pack_counts for dataset in self.datasets]
         weights = [d.share * Fraction(d.index.num_packs, d.index.tokens) for d in self.datasets]
         return MixtureOrder(seed, counts, weights, window)
@@ -110,72 +122,37 @@ class Mixture:
 
 
 def open_mixture(weights: Mapping[str, float], cache: ShardCache) -> Mixture:
-    """The datasets at these paths or URLs, the shares of tokens as the weights; `cache` is for remote shards.
+    """Return the datasets at these paths or URLs, whose tokens are mixed by weight; `cache` is for remote shards.
 
     Raises:
-        InputError: no data folder, or folders that cannot be mixed.
-        FetchError: an index at a URL that cannot be fetched.
+        InputError: A folder has no valid index, or the folders cannot be mixed.
+        FetchError: A remote index cannot be fetched.
     """
-    exact = {path: Fraction(repr(weight)) for path, weight in weights.items()}  # 0.1 as 1/10, which no float is
+    exact = {path: Fraction(repr(weight)) for path, weight in weights.items()}  # 0.1 is 1/10, unlike the float
     total = sum(exact.values())
-    return Mixture(tuple(_open(data_folder(path, cache), weight / total) for path, weight in exact.items()))
+    return Mixture(tuple(_open(as_folder(path, cache), weight / total) for path, weight in exact.items()))
 
 
-def _open(folder: DataFolder, share: Fraction) -> Dataset:
-    content = read_index_bytes(folder)
-    index = decode_index(content, str(folder / INDEX_NAME))
+def _open(folder: Folder, share: Fraction) -> Dataset:
+    content = folder.read_bytes(INDEX_NAME)
+    index = decode_index(content, folder.path_to(INDEX_NAME))
     return Dataset(folder, index, hashlib.sha256(content).hexdigest(), share)
-
-
-def check_cache(mixture: Mixture, cache: ShardCache, window: int) -> None:
-    """InputError where the remote shards whose packs are shuffled together exceed the cache: each pack would fetch."""
-    remote = [dataset.index.shards for dataset in mixture.datasets if isinstance(dataset.folder, RemoteFolder)]
-    needed = sum(sum(heapq.nlargest(window, (shard.bytes for shard in shards))) for shards in remote)
-    if needed > cache.max_bytes:
-        raise InputError(
-            f"data.cache_gb must be at least {needed / 1e9}, for a window of data.shuffle_window = {window} shards of "
-            f"each remote folder, got {cache.max_bytes / 1e9}; raise it, or lower data.shuffle_window"
-        )
-
-
-def _check_alike(one: Dataset, other: Dataset) -> None:
-    for name in ("sequence_length", "tokenizer"):
-        _check_same(name, one, other)
-
-
-def _check_same(name: str, one: Dataset, other: Dataset) -> None:
-    first, second = getattr(one.index, name), getattr(other.index, name)
-    if first != second:
-        cure = "repack one of them" if name == "sequence_length" else "prepare one of them again as the other"
-        raise InputError(
-            f"{name} of mixed data folders must be the same, got {_shown(first)} in {one.folder} and {_shown(second)} "
-            f"in {other.folder}; {cure}"
-        )
-
-
-def _shown(value: object) -> str:
-    return " and ".join(map(_in_words, value)) if isinstance(value, tuple) else str(value)
-
-
-def _in_words(modality: ModalityInfo) -> str:
-    made = f", autoencoder {modality.autoencoder[:12]}" if modality.autoencoder else ""
-    return (
-        f"{modality.name} ({modality.encoding}, {modality.channels} channels, patches of {modality.patch_size}{made})"
-    )
 
 
 class MixtureOrder:
     """The endless stream of packs: `order[i]` is the (epoch, pack) that is read after i packs were consumed.
 
-    The epoch is that of the pack's own dataset. Of one dataset, the order is `PackOrder`'s.
+    The epoch is that of the pack's own dataset. A single dataset has the order of `PackOrder`.
     """
 
     def __init__(
         self, seed: int, pack_counts: Sequence[Sequence[int]], weights: Sequence[Fraction], window: int = 16
     ) -> None:
-        """`pack_counts` of each dataset's shards; `weights`, positive: the packs that a dataset takes are so many."""
-        self._splits = _splits(weights)
-        self._orders = [PackOrder(_own_seed(seed, i), counts, window) for i, counts in enumerate(pack_counts)]
+        """Mix datasets whose shards hold `pack_counts` packs, by positive `weights` of their numbers of packs."""
+        scale = math.lcm(*(weight.denominator for weight in weights))
+        self._weights = [int(weight * scale) for weight in weights]
+        self._remaining = [sum(self._weights[dataset:]) for dataset in range(len(weights))]
+        self._orders = [PackOrder(_dataset_seed(seed, i), counts, window) for i, counts in enumerate(pack_counts)]
         self._starts = [0, *itertools.accumulate(order.num_packs for order in self._orders)]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -186,24 +163,17 @@ class MixtureOrder:
         return epoch, self._starts[dataset] + number
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The dataset that a position falls to, and how many positions before it do."""
-        for dataset, (part, whole) in enumerate(self._splits):
-            before = position * part // whole
-            if (position + 1) * part // whole > before:
+        """Return the dataset of a position, and how many earlier positions belong to that dataset."""
+        for dataset, (weight, remaining) in enumerate(zip(self._weights, self._remaining, strict=True)):
+            before = position * weight // remaining
+            if (position + 1) * weight // remaining > before:
                 return dataset, before
             position -= before
-        return len(self._splits), position
+        raise AssertionError("the last dataset takes every position that remains")
 
 
-def _splits(weights: Sequence[Fraction]) -> list[tuple[int, int]]:
-    """Of every dataset but the last, its part of the positions that those before it leave: (part, whole)."""
-    scale = math.lcm(*(weight.denominator for weight in weights))
-    parts = [int(weight * scale) for weight in weights]
-    return [(part, sum(parts[dataset:])) for dataset, part in enumerate(parts[:-1])]
-
-
-def _own_seed(seed: int, dataset: int) -> int:
-    """The run's seed for the first dataset, which may be the only one; for others one that is independent of it."""
+def _dataset_seed(seed: int, dataset: int) -> int:
+    """Return the run's seed for the first dataset, which may be the only one, and independent seeds for the others."""
     if dataset == 0:
         return seed
     low, high = np.random.SeedSequence(seed, spawn_key=(dataset,)).generate_state(2, np.uint64).tolist()
@@ -214,12 +184,12 @@ class MixtureReader:
     """The packs of all datasets of a mixture by number."""
 
     def __init__(self, mixture: Mixture, window: int) -> None:
-        """`window` shards of each are read at a time, in any order."""
+        """Keep `window` shards of each dataset open, as they are read in any order."""
         shards = max(1, min(max(window, OPEN_SHARDS), _MAX_OPEN_SHARDS // len(mixture.datasets)))
         self._readers = [PackReader(dataset.folder, dataset.index, shards) for dataset in mixture.datasets]
         self._starts = [0, *itertools.accumulate(len(reader) for reader in self._readers)]
 
     def read(self, number: int) -> Pack:
-        """The pack of that number, validated; raises as `PackReader.read` does."""
+        """Return a pack, validated; raise as `PackReader.read` does."""
         dataset = bisect.bisect_right(self._starts, number) - 1
         return self._readers[dataset].read(number - self._starts[dataset])

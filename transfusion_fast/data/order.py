@@ -1,7 +1,7 @@
 """The order in which a run reads its packs: a pure function of seed, epoch and position.
 
-Shards are shuffled, then packs within windows of consecutive shuffled shards: reads stay near-sequential, memory is
-one number a shard and the packs of one window, and resuming needs only the number of packs consumed.
+Shards are shuffled, then packs within windows of consecutive shuffled shards. Reads stay nearly sequential, memory is
+one number a shard plus the packs of one window, and the number of packs consumed is all that resuming needs.
 """
 
 from collections.abc import Sequence
@@ -14,34 +14,29 @@ _SHARD_STREAM = 0  # window w draws from stream 1 + w
 
 
 def keyed_permutation(length: int, seed: int, *key: int) -> np.ndarray:
-    """A permutation of range(length), int64, that depends on `seed` and `key` alone.
+    """Return a permutation of range(length), int64, that depends on `seed` and `key` alone.
 
-    It sorts the raw output of PCG64, which numpy keeps from release to release, unlike `Generator.permutation`.
+    It sorts the raw output of PCG64, which is the same in every release of numpy, unlike `Generator.permutation`.
     """
     raw = np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=key)).random_raw(length)
     return np.argsort(raw, kind="stable")
-
-
-def _checked_counts(seed: int, pack_counts: Sequence[int] | np.ndarray, window: int) -> np.ndarray:
-    counts = np.array(pack_counts, dtype=np.int64)
-    if seed < 0:
-        raise InputError(f"data seed must be 0 or more, got {seed}; give another")
-    if window < 1:
-        raise InputError(f"shuffle window must be 1 shard or more, got {window}; give a larger one")
-    if counts.size == 0 or counts.min() < 1:
-        raise InputError(f"pack counts must be one or more positive numbers, got {counts}; prepare the data again")
-    return counts
 
 
 class EpochOrder:
     """The packs of one epoch, each once: `order[position]` is a pack number in file order (shard 0's packs first)."""
 
     def __init__(self, seed: int, epoch: int, pack_counts: Sequence[int] | np.ndarray, window: int = 16) -> None:
-        counts = _checked_counts(seed, pack_counts, window)
-        self._seed, self._epoch, self._window = seed, epoch, window
+        """Raise InputError for settings that define no order; `pack_counts` are the packs of each shard."""
+        counts = np.array(pack_counts, dtype=np.int64)
+        if seed < 0:
+            raise InputError(f"data seed must be 0 or more, got {seed}; give another")
+        if window < 1:
+            raise InputError(f"shuffle window must be 1 shard or more, got {window}; give a larger one")
+        if counts.size == 0 or counts.min() < 1:
+            raise InputError(f"pack counts must be one or more positive numbers, got {counts}; prepare the data again")
+        self._seed, self._epoch, self._window, self._counts = seed, epoch, window, counts
         self._shards = keyed_permutation(counts.size, seed, epoch, _SHARD_STREAM)
         self._first_pack = np.cumsum(counts) - counts
-        self._counts = counts
         per_window = np.add.reduceat(counts[self._shards], np.arange(0, counts.size, window))
         self._window_starts = np.concatenate(([0], np.cumsum(per_window)))
         self._current = -1
@@ -60,8 +55,7 @@ class EpochOrder:
 
     def _shuffled_window(self, window: int) -> np.ndarray:
         shards = self._shards[window * self._window : (window + 1) * self._window]
-        ranges = [np.arange(self._counts[shard]) + self._first_pack[shard] for shard in shards]
-        packs = np.concatenate(ranges)
+        packs = np.concatenate([np.arange(self._counts[shard]) + self._first_pack[shard] for shard in shards])
         return packs[keyed_permutation(packs.size, self._seed, self._epoch, 1 + window)]
 
 
@@ -69,17 +63,16 @@ class PackOrder:
     """The endless stream of packs: `order[i]` is the (epoch, pack) that is read after i packs were consumed."""
 
     def __init__(self, seed: int, pack_counts: Sequence[int] | np.ndarray, window: int = 16) -> None:
+        """Raise InputError as `EpochOrder` does."""
         self._seed, self._window = seed, window
-        self._counts = _checked_counts(seed, pack_counts, window)
-        self.num_packs = int(self._counts.sum())
-        self._current = -1
-        self._epoch_order: EpochOrder | None = None
+        self._counts = np.array(pack_counts, dtype=np.int64)
+        self._epoch, self._order = 0, EpochOrder(seed, 0, self._counts, window)
+        self.num_packs = len(self._order)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise IndexError(f"position must be 0 or more, got {position}")
         epoch, within = divmod(position, self.num_packs)
-        if self._epoch_order is None or epoch != self._current:
-            self._epoch_order = EpochOrder(self._seed, epoch, self._counts, self._window)
-            self._current = epoch
-        return epoch, self._epoch_order[within]
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, EpochOrder(self._seed, epoch, self._counts, self._window)
+        return epoch, self._order[within]

@@ -1,8 +1,8 @@
 """Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles.
 
-Behind the packs lies the shard's table, by which any of them is found and checked, and which tells shards apart that
-look alike and mean something else. So the index of a folder has a line a shard, however many packs there are. The
-table's name is of the kind that WebDataset passes over as metadata.
+The last file of a shard is its table, which gives the location and checksum of every pack, and a digest of the settings
+under which their numbers have a meaning. The index of a folder therefore has one line a shard, however many packs
+there are. WebDataset skips the table, as its name is that of metadata.
 """
 
 from __future__ import annotations
@@ -16,67 +16,78 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import webdataset as wds
+from pydantic import Field
 
 from transfusion_fast.data.pack import Pack
 from transfusion_fast.errors import InputError
 
 PACKS_PER_SHARD = 1024
 MAX_PACKS = 1 << 20
-"""Of a shard: what an index says is believed so far that memory is taken for it."""
-LEAST_BYTES = 3 * 2 * tarfile.BLOCKSIZE
-"""That any pack takes in a tar: three headers, and a block behind each."""
+"""Packs of a shard, at most: memory for their table is allocated before it is read."""
+PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+"""File names that an index may contain: none leads out of its folder or has a special meaning to a reader of tars."""
+TABLE = "__packs__"
+SCHEMA_BYTES, _ROW_BYTES = 32, 16  # the table is the schema digest, then a row for each pack
+_MIN_PACK_BYTES = 3 * 2 * tarfile.BLOCKSIZE  # three headers, each with at least one block of data
 _DTYPES = {
     "tokens": (np.dtype(np.int32),),
     "segments": (np.dtype(np.int32),),
     "latents": (np.dtype(np.uint8), np.dtype(np.float16)),
 }
 _NDIM = {"tokens": 1, "segments": 2, "latents": 1}
-TABLE = "__packs__"
-SCHEMA_BYTES, _ROW_BYTES = 32, 16  # of the table: first the one, then of each pack the other
 
 
 @dataclass(frozen=True, eq=False)
 class PackTable:
-    """What is known of a shard's packs, which follow each other from byte 0."""
+    """Location and checksum of a shard's packs, which lie end to end from byte 0."""
 
     schema: bytes
-    """Digest of what makes sense of the packs' numbers."""
+    """Digest of the settings that give the packs' numbers their meaning, 32 bytes."""
     rows: np.ndarray
-    """Of each pack the byte it ends before and its crc32, int64 [n, 2]."""
+    """End byte and crc32 of each pack, int64 [n, 2]."""
 
     @property
     def ends(self) -> list[int]:
-        """The byte that each pack ends before."""
+        """End byte of each pack."""
         return self.rows[:, 0].tolist()
 
-    def span(self, place: int) -> tuple[int, int]:
-        """First and end byte of a pack, tar headers included."""
-        return int(self.rows[place - 1, 0]) if place else 0, int(self.rows[place, 0])
+    def span(self, number: int) -> tuple[int, int]:
+        """Return the first and the end byte of a pack, tar headers included."""
+        return int(self.rows[number - 1, 0]) if number else 0, int(self.rows[number, 0])
 
-    def check(self, place: int, payload: bytes) -> None:
-        """InputError where these are not the bytes of that pack."""
-        start, end = self.span(place)
+    def check(self, number: int, payload: bytes) -> None:
+        """Raise InputError if `payload` is not the bytes of that pack."""
+        start, end = self.span(number)
         if len(payload) != end - start:
             raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")
-        if (crc32 := zlib.crc32(payload)) != self.rows[place, 1]:
-            raise InputError(f"checksum of its bytes must be {self.rows[place, 1]}, got {crc32}")
+        if (crc32 := zlib.crc32(payload)) != self.rows[number, 1]:
+            raise InputError(f"checksum of its bytes must be {self.rows[number, 1]}, got {crc32}")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard."""
+    """One shard, as the index of its folder describes it."""
 
-    file: str
-    bytes: int
-    sha256: str
-    packs: int
-    table: int
-    """Byte that its table begins at, and its packs end before."""
-    table_crc32: int
-    """Of the table, tar header included."""
+    file: Annotated[str, Field(pattern=PLAIN_NAME)]
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    packs: Annotated[int, Field(ge=1, le=MAX_PACKS)]
+    table: Annotated[int, Field(ge=0, lt=1 << 63)]
+    """Offset of the table in bytes, which is where the packs end."""
+    table_crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
+    """Checksum of the table, tar header included."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a table that overlaps the packs or the end of the shard."""
+        if self.table < self.packs * _MIN_PACK_BYTES or self.table_span[1] > self.bytes:
+            raise InputError(
+                f"table of {self.file} must lie behind its {self.packs} packs and within its {self.bytes} bytes, "
+                f"got {self.table_span[0]}..{self.table_span[1]}; prepare the data again"
+            )
 
     @property
     def table_span(self) -> tuple[int, int]:
@@ -85,31 +96,31 @@ class ShardInfo:
 
 
 def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> str:
-    """Write the shard of that number, and return its name, which it bears only once it is whole.
+    """Write the shard of that number and return its file name. Equal packs give equal bytes.
 
-    Equal packs give equal bytes.
+    The shard is on disk, and complete, before it has its name.
     """
     name = f"shard-{number:06d}.tar"
-    unfinished = folder / f".{name}.partial"
-    with unfinished.open("wb") as stream, _tar_writer(stream) as writer:
+    partial = folder / f".{name}.partial"
+    with partial.open("wb") as stream, _tar_writer(stream) as writer:
         for i, pack in enumerate(packs):
             writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
-    append_table(unfinished, schema)
-    unfinished.rename(folder / name)
+    append_table(partial, schema)
+    partial.rename(folder / name)
     return name
 
 
 def append_table(shard: Path, schema: bytes) -> None:
-    """Puts the table of its packs into a tar that holds nothing else."""
+    """Append the table of its packs to a tar that holds nothing else, and flush the file to disk."""
     assert len(schema) == SCHEMA_BYTES
-    ends = [end for _, _, end in _samples(shard)]
+    with shard.open("rb") as stream:
+        spans = itertools.pairwise([0, *(end for _, end in _samples(stream).values())])
+        rows = np.array([(end, zlib.crc32(_read_at(stream, start, end - start))) for start, end in spans], "<i8")
+    data = schema + rows.tobytes()
+    member = tarfile.TarInfo(TABLE)
+    member.size, member.uname, member.gname = len(data), "root", "root"
     with shard.open("r+b") as stream:
-        spans = itertools.pairwise([0, *ends])
-        rows = np.array([(end, zlib.crc32(stream.read(end - start))) for start, end in spans], "<i8")
-        member = tarfile.TarInfo(TABLE)
-        data = schema + rows.tobytes()
-        member.size, member.uname, member.gname = len(data), "root", "root"
-        stream.seek(ends[-1])  # behind it are the zeros that end a tar
+        stream.seek(rows[-1, 0])  # overwrites the zeros that end a tar
         stream.write(member.tobuf(tarfile.USTAR_FORMAT) + data.ljust(padded(len(data)), b"\0"))
         stream.write(bytes(2 * tarfile.BLOCKSIZE))
         stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
@@ -132,40 +143,44 @@ def _members(pack: Pack) -> dict[str, bytes]:
 
 
 def padded(size: int) -> int:
-    """Bytes that `size` bytes of data take in a tar: whole blocks."""
+    """Return the bytes that `size` bytes of data take in a tar, which consists of blocks of 512."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def table_bytes(packs: int) -> int:
-    """What the table of so many packs takes in a tar, header included."""
+    """Return the bytes that the table of `packs` packs takes in a tar, header included."""
     return tarfile.BLOCKSIZE + padded(SCHEMA_BYTES + packs * _ROW_BYTES)
 
 
 def decode_table(payload: bytes, packs: int, end: int) -> PackTable:
-    """The table whose tar member, header included, is `payload`: of so many packs, which end before byte `end`.
+    """Decode the tar member, header included, that holds the table of `packs` packs which end at byte `end`.
 
-    InputError for anything else.
+    Raises:
+        InputError: The payload is anything else.
     """
-    members = dict(_tar_members(payload))
+    members = dict(_payload_members(payload))
     if members.keys() != {TABLE} or len(members[TABLE]) != SCHEMA_BYTES + packs * _ROW_BYTES:
         raise InputError(f"table must be one file {TABLE} of {packs} packs, got {sorted(members)!r:.80}")
     rows = np.frombuffer(members[TABLE][SCHEMA_BYTES:], "<i8").reshape(packs, 2)
     ends, crc32 = rows.T
     if not (ends[0] > 0 and (ends[1:] > ends[:-1]).all() and ends[-1] == end):
-        raise InputError(f"packs of the table must follow each other up to byte {end}, where it begins; they do not")
+        raise InputError(f"offsets in the table must increase and end at byte {end}, got {ends.tolist()!r:.60}")
     if ((crc32 < 0) | (crc32 >> 32 > 0)).any():
-        raise InputError("checksums of the table must be of 32 bits, and are not")
+        raise InputError(f"checksums in the table must have 32 bits, got {crc32.max()} and {crc32.min()}")
     return PackTable(bytes(members[TABLE][:SCHEMA_BYTES]), rows)
 
 
 def decode_pack(payload: bytes) -> Pack:
-    """The pack whose three tar members, headers included, are `payload`; its arrays are its own.
+    """Decode the three tar members of a pack, headers included, into arrays of their own memory.
 
-    Nothing is unpickled and no length is believed; InputError for anything but what `write_shard` writes.
+    Nothing is unpickled, and no length is trusted.
+
+    Raises:
+        InputError: The payload is not what `write_shard` writes.
     """
     arrays: dict[str, np.ndarray] = {}
     keys = set()
-    for name, data in _tar_members(payload):
+    for name, data in _payload_members(payload):
         key, _, extension = name.partition(".")
         field = extension.removesuffix(".npy")
         if extension != f"{field}.npy" or field not in _DTYPES or field in arrays:
@@ -177,114 +192,97 @@ def decode_pack(payload: bytes) -> Pack:
     return Pack(**arrays)
 
 
-def _tar_members(payload: bytes) -> Iterator[tuple[str, memoryview]]:
+def _payload_members(payload: bytes) -> Iterator[tuple[str, memoryview]]:
+    """Yield name and data of each member of a part of a tar in memory."""
     view, position = memoryview(payload), 0
     while position < len(view):
         start = position + tarfile.BLOCKSIZE
-        try:
-            member = tarfile.TarInfo.frombuf(payload[position:start], "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeError) as error:
-            raise InputError(f"bytes at {position} of a pack must be a tar header, and are not") from error
-        position = start + padded(member.size)
-        if member.type != tarfile.REGTYPE or member.size < 0 or position > len(view):
-            raise InputError(
-                f"member {member.name!r} must be a file within the {len(view)} bytes of its pack, "
-                f"got type {member.type!r} of {member.size} bytes"
-            )
+        member, position = _parse_header(payload[position:start], position, len(view))
         yield member.name, view[start : start + member.size]
 
 
+def _parse_header(header: bytes, start: int, limit: int) -> tuple[tarfile.TarInfo, int]:
+    """Return the tar member whose header is at byte `start`, and the byte where it ends, at most `limit`."""
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeError) as error:
+        raise InputError(f"byte {start} must begin a tar header, got {error}") from error
+    end = start + tarfile.BLOCKSIZE + padded(member.size)
+    if member.type != tarfile.REGTYPE or member.size < 0 or end > limit:
+        raise InputError(
+            f"member {member.name!r:.80} must be a file that ends within {limit} bytes, "
+            f"got type {member.type!r} of {member.size} bytes"
+        )
+    return member, end
+
+
 def _read_npy(field: str, data: memoryview) -> np.ndarray:
-    shape, dtype, start = _read_npy_header(field, data)
-    body = data[start:]
+    """Return the array of an npy file, after checking that no dimension is larger than the data."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # the header is a Python literal: a malicious one may make its parser raise anything
+        raise InputError(f"{field}.npy must have a header of numpy.save, got {bytes(data[:80])!r:.80}") from error
+    if version != (1, 0) or fortran_order or dtype not in _DTYPES[field]:
+        expected = " or ".join(map(str, _DTYPES[field]))
+        raise InputError(f"{field}.npy must be version 1.0, {expected}, C order, got {version}, {dtype}")
+    body = data[stream.tell() :]
+    if len(shape) != _NDIM[field] or not all(0 <= extent <= len(data) for extent in shape):
+        raise InputError(  # without the shape, which may have too many digits to print
+            f"{field}.npy must have {_NDIM[field]} dimensions that fit its {len(data)} bytes, got {len(shape)} others"
+        )
+    shape = tuple(map(int, shape))
     if math.prod(shape) * dtype.itemsize != len(body):
         raise InputError(f"{field}.npy of {dtype} and shape {shape} must hold just its values, got {len(body)} bytes")
     return np.frombuffer(body, dtype).reshape(shape).copy()
 
 
-def _read_npy_header(field: str, data: memoryview) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and the byte at which the values start; no dimension is larger than the data."""
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # the header is a Python literal: a hostile one may make its parser raise anything
-        raise InputError(f"{field}.npy must have a header of numpy.save, and has not") from error
-    if version != (1, 0) or fortran_order or dtype not in _DTYPES[field]:
-        expected = " or ".join(map(str, _DTYPES[field]))
-        raise InputError(f"{field}.npy must be version 1.0, {expected}, C order, got {version}, {dtype}")
-    if len(shape) != _NDIM[field] or not all(0 <= extent <= len(data) for extent in shape):
-        raise InputError(f"{field}.npy must be of {_NDIM[field]} dimensions that fit its {len(data)} bytes, and is not")
-    return tuple(map(int, shape)), dtype, stream.tell()
-
-
 def read_table(shard: Path) -> PackTable:
-    """The table of a shard, once the whole tar was walked through, and is as the table says.
+    """Return the table of a shard, after reading all tar headers and comparing their offsets with the table.
 
-    InputError where the tar is not whole, holds anything but plain files, holds no packs, comes back to a key, or does
-    not end in its table.
+    Raises:
+        InputError: The tar is incomplete, holds anything but plain files, holds no packs, repeats a key, or does not
+            end in its table.
     """
-    samples = _samples(shard)
-    key, start, end = samples.pop()
-    if key != TABLE or not samples:
-        raise InputError(f"shard {shard} must hold packs and, at its end, their table {TABLE}; prepare the data again")
-    with shard.open("rb") as stream:
-        stream.seek(start)
-        payload = stream.read(end - start)
     try:
-        table = decode_table(payload, len(samples), start)
+        with shard.open("rb") as stream:
+            samples = _samples(stream)
+            start, end = samples.pop(TABLE, (0, 0))
+            if not samples or start != max(samples.values())[1]:
+                raise InputError(f"it must hold packs and end in their table {TABLE}, got {len(samples)} packs")
+            table = decode_table(_read_at(stream, start, end - start), len(samples), start)
+        if table.ends != [end for _, end in samples.values()]:
+            raise InputError("packs must lie at the offsets of the table, got others")
     except InputError as error:
-        raise InputError(f"shard {shard} cannot be used: {error}; copy it again") from error
-    if table.ends != [end for _, _, end in samples]:
-        raise InputError(f"packs of shard {shard} must lie where its table says, and do not; copy it again")
+        raise InputError(f"shard {shard} cannot be used: {error}; copy it again or prepare the data again") from error
     return table
 
 
-def _samples(shard: Path) -> list[tuple[str, int, int]]:
-    """(key, first byte, end byte) of each sample of a shard: members that follow each other under one key."""
-    samples: list[tuple[str, int, int]] = []
-    keys: set[str] = set()
-    for key, start, end in _files(shard):
-        if samples and key == samples[-1][0]:
-            samples[-1] = (key, samples[-1][1], end)
-            continue
-        if key in keys:
-            raise InputError(f"keys of shard {shard} must differ, got {key!r:.80} twice; prepare the data again")
-        keys.add(key)
-        samples.append((key, start, end))
-    if not samples:
-        raise InputError(f"shard {shard} must hold packs, and holds none; copy it again or remove it")
+def _samples(stream: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Return the first and end byte of each sample of a shard by key: consecutive files whose names begin alike.
+
+    The module tarfile would stop at any damage without an error.
+    """
+    samples: dict[str, tuple[int, int]] = {}
+    total, position, last = os.fstat(stream.fileno()).st_size, 0, ""
+    while any(header := _read_at(stream, position, tarfile.BLOCKSIZE)):
+        member, end = _parse_header(header, position, total)
+        key = member.name.partition(".")[0]
+        if key in samples and key != last:
+            raise InputError(f"keys of its samples must differ, got {key!r:.80} twice")
+        samples[key] = samples.get(key, (position, 0))[0], end
+        last, position = key, end
+    shortest, longest = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+    rest = _read_at(stream, position, longest + 1)
+    if not shortest <= len(rest) <= longest or any(rest):
+        raise InputError(
+            f"it must end in {shortest} to {longest} zeros after byte {position}, got {len(rest)} bytes: it is "
+            "truncated or damaged"
+        )
     return samples
 
 
-def _files(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(key, first byte, end byte) of each file, up to the zeros that end a tar. tarfile would stop at any damage."""
-    total, position = shard.stat().st_size, 0
-    with shard.open("rb") as stream:
-        while True:
-            stream.seek(position)
-            header = stream.read(tarfile.BLOCKSIZE)
-            if not any(header):
-                break
-            try:
-                member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-            except (tarfile.HeaderError, UnicodeError) as error:
-                raise InputError(
-                    f"shard {shard} must have a tar header at byte {position}, and has not; copy it again"
-                ) from error
-            end = position + tarfile.BLOCKSIZE + padded(member.size)
-            if member.type != tarfile.REGTYPE or member.size < 0 or end > total:
-                raise InputError(
-                    f"member {member.name!r:.80} of shard {shard} must be a file that ends within its {total} bytes, "
-                    f"got type {member.type!r} of {member.size} bytes; copy it again"
-                )
-            yield member.name.partition(".")[0], position, end
-            position = end
-        stream.seek(position)
-        least, most = 2 * tarfile.BLOCKSIZE, 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
-        rest = stream.read(most + 1)
-    if not least <= len(rest) <= most or any(rest):
-        raise InputError(
-            f"shard {shard} must end in some zeros after byte {position}, and does not; "
-            "it is truncated or damaged there: copy it again"
-        )
+def _read_at(stream: BinaryIO, position: int, size: int) -> bytes:
+    stream.seek(position)
+    return stream.read(size)

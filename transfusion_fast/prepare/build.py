@@ -41,7 +41,7 @@ from transfusion_fast.data.pack import Document, ModalityInfo, Pack, make_pack
 from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.files import read_json, sync, write_whole
+from transfusion_fast.files import read_json, sync, write_atomically
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 from transfusion_fast.prepare.sources.base import Source, Unit
@@ -299,7 +299,7 @@ def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
     schema = schema_of(encoder.sequence_length, tokenizer, encoder.modalities)
     name = write_shard(_packs(job, task), folder, task.number, schema)
     shard = index_shard(folder / name, encoder.sequence_length, tokenizer, encoder.modalities)
-    write_whole(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
+    write_atomically(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
     return task.number, shard
 
 
@@ -321,7 +321,7 @@ def _finish(partial: Path, folder: Path, encoder: DocumentEncoder[Any], index: I
     copy_rejections(partial / UNITS, units, shards / LEFT_OUT)
     write_index(shards, index)
     recipe = {**read_json(partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
-    write_whole(shards / RECIPE, json.dumps(recipe, indent=1))
+    write_atomically(shards / RECIPE, json.dumps(recipe, indent=1))
     sync(*(path for path in shards.iterdir() if path.suffix != ".tar"), shards)  # each tar was when it was written
     try:
         shards.rename(folder)

@@ -10,26 +10,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from transfusion_fast.data.folder import LocalFolder
 from transfusion_fast.data.index import (
     INDEX_NAME,
     Index,
     IndexedShard,
     check_different,
     check_schema,
-    check_shard_file,
     file_sha256,
     index_shard,
     is_plain_name,
     make_index,
     parse_index,
     read_packs,
-    table_place,
+    table_location,
     write_index,
 )
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, KIND_TEXT, ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import ShardInfo, read_table
-from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
+from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer, TokenizerDescription, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.packing import pack_stream
 from transfusion_fast.prepare.pool import worker_pool
@@ -64,13 +64,13 @@ def _verify_shard(job: tuple[Path, Index], shard: ShardInfo) -> _Found:
     folder, index = job
     path, found = folder / shard.file, _Found()
     try:
-        check_shard_file(folder, shard)
+        LocalFolder(folder).check_shards([shard])
         sha256 = file_sha256(path)
         if sha256 != shard.sha256:
             found.findings.append(f"sha256 of shard {path} must be {shard.sha256}, got {sha256}; copy it again")
         table = read_table(path)
         check_schema(path, table, index.schema)
-        if (len(table.rows), *table_place(path, table)) != (shard.packs, shard.table, shard.table_crc32):
+        if (len(table.rows), *table_location(path, table)) != (shard.packs, shard.table, shard.table_crc32):
             cure = "rebuild the index" if sha256 == shard.sha256 else "copy it again"
             found.findings.append(f"table of shard {path} must be as its index says, and is not; {cure}")
         packs = read_packs(path, table, index.sequence_length, index.num_text_tokens, index.modalities)
@@ -158,7 +158,7 @@ def build_index(
 
 
 def _index_numbered(
-    job: tuple[int, dict[str, str | int], tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
+    job: tuple[int, TokenizerDescription, tuple[ModalityInfo, ...]], numbered: tuple[int, Path]
 ) -> tuple[int, IndexedShard]:
     return numbered[0], index_shard(numbered[1], *job)
 

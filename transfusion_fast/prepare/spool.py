@@ -31,7 +31,7 @@ from transfusion_fast.data.pack import (
     segment_row,
 )
 from transfusion_fast.errors import Rejected
-from transfusion_fast.files import read_json, write_whole
+from transfusion_fast.files import read_json, write_atomically
 
 _KINDS = ("tokens", "latents", "segments", "lengths", "rejected")
 _BLOCK = 1 << 20
@@ -72,7 +72,7 @@ def write_unit(
                 writer.write(document)
     report = UnitReport(writer.documents, dict(rejected), examples, cut)
     checksums = {kind: file.crc32 for kind, file in files.items()}
-    write_whole(_file(folder, number, "json"), json.dumps([*astuple(report), checksums]))
+    write_atomically(_file(folder, number, "json"), json.dumps([*astuple(report), checksums]))
     return report
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from transfusion_fast.config import changes
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import read_json, staged, write_whole
+from transfusion_fast.files import partial_path, read_json, write_atomically
 
 RECIPE = "recipe.json"
 LOCK, UNITS, SHARDS = ".lock", "units", "shards"
@@ -32,9 +32,9 @@ def check_ours(partial: Path) -> None:
     """InputError where the folder has what no run puts there: its contents would be gone in the end."""
     if not partial.exists():
         return
-    ours = {LOCK, staged(partial / RECIPE).name}
+    ours = {LOCK, partial_path(partial / RECIPE).name}
     if read_json(partial / RECIPE) is not None:
-        ours |= {RECIPE, TOKENIZER_NAME, staged(partial / TOKENIZER_NAME).name, UNITS, SHARDS}
+        ours |= {RECIPE, TOKENIZER_NAME, partial_path(partial / TOKENIZER_NAME).name, UNITS, SHARDS}
     for path in partial.iterdir():
         if path.name not in ours:
             raise InputError(
@@ -75,7 +75,7 @@ def begin_or_go_on(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) 
     else:
         for name in (UNITS, SHARDS):  # what has not begun may be of any
             shutil.rmtree(partial / name, ignore_errors=True)
-        write_whole(partial / RECIPE, json.dumps(recipe, indent=1))
+        write_atomically(partial / RECIPE, json.dumps(recipe, indent=1))
         tokenizer.write(partial)
     for name in (UNITS, SHARDS):
         (partial / name).mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import write_whole
+from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
 
 CHECKPOINTS = "checkpoints"
@@ -113,7 +113,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
         "modalities": [asdict(m) for m in data.modalities],
         "image_sizes": data.image_sizes,
     }
-    write_whole(run / DATA, json.dumps(record, indent=1))
+    write_atomically(run / DATA, json.dumps(record, indent=1))
 
 
 def read_data_description(run: Path) -> DataDescription:
@@ -137,7 +137,7 @@ def write_config(run: Path, config: Config) -> list[str]:
         changed = list(changes(previous, settings))
     except (OSError, ValueError, yaml.YAMLError) as error:
         changed = [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
-    write_whole(path, yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
     return changed
 
 
