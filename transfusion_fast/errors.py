@@ -16,8 +16,8 @@ class Rejected(ValueError):
         super().__init__(f"{reason}: {self.detail}")
 
     def at(self, where: str) -> Rejected:
-        """The same, and in which document."""
-        return Rejected(self.reason, f"{self.detail}, {where}")
+        """Return this rejection with the place of the document."""
+        return Rejected(self.reason, f"{self.detail}, {where}" if self.detail else where)
 
 
 def _printable(text: str) -> str:

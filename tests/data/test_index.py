@@ -14,7 +14,6 @@ import pytest
 
 from transfusion_fast.data.index import (
     INDEX_NAME,
-    build_index,
     decode_index,
     read_index,
     schema_of,
@@ -27,6 +26,7 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import read_table, write_shard
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.inspect import build_index
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 SCHEMA = schema_of(16, ByteTokenizer().describe(), (GREY,))
@@ -43,7 +43,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=PACKS_PER_SHARD):
     folder.mkdir()
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
-    files = [write_shard(map(make, own), folder, shard, SCHEMA) for shard, own in enumerate(numbers)]
+    files = [write_shard(map(make, own), folder, shard, SCHEMA).file for shard, own in enumerate(numbers)]
     write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
     return folder
 
@@ -329,5 +329,5 @@ def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
 
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
-    file = write_shard([make(254)], tmp_path, 0, SCHEMA)
+    file = write_shard([make(254)], tmp_path, 0, SCHEMA).file
     assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))

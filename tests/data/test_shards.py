@@ -67,7 +67,7 @@ def refusal(data):
 
 def test_shards_are_read_by_a_plain_webdataset(tmp_path):
     packs = [make(number) for number in range(5)]
-    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA) for shard in range(3)]
+    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA).file for shard in range(3)]
     assert files == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     samples = list(wds.WebDataset([str(tmp_path / file) for file in files], shardshuffle=False))
@@ -83,7 +83,7 @@ def test_equal_packs_give_equal_bytes(tmp_path):
     contents = []
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        file = write_shard(map(make, range(3)), tmp_path / run, 0, SCHEMA)
+        file = write_shard(map(make, range(3)), tmp_path / run, 0, SCHEMA).file
         contents.append((tmp_path / run / file).read_bytes())
     assert contents[0] == contents[1]
 

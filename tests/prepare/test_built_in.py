@@ -105,16 +105,19 @@ def test_the_index_returned_is_the_one_on_disk(tmp_path):
 
 def test_a_document_too_long_is_named_by_its_number_and_leaves_nothing(tmp_path):
     message = refusal(prepare, texts(5, 6, 90, 7), tmp_path / "out", **SETTINGS)
-    assert "document 2 must be in 1..64 (the sequence length), got 92" in message
+    assert "document 2 cannot be packed: segment 0 of a pack must have a length in 1..64" in message
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("document", "complaint"),
     [
-        ((), "document 1 cannot be packed: document must have a segment, got none"),
+        ((), "document 1 cannot be packed: pack must hold documents of at least one segment"),
         ((TextSegment(np.zeros(3, np.int64)),), "document 1 cannot be packed: text ids must be int32"),
-        ((TextSegment(np.array([5, 256], np.int32)),), r"text ids of document 1 must be in 0..255, got 5..256"),
+        (
+            (TextSegment(np.array([5, 256], np.int32)),),
+            r"document 1 cannot be packed: token ids of a pack must be in 0..255, got 5..256",
+        ),
         ((ImageSegment(np.zeros((3, 4, 1), np.uint8)),), "document 1 cannot be packed: image of modality 'digits'"),
     ],
 )
@@ -134,8 +137,10 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     prepare(texts(5), out, **SETTINGS)  # an empty one is filled
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    assert "(it was made otherwise: source.sha256 " in refusal(prepare, texts(6), out, **SETTINGS)
-    assert "(it was made otherwise: packing.seed 0 -> 1)" in refusal(prepare, texts(5), out, **SETTINGS, seed=1)
+    assert "(it was made with other settings: source.sha256 " in refusal(prepare, texts(6), out, **SETTINGS)
+    assert "(it was made with other settings: packing.seed 0 -> 1)" in refusal(
+        prepare, texts(5), out, **SETTINGS, seed=1
+    )
     assert "must be new or empty" in refusal(prepare, texts(5), tmp_path / "file", **SETTINGS)
     assert contents(tmp_path) == before
 
@@ -151,7 +156,7 @@ def test_documents_that_look_alike_are_told_apart(tmp_path):
     ]
     prepare(alike[0], tmp_path / "out", **SETTINGS)
     for documents in alike[1:]:
-        assert "made otherwise: source.sha256" in refusal(prepare, documents, tmp_path / "out", **SETTINGS)
+        assert "made with other settings: source.sha256" in refusal(prepare, documents, tmp_path / "out", **SETTINGS)
 
 
 def test_a_folder_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
@@ -164,7 +169,7 @@ def test_a_folder_filled_meanwhile_is_left_alone(tmp_path, monkeypatch):
         (out / "theirs").write_text("theirs")
 
     monkeypatch.setattr(building, "write_index", write_and_be_overtaken)
-    assert "is whole, but cannot become" in refusal(prepare, texts(5), out, **SETTINGS)
+    assert "must be free, got" in refusal(prepare, texts(5), out, **SETTINGS)
     assert contents(out) == {"theirs": b"theirs"}
 
 
@@ -179,7 +184,9 @@ def test_digits_prepared_again_are_left_as_they_are(digits):
 
 def test_digits_of_other_settings_or_damaged_are_not_overwritten(digits, tmp_path):
     message = refusal(prepare_splits, Digits(), digits, **{**DIGITS_SETTINGS, "sequence_length": 256})
-    assert "must be new or empty" in message and "made otherwise: encoder.sequence_length 512 -> 256" in message
+    assert (
+        "must be new or empty" in message and "made with other settings: encoder.sequence_length 512 -> 256" in message
+    )
     out = tmp_path / "digits"
     prepare_splits(Digits(), out, **DIGITS_SETTINGS)
     shard = out / "train" / "shard-000000.tar"

@@ -197,4 +197,4 @@ def test_the_commands_take_a_folder_of_the_files(files, few_stories, tmp_path, c
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(": ")[1] for line in lines] == ["written"] * 2 + ["already there"] * 2
     assert prepare_command.main(["stories", str(tmp_path / "fashion-mnist"), "--source", str(files)]) == 2
-    assert "made otherwise: source.data fashion-mnist -> stories" in capsys.readouterr().err
+    assert "made with other settings: source.data fashion-mnist -> stories" in capsys.readouterr().err

@@ -26,9 +26,9 @@ from transfusion_fast.prepare import build as building
 from transfusion_fast.prepare import encode as encoding
 from transfusion_fast.prepare import images as latents_module
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.encode import Encoder, ImageRule
-from transfusion_fast.prepare.images import LatentRule
-from transfusion_fast.prepare.sources.base import RawDocument
+from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.images import ImageRule, LatentRule
+from transfusion_fast.prepare.sources.base import SourceDocument
 from transfusion_fast.prepare.sources.pairs import PairsSource
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -50,7 +50,7 @@ def rule(folder):
 
 def encoder(rule, shape="native", patch=1):
     return Encoder(
-        TOKENIZER, 64, rule.modality("images", patch), ImageRule(shape, 12, patch * rule.autoencoder.stride),
+        TOKENIZER, 64, (rule.modality("images", patch),), ImageRule(shape, 12, patch * rule.autoencoder.stride),
         latents=rule,
     )  # fmt: skip
 
@@ -95,17 +95,17 @@ def test_what_lies_around_an_image_does_not_change_its_noise(rule):
 @pytest.mark.parametrize("together", [1, 2000, 1 << 20])
 def test_documents_keep_their_order_and_get_the_latents_of_their_own_image(rule, monkeypatch, together):
     monkeypatch.setattr(encoding, "_BYTES_TOGETHER", together)
-    raws = [RawDocument(f"{n}", (f"caption {n}", png(image))) for n, image in enumerate(pictures(60))]
+    raws = [SourceDocument(f"{n}", (f"caption {n}", png(image))) for n, image in enumerate(pictures(60))]
     given = list(raws)
-    given[5] = RawDocument("5", ("caption 5", raws[5].parts[1][:120]))
+    given[5] = SourceDocument("5", ("caption 5", raws[5].parts[1][:120]))
     given[9] = Rejected("no image", "9")
-    given[11] = RawDocument("11", ("text alone",))
+    given[11] = SourceDocument("11", ("text alone",))
     outcomes = list(encoder(rule).encode(given))
     rejected = {n: str(found) for n, found in enumerate(outcomes) if isinstance(found, Rejected)}
     assert rejected == {5: "image damaged: image file is truncated, 5", 9: "no image: 9"}
     assert [words(document) for [document] in outcomes[11:12]] == ["text alone"]
     for n in set(range(60)) - {5, 9, 11}:
-        [found], [alone] = outcomes[n], encoder(rule)(raws[n])
+        [found], [[alone]] = outcomes[n], encoder(rule).encode([raws[n]])
         assert words(found) == f"caption {n}"
         assert np.abs(latents_of(found).astype(np.float32) - latents_of(alone)).max() < ROUNDING
 
@@ -135,7 +135,7 @@ def test_images_of_one_shape_are_encoded_together_and_no_more_than_asked_for(rul
         return encode(self, pixels, noise)
 
     monkeypatch.setattr(Autoencoder, "encode", counted)
-    list(encoder(rule).encode(RawDocument("here", (png(image),)) for image in pictures(40)))
+    list(encoder(rule).encode(SourceDocument("here", (png(image),)) for image in pictures(40)))
     assert Counter(shapes) == {(3, 8, 12, 3): 6, (2, 8, 12, 3): 1} | dict.fromkeys(
         [(3, 12, 8, 3), (3, 10, 10, 3)], 3
     ) | dict.fromkeys([(1, 12, 8, 3), (1, 10, 10, 3)], 1)
@@ -149,7 +149,7 @@ def test_documents_do_not_wait_for_more_than_a_bounded_number_and_size_of_others
     def raws():
         for number, image in enumerate(pictures(100)):
             read.append(number)
-            yield RawDocument(f"{number}", (png(image),))
+            yield SourceDocument(f"{number}", (png(image),))
 
     waiting = [len(read) - given for given, _ in enumerate(encoder(rule).encode(raws()))]
     assert len(waiting) == 100 and max(waiting) == most
@@ -170,7 +170,7 @@ def test_a_document_with_latents_beyond_float16_is_left_out_and_counted(tmp_path
     largest = [float(np.abs(latents.astype(np.float32)).max()) for latents in rule(images)]
     scale = 0.18215 * 65504 / np.mean(sorted(largest)[-2:])  # between the largest and the one behind it
     save_autoencoder(tmp_path, scaling_factor=scale)
-    raws = [RawDocument(f"here {n}", ("a", png(image), "b")) for n, image in enumerate(images)]
+    raws = [SourceDocument(f"here {n}", ("a", png(image), "b")) for n, image in enumerate(images)]
     outcomes = list(encoder(LatentRule(read_autoencoder(tmp_path), sampled=False)).encode(raws))
     bad = int(np.argmax(largest))
     assert [isinstance(found, Rejected) for found in outcomes] == [n == bad for n in range(4)]
@@ -185,14 +185,14 @@ def test_a_document_with_latents_beyond_float16_is_left_out_and_counted(tmp_path
     ids=["grey", "transparent", "thin", "one pixel"],
 )
 def test_odd_images_are_cropped_in_colour(rule, pixels):
-    [document] = encoder(rule, "crop", patch=2)(RawDocument("here", ("a", png(pixels))))
+    [[document]] = encoder(rule, "crop", patch=2).encode([SourceDocument("here", ("a", png(pixels)))])
     assert latents_of(document).shape == (6, 6, 4) and latents_of(document).dtype == np.float16
 
 
 def test_an_image_that_no_pack_holds_is_rejected_before_it_is_encoded(rule):
     small = replace(encoder(rule, "crop"), sequence_length=38)
-    with pytest.raises(Rejected, match="image too long: its 38 positions do not fit a pack, here"):
-        small(RawDocument("here", (png(random_pixels(12, 12, 3)),)))
+    [found] = small.encode([SourceDocument("here", (png(random_pixels(12, 12, 3)),))])
+    assert str(found) == "image too long: its 38 positions do not fit a pack, here"
 
 
 @pytest.fixture
@@ -219,7 +219,8 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
     reader = PackReader(tmp_path / "1")
     [modality] = reader.index.modalities
     assert (
-        modality == recipe.encoder.modality and modality.autoencoder == recipe.encoder.latents.autoencoder.fingerprint
+        modality == recipe.encoder.modalities[0]
+        and modality.autoencoder == recipe.encoder.latents.autoencoder.fingerprint
     )
     found = [d for n in range(len(reader)) for d in reader.read(n).documents(reader.index.modalities)]
     assert len(found) == 33 and len({latents_of(document).tobytes() for document in found}) == 33
@@ -254,7 +255,7 @@ def _until_killed(documents):
 
 def test_other_latents_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(building, "write_shard", lambda *arguments: (_ for _ in ()).throw(Stop))
+        patched.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             build(recipe, tmp_path / "out")
     save_autoencoder(tmp_path / "other", seed=1)
@@ -264,7 +265,8 @@ def test_other_latents_do_not_go_on_with_what_was_begun(tmp_path, recipe, monkey
     ]  # fmt: skip
     for other in others:
         with pytest.raises(
-            InputError, match=r"was begun otherwise: encoder\.(modalities.0.autoencoder|latents.(batch|sampled)) .* -> "
+            InputError,
+            match=r"must be of the same recipe, got other settings: encoder\.(modalities.0.autoencoder|latents.(batch|sampled)) .* -> ",
         ):
             build(replace(recipe, encoder=encoder(other)), tmp_path / "out")
 

@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
 
 
 def repacked(folder, out, length, long="split", processes=1):
-    source = PacksSource(folder)
-    return build(Recipe(source, source.fitter(length, long), 3), out, processes)
+    source = PacksSource.open(folder)
+    return build(Recipe(source, source.encoder(length, long), 3), out, processes)
 
 
 def read(folder):
@@ -165,7 +165,7 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
     assert command.main(["repack", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "must exist" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 5"):
-        PacksSource(folder).fitter(4, "split")
+        PacksSource.open(folder).encoder(4, "split")
 
 
 def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
@@ -178,10 +178,10 @@ def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
     recipe = json.loads((tmp_path / "data" / RECIPE).read_text())
     recipe["encoder"]["long"] = "reject"
     (tmp_path / "data" / RECIPE).write_text(json.dumps(recipe))
-    with pytest.raises(InputError, match=r"has none .3 x too long"):
+    with pytest.raises(InputError, match=r"got none .3 x too long"):
         repacked(tmp_path / "data", tmp_path / "rejected", 256, long=None)
     (tmp_path / "data" / RECIPE).unlink()
-    with pytest.raises(InputError, match=r"has no recipe.json to say .* give --long split, or --long reject"):
+    with pytest.raises(InputError, match=r"must have a recipe.json that says .* give --long split, or --long reject"):
         repacked(tmp_path / "data", tmp_path / "unknown", 256, long=None)
 
 

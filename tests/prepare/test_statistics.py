@@ -8,7 +8,7 @@ from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare
-from transfusion_fast.prepare.inspect import draw_lengths, pack_statistics, summed
+from transfusion_fast.prepare.inspect import Statistics, draw_lengths
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 TEXTS = [5, 30, 30, 1, 60]  # ids of each document; the first two end in an image of 6 patches
@@ -21,7 +21,8 @@ def found(tmp_path_factory):
     texts = [TextSegment(np.zeros(length, np.int32)) for length in TEXTS]
     documents = [(texts[0], image), (texts[1], image), *((text,) for text in texts[2:])]
     prepare(documents, folder, sequence_length=70, tokenizer=ByteTokenizer(), modalities=(GREY,))
-    return summed(pack_statistics(PackReader(folder)))
+    reader = PackReader(folder)
+    return Statistics.of(reader.read(number) for number in range(len(reader)))
 
 
 def test_ids_patches_and_lengths_are_counted(found):

@@ -69,7 +69,7 @@ def test_train_bpe_trains_on_these_texts_once(stories, tmp_path, capsys, monkeyp
     assert index.tokens < sum(map(len, STORIES)) / 2
     assert documents(tmp_path / "data") == sorted(STORIES)
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "train_bpe", lambda *_: pytest.fail("it was trained again"))
+        patched.setattr("transfusion_fast.prepare.build.train_bpe", lambda *_: pytest.fail("it was trained again"))
         code, out, _ = run(capsys, "text", stories, "--out", tmp_path / "data", "--train-bpe", 290)
     assert code == 0 and "already there" in out
     code, _, err = run(capsys, "text", stories, "--out", tmp_path / "data", "--train-bpe", 280)
@@ -93,7 +93,7 @@ def test_documents_that_a_tokenizer_cannot_encode_are_counted_and_named(tmp_path
     code, out, err = run(capsys, "text", tmp_path / "a.jsonl", "--out", tmp_path / "data", "--tokenizer", file)
     assert code == 0 and "1 documents" in out
     assert err.count("\n") == 2
-    assert f"all that was left out is named in {tmp_path / 'data' / 'left_out.jsonl'}\n" in err
+    assert f"{tmp_path / 'data' / 'left_out.jsonl'} names all that was left out\n" in err
     assert f"left out 2: not in the vocabulary: 'zebra', byte 0 of {tmp_path / 'a.jsonl'}" in err
     file = words_tokenizer(tmp_path / "words.json", "other")
     code, out, err = run(capsys, "text", tmp_path / "a.jsonl", "--out", tmp_path / "none", "--tokenizer", file)
@@ -105,10 +105,10 @@ def test_documents_that_a_tokenizer_cannot_encode_are_counted_and_named(tmp_path
     ("options", "said"),
     [
         (["--tokenizer", "none.json"], "none.json cannot be read"),
-        (["--tokenizer", "none.json", "--train-bpe", 300], "both given"),
+        (["--tokenizer", "none.json", "--train-bpe", 300], "got both"),
         (["--train-bpe", 100], "must be at least 256, got 100"),
         (["--train-bpe", 60_000], "must be at most the"),
-        (["--field", "body"], "has none (12 x no text)"),
+        (["--field", "body"], "got none (12 x no text)"),
     ],
     ids=str,
 )

@@ -80,7 +80,7 @@ def test_documents_that_were_cut_are_counted(tmp_path, capsys):
     (tmp_path / "in" / "a.txt").write_text("A sentence of some words. " * 20)
     (tmp_path / "in" / "b.txt").write_text("short")
     code, _, err = run(capsys, "text", tmp_path / "in", "--out", tmp_path / "out", "--seq-len", 64, "--processes", "1")
-    assert code == 0 and "cut 1 documents that no pack has room for" in err
+    assert code == 0 and "split 1 documents that are longer than a pack" in err
 
 
 def test_verify_says_all_or_ends_with_1(folder, capsys):
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_goes_on(tmp_path
     os.killpg(started.pid, signal.SIGINT)
     err = started.communicate(timeout=60)[1]
     assert started.returncode == 130 and "Traceback" not in err
-    assert "prepare: interrupted; the same command goes on from there" in err
+    assert "prepare: interrupted; the same command resumes" in err
     # What was finished says so of itself: it is heard again only where it is used again.
     *_, cut, checksums = json.loads((units / "000000.json").read_text())
     (units / "000000.json").write_text(json.dumps([1, {"mark": 1}, {"mark": "made before"}, cut, checksums]))

@@ -13,7 +13,7 @@ from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.fitting import Long
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.sources.base import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -22,7 +22,7 @@ import numpy as np
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.fitting import Long
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.sources.base import Split
 
 CLASSES = (

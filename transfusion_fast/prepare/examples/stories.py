@@ -15,8 +15,8 @@ import numpy as np
 from transfusion_fast.data.pack import Document, ImageSegment, Segment, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, FashionMnist
-from transfusion_fast.prepare.fitting import Long
 from transfusion_fast.prepare.sources.base import Split
 
 NAMES = ("Ada", "Ben", "Clara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Max", "Nora", "Omar")

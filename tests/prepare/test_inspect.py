@@ -48,7 +48,7 @@ def test_a_wrong_index_is_rebuilt_as_it_was(folder, name):
 def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
     write_folder(folder.with_name("whole"))
     (folder / SHARD).unlink()
-    with pytest.raises(InputError, match=r"is missing; .* --accept"):
+    with pytest.raises(InputError, match=r"got no file; .* --accept"):
         rebuild_index(folder)
     before = read_index(folder.with_name("whole")).num_packs
     assert rebuild_index(folder, accept=True).num_packs == before - 5
@@ -87,7 +87,7 @@ def test_settings_of_another_folder_do_not_let_go_of_shards(folder, tmp_path):
     before = (folder / INDEX_NAME).read_bytes()
     (folder / SHARD).unlink()
     for like in (other, folder):
-        with pytest.raises(InputError, match=rf"{SHARD} must be as the old index says, and is missing; .* --accept"):
+        with pytest.raises(InputError, match=rf"{SHARD} must be as the old index says, got no file; .* --accept"):
             rebuild_index(folder, like=like)
     (folder / INDEX_NAME).write_text("{")
     with pytest.raises(InputError, match=r"must be JSON, .*; or give --accept"):
