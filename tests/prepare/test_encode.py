@@ -72,7 +72,7 @@ def test_images_that_cannot_be_used_are_rejected():
     assert len(encode([png(16)], sequence_length=20, size=16)) == 1
     with pytest.raises(Rejected, match="image too long: its 18 positions do not fit a pack, here"):
         encode([png(16)], sequence_length=19, size=16)
-    with pytest.raises(Rejected, match="image in text: .*, here"):
+    with pytest.raises(Rejected, match=r"image in text: .*, here"):
         encoded(Encoder(TOKENIZER, 32), "a", b"x")
 
 

@@ -41,30 +41,13 @@ from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import read_json, sync, write_whole
+from transfusion_fast.prepare import spool, staging
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 from transfusion_fast.prepare.sources.base import Source, Unit
-from transfusion_fast.prepare.spool import (
-    UnitReader,
-    UnitReport,
-    copy_rejections,
-    read_lengths,
-    read_report,
-    write_unit,
-)
-from transfusion_fast.prepare.staging import (
-    RECIPE,
-    SHARDS,
-    UNITS,
-    begin_or_resume,
-    check_staging,
-    discard,
-    first_changes,
-    has_units,
-    locked,
-    output_and_staging,
-)
+from transfusion_fast.prepare.spool import UnitReader, UnitReport
+from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, first_changes, output_and_staging
 
 LEFT_OUT = "left_out.jsonl"
 _VERSION = 4
@@ -167,18 +150,18 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
     index = _finished(folder, described)
     if index is not None and not partial.exists():
         return Built(index, reused=True)
-    check_staging(partial)
-    with locked(partial):
+    staging.check_staging(partial)
+    with staging.locked(partial):
         index = _finished(folder, described)  # another process may have finished it before the lock was free
         if index is not None:
             if read_json(partial / RECIPE) in (None, described):  # left by a run that was killed while it cleaned up
                 discard(partial)
             return Built(index, reused=True)
-        begin_or_resume(partial, described, recipe.encoder.tokenizer)
+        staging.begin_or_resume(partial, described, recipe.encoder.tokenizer)
         try:
             built = _build(_Job(recipe, partial), folder, processes)
         except BaseException:
-            if not has_units(partial):  # there is nothing to resume, and settings may be what was wrong
+            if not staging.has_units(partial):  # there is nothing to resume, and settings may be what was wrong
                 discard(partial)
             raise
         discard(partial)
@@ -237,10 +220,10 @@ def _build(job: _Job, folder: Path, processes: int) -> Built:
 def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
     number, unit = numbered
     folder, encoder = job.partial / UNITS, job.recipe.encoder
-    report = read_report(folder, number)
+    report = spool.read_report(folder, number)
     if report is None:
         documents = encoder.encode(job.recipe.source.documents(unit))
-        report = write_unit(folder, number, documents, encoder.modalities)
+        report = spool.write_unit(folder, number, documents, encoder.modalities)
     return number, report
 
 
@@ -263,7 +246,7 @@ def _shard_tasks(job: _Job, documents: list[int]) -> Iterator[_ShardTask]:
     recipe, counts = job.recipe, np.array(documents, dtype=np.int64)
     order = keyed_permutation(len(counts), recipe.seed, *_UNIT_STREAM)
     starts = np.cumsum(counts[order]) - counts[order]
-    lengths = (read_lengths(job.partial / UNITS, number) for number in order.tolist())
+    lengths = (spool.read_lengths(job.partial / UNITS, number) for number in order.tolist())
     packs = pack_stream(lengths, recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
     number = 0
     while chosen := list(islice(packs, recipe.packs_per_shard)):
@@ -311,7 +294,7 @@ def _finish(job: _Job, folder: Path, index: Index, units: int) -> None:
     """Write the files beside the shards, and give the folder its name once all of it is on disk."""
     shards = job.partial / SHARDS
     job.recipe.encoder.tokenizer.write(shards)
-    copy_rejections(job.partial / UNITS, units, shards / LEFT_OUT)
+    spool.copy_rejections(job.partial / UNITS, units, shards / LEFT_OUT)
     write_index(shards, index)
     recipe = {**read_json(job.partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
     write_whole(shards / RECIPE, json.dumps(recipe, indent=1))
