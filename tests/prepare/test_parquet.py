@@ -15,10 +15,14 @@ from transfusion_fast.prepare.sources import parquet
 from transfusion_fast.prepare.sources.text import TextSource
 
 
+def found_in(paths):
+    source = TextSource.of(paths)
+    return [entry for unit in source.units() for entry in source.documents(unit)]
+
+
 def texts_of(paths):
     """(texts, reasons of what was rejected)."""
-    source = TextSource.of(paths)
-    found = [entry for unit in source.units() for entry in source.documents(unit)]
+    found = found_in(paths)
     texts = [entry.parts[0] for entry in found if not isinstance(entry, Rejected)]
     return texts, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
 
@@ -82,8 +86,7 @@ def test_a_damaged_row_group_is_named_and_the_next_goes_on(tmp_path):
     at = content.index(b"row 100") - 4
     content[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of the second row group's first value
     path.write_bytes(content)
-    source = TextSource.of([path])
-    found = [entry for unit in source.units() for entry in source.documents(unit)]
+    found = found_in([path])
     texts = [entry.parts[0] for entry in found if not isinstance(entry, Rejected)]
     assert texts == [f"row {n}" for n in (*range(100), *range(200, 300))]
     [rejected] = [entry for entry in found if isinstance(entry, Rejected)]
@@ -96,7 +99,7 @@ def test_a_row_group_of_no_rows_holds_nothing(tmp_path):
 
 
 def test_a_bit_flipped_in_the_values_is_never_raised(tmp_path):
-    path = write_column(tmp_path / "a.parquet", [f"row {n}" for n in range(20)], row_group_size=5)
+    path = write_column(tmp_path / "a.parquet", [f"row {n}" for n in range(8)], row_group_size=4)
     content, chosen = path.read_bytes(), np.random.default_rng(0)
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     rejected = Counter()
