@@ -72,7 +72,7 @@ def words(folder):
 
 
 def fingerprint(document):
-    """What tells documents of different segments apart."""
+    """A value that differs between documents of different segments."""
     return tuple(
         (s.modality, s.values.shape, s.values.tobytes()) if isinstance(s, ImageSegment) else s.ids.tobytes()
         for s in document

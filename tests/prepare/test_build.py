@@ -52,7 +52,7 @@ def test_a_folder_without_rejections_has_no_list_of_them(tmp_path):
     assert not (tmp_path / "out" / "left_out.jsonl").exists()
 
 
-def test_preparing_goes_on_past_images_of_every_kind_and_reports_them(tmp_path):
+def test_images_of_every_kind_are_prepared_or_reported(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     rgb = Image.fromarray(picture(16, 16))
@@ -137,7 +137,7 @@ def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_of_nothing_but_rejects_makes_no_folder(tmp_path):
+def test_a_source_of_which_all_is_rejected_makes_no_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n5\n')
     with pytest.raises(InputError, match=r"got none \(1 x empty text, 1 x no text\)"):
         build(Recipe(TextSource.of([tmp_path / "a.jsonl"]), Encoder(TOKENIZER, 64)), tmp_path / "out")

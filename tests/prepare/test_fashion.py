@@ -61,7 +61,7 @@ def test_a_damaged_or_missing_file_is_named(files):
     assert "must hold train-images-idx3-ubyte.gz" in refusal(files)
 
 
-def test_what_is_no_source_is_refused(tmp_path):
+def test_other_sources_are_refused(tmp_path):
     assert "got 'nowhere'" in refusal("nowhere")
     (tmp_path / "x.zip").write_text("")
     assert "x.zip" in refusal(tmp_path / "x.zip")
@@ -102,7 +102,7 @@ def web(files, monkeypatch):
     server.server_close()
 
 
-def test_the_web_is_asked_and_not_believed(web):
+def test_downloads_are_checked(web):
     assert len(FashionMnist("web").documents("heldout", TOKENIZER)) == SIZES["heldout"]
     path = web / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(b"other"))
@@ -111,7 +111,7 @@ def test_the_web_is_asked_and_not_believed(web):
     assert "t10k-labels-idx1-ubyte.gz cannot be downloaded" in refusal("web")
 
 
-def test_an_answer_that_is_no_http_is_one_line(monkeypatch):
+def test_an_answer_that_is_not_http_is_one_line(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in [*IN_PACKS, *ELSEWHERE] if not name.startswith("index")])
-def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
+def test_a_damaged_shard_is_not_indexed(folder, name):
     (IN_PACKS | ELSEWHERE)[name](folder)
     before = (folder / INDEX_NAME).read_bytes()
     with pytest.raises(InputError, match=SHARD):
@@ -31,7 +31,7 @@ def test_a_shard_that_is_not_whole_is_not_indexed_anew(folder, name):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_no_pack_is_read_of_a_shard_whose_packs_are_counted_wrong(folder, name):
+def test_no_pack_is_read_from_a_shard_with_a_wrong_count(folder, name):
     COUNTS[name](folder)
     reader = PackReader(folder)
     for number in range(5, 5 + reader.index.shards[1].packs):
@@ -48,7 +48,7 @@ def test_a_wrong_index_is_rebuilt_as_it_was(folder, name):
     assert findings_of(folder) == []
 
 
-def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
+def test_shards_that_differ_from_the_old_index_are_indexed_on_request(folder):
     write_folder(folder.with_name("whole"))
     (folder / SHARD).unlink()
     with pytest.raises(InputError, match=r"got no file; .* --accept"):
@@ -58,7 +58,7 @@ def test_shards_that_differ_from_the_old_index_are_taken_when_accepted(folder):
     assert findings_of(folder) == []
 
 
-def test_a_name_that_no_reader_takes_is_not_indexed(folder):
+def test_a_file_name_that_readers_refuse_is_not_indexed(folder):
     before = (folder / INDEX_NAME).read_bytes()
     (folder / "shard-000001 (1).tar").write_bytes((folder / SHARD).read_bytes())
     with pytest.raises(InputError, match=r"shard-000001 \(1\).tar"):
@@ -66,7 +66,7 @@ def test_a_name_that_no_reader_takes_is_not_indexed(folder):
     assert (folder / INDEX_NAME).read_bytes() == before
 
 
-def test_an_index_that_is_gone_is_made_like_that_of_another_folder(folder, tmp_path):
+def test_a_lost_index_is_rebuilt_with_the_settings_of_another_folder(folder, tmp_path):
     other = write_folder(tmp_path / "other")
     before = (folder / INDEX_NAME).read_bytes()
     (folder / INDEX_NAME).unlink()
@@ -85,7 +85,7 @@ def test_shards_beside_the_index_and_wrong_sums_are_found(folder):
     assert "shard-000099.tar" in strange
 
 
-def test_settings_of_another_folder_do_not_let_go_of_shards(folder, tmp_path):
+def test_settings_of_another_folder_do_not_hide_a_missing_shard(folder, tmp_path):
     other = write_folder(tmp_path / "other")
     before = (folder / INDEX_NAME).read_bytes()
     (folder / SHARD).unlink()
@@ -108,7 +108,7 @@ def test_one_shard_under_two_names_is_not_indexed(folder):
     assert (folder / INDEX_NAME).read_bytes() == before
 
 
-def test_shards_of_another_pack_length_do_not_join(folder, tmp_path):
+def test_shards_of_another_pack_length_are_refused(folder, tmp_path):
     longer = tmp_path / "longer"
     prepare(list(documents(7)), longer, sequence_length=128, tokenizer=ByteTokenizer(), modalities=(GREY,))
     for shard in folder.glob("*.tar"):
@@ -137,7 +137,7 @@ def test_ids_patches_and_lengths_are_counted(found):
     assert sorted(found.lengths.tolist()) == sorted([5 + 10, 30 + 10, 30 + 2, 1 + 2, 60 + 2])
 
 
-def test_waste_is_that_of_packing_anew(found):
+def test_waste_is_that_of_packing_again(found):
     total = 15 + 40 + 32 + 3 + 62
     assert found.waste_at(152) == 1 - total / 152, "all in one"
     assert found.waste_at(62) == pytest.approx(1 - total / (3 * 62)), "62, 40 and 15, 32 and 3"
@@ -147,6 +147,6 @@ def test_waste_is_that_of_packing_anew(found):
     assert found.waste_at(31) == pytest.approx(1 - (4 * 31 + sum(pieces)) / (6 * 31))
 
 
-def test_the_picture_shows_something(found, tmp_path):
+def test_lengths_are_drawn(found, tmp_path):
     draw_lengths(found, "a $title_{ with a \\ of no formula and no text\udce9", tmp_path / "lengths.png")
     assert np.asarray(Image.open(tmp_path / "lengths.png").convert("L")).std() > 10

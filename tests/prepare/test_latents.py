@@ -56,7 +56,7 @@ def png(pixels):
 
 
 def pictures(count):
-    """Of three shapes, all different, small enough to stay as they are."""
+    """Different images of three shapes, small enough not to be scaled."""
     shapes = itertools.cycle([(8, 12), (12, 8), (10, 10), (8, 12)])
     return [random_pixels(*next(shapes), 3, seed=seed) for seed in range(count)]
 
@@ -66,7 +66,7 @@ def latents_of(document):
     return values
 
 
-def test_samples_are_of_the_posterior_and_the_images_own(rule):
+def test_samples_differ_from_the_mean_and_between_images(rule):
     images = pictures(40)
     samples, means = rule(images), replace(rule, sampled=False)(images)
     assert all(np.array_equal(*pair) for pair in zip(samples, rule(images), strict=True))
@@ -78,7 +78,7 @@ def test_samples_are_of_the_posterior_and_the_images_own(rule):
     assert abs(np.concatenate([d.ravel() for d in differences]).mean()) < 0.02
 
 
-def test_what_lies_around_an_image_does_not_change_its_noise(rule):
+def test_other_images_do_not_change_the_noise_of_one(rule):
     images = pictures(7)
     one_by_one, together = replace(rule, batch=1), rule(images)
     for image, latents in zip(reversed(images), reversed(together), strict=True):
@@ -87,7 +87,7 @@ def test_what_lies_around_an_image_does_not_change_its_noise(rule):
 
 
 @pytest.mark.parametrize("together", [1, 2000, 1 << 20])
-def test_documents_keep_their_order_and_get_the_latents_of_their_own_image(rule, monkeypatch, together):
+def test_documents_keep_their_order_and_the_latents_of_their_own_image(rule, monkeypatch, together):
     monkeypatch.setattr(encoding, "_BYTES_TOGETHER", together)
     raws = [SourceDocument(f"{n}", (f"caption {n}", png(image))) for n, image in enumerate(pictures(60))]
     given = list(raws)
@@ -120,7 +120,7 @@ def test_processes_take_the_gpus_in_turn(rule, monkeypatch):
     assert taken == [0, 3, 2]
 
 
-def test_images_of_one_shape_are_encoded_together_and_no_more_than_asked_for(rule, monkeypatch):
+def test_images_of_one_shape_are_encoded_in_batches_of_the_given_size(rule, monkeypatch):
     shapes = []
     encode = Autoencoder.encode
 
@@ -136,7 +136,7 @@ def test_images_of_one_shape_are_encoded_together_and_no_more_than_asked_for(rul
 
 
 @pytest.mark.parametrize(("together", "most"), [(1 << 20, 48), (5 * 8 * 12 * 3, 5)])
-def test_documents_do_not_wait_for_more_than_a_bounded_number_and_size_of_others(rule, monkeypatch, together, most):
+def test_waiting_documents_are_bounded_in_number_and_size(rule, monkeypatch, together, most):
     monkeypatch.setattr(encoding, "_BYTES_TOGETHER", together)
     read = []
 
@@ -149,7 +149,7 @@ def test_documents_do_not_wait_for_more_than_a_bounded_number_and_size_of_others
     assert len(waiting) == 100 and max(waiting) == most
 
 
-def test_a_gpu_that_is_full_is_one_line(rule, monkeypatch):
+def test_a_lack_of_gpu_memory_is_one_line(rule, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory.\n")
 

@@ -39,7 +39,7 @@ def test_each_document_is_placed_once_and_no_bin_overfilled(rule, case):
 
 
 @given(lengths_and_capacity)
-def test_best_fit_leaves_no_two_bins_that_could_be_one(case):
+def test_best_fit_leaves_no_two_bins_that_fit_into_one(case):
     lengths, capacity = case
     filled = [sum(lengths[document] for document in members) for members in best_fit_decreasing(lengths, capacity)]
     assert sum(2 * fill <= capacity for fill in filled) <= 1
@@ -75,7 +75,7 @@ def test_the_fullest_subset_prefers_what_comes_first():
 
 
 @given(lengths_and_capacity)
-def test_the_first_that_is_left_is_in_the_next_bin(case):
+def test_the_first_document_left_is_in_the_next_bin(case):
     lengths, capacity = case
     left = list(range(len(lengths)))
     for members in in_their_order(lengths, capacity):
@@ -84,7 +84,7 @@ def test_the_first_that_is_left_is_in_the_next_bin(case):
 
 
 @given(lengths_and_capacity)
-def test_filling_anew_never_makes_more_bins_than_best_fit(case):
+def test_filling_bins_again_never_makes_more_of_them(case):
     lengths, capacity = case
     assert len(pack_bins(lengths, capacity)) <= len(best_fit_decreasing(lengths, capacity))
 
@@ -128,7 +128,7 @@ def test_every_document_is_in_one_pack_and_every_pack_fits(parts, buffer, seed):
 
 
 @given(st.integers(1, 7), st.integers(0, 2))
-def test_how_the_stream_is_cut_does_not_matter(parts, seed):
+def test_the_cuts_of_the_stream_do_not_matter(parts, seed):
     lengths = web_lengths(300)
     whole = list(pack_stream([lengths], 4096, seed, 64))
     cut = list(pack_stream(np.array_split(lengths, parts), 4096, seed, 64))
@@ -162,7 +162,7 @@ def test_packs_hold_documents_of_many_lengths(low, high, capacity, most):
     assert 1 - lengths.sum() / (capacity * len(packs)) < most
 
 
-def test_neighbouring_packs_are_not_alike():
+def test_neighbouring_packs_differ():
     """Best-fit decreasing makes bins of the longest documents first."""
     lengths = web_lengths(20_000)
     documents = np.array([len(pack) for pack in pack_stream([lengths], 4096, 0)])

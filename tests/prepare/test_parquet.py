@@ -27,8 +27,7 @@ def texts_of(paths):
     return texts, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
 
 
-def test_any_name_of_a_file_is_one(tmp_path, monkeypatch):
-    """And no URI."""
+def test_file_names_are_not_taken_for_uris(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("part:1.parquet", os.fsdecode(b"caf\xe9.parquet")):
         write_column(tmp_path / "a.parquet", ["one"])
@@ -41,7 +40,7 @@ def write_column(path, values, **options):
     return path
 
 
-def test_rows_that_are_not_utf8_are_counted_and_the_rest_goes_on(tmp_path):
+def test_rows_that_are_not_utf8_are_counted_and_others_read(tmp_path):
     offsets, content = np.array([0, 3, 5, 8], np.int32), b"one\xff\xfetwo"
     values = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(content))
     write_column(tmp_path / "a.parquet", values)
@@ -79,7 +78,7 @@ def test_a_row_group_whose_rows_are_too_large_is_not_read(tmp_path, monkeypatch)
         texts_of([tmp_path])
 
 
-def test_a_damaged_row_group_is_named_and_the_next_goes_on(tmp_path):
+def test_a_damaged_row_group_is_named_and_the_next_one_read(tmp_path):
     path = tmp_path / "a.parquet"
     write_column(path, [f"row {n}" for n in range(300)], row_group_size=100, compression="none", use_dictionary=False)
     content = bytearray(path.read_bytes())
@@ -112,7 +111,7 @@ def test_a_bit_flipped_in_the_values_is_never_raised(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["names", "cut", "empty", "pickle"])
-def test_a_file_that_is_damaged_is_counted_and_the_rest_goes_on(tmp_path, damage):
+def test_a_damaged_file_is_counted_and_others_read(tmp_path, damage):
     path = write_column(tmp_path / "a.parquet", ["a"])
     write_column(tmp_path / "b.parquet", ["b"])
     content = path.read_bytes()

@@ -91,7 +91,7 @@ def test_an_image_that_no_pack_has_room_for_is_counted(folder, tmp_path):
     assert built.rejected["image too long"] == sum(d[1].modality for d in documents(BYTES))
 
 
-def test_texts_of_a_vocabulary_are_cut_where_they_give_the_same_ids(tmp_path):
+def test_texts_of_a_vocabulary_keep_their_ids_when_they_are_cut(tmp_path):
     tokenizer = train_bpe(SENTENCES, 300)
     whole = " ".join(SENTENCES)
     ids = tokenizer.encode(whole)
@@ -103,8 +103,8 @@ def test_texts_of_a_vocabulary_are_cut_where_they_give_the_same_ids(tmp_path):
     assert Counter(np.concatenate(found).tolist()) == Counter(ids.tolist())
 
 
-def test_texts_that_other_ids_give_again_are_cut_and_parts_of_characters_are_not(tmp_path):
-    """As behind a blank line, which is one token at the end of a text and two before words."""
+def test_texts_with_other_ids_for_the_same_text_are_cut_and_parts_of_characters_are_not(tmp_path):
+    """A blank line is one token at the end of a text and two before words."""
     tokenizer = train_bpe(SENTENCES, 300)
     whole = "\n".join(SENTENCES)
     odd = np.concatenate([tokenizer.encode(letter) for letter in whole])
@@ -122,7 +122,7 @@ def test_the_bytes_do_not_depend_on_the_processes(folder, tmp_path):
     assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
-def test_a_damaged_pack_ends_it_with_its_name(folder, tmp_path):
+def test_a_damaged_pack_is_named_and_ends_repacking(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shard = copy / "shard-000000.tar"
@@ -155,7 +155,7 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
         PacksSource.open(folder).encoder(4, "split")
 
 
-def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
+def test_long_documents_follow_the_original_setting(tmp_path):
     """A caption is not: whether a picture goes with all of its text is known to the recipe alone."""
     image = ImageSegment(np.zeros((4, 4, 3), np.uint8))
     document = (image, TextSegment(BYTES.encode("A sentence of an article. " * 20)))
@@ -175,7 +175,7 @@ def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
     assert repacked(tmp_path / "text", tmp_path / "cut", 256, long=None).cut == 1
 
 
-def test_a_text_that_only_begins_another_part_need_not_give_its_ids_again(tmp_path):
+def test_a_text_that_is_not_cut_is_not_encoded_again(tmp_path):
     odd = np.concatenate([train_bpe(SENTENCES, 300).encode(letter) for letter in "odd text of letters"])
     texts = [TextSegment(np.resize(odd, length).astype(np.int32)) for length in (24, 12, 1)]
     settings = {"sequence_length": 64, "tokenizer": train_bpe(SENTENCES, 300), "modalities": ()}

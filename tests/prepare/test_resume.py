@@ -184,7 +184,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, recipe, s
 
 
 def test_a_lock_of_a_folder_that_another_run_has_removed_is_not_used(tmp_path, monkeypatch):
-    """As when another run finishes between opening the lock and taking it."""
+    """Another run may finish between opening the lock and taking it."""
     flock, recipe = staging.fcntl.flock, texts(tmp_path / "a.jsonl", "old")
     done = []
 

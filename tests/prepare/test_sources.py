@@ -65,7 +65,7 @@ def test_json_lines_text_files_and_parquet_are_read_in_order(tmp_path):
     assert not rejected
 
 
-def test_what_is_no_text_is_counted_and_the_rest_goes_on(tmp_path):
+def test_entries_without_text_are_counted_and_others_read(tmp_path):
     lines = ['{"text": 5}', "nonsense", '{"other": "x"}', '"bare"', '{"text": " "}', "[" * 100_000, '{"text": "good"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
@@ -92,7 +92,7 @@ def test_another_field_can_be_named(tmp_path):
         texts_of([tmp_path / "b.parquet"])
 
 
-def test_files_that_are_not_there_or_not_theirs_are_refused_in_one_line(tmp_path):
+def test_missing_files_and_other_kinds_are_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"source .* must exist, got no such file"):
         TextSource.of([tmp_path / "none.jsonl"])
     with pytest.raises(InputError, match=r"folder .* must hold files of .jsonl, .*.json.zst, .txt, .parquet, got none"):
@@ -102,7 +102,7 @@ def test_files_that_are_not_there_or_not_theirs_are_refused_in_one_line(tmp_path
         TextSource.of([tmp_path / "a.csv"])
 
 
-def test_links_in_folders_are_followed_once_and_those_to_nothing_named(tmp_path):
+def test_links_in_folders_are_followed_once_and_broken_ones_named(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "b.txt").write_text("two")
     corpus = tmp_path / "corpus"
@@ -130,7 +130,7 @@ def test_a_file_that_is_given_twice_is_refused(tmp_path, again):
         TextSource.of([tmp_path, tmp_path / again])
 
 
-def test_the_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
+def test_the_byte_order_mark_is_not_part_of_the_text(tmp_path):
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / name).write_text('"hello"', encoding="utf-8-sig")
     assert texts_of([tmp_path])[0] == ['"hello"', "hello"]
@@ -251,8 +251,8 @@ def test_a_damaged_tar_names_the_byte_where_reading_stopped(tmp_path):
         assert f"at byte {offset})" in found_in(PairsSource.of([tmp_path]))[-1].detail
 
 
-def test_what_follows_the_end_of_a_tar_is_not_lost_without_a_word(tmp_path):
-    """As where two tars were put end to end, or a block in the middle was lost."""
+def test_data_behind_the_end_of_a_tar_is_reported(tmp_path):
+    """Two tars may have been put end to end, or a block in the middle was lost."""
     for name in "ab":
         make_tar(tmp_path / f"{name}.tar", [(f"{name}{i}.{kind}", b"x") for i in range(20) for kind in ("jpg", "txt")])
     one, other = ((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
@@ -263,7 +263,7 @@ def test_what_follows_the_end_of_a_tar_is_not_lost_without_a_word(tmp_path):
         assert len(documents) == good and rejected == {"tar damaged": 1}
 
 
-def test_reading_a_tar_of_many_members_takes_no_memory_for_each(tmp_path):
+def test_reading_a_tar_takes_no_memory_for_each_member(tmp_path):
     make_tar(tmp_path / "a.tar", [(f"{i}.{kind}", b"x") for i in range(1500) for kind in ("jpg", "txt")])
     source = PairsSource.of([tmp_path])
     [unit] = source.units()
@@ -304,7 +304,7 @@ def test_texts_and_images_alternate_as_written(tmp_path):
     assert not rejected
 
 
-def test_what_is_no_interleaved_document_is_counted_and_the_rest_goes_on(tmp_path):
+def test_entries_without_content_are_counted_and_others_read(tmp_path):
     bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
            [" ", ""], [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
            [{"text": "", "image": "a.png"}], [{"image": "a.png", "base64": ""}]]  # fmt: skip

@@ -103,11 +103,11 @@ class Built:
 
     index: Index
     rejected: dict[str, int] = field(default_factory=dict)
-    """How many documents were left out, by reason."""
+    """Number of documents that were left out by reason."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first document that was left out for each reason."""
     cut: int = 0
-    """How many documents were longer than a pack and became several."""
+    """Number of documents that were longer than a pack and became several."""
     reused: bool = False
     """True if the folder was there already, of the same recipe; then nothing is counted."""
 

@@ -26,7 +26,7 @@ from transfusion_fast.prepare.images import ImageRule, LatentRule, decode_image
 from transfusion_fast.prepare.sources.base import Part, SourceDocument
 
 Long = Literal["split", "reject"]
-"""What becomes of a document that is longer than a pack: several documents, or none."""
+"""The treatment of documents that are longer than a pack: split into several, or rejected."""
 
 _BATCHES_TOGETHER = 16  # images have several shapes; the more wait, the fuller the batch of each shape
 _BYTES_TOGETHER = 64 << 20
@@ -46,10 +46,10 @@ class Encoder:
     modalities: tuple[ModalityInfo, ...] = ()
     """Kinds of images. Image files become images of the first."""
     image: ImageRule | None = None
-    """How image files become pixels; without it, they are rejected."""
+    """Rule by which image files become pixels; without it, they are rejected."""
     long: Long = "split"
     latents: LatentRule | None = None
-    """How pixels become latents; without it, they are stored."""
+    """Rule by which pixels become latents; without it, pixels are stored."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:

@@ -43,11 +43,11 @@ class UnitReport:
 
     documents: int
     rejected: dict[str, int]
-    """How many documents were rejected, by reason."""
+    """Number of rejected documents by reason."""
     examples: dict[str, str]
     """The first rejection for each reason."""
     cut: int = 0
-    """How many documents were longer than a pack and became several."""
+    """Number of documents that were longer than a pack and became several."""
 
 
 def write_unit(
