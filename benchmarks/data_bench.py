@@ -33,8 +33,9 @@ from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, Document, 
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.packing import pack_stream
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.pairs import PairsSource
@@ -158,7 +159,7 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
     text.write_text("\n".join(lines), encoding="utf-8")
     _write_pairs(tar, images, rng)
     encoder = Encoder(ByteTokenizer(), CAPACITY)
-    pairs = Encoder(ByteTokenizer(), CAPACITY, PIXELS, ImageRule("crop", 256, PIXELS.patch_size))
+    pairs = Encoder(ByteTokenizer(), CAPACITY, (PIXELS,), ImageRule("crop", 256, PIXELS.patch_size))
     return [
         _building("preparing text", "documents", texts, TextSource.of([text]), encoder, text),
         _building("preparing pairs", "images", images, PairsSource.of([tar]), pairs, tar),

@@ -24,8 +24,7 @@ from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.prepare.encode import scaled_middle
-from transfusion_fast.prepare.images import decode_image
+from transfusion_fast.prepare.images import decode_image, scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid

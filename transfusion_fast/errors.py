@@ -17,7 +17,7 @@ class Rejected(ValueError):
 
     def at(self, where: str) -> Rejected:
         """Return the same rejection with the document's location added."""
-        return Rejected(self.reason, f"{self.detail}, {where}")
+        return Rejected(self.reason, f"{self.detail}, {where}" if self.detail else where)
 
 
 def _escape(text: str) -> str:

@@ -26,7 +26,8 @@ from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 
@@ -46,7 +47,12 @@ def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_preparing_goes_on_past_images_of_every_kind_and_reports_them(tmp_path):
+def test_a_folder_without_rejections_has_no_list_of_them(tmp_path):
+    build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
+
+
+def test_images_of_every_kind_are_prepared_or_reported(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     rgb = Image.fromarray(picture(16, 16))
@@ -123,11 +129,6 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path):
         assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))
 
 
-def test_nothing_is_left_out_without_a_word_and_no_list_made_of_nothing(tmp_path):
-    build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
-    assert not (tmp_path / "out" / "left_out.jsonl").exists()
-
-
 def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe):
     with pytest.raises(InputError, match="packs_per_shard must be 1 or more, got 0"):
         Recipe(recipe.source, IMAGES, packs_per_shard=0)
@@ -136,9 +137,9 @@ def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_of_nothing_but_rejects_makes_no_folder(tmp_path):
+def test_a_source_of_which_all_is_rejected_makes_no_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n5\n')
-    with pytest.raises(InputError, match=r"has none \(1 x empty text, 1 x no text\)"):
+    with pytest.raises(InputError, match=r"got none \(1 x empty text, 1 x no text\)"):
         build(Recipe(TextSource.of([tmp_path / "a.jsonl"]), Encoder(TOKENIZER, 64)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

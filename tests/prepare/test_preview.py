@@ -94,7 +94,7 @@ def test_latents_are_decoded_where_there_is_a_decoder(tmp_path):
     np.testing.assert_array_equal(clean[::2, 1::2], values[..., :3] * 10)
 
 
-def test_the_page_shows_markup_and_runs_none_of_it():
+def test_the_page_shows_markup_as_text():
     words = '<script>alert("x")</script> & more'
     shown = page("<b>title</b>", [[words, Special("bos"), Picture((GRADIENT,), "<i>")]])
     assert "<script" not in shown and "<b>title" not in shown and "<i>" not in shown

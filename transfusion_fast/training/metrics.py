@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transfusion_fast.files import write_whole
+from transfusion_fast.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MetricsLog:
         self.path = path
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            write_whole(path, "".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, row: Row) -> None:
         """Append a row; numbers that are not finite become null, since JSON cannot express them."""

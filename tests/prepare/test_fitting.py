@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
-from transfusion_fast.prepare.fitting import blocks, piece_lengths
+from transfusion_fast.prepare.fitting import piece_lengths, split_blocks
 
 BYTES = ByteTokenizer()
 BPE = train_bpe(["the quick brown fox jumps over the lazy dog. " * 20], 285)
@@ -76,7 +76,7 @@ def test_a_space_stays_with_the_word_that_its_token_holds():
 
 @given(text=st.text(st.sampled_from("ab é.\n"), max_size=60), size=st.integers(1, 20))
 def test_blocks_fit_and_are_the_text(text, size):
-    found = list(blocks(text, size))
+    found = list(split_blocks(text, size))
     assert "".join(found) == text
     assert all(0 < len(block) <= size for block in found) or not text
 
@@ -92,4 +92,4 @@ def test_blocks_fit_and_are_the_text(text, size):
     ],
 )
 def test_blocks_end_at_the_best_pause_of_their_second_half(text, expected):
-    assert list(blocks(text, 12)) == expected
+    assert list(split_blocks(text, 12)) == expected
