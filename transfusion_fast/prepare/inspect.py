@@ -30,7 +30,7 @@ from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, KIND_TEXT,
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import ShardInfo, read_table
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.prepare.packing import pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 
@@ -241,13 +241,11 @@ def summed(packs: Iterator[PackStatistics]) -> Statistics:
 
 def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
     """Writes a PNG: how many documents there are of each length, and how many positions lie in them."""
-    from matplotlib.figure import Figure  # a second to import, for this alone
-
     lengths = statistics.lengths
     scale = "log" if lengths.max() > 10 * lengths.min() else "linear"
     spaced = np.geomspace if scale == "log" else np.linspace
     edges = np.unique(spaced(lengths.min(), lengths.max() + 1, 41).round().astype(np.int64))
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = optional_module("matplotlib.figure", "examples").Figure(figsize=(7.2, 3.2), layout="constrained")
     for axes, weights, name in zip(figure.subplots(1, 2), (None, lengths), ("documents", "positions"), strict=True):
         axes.hist(lengths, bins=edges, weights=weights, color="tab:blue")
         axes.set_xscale(scale)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 
 from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Text
 from transfusion_fast.model.transfusion import Transfusion
@@ -96,7 +95,8 @@ def generated_accuracy(
     Returns:
         (accuracy on the drawn images, accuracy on held-out real ones, the drawn images of each caption in uint8).
     """
-    classifier = SVC(gamma="scale").fit(_features(train.images[:FITTED]), train.captions[:FITTED])
+    svm = optional_module("sklearn.svm", "examples")
+    classifier = svm.SVC(gamma="scale").fit(_features(train.images[:FITTED]), train.captions[:FITTED])
     captions = sorted(set(train.captions), key=train.captions.index)
     prompts = [[torch.from_numpy(tokenizer.encode(caption)).long()] for caption in captions for _ in range(each)]
     height, width = train.images.shape[1:3]

@@ -7,12 +7,11 @@ seven"). The split is fixed: 300 images and every tenth sum are held out.
 from typing import ClassVar
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.prepare.fitting import Long
 from transfusion_fast.prepare.sources.base import Split
 
@@ -47,7 +46,7 @@ class Digits:
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """The digits of a split: images uint8 [n, 8, 8] of 0..255, labels int64 [n] of 0..9."""
-    digits = load_digits()
+    digits = optional_module("sklearn.datasets", "examples").load_digits()
     images = np.rint(digits.images * (255 / _LARGEST_VALUE)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
     shuffled = keyed_permutation(len(labels), _SPLIT_SEED, 0)
