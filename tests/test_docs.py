@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "train").glob("*.py")}
+LIBRARY = "".join(
+    path.read_text(encoding="utf-8")
+    for folder in ("kernels", "transfusion_fast", "train", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 # Commands that are parsed and not run, with the reason.
 NOT_RUN = {
@@ -106,7 +111,7 @@ def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         path, *overrides = launched.user_args
         load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
     elif program == "pip":
-        assert {extra for word in words for extra in re.findall(r"\[(.+)\]", word)} <= extras(), command
+        assert {extra for word in words for extra in re.findall(r"\[(.+)\]", word)} <= extras().keys(), command
     elif program == ".venv/bin/pytest":
         assert all((ROOT / word).exists() for word in words)
     else:
@@ -118,10 +123,19 @@ def targets() -> set[str]:
 
 
 @functools.cache
-def extras() -> set[str]:
+def packaging() -> dict[str, object]:
+    """Return what setup.py gives to setup(), as far as it is literal."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    keywords = [keyword for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords]
-    return {name for keyword in keywords if keyword.arg == "extras_require" for name in ast.literal_eval(keyword.value)}
+    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+def packages(requirements: list[str]) -> set[str]:
+    return {re.split("[>=<]", requirement)[0] for requirement in requirements}
+
+
+def extras() -> dict[str, set[str]]:
+    return {name: packages(requirements) for name, requirements in packaging()["extras_require"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +237,23 @@ def test_files_settings_and_options_that_a_page_names_exist(page: str) -> None:
         assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= known, f"{page} names {span}"
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_classes_and_functions_that_a_page_names_exist(page: str) -> None:
+    for span in spans(page):
+        name = span.partition("(")[0].rpartition(".")[2]
+        if re.fullmatch(r"[A-Z][a-z]\w+|[a-z]+_[a-z_]+", name):
+            assert re.search(rf"\b{name}\b", LIBRARY), f"{page} names {span}"
+
+
+def test_extras_hold_what_only_some_users_need() -> None:
+    needed, optional = packages(packaging()["install_requires"]), extras()
+    assert optional["gpu"] == {"triton"}  # which has wheels: nothing compiles
+    assert optional["flash-attn"] == {"flash-attn"}
+    for name in ("examples", "data", "vae", "bench"):
+        assert optional[name] <= optional["test"], f"tests use the extra {name}"
+    assert not needed & set().union(*optional.values())
+
+
 def test_the_library_and_its_commands_need_no_optional_package(workspace: Path) -> None:
     script = """
 import runpy, sys
@@ -231,7 +262,7 @@ for name in ("matplotlib", "sklearn", "pandas", "tokenizers", "pyarrow", "diffus
 import transfusion_fast
 transfusion_fast.Transfusion
 for arguments in (["pretrain", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["plot", "--help"],
-                  ["prepare", "digits", "new"], ["sample", "runs/digits", "--prompt", "one"], ["plot", "runs/digits"]):
+                  ["prepare", "digits", "new"], ["sample", "nowhere", "--prompt", "one"], ["plot", "runs/digits"]):
     sys.argv = [f"train/{arguments[0]}.py", *arguments[1:]]
     try:
         runpy.run_path(f"{ROOT}/train/{arguments[0]}.py", run_name="__main__")
@@ -249,7 +280,7 @@ for arguments in (["pretrain", "--help"], ["sample", "--help"], ["evaluate", "--
         "prepare: package sklearn must be installed for this, got none; pip install '.[examples]'",
         "prepare digits new 2",
         "sample: package matplotlib must be installed for this, got none; pip install '.[examples]'",
-        "sample runs/digits --prompt one 2",
+        "sample nowhere --prompt one 2",  # before it looks for the run, as drawing may take hours
         "plot: package matplotlib must be installed for this, got none; pip install '.[examples]'",
         "plot runs/digits 2",
     ]

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launching import train
 from PIL import Image
 
+from transfusion_fast.data.images import latents_to_pixels
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import overview
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.training.run_folder import find_checkpoint, load_model
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,12 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     [(_, samples, *_)] = drawn
     assert samples.steps == [0, 1, 2, 3] and samples.prompts == ["one", "two"]
     assert samples.images.shape == (4, 2, 8, 8, 1)
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(samples.images[0], latents_to_pixels(noise.numpy(), 2))
+    model, prompts = load_model(find_checkpoint(run)), [[torch.tensor([*word.encode()])] for word in ("one", "two")]
+    seeded, image = torch.Generator().manual_seed(0), ImageSettings(2, clip=1.0)
+    last = generate_images(model, prompts, (4, 4), image=image, generator=seeded)
+    assert np.array_equal(samples.images[3], latents_to_pixels(last.numpy(), 2))
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert samples.losses == [(row["step"], row["loss"]) for row in logged]
     assert len(np.unique(samples.images.reshape(4, -1), axis=0)) == 4  # noise, and three different models
