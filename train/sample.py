@@ -80,7 +80,7 @@ def _sample(options: argparse.Namespace) -> None:
         if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     is_page = options.out.suffix == ".html" and options.text
-    (check_writable if is_page else check_picture)(options.out)
+    (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     if not data.modalities and not options.text:

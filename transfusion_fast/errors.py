@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class InputError(ValueError):
     """Unusable input. The message names the thing, its rule, the value found, and a remedy."""
@@ -22,3 +25,16 @@ class Rejected(ValueError):
 
 def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """Import a module of a package that only an extra of setup.py installs.
+
+    Raises:
+        InputError: the package is missing; the message names the extra.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise InputError(f"package {package} must be installed for this, got none; pip install '.[{extra}]'") from error

@@ -28,7 +28,7 @@ from transfusion_fast.data.index import (
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.data.shards import ShardInfo, read_table
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.prepare.packing import document_lengths, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 
@@ -244,13 +244,11 @@ class Statistics:
 
 def draw_lengths(statistics: Statistics, title: str, path: Path) -> None:
     """Write a PNG with histograms over the length of documents: of documents, and of the positions in them."""
-    from matplotlib.figure import Figure  # takes a second to import, for this alone
-
     lengths = statistics.lengths
     scale = "log" if lengths.max() > 10 * lengths.min() else "linear"
     spaced = np.geomspace if scale == "log" else np.linspace
     edges = np.unique(spaced(lengths.min(), lengths.max() + 1, 41).round().astype(np.int64))
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    figure = optional_module("matplotlib.figure", "examples").Figure(figsize=(7.2, 3.2), layout="constrained")
     for axes, weights, name in zip(figure.subplots(1, 2), (None, lengths), ("documents", "positions"), strict=True):
         axes.hist(lengths, bins=edges, weights=weights, color="tab:blue")
         axes.set_xscale(scale)

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 
 from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
@@ -105,7 +104,8 @@ def evaluate(
     """
     start = time.perf_counter()
     drawn = _draw_images(model, tokenizer, train, each, image, patch_size, seed)
-    classifier = SVC(gamma="scale").fit(_features(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
+    svm = optional_module("sklearn.svm", "examples")
+    classifier = svm.SVC(gamma="scale").fit(_features(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
     hits = [classifier.predict(_features(images)) == caption for caption, images in drawn.items()]
     captions = _caption_images(model, tokenizer, heldout.images[:MAX_CAPTIONED], patch_size)
     report = Report(

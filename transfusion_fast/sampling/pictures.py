@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 
 CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches for an image and its margin, between groups, captions, headings
 
 
 def check_picture(path: Path) -> None:
-    """Raise InputError if no PNG can be written to a path, before hours of drawing; make its folder."""
+    """Raise InputError if no PNG can be drawn and written to a path, before hours of drawing; make its folder."""
+    optional_module("matplotlib", "examples")
     if path.suffix.lower() not in (".png", ""):
         raise InputError(f"picture must be a file NAME.png, got {path}; change the name")
     check_writable(path)
@@ -45,7 +45,7 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings
     starts = [LEFT + sum(widths[:g]) * CELL + g * GAP for g in range(len(widths))]
     top = TOP if headings else 0.05
     width, height = starts[-1] + widths[-1] * CELL + 0.05, top + len(rows) * CELL + 0.05
-    figure = Figure(figsize=(width, height), dpi=110)
+    figure = optional_module("matplotlib.figure", "examples").Figure(figsize=(width, height), dpi=110)
     for start, heading in zip(starts, headings, strict=False):
         figure.text(start / width, 1 - 0.8 * TOP / height, heading, ha="left", va="bottom", fontsize=10)
     for number, (caption, groups) in enumerate(rows):

@@ -7,12 +7,11 @@ seven"). The split is fixed: 300 images and every tenth sum are held out.
 from typing import ClassVar
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.sources.base import Split
 
@@ -46,7 +45,7 @@ class Digits:
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return the images uint8 [n, 8, 8] of 0..255 and labels int64 [n] of 0..9 of a split."""
-    digits = load_digits()
+    digits = optional_module("sklearn.datasets", "examples").load_digits()
     images = np.rint(digits.images * (255 / _LARGEST_VALUE)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
     shuffled = keyed_permutation(len(labels), _SPLIT_SEED, 0)
