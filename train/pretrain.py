@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion_fast.config import load_config
-from transfusion_fast.data.loader import open_data
+from transfusion_fast.data.loader import complete_config, open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.model import ops
 from transfusion_fast.training.run_folder import check_output
@@ -37,6 +37,7 @@ def main() -> int:
     try:
         config = load_config(path, arguments)
         data = open_data(config)
+        config = complete_config(config, data)
         check_output(Path(config.train.output))
         ops.describe(config.model.backend, torch.device("cpu"))  # fails if it cannot run here
         from transfusion_fast.training.ranks import join_ranks
