@@ -158,15 +158,6 @@ def test_a_request_to_a_silent_server_is_repeated(source, tmp_path, served, wait
     assert waits == [1]
 
 
-def test_a_connection_that_is_refused_is_retried(source, tmp_path, served, waits):
-    server = served(source)
-    reader = PackReader(at(server, tmp_path / "cache"))
-    server.shutdown()
-    server.server_close()
-    assert "must be fetched, and cannot be (ClientConnect" in refusal(reader.read, 4, kind=FetchError)
-    assert waits == [1, 2, 4]
-
-
 def test_an_endless_download_is_stopped(source, tmp_path, served):
     server = served(source)
     reader = PackReader(at(server, tmp_path / "cache"))

@@ -293,18 +293,6 @@ def test_a_missing_shard_is_found_before_reading_and_while_reading(folder):
     assert "pack 0 of shard" in refusal(reader.read, 6)
 
 
-def test_a_flipped_byte_costs_only_its_own_pack(folder):
-    shard = read_index(folder).shards[1]
-    content = bytearray((folder / shard.file).read_bytes())
-    content[read_table(folder / shard.file).span(2)[0] - 700] ^= 1
-    (folder / shard.file).write_bytes(content)
-    reader = PackReader(folder)
-    message = refusal(reader.read, 4)
-    assert "pack 1 of shard" in message and shard.file in message and "checksum" in message
-    for position in (3, 5):
-        assert_holds(reader.read(position), position)
-
-
 @pytest.mark.parametrize(
     "change", [{"file": "copy.tar"}, {"sha256": "a" * 64}, {}], ids=["same bytes", "same name", "same entry"]
 )

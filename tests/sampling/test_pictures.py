@@ -22,3 +22,12 @@ def test_images_stand_in_the_row_of_their_caption_and_the_column_of_their_group(
         assert abs(box[2] - box[0] - side) <= 1 and abs(box[3] - box[1] - side) <= 1  # square, but for rounding
     assert red[0] == green[0] and blue[0] == purple[0] and red[2] < blue[0] < red[2] + side / 2
     assert red[1] == blue[1] and green[1] == purple[1] and red[3] + side / 3 < green[1]
+
+
+def test_a_picture_shows_rows_of_different_length(tmp_path: Path) -> None:
+    white, black = (np.full((8, 8, 1), value, dtype=np.uint8) for value in (255, 0))
+    draw_grid([("two", [[black, black]]), ("one", [[black]])], tmp_path / "grid.png")
+    draw_grid([("two", [[black, black]]), ("one", [[white]])], tmp_path / "other.png")
+    one, other = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("grid.png", "other.png"))
+    assert one.shape == other.shape
+    assert (one < 64).sum() > (other < 64).sum() * 1.3
