@@ -129,6 +129,12 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path):
         assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))
 
 
+def test_a_document_that_becomes_two_is_counted_as_split(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    built = build(Recipe(TextSource.of([tmp_path / "a.txt"]), Encoder(TOKENIZER, 64)), tmp_path / "out")
+    assert (built.cut, built.index.documents) == (1, 2)
+
+
 def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe):
     with pytest.raises(InputError, match="packs_per_shard must be 1 or more, got 0"):
         Recipe(recipe.source, IMAGES, packs_per_shard=0)

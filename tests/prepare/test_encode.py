@@ -59,7 +59,8 @@ def test_documents_fit_and_hold_every_part(parts, sequence_length):
 
 def test_a_text_that_does_not_fit_behind_another_begins_a_document_of_its_own():
     assert [content(d) for d in encode(["x" * 12, "y" * 20])] == [["x" * 12, "y" * 18], ["yy"]]
-    assert [content(d) for d in encode(["x" * 20, "y" * 20])] == [["x" * 20], ["y" * 20]]
+    assert [content(d) for d in encode(["x" * 15, "y" * 20])] == [["x" * 15, "y" * 15], ["y" * 5]]
+    assert [content(d) for d in encode(["x" * 16, "y" * 20])] == [["x" * 16], ["y" * 20]]
 
 
 def test_long_documents_are_rejected_on_request():

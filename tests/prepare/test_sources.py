@@ -188,6 +188,13 @@ def test_a_truncated_tar_is_named_and_what_lies_before_is_kept(tmp_path, cut):
     assert documents == [(chr(65 + i) * 700, bytes([65 + i]) * 700) for i in range(len(documents))]
 
 
+@pytest.mark.parametrize(("cut", "reasons"), [(2300, ["tar damaged"]), (1536, ["no caption", "tar damaged"])])
+def test_a_sample_is_lost_if_the_damage_is_in_its_contents(tmp_path, cut, reasons):
+    make_tar(tmp_path / "a.tar", PAIRS)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:cut])
+    assert sorted(read(PairsSource.of([tmp_path]))[1]) == reasons
+
+
 def test_a_tar_that_ends_at_a_member_or_in_a_bad_header_is_named(tmp_path):
     make_tar(tmp_path / "a.tar", PAIRS, ending=False)
     assert read(PairsSource.of([tmp_path]))[1] == {"tar damaged": 1}
