@@ -56,7 +56,10 @@ setup(
             "pyarrow>=17.0",
             "diffusers>=0.30",
             "aiohttp>=3.9",
+            "pandas>=2.2",
         ],
+        # For benchmarks/, which need no GPU to run; Triton's compiler needs none either.
+        "bench": ["pandas>=2.2", "matplotlib>=3.8", "triton>=3.6"],
         # A tokenizer.json, and Parquet.
         "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
         # Images as an autoencoder's latents.

@@ -7,7 +7,7 @@ at padding is not defined.
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -24,7 +24,6 @@ from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model.ops import hybrid_attention
 
 _USABLE_MEMORY = 0.6  # of the free memory: making the mask, gradients and the kernels' own buffers take the rest
-_NO_VARLEN = "neither flash-attn nor torch's varlen_attn is there"
 _ROWS = 256  # of a block of the reference
 _ALL_HEADS_UP_TO = 16384
 
@@ -82,7 +81,7 @@ class Backend:
 def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> Gate:
     """Return the gate of a problem, whose reference is plain PyTorch in float64.
 
-    Beyond 16,384 positions, the first and the last key/value head stand for all heads, and float32 for float64 where the
+    Beyond 16,384 positions, the first and the last key/value head stand for all heads, and float32 for float64 if the
     problem is in half precision.
     """
     G, group = problem.kv_heads, problem.heads // problem.kv_heads
@@ -152,11 +151,6 @@ def _dense(problem: Problem) -> Forward:
     return lambda q, k, v: _sdpa(q, k, v, mask_TT, causal=False)
 
 
-def _dense_missing(problem: Problem) -> str | None:
-    size = problem.layout.total_length**2 * (1 + problem.dtype.itemsize)
-    return _too_large("its [T, T] mask, as booleans and as a bias,", size, problem.device)
-
-
 def _documents(problem: Problem) -> Forward:
     """One scaled_dot_product_attention per document: causal by flag, or with its own mask if it has images."""
     layout, lengths = problem.layout, problem.lengths
@@ -176,10 +170,19 @@ def _documents(problem: Problem) -> Forward:
     return forward
 
 
-def _documents_missing(problem: Problem) -> str | None:
-    squares = [length**2 for length in problem.lengths]
+def _masks_too_large(lengths: Sequence[int], problem: Problem) -> str | None:
+    """Return why masks of these lengths do not fit into memory, all as booleans and the largest also as a bias."""
+    squares = [length**2 for length in lengths]
     size = sum(squares) + max(squares, default=0) * problem.dtype.itemsize
-    return _too_large("its documents' masks", size, problem.device)
+    if problem.device.type == "cuda":
+        cached = torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
+        free = torch.cuda.mem_get_info(problem.device)[0] + cached
+    else:
+        free = psutil.virtual_memory().available
+    if size <= _USABLE_MEMORY * free:
+        return None
+    need, free_gib = size / 2**30, free / 2**30
+    return f"its masks would take {need:.1f} GiB, more than {_USABLE_MEMORY:.0%} of the {free_gib:.1f} GiB free"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -187,6 +190,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)[0].transpose(0, 1)
+
+
+def _needs_cuda(problem: Problem) -> str | None:
+    """Return why compiled kernels cannot be measured; FlexAttention has no backward on a CPU."""
+    return None if problem.device.type == "cuda" else NEEDS_CUDA
 
 
 def _flex(problem: Problem) -> Forward:
@@ -222,14 +230,16 @@ def _flash_varlen_causal(problem: Problem) -> Forward:
     offsets = problem.layout.document_offsets.to(problem.device, torch.int32)
     longest = max(problem.lengths)
     function = _varlen_function()
-    if function is None:
-        raise NotImplementedError(_NO_VARLEN)
     parameters = inspect.signature(function).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)}
-    for name in {"causal", "is_causal"} & parameters.keys():
-        causal = {name: True}
-    grouped = {"enable_gqa": problem.heads != problem.kv_heads} if "enable_gqa" in parameters else {}
-    return lambda q, k, v: _first(function(q, k, v, offsets, offsets, longest, longest, **causal, **grouped))
+    flags = {name: True for name in ("causal", "is_causal") if name in parameters} or {"window_size": (-1, 0)}
+    if "enable_gqa" in parameters:
+        flags["enable_gqa"] = problem.heads != problem.kv_heads
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v, offsets, offsets, longest, longest, **flags)
+        return out[0] if isinstance(out, tuple | list) else out  # some releases return the log-sum-exp too
+
+    return forward
 
 
 @cache
@@ -247,103 +257,19 @@ def _varlen_function() -> Callable[..., Any] | None:
     return None
 
 
-def _flashmask(problem: Problem) -> Forward:
-    """Paddle's FlashMask, which shares its tensors with torch. Written from its documentation and never run."""
-    paddle = importlib.import_module("paddle")
-    # A key is hidden from the queries at and after query_end, and from those before query_start.
-    hidden = torch.stack([problem.layout.query_end, problem.layout.query_start], dim=-1)[None, None].contiguous()
-    bounds = paddle.utils.dlpack.from_dlpack(hidden)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *qkv: Tensor) -> Tensor:
-            ctx.inputs = [paddle.utils.dlpack.from_dlpack(x.detach()[None].contiguous()) for x in qkv]
-            for x in ctx.inputs:
-                x.stop_gradient = False
-            ctx.out = _first(paddle.nn.functional.flashmask_attention(*ctx.inputs, bounds, causal=False))
-            return torch.from_dlpack(ctx.out.detach())[0]
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-            gradient = paddle.utils.dlpack.from_dlpack(gradient[None].contiguous())
-            gradients = paddle.grad([ctx.out], ctx.inputs, [gradient])
-            return tuple(torch.from_dlpack(x.detach())[0] for x in gradients)
-
-    return Function.apply
-
-
-def _flex_flash_attention(problem: Problem) -> Forward:
-    """MagiAttention's flex-flash-attention, with a slice for each run of text and for each image. Never run."""
-    function = importlib.import_module("magi_attention.api").flex_flash_attn_func
-    slices = torch.tensor(attention_slices(problem.layout), dtype=torch.int32)
-    ranges = {"q_ranges": slices[:, :2], "k_ranges": slices[:, 2:4], "attn_type_map": slices[:, 4]}
-    arguments: dict[str, Any] = {name: x.contiguous().to(problem.device) for name, x in ranges.items()}
-    # Early releases require these arguments; in later ones they are optional or gone.
-    parameters = inspect.signature(function).parameters
-    if "max_seqlen_q" in parameters and parameters["max_seqlen_q"].default is inspect.Parameter.empty:
-        arguments["max_seqlen_q"] = int((slices[:, 1] - slices[:, 0]).max())
-        arguments["max_seqlen_k"] = int((slices[:, 3] - slices[:, 2]).max())
-    return lambda q, k, v: _first(function(q, k, v, **arguments))
-
-
-def attention_slices(layout: AttentionLayout) -> list[tuple[int, int, int, int, int]]:
-    """Return rectangles (query start, query end, key start, key end, kind) that make up the mask.
-
-    Kind 0 is full: an image [s, e) sees all of [document start, e). Kind 1 is causal, with the diagonal ending in the
-    lower right corner: a run of text [a, b) over [document start, b).
-    """
-    offsets, spans = layout.document_offsets, layout.image_spans
-    edges = torch.cat([offsets, spans[:, 0], spans.sum(dim=1)]).unique()
-    documents = offsets[torch.searchsorted(offsets, edges[:-1], right=True) - 1].tolist()
-    images = set(spans[:, 0].tolist())
-    pieces = zip(pairwise(edges.tolist()), documents, strict=True)
-    return [(start, end, document, end, int(start not in images)) for (start, end), document in pieces]
-
-
-def _first(result: Any) -> Any:
-    """Return the output: some releases return it alone, some with the log-sum-exp."""
-    return result[0] if isinstance(result, tuple | list) else result
-
-
-def _needs_cuda(problem: Problem) -> str | None:
-    return None if problem.device.type == "cuda" else NEEDS_CUDA
-
-
-def _needs_half(problem: Problem, module: str | None = None) -> str | None:
-    """Return why a library for 16-bit numbers on a GPU cannot be used."""
-    if problem.device.type != "cuda" or problem.dtype.itemsize != 2:
-        return _needs_cuda(problem) or "takes fp16 and bf16 only"
-    try:
-        importlib.import_module(module or "torch")
-    except ImportError as error:
-        return f"{module} cannot be imported ({error})"
-    return None
-
-
-def _too_large(what: str, size: int, device: torch.device) -> str | None:
-    """Return why `size` bytes cannot be had on a device, or None."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
-    if size <= _USABLE_MEMORY * free:
-        return None
-    need, free_gib = size / 2**30, free / 2**30
-    return f"{what} would take {need:.1f} GiB, more than {_USABLE_MEMORY:.0%} of the {free_gib:.1f} GiB free"
+def _flash_missing(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return NEEDS_CUDA
+    if problem.dtype.itemsize != 2:
+        return "takes fp16 and bf16 only"
+    return None if _varlen_function() else "neither flash-attn nor torch's varlen_attn is there"
 
 
 BACKENDS = {
     "triton": _ours("triton"),
     "torch": _ours("torch"),
-    "sdpa_dense": Backend(_dense, _dense_missing),
-    "sdpa_documents": Backend(_documents, _documents_missing),
-    "flex": Backend(_flex, lambda p: _needs_cuda(p) and f"{NEEDS_CUDA}: FlexAttention has no backward on a CPU"),
-    "flash_varlen_causal": Backend(
-        _flash_varlen_causal,
-        lambda p: _needs_half(p) or (None if _varlen_function() else _NO_VARLEN),
-        causal_only=True,
-    ),
-    "flashmask": Backend(_flashmask, lambda p: _needs_half(p, "paddle")),
-    "flex_flash_attention": Backend(_flex_flash_attention, lambda p: _needs_half(p, "magi_attention")),
+    "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p)),
+    "sdpa_documents": Backend(_documents, lambda p: _masks_too_large(p.lengths, p)),
+    "flex": Backend(_flex, _needs_cuda),
+    "flash_varlen_causal": Backend(_flash_varlen_causal, _flash_missing, causal_only=True),
 }

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import mixes
 import sass
 from offline import (
-    ITEMSIZE, SHARED_LIMIT, Compiled, compile_kernel, products_without_matrix_unit, spill_rule, transposed_products,
+    ITEMSIZE,
+    SHARED_LIMIT,
+    Compiled,
+    compile_kernel,
+    products_without_matrix_unit,
+    spill_rule,
+    transposed_products,
 )  # fmt: skip
 from tables import Row
 
@@ -15,7 +21,7 @@ from transfusion_fast.kernels import attention_kernels, hybrid_attention
 from transfusion_fast.kernels.attention_configs import KERNELS, Config, config, padded_head_dim
 from transfusion_fast.kernels.layout import AttentionLayout
 
-WIDTHS = (32, 64, 128, 256)  # head dimensions with configurations of their own; 96 runs as 128
+ALL_HEAD_DIMS = (32, 64, 128, 256, 96)  # 96 runs with the configurations of 128
 HEAD_DIMS = (64, 128)  # of areas and estimates
 DIRECTIONS = (*KERNELS, "backward")
 # Matrix products of a step, each of 2 * rows * columns * D FLOPs.
@@ -69,14 +75,14 @@ class Variant:
         return f"{self.kernel} sm_{self.arch} {self.dtype} D={self.head_dim} tiles of {self.height} {heads}"
 
 
-def variants(architectures: Sequence[int], widths: Sequence[int], distinct: bool) -> Iterator[Variant]:
+def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: bool) -> Iterator[Variant]:
     """Yield every shipped configuration, with grouped heads; dK and dV, which differ there, also without.
 
     With `distinct`, targets other than sm_90 get each configuration once, on the short tiles if both heights share it.
     """
     for arch in architectures:
         for kernel in KERNELS:
-            for head_dim in (*widths, *((96,) if 128 in widths else ())):
+            for head_dim in head_dims:
                 for height in (128, 64):
                     found = Variant(kernel, arch, "bf16", head_dim, height)
                     repeated = height == 128 and replace(found, height=64).config == found.config

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,13 @@ if __name__ == "__main__":
 
 import mixes
 import pandas as pd
+import tables
 import timing
 import torch
 from attention_backends import BACKENDS, Backend, Problem, attention_gate
-from gate import Candidate, Outcome, compare, failure_reason, left_out
+from gate import Candidate, Outcome, compare, failure_reason
 from matplotlib import pyplot as plt
-from tables import (
-    Row, describe, draw_bars, list_unmeasured, markdown_table, save_figure, spread, write_csv, write_markdown,
-)  # fmt: skip
+from tables import Row
 from timing import DTYPES, NOT_MEASURED
 
 from transfusion_fast.errors import InputError
@@ -37,7 +36,7 @@ LENGTHS = (1024, 4096, 16384, 65536, 131072)
 BASELINES = ("sdpa_dense", "sdpa_documents")
 PER_PAIR = {"forward": 4, "backward": 10}  # operations per head dimension and visible pair
 FIGURES = (
-    "prepare_ms", *(f"{name}_{quantile}" for name in timing.PASSES for quantile in timing.Quantiles._fields), "peak_mib",
+    "prepare_ms", *(f"{name}_{quantile}" for name in timing.PASSES for quantile in ("p20", "p50", "p80")), "peak_mib",
     "forward_tflops", "backward_tflops", "forward_percent_of_peak", "backward_percent_of_peak", "forward_gbs",
     "forward_percent_of_bandwidth", "times_sdpa_dense", "times_sdpa_documents",
 )  # fmt: skip
@@ -46,13 +45,13 @@ FIGURES = (
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that the command line asks for; return the exit code."""
     parser = timing.make_parser(__doc__)
-    parser.add_argument("--mixes", nargs="+", metavar="MIX", help=f"of {', '.join(mixes.NAMES)}")
+    parser.add_argument("--mixes", nargs="+", choices=mixes.NAMES)
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="positions of a pack")
     parser.add_argument("--heads", type=int, help="query heads (default: 16 on cuda, 8 on a CPU)")
     parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
     parser.add_argument("--head-dim", nargs="+", type=int, metavar="D", help="default: 128 and 64 on cuda, 64 on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on a CPU")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)} (default: all)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--minutes", type=float, default=8, help="start nothing after this long (default: 8)")
     parser.add_argument("--quick", action="store_true", help="one tiny shape, in seconds")
     options = parser.parse_args(arguments)
@@ -69,52 +68,35 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
         raise InputError(f"--heads must be a multiple of --kv-heads, both at least 1, got {heads} and {kv_heads}")
     if min([*head_dims, *(options.lengths or [])]) < 1:
         raise InputError(f"--head-dim and --lengths must be at least 1, got {head_dims} and {options.lengths}")
-    packs = _packs(options, gpu)
-    backends = {name: BACKENDS[name] for name in _known("--backends", options.backends or BACKENDS, BACKENDS)}
+    backends = {name: BACKENDS[name] for name in options.backends}
     dtype = DTYPES[options.dtype or ("bf16" if gpu else "fp32")]
     seconds = 0.1 if quick else 0.25 if gpu else 2
     deadline = time.monotonic() + 60 * options.minutes
     machine = timing.describe_machine(device)
     rows: list[Row] = []
-    for head_dim, (mix, length) in ((head_dim, pack) for head_dim in head_dims for pack in packs):
+    for head_dim, (mix, length) in ((head_dim, pack) for head_dim in head_dims for pack in _packs(options, gpu)):
         problem = Problem(mixes.sample(mix, length), heads, kv_heads, head_dim, dtype)
         outcomes = compare_backends(problem, backends, device, seconds, deadline)
         rows += make_rows(mix, problem, outcomes, backends, machine)
-        write_csv(rows, options.out / "attention.csv")
+        tables.write_csv(rows, options.out / "attention.csv")
         print(f"{mix} T={length} D={head_dim}: done", file=sys.stderr)
     draw(rows, options.out / "attention.png")
-    measured = [row for row in rows if row["status"].startswith("ok")]
-    write_markdown(
-        options.out / "attention.md",
-        "# Hybrid attention",
-        describe(rows[0]),
-        "![Rates of forward and backward together](attention.png)",
-        markdown_table(measured, COLUMNS) if measured else "Nothing was measured.",
-        NOTES,
-        list_unmeasured(rows, "{backend}", "{mix} T={T} D={D}"),
-    )
+    unmeasured = tables.list_unmeasured(rows, "{backend}", "{mix} T={T} D={D}")
+    tables.write_report(options.out / "attention", "Hybrid attention", rows, COLUMNS, NOTES, unmeasured)
     return not any(row["status"].startswith("FAILED") for row in rows)
 
 
 def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
     """Return the mixes and lengths of the command line, or the device's own."""
-    names = _known("--mixes", options.mixes or mixes.NAMES, mixes.NAMES)
     if options.mixes or options.lengths:
         lengths = options.lengths or [mixes.FIXED_LENGTH if gpu else 4096]
-        return [(mix, length) for mix in names for length in lengths]
+        return [(mix, length) for mix in options.mixes or mixes.NAMES for length in lengths]
     if options.quick:
         return [("mixed", 512)]
     if gpu:
         over_lengths = [(mix, length) for length in LENGTHS for mix in ("mixed", "long")]
         return list(dict.fromkeys([*((mix, mixes.FIXED_LENGTH) for mix in mixes.NAMES), *over_lengths]))
     return [("mixed", 1024), ("mixed", 4096), ("pairs", 4096), ("tiny", 4096)]
-
-
-def _known(option: str, names: Iterable[str], choices: Collection[str]) -> list[str]:
-    for name in names:
-        if name not in choices:
-            raise InputError(f"{option} must be of {', '.join(choices)}, got {name!r}")
-    return list(dict.fromkeys(names))
 
 
 def compare_backends(
@@ -138,7 +120,7 @@ def compare_backends(
         return compare(candidates, qkv, (upstream,), gate, seconds, deadline=deadline, time_prepare=True)[0]
     except RuntimeError as error:
         # The reference does not fit or is wrong, or an earlier error has left the device unusable.
-        return dict.fromkeys(backends, left_out(f"no reference: {failure_reason(error)}"))
+        return dict.fromkeys(backends, Outcome(f"{NOT_MEASURED}: no reference: {failure_reason(error)}"))
 
 
 def make_rows(
@@ -170,22 +152,21 @@ def make_rows(
             row |= {"prepare_ms": outcome.prepare_ms, **times.columns(), "peak_mib": outcome.peak_mib}
             for which, flops in PER_PAIR.items():
                 tflops = flops * H * D * area / row[f"{which}_p50"] / 1e9
-                row |= {f"{which}_tflops": tflops, f"{which}_percent_of_peak": _percent(tflops, peak_tflops)}
+                row |= {
+                    f"{which}_tflops": tflops,
+                    f"{which}_percent_of_peak": peak_tflops and 100 * tflops / peak_tflops,
+                }
             gbs = least_bytes / times.forward.p50 / 1e6
-            row |= {"forward_gbs": gbs, "forward_percent_of_bandwidth": _percent(gbs, peak_gbs)}
+            row |= {"forward_gbs": gbs, "forward_percent_of_bandwidth": peak_gbs and 100 * gbs / peak_gbs}
             known = {name: outcomes[name].timing for name in BASELINES if name in outcomes}
             row |= {f"times_{name}": base.total / times.total for name, base in known.items() if base}
         rows.append(row)
     return rows
 
 
-def _percent(value: float, peak: float | None) -> float | None:
-    return None if peak is None else 100 * value / peak
-
-
 COLUMNS = {
     "mix": "{mix}", "T": "{T}", "D": "{D}", "backend": "{backend}", "prepare": "{prepare_ms:.3g}",
-    "forward": spread("forward"), "backward": spread("backward"), "MiB": "{peak_mib:.3g}",
+    "forward": tables.spread("forward"), "backward": tables.spread("backward"), "MiB": "{peak_mib:.3g}",
     "TFLOP/s": "{forward_tflops:.3g} / {backward_tflops:.3g}",
     "% of peak": "{forward_percent_of_peak:.3g} / {backward_percent_of_peak:.3g}",
     "x dense": "{times_sdpa_dense:.3g}", "x documents": "{times_sdpa_documents:.3g}",
@@ -220,7 +201,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         chosen = chosen.reindex(columns=names)  # so that a color stands for one backend everywhere
         # The bars are of the length at which most mixes were measured.
         at = max(chosen.index.get_level_values("T"), key=lambda T: (len(chosen.loc[T]), T), default=0)
-        draw_bars(panels[0], chosen.loc[at] if at else chosen)
+        tables.draw_bars(panels[0], chosen.loc[at] if at else chosen)
         panels[0].set(title=f"T = {at:,}, D = {head_dim}", ylabel="TFLOP/s by exact area")
         for panel, mix in zip(panels[1:], series, strict=True):
             chosen.xs(mix, level="mix").plot(ax=panel, style="o-", logx=True, legend=False, ylim=(0, None))
@@ -230,7 +211,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         first = measured.iloc[0]
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
         figure.suptitle(f"Hybrid attention, forward + backward, {first.H} heads, {first.dtype}, {first.hardware}")
-    save_figure(figure, path, bottom=0.25 / size[1] + 0.03)
+    tables.save_figure(figure, path, bottom=0.25 / size[1] + 0.03)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tables
 import timing
 import torch
 from PIL import Image
-from tables import Row, describe, markdown_table, write_csv, write_markdown
+from tables import Row
 
 from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import KeyedPack, draw
@@ -69,9 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             groups = [loader_stages(Path(scratch) / "packs"), packing_stages(), preparing_stages(Path(scratch))]
             rows = [row for group in groups for row in time_group(group, options.seconds)]
-        write_csv(rows, options.out / "data.csv")
-        title, source = "# The feed, on one core", f"{describe(rows[0])} Files in the page cache."
-        write_markdown(options.out / "data.md", title, source, markdown_table(rows, COLUMNS), NOTES)
+        tables.write_report(options.out / "data", "The feed, on one core", rows, COLUMNS, NOTES)
         return True
 
     return timing.run_benchmark("data_bench", options, measure)

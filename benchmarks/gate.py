@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from timing import NOT_MEASURED, Step, Timing, autograd_step, peak_bytes, time_steps
+from timing import NOT_MEASURED, Step, Timing, allocated_bytes, autograd_step, time_steps
 from torch import Tensor
 from torch.utils import benchmark
 from triton.errors import TritonError
@@ -23,7 +23,8 @@ Gate = Callable[[Results], str | None]
 # Errors that a backend may raise for a shape that it cannot do. NotImplementedError and running out of memory are
 # RuntimeErrors.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
-_OVER_BUDGET = "time budget"
+_OVER_BUDGET = f"{NOT_MEASURED}: time budget"
+_OUT_OF_MEMORY = "out of memory"
 
 
 class Size(NamedTuple):
@@ -133,8 +134,9 @@ def compare(
         The outcome of each backend, in order, and the timing of the other steps.
     """
     device, others = inputs[0].device, others or {}
-    reasons = {c.name: _OVER_BUDGET if time.monotonic() > deadline else c.missing for c in candidates}
-    outcomes = {name: left_out(reason) for name, reason in reasons.items() if reason}
+    outcomes = {c.name: Outcome(f"{NOT_MEASURED}: {c.missing}") for c in candidates if c.missing}
+    if time.monotonic() > deadline:
+        outcomes = {c.name: Outcome(_OVER_BUDGET) for c in candidates}
     able = [c for c in candidates if c.name not in outcomes]
     held = gate() if able else None
     timings: dict[str, Timing] = {}
@@ -144,7 +146,7 @@ def compare(
         steps: dict[str, Step] = {}
         for candidate in group:
             late = time.monotonic() > deadline
-            checked = left_out(_OVER_BUDGET) if late else _check(candidate, held, inputs, upstream)
+            checked = Outcome(_OVER_BUDGET) if late else _check(candidate, held, inputs, upstream)
             if isinstance(checked, Outcome):
                 outcomes[candidate.name] = checked
             else:
@@ -172,42 +174,29 @@ def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream:
 
 
 def _finish(candidate: Candidate, step: Step, timing: Timing, device: torch.device, time_prepare: bool) -> Outcome:
-    prepare_ms = None
+    call = {"prepare": candidate.prepare}
+    timer = benchmark.Timer("prepare()", globals=call, num_threads=torch.get_num_threads())
     try:
-        peak_mib = peak_bytes(step, device) / 2**20
-        if time_prepare:
-            timer = benchmark.Timer(
-                "prepare()", globals={"prepare": candidate.prepare}, num_threads=torch.get_num_threads()
-            )
-            prepare_ms = 1e3 * timer.timeit(3).mean
+        _, peak = allocated_bytes(lambda: step()(), device)
+        prepare_ms = 1e3 * timer.timeit(3).mean if time_prepare else None
     except FAILURES as error:
         return _broken(candidate, error)
-    return Outcome(f"ok: {candidate.ungated}" if candidate.ungated else "ok", timing, peak_mib, prepare_ms)
-
-
-def left_out(reason: str) -> Outcome:
-    """Return the outcome of a backend that was not measured for this reason."""
-    return Outcome(f"{NOT_MEASURED}: {reason}")
+    return Outcome(f"ok: {candidate.ungated}" if candidate.ungated else "ok", timing, peak / 2**20, prepare_ms)
 
 
 def _broken(candidate: Candidate, error: Exception) -> Outcome:
     """Return the outcome of an error: a failure of ours, but not for a missing kernel or too little memory."""
     reason = failure_reason(error)
-    if isinstance(error, NotImplementedError) or is_out_of_memory(error) or not candidate.is_ours:
-        return left_out(reason)
+    if isinstance(error, NotImplementedError) or reason == _OUT_OF_MEMORY or not candidate.is_ours:
+        return Outcome(f"{NOT_MEASURED}: {reason}")
     return Outcome(f"FAILED: {reason}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or the host had too little memory."""
-    # The CPU allocator has no exception of its own.
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def failure_reason(error: BaseException) -> str:
     """Return one line for a table."""
-    if is_out_of_memory(error):
-        return "out of memory"
+    # The CPU allocator has no exception of its own.
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
+        return _OUT_OF_MEMORY
     if isinstance(error, NotImplementedError):
         return str(error)
     first_line = (str(error).strip().splitlines() or ["no message"])[0]

@@ -32,9 +32,10 @@ import mixes
 import offline
 import pandas as pd
 import pointwise_report
+import tables
 import triton
 from matplotlib import pyplot as plt
-from tables import Row, draw_bars, list_broken, markdown_table, save_figure, write_csv, write_markdown
+from tables import Row
 
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES
 
@@ -48,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    widths = attention_report.WIDTHS
-    parser.add_argument("--head-dims", type=int, nargs="+", default=widths, choices=widths, help="128 includes 96")
+    dims = attention_report.ALL_HEAD_DIMS
+    parser.add_argument("--head-dims", type=int, nargs="+", default=dims, choices=dims, help="of attention")
     parser.add_argument("--rules-only", action="store_true", help="compile and read no more than the rules need")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     options = parser.parse_args(arguments)
@@ -60,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         names = pointwise_report.variants(options.archs, options.rules_only)
         pointwise = pool.map(pointwise_report.row_of, names, chunksize=1)
     areas, estimates = attention_report.area_rows(options.archs), attention_report.estimate_rows(kernels)
-    tables = {"kernels": kernels, "areas": areas, "estimates": estimates, "pointwise": pointwise}
-    for name, rows in tables.items():
-        write_csv(rows, options.out / f"{name}.csv")
+    files = {"kernels": kernels, "areas": areas, "estimates": estimates, "pointwise": pointwise}
+    for name, rows in files.items():
+        tables.write_csv(rows, options.out / f"{name}.csv")
     parts = [*markdown(kernels, areas, estimates), *pointwise_report.markdown(pointwise)]
-    write_markdown(options.out / "kernel_report.md", *parts)
+    tables.write_markdown(options.out / "kernel_report.md", *parts)
     draw(kernels, areas, options.out / "kernel_report.png")
     broken = [row for row in (*kernels, *pointwise) if row["broken_rules"]]
     for row in broken:
@@ -83,19 +84,19 @@ def markdown(kernels: Sequence[Row], areas: Sequence[Row], estimates: Sequence[R
         f"Compiled offline with triton {triton.__version__}; nothing here ran on a GPU.",
         *(_assembler(arch) for arch in sorted({row["arch"] for row in kernels})),
         "## Rules",
-        list_broken(kernels),
+        tables.list_broken(kernels),
         "## Resources",
-        markdown_table(kernels, _RESOURCES),
+        tables.markdown_table(kernels, _RESOURCES),
         "What was tried, and what it changed: docs/attention.md.",
         "## Inner loops on sm_90, bf16",
         _LOOPS_LEGEND,
-        markdown_table(hopper, _LOOPS),
+        tables.markdown_table(hopper, _LOOPS),
         "## Visited area",
         _AREAS_LEGEND,
         _area_table(areas),
         "## Estimated times",
         attention_report.ESTIMATES_LEGEND,
-        markdown_table(estimates, _ESTIMATES),
+        tables.markdown_table(estimates, _ESTIMATES),
     ]
 
 
@@ -148,7 +149,7 @@ def _area_table(areas: Sequence[Row]) -> str:
         line = lines.setdefault((area["arch"], area["head_dim"], kernel), {"kernel": kernel, "target": target})
         line |= {"D": area["head_dim"], area["mix"]: area["visited_by_flex"]}
     columns = {"": "{kernel}", "target": "{target}", "D": "{D}", **{mix: f"{{{mix}}}" for mix in mixes.NAMES}}
-    return markdown_table(lines.values(), columns)
+    return tables.markdown_table(lines.values(), columns)
 
 
 def draw(kernels: Sequence[Row], areas: Sequence[Row], path: Path) -> None:
@@ -159,7 +160,7 @@ def draw(kernels: Sequence[Row], areas: Sequence[Row], path: Path) -> None:
     chosen = [r for r in chosen if r["head_dim"] in attention_report.HEAD_DIMS]
     labels = [f"{KERNEL_NAMES[r['kernel']]}\nD {r['head_dim']}\ntiles {r['height']}" for r in chosen]
     shares = [[r[f"full_{unit}_cycles"] / r["full_matrix_cycles"] for unit in UNITS] for r in chosen]
-    draw_bars(left, pd.DataFrame(shares, [label.replace(" and ", "\n") for label in labels], UNITS), fontsize=7)
+    tables.draw_bars(left, pd.DataFrame(shares, [label.replace(" and ", "\n") for label in labels], UNITS), fontsize=7)
     left.set(ylabel="cycles of a full step by cycles of its matrix products", ylim=(0, 1.25))
     left.set_title(f"Inner loops on sm_{arch}, bf16, read off the machine code")
     left.legend(loc="upper center", ncols=3)
@@ -167,11 +168,11 @@ def draw(kernels: Sequence[Row], areas: Sequence[Row], path: Path) -> None:
     frame["visible"] = frame.visible / frame.flex_visited
     shares = frame.pivot_table("visited_by_flex", "mix", "direction", sort=False)[["forward", "backward"]]
     shares.insert(0, "visible", frame.groupby("mix").visible.first())
-    draw_bars(right, shares, legend=True)
+    tables.draw_bars(right, shares, legend=True)
     right.axhline(1.0, color="black", linewidth=0.8)
     right.set_ylabel("pairs by pairs of FlexAttention's 128 x 128 blocks")
     right.set_title(f"Visited area on sm_{arch}, D 128, 16,384 positions")
-    save_figure(figure, path)
+    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

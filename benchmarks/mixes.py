@@ -80,7 +80,7 @@ def sample(name: str, total_length: int) -> AttentionLayout:
 
 
 def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
-    """Return the number of pairs that FlexAttention computes: all those in block x block squares with a visible pair."""
+    """Return the pairs that FlexAttention computes: all those in block x block squares with a visible pair."""
     key_start, key_end = (x.cpu().numpy().astype(np.int64) for x in (layout.key_start, layout.key_end))
     rows = np.flatnonzero(key_end > key_start)
     if not len(rows):

@@ -7,8 +7,8 @@ bytes as an op must read and write at least, timed in the same run. Exit status 
 wrong, or one of ours broke.
 
 Rotary embedding and SwiGLU take 16,384 tokens on a GPU and 4,096 on a CPU; q and k are views of one projection to
-queries, keys and values, as in the model. Images are of 256 patches, or of 1 to 1,024, and a patch has 32 numbers (2 x 2
-of 8 latent channels). As in training, the model's prediction has the dtype of the row, and the rest is fp32.
+queries, keys and values, as in the model. Images are of 256 patches, or of 1 to 1,024, and a patch has 32 numbers (2 x
+2 of 8 latent channels). As in training, the model's prediction has the dtype of the row, and the rest is fp32.
 """
 
 import argparse
@@ -23,19 +23,17 @@ if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
 
 import pandas as pd
+import tables
 import timing
 import torch
 import torch.nn.functional as F
-from gate import Candidate, Forward, Outcome, compare, make_gate, run
+from gate import Candidate, Forward, Gate, Outcome, compare, make_gate, run
 from matplotlib import pyplot as plt
-from tables import (
-    Row, describe, draw_bars, list_unmeasured, markdown_table, save_figure, spread, write_csv, write_markdown,
-)  # fmt: skip
-from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Step, Timing
+from tables import Row
+from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Timing
 from torch import Tensor
 
 from transfusion_fast.kernels import reference
-from transfusion_fast.kernels.reference import Rotary
 from transfusion_fast.model import ops
 
 OURS = ("triton", "torch")
@@ -53,10 +51,9 @@ class Setting:
     dtype: torch.dtype
     tiny: bool
 
-    @property
-    def tokens(self) -> int:
-        """The number of tokens of rotary embedding and SwiGLU."""
-        return 64 if self.tiny else 16384 if self.device.type == "cuda" else 4096
+    def pick(self, tiny: int, cpu: int, gpu: int) -> int:
+        """Return the size for this device."""
+        return tiny if self.tiny else gpu if self.device.type == "cuda" else cpu
 
     def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return normal noise, different for each seed."""
@@ -66,20 +63,19 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One op at one shape and dtype, on one device."""
+    """One op at one shape and dtype, on one device; all functions take the inputs, which require gradients.
+
+    `specification` is the reference for inputs in fp64, `ours` also takes `backend`, and `plain` is the op as one would
+    write it in PyTorch. `least` are the bytes that forward and backward must move: each input and each output once.
+    """
 
     op: str
     shape: str
     inputs: tuple[Tensor, ...]
-    """They require gradients."""
     specification: Forward
-    """The reference, as a function of the inputs in fp64."""
-    ours: Callable[..., Forward]
-    """The op, as a function of the inputs and `backend`."""
+    ours: Callable[..., Tensor | tuple[Tensor, ...]]
     plain: Forward
-    """The op as one would write it in PyTorch."""
     least: tuple[int, int]
-    """Bytes that forward and backward must read or write: each input and each output once."""
 
 
 def bytes_of(*tensors: Tensor) -> int:
@@ -89,7 +85,7 @@ def bytes_of(*tensors: Tensor) -> int:
 
 def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
     """Return rotary embedding of H query heads and G key heads of D numbers."""
-    T = setting.tokens
+    T = setting.pick(64, 4096, 16384)
     projection = setting.normal(0, T, H + 2 * G, D)
     q, k = projection[:, :H], projection[:, H : H + G]
     weights = [1 + 0.1 * setting.normal(seed, D) for seed in (1, 2)] if norm else []
@@ -101,33 +97,30 @@ def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
     def named(weights: Sequence[Tensor]) -> dict[str, Tensor]:
         return dict(zip(("q_weight", "k_weight"), weights, strict=False))
 
+    def plain(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Rotate in the precision of q and k throughout."""
+        cos, sin = (angles[:, None].to(q.dtype) for angles in table)
+        rotated = []
+        for x, weight in zip((q, k), weights or (None, None), strict=True):
+            x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, EPS)
+            first, second = x.chunk(2, dim=-1)
+            rotated.append(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
+        return tuple(rotated)
+
     return Problem(
         op="rope with norm" if norm else "rope",
         shape=f"T={T} H={H} G={G} D={D}",
         inputs=tuple(x.detach().requires_grad_() for x in (q, k, *weights)),
         specification=lambda q, k, *w: reference.rope(q, k, table, **named(w)),
         ours=lambda q, k, *w, backend: ops.rope(q, k, table, **named(w), backend=backend),
-        plain=partial(_plain_rope, table),
+        plain=plain,
         least=least,
     )
 
 
-def _plain_rope(table: Rotary, q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate in the precision of q and k throughout."""
-    cos, sin = (angles[:, None].to(q.dtype) for angles in table)
-
-    def rotated(x: Tensor, weight: Tensor | None) -> Tensor:
-        x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, EPS)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-    q_weight, k_weight = weights or (None, None)
-    return rotated(q, q_weight), rotated(k, k_weight)
-
-
 def swiglu(setting: Setting, fused: bool) -> Problem:
     """Return SwiGLU of two tensors [T, F], or of one [T, 2F] that holds both."""
-    T, width = setting.tokens, 256 if setting.tiny else 4096 if setting.device.type == "cuda" else 1408
+    T, width = setting.pick(64, 4096, 16384), setting.pick(256, 1408, 4096)
     both = setting.normal(0, T, 2 * width)
     tensors = (both,) if fused else tuple(x.contiguous() for x in both.chunk(2, dim=-1))
     half = bytes_of(both) // 2
@@ -152,7 +145,7 @@ def swiglu(setting: Setting, fused: bool) -> Problem:
 
 def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
     """Return the error of each image; with `flow`, the target is noise less latents, else a tensor."""
-    count = 4 if setting.tiny else 512 if setting.device.type == "cuda" else 64
+    count = setting.pick(4, 64, 512)
     lengths = torch.full((count,), 256)
     if ragged:
         lengths = torch.randint(1, 1025, (count,), generator=torch.Generator().manual_seed(0))
@@ -210,85 +203,63 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1, help="to time each backend for (default: 1)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, in seconds")
     options = parser.parse_args(arguments)
-    measure = partial(_measure, options)
-    return timing.run_benchmark(
-        "pointwise_bench", options, lambda device: all([measure(device, name) for name in options.reports])
-    )
+    return timing.run_benchmark("pointwise_bench", options, partial(_measure, options))
 
 
-def _measure(options: argparse.Namespace, device: torch.device, name: str) -> bool:
-    """Measure one report; return whether nothing failed. The CSV file is up to date after each problem."""
-    title, problems = REPORTS[name]
+def _measure(options: argparse.Namespace, device: torch.device) -> bool:
+    """Measure the reports; return whether nothing failed. A CSV file is up to date after each problem."""
     machine = timing.describe_machine(device)
-    rows: list[Row] = []
-    for dtype in options.dtypes:
-        for make in problems:
+    failed = False
+    for name in options.reports:
+        title, problems = REPORTS[name]
+        rows: list[Row] = []
+        for dtype, make in ((dtype, make) for dtype in options.dtypes for make in problems):
             problem = make(Setting(device, DTYPES[dtype], options.quick))
             rows += make_rows(problem, *measure_problem(problem, options.backends, options.seconds), machine)
-            write_csv(rows, options.out / f"{name}.csv")
+            tables.write_csv(rows, options.out / f"{name}.csv")
             print(f"pointwise_bench: {problem.op}, {problem.shape}, {dtype}: done", file=sys.stderr)
-    measured = [row for row in rows if row["status"] == "ok"]
-    write_markdown(
-        options.out / f"{name}.md",
-        f"# {title}",
-        describe(rows[0]),
-        f"![Share of a copy's rate]({name}.png)",
-        markdown_table(measured, COLUMNS),
-        NOTES,
-        list_unmeasured(rows, "{op}, {backend}", "{shape}, {dtype}"),
-    )
-    draw(measured, title, options.out / f"{name}.png")
-    return not any(row["status"].startswith("FAILED") for row in rows)
+        draw([row for row in rows if row["status"] == "ok"], title, options.out / f"{name}.png")
+        unmeasured = tables.list_unmeasured(rows, "{op}, {backend}", "{shape}, {dtype}")
+        tables.write_report(options.out / name, title, rows, COLUMNS, NOTES, unmeasured)
+        failed |= any(row["status"].startswith("FAILED") for row in rows)
+    return not failed
 
 
 def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -> tuple[dict[str, Outcome], Timing]:
-    """Return the outcome of every backend, and the time of the copies."""
-    device = problem.inputs[0].device
-    upstream = _upstream(problem)
-    missing = {"triton": NEEDS_CUDA} if device.type == "cpu" else {}
-    candidates = [
-        Candidate(name, partial(_forward, name, problem), name in OURS, missing.get(name)) for name in backends
-    ]
-
-    def gate():
-        exact = [x.detach().double().requires_grad_() for x in problem.inputs]
-        references = run(problem.specification, exact, [x.double() for x in upstream])
-        gradients = [f"the gradient of input {number}" for number in range(len(exact))]
-        names = [*(f"output {number}" for number in range(len(upstream))), *gradients]
-        return make_gate(names, references, run(problem.plain, problem.inputs, upstream))
-
-    copies = {"copy": _copies(problem.least, device)}
-    outcomes, timings = compare(candidates, problem.inputs, upstream, gate, seconds, others=copies)
-    return outcomes, timings["copy"]
-
-
-def _forward(name: str, problem: Problem) -> Forward:
-    if name in OURS:
-        return partial(problem.ours, backend=name)
-    if name == PLAIN:
-        return problem.plain
-    torch.compiler.reset()  # so that every problem is compiled for its own shape
-    return torch.compile(problem.plain, dynamic=False)
-
-
-def _upstream(problem: Problem) -> tuple[Tensor, ...]:
-    """Return gradients of the outputs."""
+    """Return the outcome of every backend, and the time of copies of as many bytes as each pass moves at least."""
+    inputs, device = problem.inputs, problem.inputs[0].device
     with torch.no_grad():
-        outputs = problem.plain(*problem.inputs)
+        outputs = problem.plain(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    return tuple(torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype) for x in outputs)
+    generator = torch.Generator(device).manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype) for x in outputs]
 
+    def prepare(name: str) -> Forward:
+        if name in OURS:
+            return partial(problem.ours, backend=name)
+        if name == PLAIN:
+            return problem.plain
+        torch.compiler.reset()  # so that every problem is compiled for its own shape
+        return torch.compile(problem.plain, dynamic=False)
 
-def _copies(least: tuple[int, int], device: torch.device) -> Step:
-    """Return the step that copies as many bytes as each pass moves at least: half are read, half are written."""
-    forward, backward = (torch.zeros(2, count // 2, dtype=torch.uint8, device=device) for count in least)
+    def gate() -> Gate:
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        references = run(problem.specification, exact, [x.double() for x in upstream])
+        names = [f"output {number}" for number in range(len(upstream))]
+        names += [f"the gradient of input {number}" for number in range(len(inputs))]
+        return make_gate(names, references, run(problem.plain, inputs, upstream))
 
-    def step() -> Callable[[], object]:
+    # Half of the bytes are read, half are written.
+    forward, backward = (torch.zeros(2, count // 2, dtype=torch.uint8, device=device) for count in problem.least)
+
+    def copy() -> Callable[[], object]:
         forward[0].copy_(forward[1])
         return lambda: backward[0].copy_(backward[1])
 
-    return step
+    missing = {"triton": NEEDS_CUDA} if device.type == "cpu" else {}
+    candidates = [Candidate(name, partial(prepare, name), name in OURS, missing.get(name)) for name in backends]
+    outcomes, timings = compare(candidates, inputs, upstream, gate, seconds, others={"copy": copy})
+    return outcomes, timings["copy"]
 
 
 def make_rows(
@@ -317,8 +288,8 @@ def make_rows(
 
 
 COLUMNS = {
-    "op": "{op}", "shape": "{shape}", "dtype": "{dtype}", "backend": "{backend}", "forward ms": spread("forward"),
-    "backward ms": spread("backward"), "GB/s": "{forward_gbs:.3g} / {backward_gbs:.3g}",
+    "op": "{op}", "shape": "{shape}", "dtype": "{dtype}", "backend": "{backend}",
+    "forward ms": tables.spread("forward"), "backward ms": tables.spread("backward"), "GB/s": "{forward_gbs:.3g} / {backward_gbs:.3g}",
     "of a copy's rate": "{forward_of_copy:.2f} / {backward_of_copy:.2f}", "MiB": "{peak_mib:.3g}",
     "x plain": "{times_plain:.2f}",
 }  # fmt: skip
@@ -332,20 +303,17 @@ that others use too, only the ratios mean anything, and not even those where the
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw a panel for each pass, with a group of bars for each problem and a color for each backend."""
-    frame = pd.DataFrame(rows, columns=list(rows[0]) if rows else [])
     figure, panels = plt.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 1.8), sharey=True)
+    frame = pd.DataFrame([row | {"problem": "{op}, {shape}, {dtype}".format_map(row)} for row in rows])
     for panel, name in zip(panels, PASSES, strict=True):
-        shares = frame
-        if rows:
-            problems = frame.op + ", " + frame["shape"] + ", " + frame.dtype
-            shares = frame.assign(problem=problems).pivot_table(f"{name}_of_copy", "problem", "backend", sort=False)
-        draw_bars(panel, shares, horizontal=True, legend=panel is panels[1])
+        share = f"{name}_of_copy"
+        shares = frame.pivot_table(share, "problem", "backend", sort=False) if rows else frame
+        tables.draw_bars(panel, shares, horizontal=True, legend=panel is panels[1])
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xlabel(f"{name}: share of a copy's rate")
-    if rows:
-        panels[0].invert_yaxis()
-        figure.suptitle(f"{title}, {rows[0]['hardware']}")
-    save_figure(figure, path)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{title}, {rows[0]['hardware']}" if rows else title)
+    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

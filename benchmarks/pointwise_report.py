@@ -130,8 +130,7 @@ class Case:
     @property
     def arguments(self) -> list[str]:
         """The arguments of a launch, in order, whose values the compiler does not know."""
-        parameters = zip(self.function.arg_names, self.function.params, strict=True)
-        return [name for name, p in parameters if not p.is_constexpr and name not in self.constants]
+        return [name for name in self.function.arg_names if name not in self.constants]
 
     @property
     def aligned(self) -> set[str]:

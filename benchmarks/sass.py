@@ -170,7 +170,7 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
         node = source
         while node not in (header, 0, None):
             node = dominators.get(node)
-        if node == header <= source:
+        if node == header <= source and (source == 0 or source in dominators):
             latches.setdefault(header, []).append(source)
     found = []
     for header, sources in sorted(latches.items()):

@@ -10,15 +10,15 @@ layer, forward and backward. On a CPU all of these take turns, each right after 
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from unittest.mock import patch
 
 if __name__ == "__main__":
@@ -28,12 +28,13 @@ if __name__ == "__main__":
 
 import mixes
 import pandas as pd
+import tables
 import timing
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from tables import Row, describe, draw_bars, markdown_table, save_figure, spread, write_csv, write_markdown
-from timing import Step, Timing, kept_bytes, peak_bytes
+from tables import Row
+from timing import Step, Timing, allocated_bytes
 from torch import Tensor, nn
 from torch.utils import benchmark
 
@@ -48,7 +49,6 @@ from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.ranks import keep_freed_memory
 
 DTYPES = {name: timing.DTYPES[name] for name in ("bf16", "fp32")}
-CHECKPOINTING = ("none", "selective", "full")
 TEXT_TOKENS, CHANNELS = 256, 16
 PATCHES = 64  # of an image of the ragged documents: 8 x 8
 RAGGED_PRESET = "mini"  # made for CPUs; the other presets are sizes of the paper
@@ -61,12 +61,9 @@ _MATMULS = 10
 
 # Documents as a model takes them: integers are text, [patches, C] numbers an image.
 Documents = list[list[Tensor]]
-# A step that is ready to be timed, and the columns of its row that are known before.
-Prepared = tuple[Row, Step]
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way to run the model."""
 
     dtype: str
@@ -113,61 +110,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> bool:
-    preset = options.preset or ("0.37b" if device.type == "cuda" else RAGGED_PRESET)
+    cpu = device.type == "cpu"
+    preset, ours = options.preset or (RAGGED_PRESET if cpu else "0.37b"), "torch" if cpu else "triton"
     documents = ragged_documents() if preset == RAGGED_PRESET else mix_documents("mixed", mixes.FIXED_LENGTH)
-    if device.type == "cpu":
+    if cpu:
         keep_freed_memory()
-    ours = "triton" if device.type == "cuda" else "torch"
     check_losses(preset, documents, device, ours)
-    variants = [variant for dtype in options.dtypes for variant in _variants(dtype, ours)]
-    makers = {str(v): partial(_prepare, v, preset, documents, device) for v in variants}
+    facts: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for variant in [variant for dtype in options.dtypes for variant in variants(dtype, ours)]:
+        print(f"{variant}: preparing", file=sys.stderr)
+        steps[str(variant)], facts[str(variant)] = _prepare(variant, preset, documents, device)
     if options.peer:
-        makers[PEER] = partial(prepare_peer, preset, documents, device)
-    prepared: list[Prepared] = []
-    for name, make in makers.items():
-        print(f"{name}: preparing", file=sys.stderr)
-        prepared.append(make())
-    steps = {facts["name"]: step for facts, step in prepared} | _matmuls(device)
-    timings = timing.time_steps(steps, device, options.seconds, rehearse=True)
+        name, step, peer_facts = prepare_peer(preset, documents, device)
+        steps[name], facts[name] = step, peer_facts
+    timings = timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
     rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timings[dtype].total / 1e6 for dtype in DTYPES}
     machine = timing.describe_machine(device)
-    rows = [make_row(facts, timings[facts["name"]], rates, machine) for facts, _ in prepared]
-    write_csv(rows, options.out / "step.csv")
-    write_markdown(
-        options.out / "step.md",
-        "# Whole training steps",
-        f"{describe(rows[0])} Preset {preset}, {rows[0]['tokens']:,} tokens in one micro-batch. Forward, backward and "
-        "AdamW. Losses of all rows were equal to 1e-5 in fp32 before anything was timed.",
-        "![Tokens a second](step.png)",
-        markdown_table([row | {"millions": row["parameters"] / 1e6} for row in rows], COLUMNS),
-        NOTES.format(*MATMUL),
-    )
+    rows = [make_row({"name": name, "preset": preset, **facts[name]}, timings[name], rates, machine) for name in steps]
     draw(rows, options.out / "step.png")
+    about = f"Preset {preset}, {rows[0]['tokens']:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
+    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about.format(*MATMUL))
     return True
 
 
-def _variants(dtype: str, ours: str) -> list[Variant]:
+def variants(dtype: str, ours: str) -> list[Variant]:
     """Return plain PyTorch, then ours."""
-    settings = [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING]
+    settings = [Variant(dtype, ours, checkpointing=c) for c in ("none", "selective", "full")]
     return [Variant(dtype, PLAIN), *settings, Variant(dtype, ours, compiled=True)]
 
 
-def ragged_documents(count: int = 24, seed: int = 0) -> Documents:
+def ragged_documents(count: int = 24) -> Documents:
     """Return documents of 4 to 160 text tokens; every other one ends in an image of 8 x 8 patches."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     documents: Documents = []
     for number in range(count):
         length = int(torch.randint(4, 161, (), generator=generator))
-        documents.append([_text(length, generator)])
+        documents.append([torch.randint(0, TEXT_TOKENS, (length,), generator=generator)])
         if number % 2 == 0:
             documents[-1].append(torch.randn(PATCHES, CHANNELS, generator=generator))
     return documents
 
 
-def mix_documents(mix: str, length: int, seed: int = 0) -> Documents:
+def mix_documents(mix: str, length: int) -> Documents:
     """Return the documents of a mix; their special tokens take positions that the mix gives to text."""
     lengths, spans = mixes.fixed(mix) if length == mixes.FIXED_LENGTH else mixes.generate(mix, length)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     documents, start = [], 0
     for size in lengths:
         own = [(at, patches) for at, patches in spans if start <= at < start + size]
@@ -178,14 +166,10 @@ def mix_documents(mix: str, length: int, seed: int = 0) -> Documents:
             if number % 2:
                 document.append(torch.randn(end - first, CHANNELS, generator=generator))
             elif end - first > 2:
-                document.append(_text(end - first - 2, generator))
+                document.append(torch.randint(0, TEXT_TOKENS, (end - first - 2,), generator=generator))
         documents.append(document)
         start += size
     return documents
-
-
-def _text(length: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, TEXT_TOKENS, (length,), generator=generator)
 
 
 def make_batch(model: Transfusion, documents: Documents) -> PackedBatch:
@@ -204,7 +188,12 @@ def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusi
         backend="reference" if variant.backend == PLAIN else variant.backend,
         activation_checkpointing=variant.checkpointing,
     )
-    return Transfusion(config).to(device, DTYPES[variant.dtype])
+    model = Transfusion(config).to(device, DTYPES[variant.dtype])
+    if variant.compiled:
+        torch.compiler.reset()  # so that the blocks are compiled for one shape
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
 
 
 def _forward(model: Transfusion, variant: Variant, batch: PackedBatch) -> Losses:
@@ -227,25 +216,12 @@ def _mask(layout: AttentionLayout) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)  # padding must see something, or its softmax is NaN
 
 
-def _compile(model: Transfusion) -> None:
-    """Compile the blocks for one shape, without what was compiled before."""
-    torch.compiler.reset()
-    for block in model.blocks:
-        block.compile(dynamic=False)
-
-
 def check_losses(preset: str, documents: Documents, device: torch.device, ours: str) -> None:
-    """Check that every way to run the model gives the reference's losses in fp32.
-
-    Raises:
-        InputError: losses differ.
-    """
-    checked = [Variant("fp32", backend) for backend in dict.fromkeys(["reference", ours, "torch", PLAIN])]
+    """Raise InputError unless every way to run the model gives the reference's losses in fp32."""
+    backends = dict.fromkeys(["reference", ours, "torch", PLAIN])
     losses = {}
-    for variant in [*checked, Variant("fp32", ours, compiled=True)]:
+    for variant in [*(Variant("fp32", backend) for backend in backends), Variant("fp32", ours, compiled=True)]:
         model = make_model(preset, variant, device)
-        if variant.compiled:
-            _compile(model)
         found = _forward(model, variant, make_batch(model, documents[:24]).to(device))
         losses[str(variant)] = torch.stack([found.text, found.diffusion]).detach()
     expected = losses["fp32 reference"]
@@ -283,28 +259,37 @@ def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.device) -> Prepared:
+def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.device) -> tuple[Step, Row]:
+    """Return a step that is ready to be timed, and what is known about it before."""
     model = make_model(preset, variant, device)
     batch = make_batch(model, documents).to(device)
-    _forward(model, variant, batch)  # makes the plans of the batch
-    kept = None if variant.compiled else kept_bytes(lambda: _forward(model, variant, batch).total, device)
-    if variant.compiled:
-        _compile(model)
     step = _train_step(model, lambda: _forward(model, variant, batch).total)
     times = [benchmark.timer()]
     for _ in range(2):
         step()()
         times.append(benchmark.timer())
     first, second = (end - start for start, end in pairwise(times))
-    facts = {
-        "name": str(variant), "preset": preset, "dtype": variant.dtype, "parameters": _count(model),
-        "tokens": batch.num_tokens, "flops": model_flops(model, batch), "peak_bytes": peak_bytes(step, device),
-        "kept_bytes": kept, "compile_s": first - second if variant.compiled else None,
+    return step, {
+        "dtype": variant.dtype, "parameters": _count(model), "tokens": batch.num_tokens,
+        "flops": model_flops(model, batch), "peak_bytes": allocated_bytes(lambda: step()(), device)[1],
+        "kept_bytes": None if variant.compiled else kept_bytes(lambda: _forward(model, variant, batch).total, device),
+        "compile_s": first - second if variant.compiled else None,
     }  # fmt: skip
-    return facts, step
 
 
-def prepare_peer(preset: str, documents: Documents, device: torch.device) -> Prepared:
+def kept_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Return the bytes that `forward` allocates and that live as long as its result: what backward needs."""
+
+    def collected() -> Tensor:
+        out = forward()
+        gc.collect()
+        return out
+
+    gc.collect()
+    return allocated_bytes(collected, device)[0]
+
+
+def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tuple[str, Step, Row]:
     """Prepare the other package's model in fp32: our width and heads, and the depth with the closest parameter count.
 
     Raises:
@@ -318,21 +303,22 @@ def prepare_peer(preset: str, documents: Documents, device: torch.device) -> Pre
     ours = make_model(preset, Variant("fp32", "torch"), torch.device("cpu"))
 
     def build(depth: int) -> nn.Module:
+        torch.manual_seed(0)
         transformer = {"dim": config.dim, "depth": depth, "heads": config.num_heads, "dim_head": config.head_dim}
         sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": CHANNELS, "modality_default_shape": (PATCHES,)}
         return Peer(**sizes, transformer=transformer)
 
     depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
-    torch.manual_seed(0)
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
     step = _train_step(model, lambda: model(moved))
-    facts = {
-        "name": f"fp32 {PEER}, depth {depth}", "preset": preset, "dtype": "fp32", "parameters": _count(model),
-        "tokens": make_batch(ours, documents).num_tokens, "flops": None, "peak_bytes": peak_bytes(step, device),
-        "kept_bytes": None, "compile_s": None,
-    }  # fmt: skip
-    return facts, step
+    facts = {"dtype": "fp32", "parameters": _count(model), "tokens": make_batch(ours, documents).num_tokens}
+    unknown = {"flops": None, "kept_bytes": None, "compile_s": None}
+    return (
+        f"fp32 {PEER}, depth {depth}",
+        step,
+        {**facts, **unknown, "peak_bytes": allocated_bytes(lambda: step()(), device)[1]},
+    )
 
 
 def _matmuls(device: torch.device) -> dict[str, Step]:
@@ -374,45 +360,41 @@ def make_row(facts: Row, times: Timing, rates: Mapping[str, float], machine: Map
     peak_gflops = peak_tflops * 1e3 if peak_tflops and dtype != "fp32" else rates[dtype]
     flops, kept = facts["flops"], facts["kept_bytes"]
     return {
-        "op": "step",
-        **{name: facts[name] for name in ("name", "preset", "dtype", "parameters", "tokens")},
-        **times.columns("_ms"),
-        "tokens_per_s": tokens / seconds,
-        "weight_gflops": weight_gflops,
-        "matmul_gflops": rates[dtype],
-        "share_of_matmul": weight_gflops / rates[dtype],
+        "op": "step", **{name: facts[name] for name in ("name", "preset", "dtype", "parameters", "tokens")},
+        **times.columns("_ms"), "tokens_per_s": tokens / seconds, "weight_gflops": weight_gflops,
+        "matmul_gflops": rates[dtype], "share_of_matmul": weight_gflops / rates[dtype],
         "share_of_fp32_matmul": weight_gflops / rates["fp32"],
         "mfu": None if flops is None else flops / seconds / 1e9 / peak_gflops,
-        "peak_mib": facts["peak_bytes"] / 2**20,
-        "kept_bytes_per_token": None if kept is None else kept / tokens,
-        "compile_s": facts["compile_s"],
-        **machine,
-    }
+        "peak_mib": facts["peak_bytes"] / 2**20, "kept_bytes_per_token": None if kept is None else kept / tokens,
+        "compile_s": facts["compile_s"], **machine,
+    }  # fmt: skip
 
 
 COLUMNS = {
-    "step": "{name}", "parameters (M)": "{millions:.2f}", "forward ms": spread("forward", ".0f", "_ms"),
-    "backward and optimizer ms": spread("backward", ".0f", "_ms"), "tokens/s": "{tokens_per_s:,.0f}",
+    "step": "{name}", "parameters": "{parameters:,}", "forward ms": tables.spread("forward", ".0f", "_ms"),
+    "backward and optimizer ms": tables.spread("backward", ".0f", "_ms"), "tokens/s": "{tokens_per_s:,.0f}",
     "of the matmul rate in its dtype": "{share_of_matmul:.1%}", "of the fp32 matmul rate": "{share_of_fp32_matmul:.2f}",
     "MFU": "{mfu:.1%}", "peak MiB": "{peak_mib:,.0f}",
     "kept for backward, bytes a token": "{kept_bytes_per_token:,.0f}", "compilation s": "{compile_s:.1f}",
 }  # fmt: skip
 NOTES = """\
-Times are medians (20th to 80th percentile); a dash stands for what was not measured. The matmul rate is that of a linear
-layer, forward and backward, at [{0}, {1}] x [{1}, {2}] in the same run; a step's is 6 FLOPs a parameter and token. MFU
-counts each use of a weight and each visible pair, as a share of the GPU's peak or, where that is unknown, of the matmul
-rate. Peak memory is what a step takes beyond weights and the optimizer's state. Compilation starts without a cache; the
-first row that compiles also pays for starting the compiler. Of the times of a CPU that others use too, only the ratios
-mean anything, and not even those where the spread is wide."""
+Losses of all rows were equal to 1e-5 in fp32 before anything was timed. Times are medians (20th to 80th percentile); a
+dash stands for what was not measured. The matmul rate is that of a linear layer, forward and backward, at [{0}, {1}] x
+[{1}, {2}] in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each visible
+pair, as a share of the GPU's peak or, where that is unknown, of the matmul rate. Peak memory is what a step takes
+beyond weights and the optimizer's state. Compilation starts without a cache; the first row that compiles also pays for
+starting the compiler. Of the times of a CPU that others use too, only the ratios mean anything, and not even those
+where the spread is wide."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the tokens a second of each step, in a color for each dtype."""
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).pivot_table("tokens_per_s", "name", "dtype", sort=False)
     figure, panel = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
-    draw_bars(panel, frame.pivot_table("tokens_per_s", "name", "dtype", sort=False), horizontal=True, stacked=True)
+    tables.draw_bars(panel, frame, horizontal=True, stacked=True, color=["C0", "C1"])
+    panel.invert_yaxis()
     panel.set_xlabel(f"tokens a second, {rows[0]['preset']}, {rows[0]['hardware']}")
-    save_figure(figure, path)
+    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -61,16 +61,21 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     pd.DataFrame(cells, dtype=object).to_csv(path, index=False)  # objects: an integer beside None stays an integer
 
 
+def write_report(path: Path, title: str, rows: Sequence[Row], columns: Mapping[str, str], *notes: str) -> None:
+    """Write PATH.csv, and PATH.md with a table of the measured rows below PATH.png, if there is one."""
+    write_csv(rows, path.with_suffix(".csv"))
+    machine = "{hardware}; torch {torch}, triton {triton}, flash-attn {flash_attn}; revision {git}.".format_map(rows[0])
+    measured = [row for row in rows if row.get("status", "ok").startswith("ok")]
+    table = markdown_table(measured, columns) if measured else "Nothing was measured."
+    picture = f"![{title}]({path.name}.png)" if path.with_suffix(".png").exists() else ""
+    write_markdown(path.with_suffix(".md"), f"# {title}", machine, picture, table, *notes)
+
+
 def write_markdown(path: Path, *parts: str) -> None:
     """Write paragraphs, leaving out empty ones, and print them."""
     text = "\n\n".join(part for part in parts if part) + "\n"
     path.write_text(text, encoding="utf-8")
     print(text)
-
-
-def describe(row: Row) -> str:
-    """Return the sentence about the machine that a report starts with."""
-    return "{hardware}; torch {torch}, triton {triton}, flash-attn {flash_attn}; revision {git}.".format_map(row)
 
 
 def draw_bars(panel: Axes, frame: pd.DataFrame, *, horizontal: bool = False, **options: Any) -> None:

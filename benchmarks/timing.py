@@ -6,15 +6,13 @@ programs slow all of them equally; only ratios of such times are worth quoting.
 """
 
 import argparse
-import gc
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +56,7 @@ class Quantiles(NamedTuple):
     p80: float
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """The times of a step's two passes over the same repeats."""
 
     forward: Quantiles
@@ -123,7 +120,8 @@ def time_steps(
         samples = {name: _time_on_gpu(step, seconds) for name, step in steps.items()}
     else:
         samples = _time_in_turns(steps, seconds, rehearse)
-    return {name: Timing(*(_quantiles(ms) for ms in zip(*pairs, strict=True))) for name, pairs in samples.items()}
+    quantiles = {name: np.quantile(pairs, (0.2, 0.5, 0.8), axis=0).T.tolist() for name, pairs in samples.items()}
+    return {name: Timing(*(Quantiles(*passes) for passes in both)) for name, both in quantiles.items()}
 
 
 def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:
@@ -176,38 +174,23 @@ def _time_in_turns(steps: Mapping[str, Step], seconds: float, rehearse: bool) ->
     return samples
 
 
-def _quantiles(milliseconds: Sequence[float]) -> Quantiles:
-    return Quantiles(*(float(q) for q in np.quantile(milliseconds, (0.2, 0.5, 0.8))))
+def allocated_bytes(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Return the bytes that a call allocates and that live as long as its result, and the most at any time.
 
-
-def kept_bytes(forward: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that `forward` allocates and that live as long as its result: what backward needs, and itself.
-
-    They count whoever holds them: autograd, or selective checkpointing, which saved-tensor hooks do not see.
+    They count whoever holds them: autograd, or selective checkpointing, which saved-tensor hooks do not see. What only
+    cycles of references keep alive counts too, unless `call` collects it.
     """
-    return _allocations(forward, device)[0]
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """Return the most bytes that tensors on the device take during both passes, beyond those before them."""
-    return _allocations(lambda: step()(), device)[1]
-
-
-def _allocations(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Return the bytes that a call allocates in the end, while its result is alive, and at most."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         result = call()
         torch.cuda.synchronize(device)
-        gc.collect()  # frees what only cycles keep alive
-        kept, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        kept, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
         del result
-        return kept - before, peak - before
+        return kept, peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         result = call()
-        gc.collect()
     del result
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in events if event.device_type() == torch.autograd.DeviceType.CPU]
@@ -221,38 +204,19 @@ def peaks_of(hardware: str) -> tuple[float | None, float | None]:
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return the columns that every row of results has: hardware, versions and git revision."""
-    cuda = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if cuda else f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    return {
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "flash_attn": _version("flash-attn-3", "flash-attn"),
-        "git": _git_revision(),
-    }
-
-
-def _version(*packages: str) -> str:
-    """Return the version of the first package that is installed."""
-    for package in packages:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def _cpu_model() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))[1]
-    except (OSError, TypeError):  # no such file, or no such line
-        return platform.machine()
-
-
-def _git_revision() -> str:
-    """Return the short hash of HEAD, with a + where tracked files differ from it."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8") if info.exists() else "")
+        hardware = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    # The hash ends in a + where tracked files differ from it.
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        revision = "unknown"
+    installed = {d.name.lower().replace("_", "-"): d.version for d in distributions()}
+    flash_attn = installed.get("flash-attn-3", installed.get("flash-attn", "not installed"))
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "flash_attn": flash_attn}
+    return {"hardware": hardware, **versions, "git": revision}
