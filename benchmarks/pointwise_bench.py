@@ -289,7 +289,8 @@ def make_rows(
 
 COLUMNS = {
     "op": "{op}", "shape": "{shape}", "dtype": "{dtype}", "backend": "{backend}",
-    "forward ms": tables.spread("forward"), "backward ms": tables.spread("backward"), "GB/s": "{forward_gbs:.3g} / {backward_gbs:.3g}",
+    "forward ms": tables.spread("forward"), "backward ms": tables.spread("backward"),
+    "GB/s": "{forward_gbs:.3g} / {backward_gbs:.3g}",
     "of a copy's rate": "{forward_of_copy:.2f} / {backward_of_copy:.2f}", "MiB": "{peak_mib:.3g}",
     "x plain": "{times_plain:.2f}",
 }  # fmt: skip
