@@ -139,6 +139,8 @@ def test_the_fingerprint_depends_on_the_indexes_and_not_on_the_paths(tmp_path):
     prints = [open_mixture(dict.fromkeys(f, 1), NO_CACHE).fingerprint for f in ([a], [b], [c], [a, b])]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+    mixture = mixture_of((index_of(), Fraction(1, 2)), (index_of(), Fraction(1, 2)))
+    assert mixture.fingerprint != replace(mixture, datasets=mixture.datasets[::-1]).fingerprint, "packs are renumbered"
 
 
 @pytest.mark.parametrize(

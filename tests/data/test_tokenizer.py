@@ -78,11 +78,15 @@ def test_a_written_tokenizer_can_be_loaded(tmp_path, tokenizer):
     assert pickle.loads(pickle.dumps(tokenizer)).describe() == tokenizer.describe()  # as worker processes get it
 
 
-def test_truncation_settings_of_a_file_are_ignored():
+def test_truncation_and_padding_settings_of_a_file_are_ignored():
     settings = json.loads(BPE.content)
     settings["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    assert FileTokenizer(json.dumps(settings).encode()).decode(BPE.encode(TEXTS[0])) == TEXTS[0]
-    assert len(FileTokenizer(json.dumps(settings).encode()).encode(TEXTS[0])) == len(BPE.encode(TEXTS[0]))
+    settings["padding"] = {
+        "strategy": {"Fixed": 400}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "a",
+    }  # fmt: skip
+    tokenizer = FileTokenizer(json.dumps(settings).encode())
+    assert tokenizer.encode(TEXTS[0]).tolist() == BPE.encode(TEXTS[0]).tolist()
 
 
 def test_a_file_other_than_that_of_the_data_is_refused(tmp_path):

@@ -295,7 +295,7 @@ class ShardCache:
             try:
                 yield
             finally:
-                (self.folder / name).unlink()  # waiting processes notice, and lock a new file
+                (self.folder / name).unlink(missing_ok=True)  # waiting processes notice, and lock a new file
 
 
 def _sha256(descriptor: int) -> str:
