@@ -1,7 +1,6 @@
 """DeepSpeed's own launcher: how a run under it stops and fails. The fixture `uninterrupted` succeeds under it."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import await_until, deepspeed_command, last_step, refusal, run_in_child, start
+from launching import await_until, deepspeed_command, last_step, run_in_child, start
 
 
 @pytest.mark.parametrize(("how", "workers"), [("SIGTERM to the command alone", 0), ("Ctrl-C", 1)])
@@ -46,20 +45,10 @@ def test_a_rank_whose_launcher_is_killed_saves_and_ends(digits: Path, tmp_path: 
     assert last_step(run) < steps
 
 
-def test_a_damaged_pack_ends_the_launcher_with_one_line(digits: Path, tmp_path: Path) -> None:
-    shutil.copytree(digits, tmp_path / "data")
-    for shard in (tmp_path / "data").glob("*.tar"):
-        content = bytearray(shard.read_bytes())
-        content[600] ^= 1
-        shard.write_bytes(content)
-    command = deepspeed_command(tmp_path / "data", tmp_path / "run", "data.workers=1")
+def test_input_that_all_ranks_refuse_ends_the_launcher_with_one_line(tmp_path: Path) -> None:
+    """Rank 0 prints it; another rank that ended first would make the launcher end rank 0 before that."""
+    command = deepspeed_command(Path("nowhere"), tmp_path / "run")
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert ended.returncode != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("pretrain: ")]
-    assert len(ours) == 1 and "pack 0 of shard" in ours[0]
-    assert "Traceback" not in ended.stderr
-
-
-def test_input_that_all_ranks_refuse_is_reported_once(tmp_path: Path) -> None:
-    assert "nowhere" in refusal(start(2, "nowhere", tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+    assert ended.returncode != 0 and len(ours) == 1 and "nowhere" in ours[0]
+    assert "Traceback" not in ended.stderr and not (tmp_path / "run").exists()

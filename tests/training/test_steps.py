@@ -118,6 +118,11 @@ def test_a_shard_that_one_rank_finds_missing_ends_all_ranks_with_the_same_line(d
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    shard = damage_packs(digits, tmp_path / "data", 1)
+    assert shard in refusal(start(2, tmp_path / "data", tmp_path / "run", "data.workers=1"))
+
+
 def test_unreadable_packs_in_quarantine_are_left_out_and_counted_alike_on_any_number_of_ranks(
     digits: Path, tmp_path: Path
 ) -> None:
