@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
     _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
     _add_images(pairs)
-    pairs.set_defaults(run=lambda options: _images(options, PairsSource.of(options.files)))
-    pairs.set_defaults(long="reject")  # a caption without its image is useless
+    # A caption without its image is useless, so pairs are not split.
+    pairs.set_defaults(run=lambda options: _images(options, PairsSource.of(options.files)), long="reject")
     interleaved = commands.add_parser("interleaved", help="texts and images in turn: JSON lines beside their images")
     content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
     _add_files(interleaved, f".jsonl (also .gz, .zst), a line a document: {content}")
@@ -240,9 +240,8 @@ def _print_built(folder: Path, built: Built) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    index = parse_index(options.folder)
+    index, count = parse_index(options.folder), 0
     checked = verify(options.folder, index, options.processes)
-    count = 0
     for findings in tqdm(checked, "verifying", len(index.shards) + 1, unit="shard", disable=None):
         count += len(findings)
         for finding in findings:
