@@ -91,6 +91,16 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
     assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
+def test_the_bytes_of_a_folder_do_not_change_between_versions(tmp_path):
+    for n in range(5):
+        lines = (json.dumps(f"{n} {i}" + "x" * (i * 7 % 23)) + "\n" for i in range(20))
+        (tmp_path / f"{n}.jsonl").write_text("".join(lines))
+    source = TextSource.of([tmp_path])
+    build(Recipe(source, Encoder(TOKENIZER, 64), packs_per_shard=5, seed=1, buffer=16), tmp_path / "out")
+    expected = "d8d16d0eda599b5f49c057a6e553d600fef5d27bea379629e9a963e381a026f4"
+    assert content(tmp_path / "out")["index.json"] == expected, "which holds the sha256 of every shard"
+
+
 def test_plain_webdataset_reads_the_shards(tmp_path, recipe):
     built = build(recipe, tmp_path / "out")
     files = [str(tmp_path / "out" / shard.file) for shard in built.index.shards]

