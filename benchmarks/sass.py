@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the tensor cores execute it."""
+        """True if the tensor cores execute it."""
         return _MATRIX.fullmatch(self.root) is not None
 
 

@@ -92,8 +92,8 @@ def _add_built_in_commands(commands: Any) -> None:
         if name != "digits":
             command.add_argument(
                 "--source", default=DEBIAN if shutil.which("apt-get") else WEB, metavar=f"{DEBIAN}|{WEB}|PATH",
-                help=f"of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
-                "of the files, or a .deb (default here: %(default)s)",
+                help=f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a "
+                "folder of the files, or a .deb (default here: %(default)s)",
             )  # fmt: skip
 
     add("digits", lambda _: Digits(), 512, 16, "scikit-learn's 1797 handwritten digits, and sums in words")
@@ -118,9 +118,11 @@ def _add_inspection(commands: Any) -> None:
     view = commands.add_parser(
         "preview", help="a pack as a page of HTML: text and images as a model with the default settings sees them"
     )
-    view.add_argument("--pack", type=int, default=0, metavar="N", help="its number (default: %(default)s)")
+    view.add_argument("--pack", type=int, default=0, metavar="N", help="number of the pack (default: %(default)s)")
     view.add_argument("--vae", type=_local, metavar="FOLDER", help="show latents as this autoencoder decodes them")
-    view.add_argument("--epoch", type=int, default=0, help="epoch of its order and noise (default: %(default)s)")
+    view.add_argument(
+        "--epoch", type=int, default=0, help="epoch whose order and noise are shown (default: %(default)s)"
+    )
     view.add_argument("--seed", type=int, default=0, help="train.seed of the run (default: %(default)s)")
     view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
     view.set_defaults(run=_preview)
@@ -163,7 +165,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
     parser.add_argument(
-        "--patch-size", type=int, help="side of a token: in pixels (default: 16), with --vae in latents (default: 2)"
+        "--patch-size", type=int, help="side of a patch: in pixels (default: 16), with --vae in latents (default: 2)"
     )
     parser.add_argument(
         "--shape", choices=("crop", "native"), default="crop",
@@ -171,13 +173,13 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--vae", type=_local, metavar="FOLDER",
-        help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); each of the "
-        "--processes holds one, on the GPUs that they share if there are any, else on a core of its own",
+        help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); every "
+        "process loads its own copy, and processes share the GPUs if there are any",
     )  # fmt: skip
     parser.add_argument(
         "--latents", choices=("sampled", "mean"),
-        help="with --vae: a sample of each posterior, which its decoder was trained on, with noise keyed by the image; "
-        "or the mean (default: sampled)",
+        help="with --vae: sampled draws from the posterior with noise keyed by the image, as in the training of the "
+        "decoder; mean takes its mean (default: sampled)",
     )  # fmt: skip
     parser.add_argument(
         "--vae-batch", type=int, metavar="N",

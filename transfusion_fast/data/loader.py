@@ -75,7 +75,7 @@ class _Item(NamedTuple):
 
 
 class PackDataset(data.Dataset):
-    """Maps a position in the order to its pack, or to an empty pack and an error, as a worker must not stop a run."""
+    """Packs by position in the order. An unreadable one becomes an empty pack and its error, as workers stop no run."""
 
     def __init__(self, mixture: Mixture, order: MixtureOrder, window: int) -> None:
         self.reader, self.order = MixtureReader(mixture, window), order

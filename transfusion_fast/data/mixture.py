@@ -26,7 +26,7 @@ from transfusion_fast.data.pack import ModalityInfo, Pack
 from transfusion_fast.data.reader import OPEN_SHARDS, PackReader
 from transfusion_fast.errors import InputError
 
-_MAX_OPEN_SHARDS = 512  # of a process, which may usually open 1,024 files
+_MAX_OPEN_SHARDS = 512  # per process; the usual limit is 1,024 open files
 _REMEDIES = {
     "sequence_length": "repack one of them",
     "tokenizer": "prepare one of them again as the other",
@@ -96,7 +96,7 @@ class Mixture:
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def check_shards(self, part: int = 0, parts: int = 1) -> None:
-        """Raise InputError for a local shard that is missing or truncated; check one of `parts` parts of the shards."""
+        """Raise InputError for a missing or truncated local shard; check every `parts`-th shard from `part` on."""
         for dataset in self.datasets:
             dataset.folder.check_shards(dataset.index.shards[part::parts])
 

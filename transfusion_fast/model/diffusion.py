@@ -50,7 +50,7 @@ class CosineDDPM:
         return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return eps."""
+        """Return eps, which `ops.diffusion_mse_from_noise` computes for training."""
         return eps
 
     def first_timestep(self) -> float:
@@ -109,7 +109,7 @@ class FlowMatching:
         return torch.lerp(x_0, eps, (t / NUM_TIMESTEPS).to(x_0.dtype).expand_as(x_0))
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity, eps - x_0."""
+        """Return the velocity, eps - x_0, which `ops.diffusion_mse_from_noise` computes for training."""
         return eps - x_0
 
     def first_timestep(self) -> float:

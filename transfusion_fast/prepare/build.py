@@ -141,7 +141,7 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
 
     Raises:
         InputError: `folder` holds anything else; work in the staging folder has another recipe, or another process is
-            at it; the source holds no document that can be used.
+            using it; the source holds no document that can be used.
     """
     if processes < 1:
         raise InputError(f"processes must be 1 or more, got {processes}; give a larger number")

@@ -76,7 +76,7 @@ class Encoder:
         }
 
     def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
-        """Yield for each source document, in order, one document or its parts, or why it cannot be used.
+        """Yield for each source document, in order, the documents that it becomes, or its rejection.
 
         Images become latents in batches: documents wait for later ones, up to a limit of their number and size.
         """

@@ -31,7 +31,7 @@ def encode_in_pieces(tokenizer: Tokenizer, text: str, free: int, capacity: int) 
 
 
 def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int) -> list[TextSegment]:
-    """Return a text that is encoded already in pieces of at most `capacity` ids; the first may go where `free` are.
+    """Return a text that is encoded already in pieces of at most `capacity` ids; the first fits `free` ids.
 
     A text that must be cut is encoded again, perhaps to other ids of the same text. A text that holds part of a
     character, because an earlier cut fell inside it, has no such ids and is Rejected.
@@ -75,7 +75,7 @@ def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iter
 
 
 def _best_cut(cuts: list[np.ndarray], end: int, most: int) -> int:
-    """Return the token before which a piece is cut that may have `most` tokens and end at token `end`."""
+    """Return where to cut a piece of at most `most` tokens: at the best pause before token `end`, else at `end`."""
     *pauses, words, letters = cuts
     for tokens, part in [*((t, part) for part in _NEAR_END for t in pauses), (words, 2), (letters, 2)]:
         last = int(np.searchsorted(tokens, end, side="right")) - 1

@@ -97,7 +97,7 @@ def _verify_shard(job: tuple[Path, Index], shard: ShardInfo) -> _Found:
 
 
 def _folder_findings(folder: Path, index: Index, counted: tuple[int, int] | None) -> list[str]:
-    """Return what is wrong with the sums over all packs, if they are known, the tokenizer, and shards beside others."""
+    """Return problems beyond single shards: wrong totals if they are known, the tokenizer, shards not in the index."""
     findings = []
     if counted is not None and counted != (index.documents, index.tokens):
         findings.append(
@@ -109,7 +109,9 @@ def _folder_findings(folder: Path, index: Index, counted: tuple[int, int] | None
     except InputError as error:
         findings.append(str(error))
     strange = {path.name for path in folder.glob("*.tar")} - {shard.file for shard in index.shards}
-    findings += [f"shard {folder / name} is not in the index; rebuild it, or remove the shard" for name in strange]
+    findings += [
+        f"shard {folder / name} is not in the index; rebuild the index, or remove the shard" for name in strange
+    ]
     return sorted(findings)
 
 

@@ -1,10 +1,10 @@
-"""Documents into packs of one capacity, by two rules.
+"""Packing of documents into bins of one capacity, by two rules.
 
 Best-fit decreasing looks at all documents: short ones, which fill the gap beside a long one, go where they are needed.
-But if lengths are close together, as those of captioned images, no document is short enough for the gaps that are left:
-3.4 % of 4,096 positions where captions of some fifteen tokens go with 256 patches. In that case, the next few dozen
-documents nearly always hold a subset that fills a bin to the last position. So all bins that best-fit decreasing leaves
-partly empty are filled again by choosing subsets, if that makes fewer bins.
+But if lengths are close together, as those of captioned images, no document is short enough for the gaps that are left.
+This wastes 3.4 % of 4,096 positions for captions of about fifteen tokens with 256 patches. In that case, the next few
+dozen documents nearly always hold a subset that fills a bin to the last position. So all bins that best-fit decreasing
+leaves partly empty are filled again by choosing subsets, if that makes fewer bins.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUFFER = 1 << 16
 """Documents that are packed together by default."""
 _SMALL = 16  # a document of at most 1/16 of the capacity is small
 _CLASSES = 32  # lengths within 1/32 of the capacity count as one
-_OPEN, _BEYOND = 128, 64  # a bin's last 128 documents are chosen among those and the 64 behind them
+_OPEN, _BEYOND = 128, 64  # the last 128 documents of a bin are chosen again, from themselves and the next 64
 _DOCUMENT_STREAM, _PACK_STREAM = 0, 1
 
 

@@ -86,7 +86,7 @@ def locked(partial: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(
-                    f"{partial} must be in use by one process, got another at work; wait for it"
+                    f"{partial} must be used by one process at a time, got another one using it; wait for it to end"
                 ) from error
             held = False
             with suppress(FileNotFoundError):

@@ -44,7 +44,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which prints and writes for all."""
+        """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -75,7 +75,7 @@ class Ranks:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the `deepspeed` command has ended: when a signal ends it, its launcher and the ranks remain."""
+        """True if the `deepspeed` command has ended: when a signal ends it, its launcher and the ranks remain."""
         command = self.command
         try:
             return command is not None and (not command.is_running() or command.status() == psutil.STATUS_ZOMBIE)

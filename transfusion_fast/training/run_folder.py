@@ -35,6 +35,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
 
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -131,7 +132,7 @@ def read_data_description(run: Path) -> DataDescription:
 
 def write_config(run: Path, config: Config) -> list[str]:
     """Write config.yaml to the run folder, and return the changes from the previous one, each `NAME OLD -> NEW`."""
-    path, settings = run / "config.yaml", config.model_dump(mode="json")
+    path, settings = run / CONFIG, config.model_dump(mode="json")
     try:
         previous = yaml.safe_load(path.read_text()) if path.exists() else settings
         changed = list(changes(previous, settings))

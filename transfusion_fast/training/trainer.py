@@ -135,8 +135,8 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise InputError(
-                f"training: the gradient must be finite, got {self.skipped_in_a_row} steps in a row without one up to "
-                f"step {self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
+                f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a row "
+                f"up to step {self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
             )
 
     def _report(self, losses: list[tuple[Tensor, Tensor]], lr: float) -> None:

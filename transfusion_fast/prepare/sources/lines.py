@@ -83,7 +83,7 @@ def _damage(path: Path, most: int = sys.maxsize) -> str:
     if path.suffix.lower() not in COMPRESSIONS:
         return ""
     if not path.stat().st_size:
-        return "it is of no bytes"
+        return "it is empty"
     try:
         with _opened(path) as file:
             while most > 0 and (block := file.read(min(most, _BLOCK))):
