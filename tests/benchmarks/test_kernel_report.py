@@ -114,7 +114,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "0"
 from transfusion_fast.kernels import attention_configs
 import kernel_rows, offline
-attention_configs._SHAPES[90, 2]["forward"][128] = ((128, 128, 64, 4, 2),) * 2
+attention_configs._SHAPES["sm_90", "forward", 128] = ((128, 128, 64, 4, 2),) * 2
 row = kernel_rows.row_of(offline.Variant("forward", 90, "bf16", 128, 128))
 print(row.broken_rules)
 """

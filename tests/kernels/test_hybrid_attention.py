@@ -156,6 +156,17 @@ def test_the_memory_layout_of_the_inputs_changes_nothing(stored, dtype):
     assert_same_bits(run(triton, moved, layout), run(triton, inputs, layout))
 
 
+def test_tensors_are_copied_only_if_the_copy_engine_cannot_address_them():
+    """It needs rows at multiples of 16 bytes, and no stride of zero. The interpreter reads any tensor."""
+    x = torch.randn(9, 2, 32).half()
+    for good in (x, x[1:], x[:, 1:], heads_first(x)):
+        assert launch.addressable(good) is good
+    for bad in (misaligned(x), odd_rows(x), dims_first(x), x[:1].expand(9, 2, 32)):
+        copy = launch.addressable(bad)
+        assert torch.equal(copy, bad)
+        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and 0 not in copy.stride()
+
+
 @pytest.mark.parametrize("architecture", [80, 90], ids=["by pointers", "by descriptors"])
 def test_rows_beyond_32_bits_are_addressed(architecture, interpret_as):
     """Offsets within a tile have 32 bits: the largest stride for 128 rows is just under 2^24."""
