@@ -36,7 +36,7 @@ def tiled(q, k, v, layout, scale=None):
     st.sampled_from([None, 0.2, 1.5]),
     st.sampled_from([1, 3, 16, attention_cpu.MAX_ROWS]),
 )
-@settings(max_examples=80)
+@settings(max_examples=60)
 def test_values_and_gradients_are_those_of_the_reference(spans, heads, scale, max_rows):
     layout = layout_of(spans)
     with pytest.MonkeyPatch.context() as patch:

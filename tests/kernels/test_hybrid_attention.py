@@ -57,15 +57,13 @@ def test_output_and_gradients_are_those_of_the_reference(spans):
 
 
 @given(any_spans(AROUND_TILES, documents=2).map(and_two_tokens))
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_output_and_gradients_of_any_layout_are_those_of_the_reference(spans):
     layout = layout_of(spans)
     assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
 
 
-@pytest.mark.parametrize(
-    ("heads", "scale"), [((1, 1), 0.5), ((3, 3), None), ((4, 2), None), ((6, 2), 0.5), ((3, 1), 1.5)], ids=str
-)
+@pytest.mark.parametrize(("heads", "scale"), [((1, 1), 0.5), ((3, 3), None), ((4, 2), 0.5), ((3, 1), 1.5)], ids=str)
 def test_grouped_heads_and_scales_are_those_of_the_reference(heads, scale):
     layout = AttentionLayout.from_spans([67, 9], [(1, 65), (68, 5)], 78)
     assert_accurate(triton, layout, qkv(layout, heads), scale)
@@ -108,9 +106,9 @@ def test_every_configuration_of_every_architecture_keeps_the_error_rule(architec
     interpret_as(architecture)
     # A document with an image longer than any block; two documents of an image each in one tile; one of text and image.
     image = max(max(c.block, c.step) for c in configurations(architecture, dim, dtype)) + 5
-    lengths = [max(image, 64) + 9, 12, 12, 20]
+    lengths = [max(image, 64) + 3, 7, 7, 9]
     start = lengths[0]
-    spans = [(0, image), (start, 12), (start + 12, 12), (start + 30, 9)]
+    spans = [(0, image), (start, 7), (start + 7, 7), (start + 17, 4)]
     layout = AttentionLayout.from_spans(lengths, spans, sum(lengths) + 3)
     assert_accurate(triton, layout, qkv(layout, heads=(1, 1), dim=dim, dtype=dtype))
 
@@ -154,6 +152,17 @@ def test_the_memory_layout_of_the_inputs_changes_nothing(stored, dtype):
     moved = fused(*inputs) if stored is fused else [stored(x) for x in inputs]
     assert any(x.data_ptr() % 16 or not x.is_contiguous() for x in moved)
     assert_same_bits(run(triton, moved, layout), run(triton, inputs, layout))
+
+
+def test_tensors_are_copied_only_if_the_copy_engine_cannot_address_them():
+    """It needs rows at multiples of 16 bytes, and no stride of zero. The interpreter reads any tensor."""
+    x = torch.randn(9, 2, 32).half()
+    for good in (x, x[1:], x[:, 1:], heads_first(x)):
+        assert launch.addressable(good) is good
+    for bad in (misaligned(x), odd_rows(x), dims_first(x), x[:1].expand(9, 2, 32)):
+        copy = launch.addressable(bad)
+        assert torch.equal(copy, bad)
+        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and 0 not in copy.stride()
 
 
 @pytest.mark.parametrize("architecture", [80, 90], ids=["by pointers", "by descriptors"])
