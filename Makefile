@@ -1,5 +1,5 @@
-# Everything runs in .venv, which any target makes on first use. Nothing needs root.
-# INSTALLED=1 uses the packages of PYTHON instead, on a machine that has its own or no network.
+# Every target runs in .venv and creates it on first use. Nothing needs root.
+# With INSTALLED=1 the targets that measure use the packages of PYTHON instead, for a machine that has its own.
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 endif
 
-# One folder for all that a run of make measures: `make test-gpu bench`.
+# One folder for everything that one call of make measures: `make test-gpu bench`.
 ifndef REPORT
 REPORT := reports/$(shell date +%Y-%m-%d-%H%M%S)
 endif
@@ -25,7 +25,7 @@ FASHION_DATA := data/fashion
 FASHION_CONFIG := train/configs/fashion.yaml
 FASHION_RUN := runs/fashion
 
-# deepspeed starts `python` and `ninja` by name; a prompt of pip's would wait for an answer that never comes.
+# deepspeed starts `python` and `ninja` by name. Without PIP_NO_INPUT pip could wait for an answer that never comes.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,12 +33,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-fashion test test-gpu bench kernel-report lint format clean
 
-help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+help:  ## list the targets
+	@echo 'usage: make TARGET [PYTHON=python3.12] [RANKS=2] [JOBS=auto] [REPORT=DIR] [INSTALLED=1]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-setup: $(STAMP)  ## make .venv and install the package, its tests and the pinned versions into it
+setup: $(STAMP)  ## create .venv with the package, its tests and the pinned versions; done by other targets too
 
-# Made again when what it was made from changes.
+# Repeated when one of these files changes.
 $(STAMP): setup.py pyproject.toml constraints.txt tools/install_torch.sh
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo 'error: $(PYTHON) is missing or older than Python 3.11; name a newer one: make setup PYTHON=python3.12' >&2; exit 1; }
@@ -50,38 +51,38 @@ $(STAMP): setup.py pyproject.toml constraints.txt tools/install_torch.sh
 	@touch $@
 
 # Without numactl deepspeed counts a CPU as one device, so the number of ranks is given.
-demo: $(STAMP)  ## train on handwritten digits, measure the result, draw samples: 10 minutes on 2 cores
+demo: $(STAMP)  ## train on handwritten digits, measure the result and draw it: 4 minutes on 2 cores
 	python train/prepare.py digits $(DEMO_DATA)
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(DEMO_CONFIG)
 	python train/evaluate.py $(DEMO_RUN)
+	python train/plot.py $(DEMO_RUN) --pack 2 --prompt zero one two three four five six seven eight nine
 
-# Cut off, it goes on where it was when it is run again.
-demo-fashion: $(STAMP)  ## the same on pictures of clothes: 36 minutes on 2 cores; goes on where it was cut off
+# Resumes where it was interrupted.
+demo-fashion: $(STAMP)  ## the same on pictures of clothes: 36 minutes on 2 cores; resumes when run again
 	python train/prepare.py fashion-mnist $(FASHION_DATA)
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(FASHION_CONFIG)
 	python train/evaluate.py $(FASHION_RUN)
 
-# A process a core. All tests of a file run in one, and share what it makes for them.
-test: $(STAMP)  ## run the tests that need no GPU
+# One process per core. All tests of a file run in the same process and share its fixtures.
+test: $(STAMP)  ## run the tests that need no GPU, one process per core (JOBS=1: a single process)
 	pytest -n $(JOBS) --dist loadfile --durations=10
 
-# Its outcome is in REPORT; `make -k test-gpu bench` measures all the same where a test fails.
-test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, and keep their outcome in REPORT
+# The outcome is in REPORT. `make -k test-gpu bench` measures even if a test fails.
+test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU; results go to REPORT
 	@mkdir -p $(REPORT)
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu --durations=10 --junit-xml=$(REPORT)/test-gpu.xml tests/gpu
 
-# Everything is measured before what went wrong fails the target.
+# All benchmarks run before a failure of one fails the target.
 bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	failed=0; \
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/attn_bench.py --out $(REPORT) --minutes 30 || failed=1; \
-	$(RUN) benchmarks/rope_swiglu_bench.py --out $(REPORT) || failed=1; \
-	$(RUN) benchmarks/diffusion_mse_bench.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/pointwise_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/data_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed
 
-kernel-report: $(STAMP)  ## compile every kernel for its GPUs, which none is needed for, and report on them into REPORT
+kernel-report: $(STAMP)  ## compile every kernel for its GPUs, without a GPU, and report on them into REPORT
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT)
 
 lint: $(STAMP)  ## check style, formatting and types
@@ -89,10 +90,10 @@ lint: $(STAMP)  ## check style, formatting and types
 	ruff format --check .
 	mypy
 
-format: $(STAMP)  ## put the code into the common format
+format: $(STAMP)  ## format the code and fix what ruff can fix
 	ruff check --fix .
 	ruff format .
 
-clean:  ## remove caches and build output; .venv, data and runs stay
+clean:  ## remove caches and build output, never .venv, data or runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard kernels transfusion_fast train benchmarks tests tools) -name __pycache__ -type d -prune -exec rm -rf {} +

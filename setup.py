@@ -32,37 +32,43 @@ setup(
         "einops>=0.8",
         "filelock>=4.2",
         "fsspec>=2024.2",
-        "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",
         "psutil>=5.9",
         "pydantic>=2.8",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
-        "scikit-learn>=1.4",
         "tqdm>=4.66",
         "webdataset>=1.0",
     ],
     extras_require={
-        # Triton is in them for its interpreter and its compiler, neither of which needs a GPU.
+        # Pictures of samples and runs, and the digits with the classifier that judges them.
+        "examples": ["matplotlib>=3.8", "scikit-learn>=1.4"],
+        # A tokenizer.json, and Parquet.
+        "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
+        # Images as an autoencoder's latents.
+        "vae": ["diffusers>=0.30"],
+        # The kernels. Nothing in it compiles while it is installed.
+        "gpu": ["triton>=3.6"],
+        # A baseline of the benchmarks, which compiles for long where there is no wheel for the machine.
+        "flash-attn": ["flash-attn>=2.7"],
+        "bench": ["matplotlib>=3.8", "pandas>=2.2", "triton>=3.6"],
+        # Everything that the tests use. Triton is there for its interpreter and its compiler, which need no GPU.
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.13",
-            "triton>=3.6",
             "types-PyYAML>=6.0",
-            "tokenizers>=0.20",
-            "pyarrow>=17.0",
-            "diffusers>=0.30",
             "aiohttp>=3.9",
+            "diffusers>=0.30",
+            "matplotlib>=3.8",
+            "pandas>=2.2",
+            "pyarrow>=17.0",
+            "scikit-learn>=1.4",
+            "tokenizers>=0.20",
+            "triton>=3.6",
         ],
-        # A tokenizer.json, and Parquet.
-        "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
-        # Images as an autoencoder's latents.
-        "vae": ["diffusers>=0.30"],
-        "gpu": ["triton>=3.6", "flash-attn>=2.7"],
-        "logging": ["wandb>=0.17", "tensorboard>=2.16"],
     },
 )

@@ -1,4 +1,4 @@
-"""Times hybrid attention against what else computes it, on packs of documents as training sees them.
+"""Time hybrid attention against other ways to compute it, on packs of documents like those in training.
 
     python benchmarks/attn_bench.py --out DIR [--device cuda|cpu] [--mixes ...] [--lengths ...] [--backends ...]
 
@@ -8,119 +8,89 @@ dimensions 128 and 64. On a CPU: a few small shapes, in one or two minutes. Exit
 something wrong, or one of ours broke.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Before triton is imported: kernels are compiled here, whatever the shell says.
-    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
 
 import mixes
+import pandas as pd
+import tables
+import timing
 import torch
-from attn_compare import compare
-from attn_plot import draw
-from attn_problem import Backend, Problem
-from attn_report import Row, make_rows, markdown, text_summary
-from backends import BACKENDS
-from measure import Effort, Machine, choose_device, describe_machine, write_csv
+from attention_backends import BACKENDS, Backend, Problem, attention_gate
+from gate import Candidate, Outcome, compare, failure_reason
+from matplotlib import pyplot as plt
+from tables import Row
+from timing import DTYPES, NOT_MEASURED
 
 from transfusion_fast.errors import InputError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One problem by name."""
-
-    mix: str
-    length: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure, resolved from the command line and the device."""
-
-    device: torch.device
-    shapes: list[Shape]
-    backends: list[Backend]
-    heads: int
-    kv_heads: int
-    dtype: torch.dtype
-    effort: Effort
-    deadline: float
+BASELINES = ("sdpa_dense", "sdpa_documents")
+PER_PAIR = {"forward": 4, "backward": 10}  # operations per head dimension and visible pair
+FIGURES = (
+    "prepare_ms", *(f"{name}_{quantile}" for name in timing.PASSES for quantile in ("p20", "p50", "p80")), "peak_mib",
+    "forward_tflops", "backward_tflops", "forward_percent_of_peak", "backward_percent_of_peak", "forward_gbs",
+    "forward_percent_of_bandwidth", "times_sdpa_dense", "times_sdpa_documents",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark that the command line asks for; returns the exit code."""
-    options = _parse(arguments)
-    try:
-        plan = _resolve(options)
-        options.out.mkdir(parents=True, exist_ok=True)
-        machine = describe_machine(plan.device)
-        rows = _run(plan, machine, options.out / "attention.csv")
-        _write(rows, machine, options.out)
-    except (InputError, OSError) as error:
-        print(f"attn_bench: {error}", file=sys.stderr)
-        return 2
-    return int(any(row.failed for row in rows))
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--mixes", nargs="+", metavar="MIX", help=f"of {', '.join(mixes.NAMES)}")
+    """Run the benchmark that the command line asks for; return the exit code."""
+    parser = timing.make_parser(__doc__)
+    parser.add_argument("--mixes", nargs="+", choices=mixes.NAMES)
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="positions of a pack")
     parser.add_argument("--heads", type=int, help="query heads (default: 16 on cuda, 8 on a CPU)")
     parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
     parser.add_argument("--head-dim", nargs="+", type=int, metavar="D", help="default: 128 and 64 on cuda, 64 on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on cuda, fp32 on a CPU")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help=f"of {', '.join(BACKENDS)} (default: all)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--minutes", type=float, default=8, help="start nothing after this long (default: 8)")
     parser.add_argument("--quick", action="store_true", help="one tiny shape, in seconds")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    return timing.run_benchmark("attn_bench", options, lambda device: _measure(options, device))
 
 
-def _resolve(options: argparse.Namespace) -> Plan:
-    device = choose_device(options.device)
-    gpu = device.type == "cuda"
-    default_heads, default_dims, default_dtype = (16, [128, 64], "bf16") if gpu else (8, [64], "fp32")
-    heads = (2 if options.quick else default_heads) if options.heads is None else options.heads
+def _measure(options: argparse.Namespace, device: torch.device) -> bool:
+    """Measure shape after shape; return whether nothing failed. The CSV file is up to date after each shape."""
+    gpu, quick = device.type == "cuda", options.quick
+    heads = (2 if quick else 16 if gpu else 8) if options.heads is None else options.heads
     kv_heads = heads if options.kv_heads is None else options.kv_heads
-    head_dims = options.head_dim or ([32] if options.quick else default_dims)
+    head_dims = options.head_dim or ([32] if quick else [128, 64] if gpu else [64])
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise InputError(f"--heads must be a multiple of --kv-heads, both at least 1, got {heads} and {kv_heads}")
-    if min([*head_dims, *(options.lengths or [])], default=1) < 1:
+    if min([*head_dims, *(options.lengths or [])]) < 1:
         raise InputError(f"--head-dim and --lengths must be at least 1, got {head_dims} and {options.lengths}")
-    packs = _packs(options, gpu)
-    return Plan(
-        device=device,
-        shapes=[Shape(mix, length, head_dim) for head_dim in head_dims for mix, length in packs],
-        backends=[BACKENDS[name] for name in _known("--backends", options.backends or BACKENDS, BACKENDS)],
-        heads=heads,
-        kv_heads=kv_heads,
-        dtype=DTYPES[options.dtype or default_dtype],
-        effort=Effort(2, 1) if options.quick else Effort(30, 0.25) if gpu else Effort(9, 4),
-        deadline=time.monotonic() + 60 * options.minutes,
-    )
+    backends = {name: BACKENDS[name] for name in options.backends}
+    dtype = DTYPES[options.dtype or ("bf16" if gpu else "fp32")]
+    seconds = 0.1 if quick else 0.25 if gpu else 2
+    deadline = time.monotonic() + 60 * options.minutes
+    machine = timing.describe_machine(device)
+    rows: list[Row] = []
+    for head_dim, (mix, length) in ((head_dim, pack) for head_dim in head_dims for pack in _packs(options, gpu)):
+        problem = Problem(mixes.sample(mix, length), heads, kv_heads, head_dim, dtype)
+        outcomes = compare_backends(problem, backends, device, seconds, deadline)
+        rows += make_rows(mix, problem, outcomes, backends, machine)
+        tables.write_csv(rows, options.out / "attention.csv")
+        print(f"{mix} T={length} D={head_dim}: done", file=sys.stderr)
+    draw(rows, options.out / "attention.png")
+    unmeasured = tables.list_unmeasured(rows, "{backend}", "{mix} T={T} D={D}")
+    tables.write_report(options.out / "attention", "Hybrid attention", rows, COLUMNS, NOTES, unmeasured)
+    return not any(row["status"].startswith("FAILED") for row in rows)
 
 
 def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
-    """The mixes and lengths asked for, or the device's own."""
-    names = _known("--mixes", options.mixes or mixes.NAMES, mixes.NAMES)
+    """Return the mixes and lengths of the command line, or the device's own."""
     if options.mixes or options.lengths:
         lengths = options.lengths or [mixes.FIXED_LENGTH if gpu else 4096]
-        return [(mix, length) for mix in names for length in lengths]
+        return [(mix, length) for mix in options.mixes or mixes.NAMES for length in lengths]
     if options.quick:
         return [("mixed", 512)]
     if gpu:
@@ -129,32 +99,119 @@ def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
     return [("mixed", 1024), ("mixed", 4096), ("pairs", 4096), ("tiny", 4096)]
 
 
-def _known(option: str, names: Iterable[str], choices: Collection[str]) -> list[str]:
-    for name in names:
-        if name not in choices:
-            raise InputError(f"{option} must be of {', '.join(choices)}, got {name!r}")
-    return list(dict.fromkeys(names))
+def compare_backends(
+    problem: Problem, backends: Mapping[str, Backend], device: torch.device, seconds: float, deadline: float
+) -> dict[str, Outcome]:
+    """Return the outcome of every backend on `device`; none starts after `deadline` of time.monotonic()."""
+    try:
+        problem = replace(problem, layout=problem.layout.to(device))
+        qkv, upstream = problem.inputs()
+        candidates = [
+            Candidate(
+                name,
+                prepare=lambda backend=backend: backend.prepare(problem),
+                is_ours=backend.is_ours,
+                missing=backend.missing(problem),
+                ungated="reference rate of a causal mask, not gated" if backend.causal_only else None,
+            )
+            for name, backend in backends.items()
+        ]
+        gate = lambda: attention_gate(problem, qkv, upstream)  # noqa: E731
+        return compare(candidates, qkv, (upstream,), gate, seconds, deadline=deadline, time_prepare=True)[0]
+    except RuntimeError as error:
+        # The reference does not fit or is wrong, or an earlier error has left the device unusable.
+        return dict.fromkeys(backends, Outcome(f"{NOT_MEASURED}: no reference: {failure_reason(error)}"))
 
 
-def _run(plan: Plan, machine: Machine, table: Path) -> list[Row]:
-    """Measures shape after shape; `table` is up to date after each, should the run be cut off."""
-    causal_only = {backend.name for backend in plan.backends if backend.causal_only}
-    rows: list[Row] = []
-    for shape in plan.shapes:
-        problem = Problem(mixes.sample(shape.mix, shape.length), plan.heads, plan.kv_heads, shape.head_dim, plan.dtype)
-        outcomes = compare(problem, plan.backends, plan.device, plan.effort, plan.deadline)
-        rows += make_rows(shape.mix, problem, outcomes, causal_only, machine)
-        write_csv(rows, table)
-        done = sum(outcome.measured is not None for outcome in outcomes.values())
-        print(f"{shape.mix} T={shape.length} D={shape.head_dim}: {done} of {len(outcomes)} backends", file=sys.stderr)
+def make_rows(
+    mix: str,
+    problem: Problem,
+    outcomes: Mapping[str, Outcome],
+    backends: Mapping[str, Backend],
+    machine: Mapping[str, str],
+) -> list[Row]:
+    """Return the rows of one problem: milliseconds, MiB, TFLOP/s by exact area, percent of the GPU's peaks.
+
+    `times_sdpa_dense` and `times_sdpa_documents` say how many times as fast as this baseline a backend is in the same
+    run, forward and backward together. None stands for a percentage of an unknown peak.
+    """
+    T, H, G, D = problem.layout.total_length, problem.heads, problem.kv_heads, problem.head_dim
+    least_bytes = problem.dtype.itemsize * T * D * (2 * H + 2 * G) + 4 * T * H
+    peak_tflops, peak_gbs = timing.peaks_of(machine["hardware"])
+    if problem.dtype.itemsize != 2:
+        peak_tflops = None
+    rows = []
+    for name, outcome in outcomes.items():
+        area = problem.causal_area if backends[name].causal_only else problem.layout.area
+        row = {
+            "op": "attention", "mix": mix, "T": T, "H": H, "G": G, "D": D,
+            "dtype": str(problem.dtype).removeprefix("torch."), "backend": name, **machine, "visible_area": area,
+            **dict.fromkeys(FIGURES, NOT_MEASURED), "status": outcome.status,
+        }  # fmt: skip
+        if times := outcome.timing:
+            row |= {"prepare_ms": outcome.prepare_ms, **times.columns(), "peak_mib": outcome.peak_mib}
+            for which, flops in PER_PAIR.items():
+                tflops = flops * H * D * area / row[f"{which}_p50"] / 1e9
+                row |= {
+                    f"{which}_tflops": tflops,
+                    f"{which}_percent_of_peak": peak_tflops and 100 * tflops / peak_tflops,
+                }
+            gbs = least_bytes / times.forward.p50 / 1e6
+            row |= {"forward_gbs": gbs, "forward_percent_of_bandwidth": peak_gbs and 100 * gbs / peak_gbs}
+            known = {name: outcomes[name].timing for name in BASELINES if name in outcomes}
+            row |= {f"times_{name}": base.total / times.total for name, base in known.items() if base}
+        rows.append(row)
     return rows
 
 
-def _write(rows: list[Row], machine: Machine, out: Path) -> None:
-    draw(rows, out / "attention.png")
-    (out / "attention.md").write_text(markdown(rows, machine, "attention.png"), encoding="utf-8")
-    print(text_summary(rows))
-    print(f"\nresults: {', '.join(str(out / f'attention.{kind}') for kind in ('csv', 'png', 'md'))}")
+COLUMNS = {
+    "mix": "{mix}", "T": "{T}", "D": "{D}", "backend": "{backend}", "prepare": "{prepare_ms:.3g}",
+    "forward": tables.spread("forward"), "backward": tables.spread("backward"), "MiB": "{peak_mib:.3g}",
+    "TFLOP/s": "{forward_tflops:.3g} / {backward_tflops:.3g}",
+    "% of peak": "{forward_percent_of_peak:.3g} / {backward_percent_of_peak:.3g}",
+    "x dense": "{times_sdpa_dense:.3g}", "x documents": "{times_sdpa_documents:.3g}",
+}  # fmt: skip
+NOTES = """\
+Forward and backward are medians in ms (20th to 80th percentile); TFLOP/s and the percent of peak count 4 and 10
+operations for each head dimension and visible pair. The percent of peak is open where no 16-bit peak is on record for
+this hardware and dtype. `x dense` and `x documents` say how many times as fast as dense and per-document SDPA a backend
+is in this run, forward and backward together. `prepare` is what a micro-batch needs once: ours builds its layout, and
+the others are given theirs. Every backend passed the correctness gate before it was timed, except flash_varlen_causal,
+which computes another mask: its rate, by the area of its own mask, is only a reference. Of the times of a CPU that
+others use too, only the ratios mean anything."""
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw a row of panels for each head dimension: rates of the mixes at one length, then of each mix by length."""
+    measured = pd.DataFrame([row for row in rows if row["status"].startswith("ok")], columns=list(rows[0]))
+    other_mask = measured.backend + " (another mask)"  # only a backend that was gated is plainly "ok"
+    measured["backend"] = measured.backend.where(measured.status == "ok", other_mask)
+    names = measured.backend.unique()
+    both_ms = measured.forward_p50 + measured.backward_p50
+    flops = sum(PER_PAIR.values()) * measured.H * measured.D * measured.visible_area
+    measured["tflops"] = flops.astype(float) / both_ms.astype(float) / 1e9
+    lengths = measured.groupby("mix", sort=False)["T"].nunique()
+    series = [mix for mix, count in lengths.items() if count > 1]
+    head_dims = sorted(measured.D.unique(), reverse=True) or [0]
+    size = (7 + 4.2 * len(series), 4.2 * len(head_dims))
+    widths = [1.6, *[1] * len(series)]
+    figure, axes = plt.subplots(len(head_dims), len(widths), figsize=size, squeeze=False, width_ratios=widths)
+    for head_dim, panels in zip(head_dims, axes, strict=True):
+        chosen = measured[head_dim == measured.D].pivot_table("tflops", ["T", "mix"], "backend", sort=False)
+        chosen = chosen.reindex(columns=names)  # so that a color stands for one backend everywhere
+        # The bars are of the length at which most mixes were measured.
+        at = max(chosen.index.get_level_values("T"), key=lambda T: (len(chosen.loc[T]), T), default=0)
+        tables.draw_bars(panels[0], chosen.loc[at] if at else chosen)
+        panels[0].set(title=f"T = {at:,}, D = {head_dim}", ylabel="TFLOP/s by exact area")
+        for panel, mix in zip(panels[1:], series, strict=True):
+            chosen.xs(mix, level="mix").plot(ax=panel, style="o-", logx=True, legend=False, ylim=(0, None))
+            panel.set(title=f"{mix}, D = {head_dim}")
+            panel.grid(alpha=0.3)
+    if len(measured):
+        first = measured.iloc[0]
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
+        figure.suptitle(f"Hybrid attention, forward + backward, {first.H} heads, {first.dtype}, {first.hardware}")
+    tables.save_figure(figure, path, bottom=0.25 / size[1] + 0.03)
 
 
 if __name__ == "__main__":

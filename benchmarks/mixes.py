@@ -1,4 +1,4 @@
-"""Six mixes of packed documents to measure attention on: the fixed samples, and a generator of their statistics.
+"""Six mixes of packed documents to measure attention on: fixed samples, and a generator of packs with their statistics.
 
     pairs        a caption and an image of 256 patches, a few with the image first
     text         documents of 30 to 1,600 tokens, log-normal
@@ -7,11 +7,9 @@
     tiny         five to eight tokens, an image of 16 patches, two tokens
     long         one document over 95 to 99 % of the length: images, each after some text
 
-Bounds and comparisons are stated on the fixed samples of 16,384 positions in mixes.json; the generator makes the same
-kind of pack at any length.
+Bounds and comparisons use the fixed samples of 16,384 positions in mixes.json; the generator makes packs of the same
+kind at any length.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ NAMES = ("pairs", "text", "mixed", "interleaved", "tiny", "long")
 FIXED_LENGTH = 16384
 
 _FIXED = Path(__file__).with_name("mixes.json")
-_MARKERS = 2  # <bos> and <boi> before an image that comes first; <eoi> and <eos> after one that comes last
+_MARKERS = 2  # special tokens: <bos> and <boi> before a first image, <eoi> and <eos> after a last one
 _PAIR_SHARE = 0.58
 _CAPTION_FIRST_SHARE = 0.84
 _IMAGE_SIZES, _IMAGE_SHARES = (256, 576, 1024), (0.1, 0.25, 0.65)
@@ -45,49 +43,49 @@ Document = list[Segment]
 
 
 def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
-    """A pack of the mix `name`: the lengths of its documents, at most `total_length` together, and its image spans.
+    """Return a pack of the mix `name`: the lengths of its documents and its image spans, absolute (start, length).
 
-    Spans are (start, length), absolute. Where the next document does not fit, the rest of the pack is a part of it
-    that keeps an image, or text; the mixes without text leave less than one document of padding.
+    Where the next document does not fit, the pack ends with a part of it that keeps an image, or with text; the mixes
+    without text leave less than one document of padding.
 
     Raises:
-        InputError: a mix that does not exist, or a length below 1.
+        InputError: the mix does not exist, or the length is below 1.
     """
     _check_name(name)
     if total_length < 1:
         raise InputError(f"the length of a pack must be at least 1, got {total_length}")
     rng = np.random.default_rng([NAMES.index(name), total_length, seed])
     documents: list[Document] = []
-    room = total_length
+    remaining = total_length
     for document in _documents(name, total_length, rng):
-        fitting = document if _length(document) <= room else _last_document(name, document, room)
+        fitting = document if _length(document) <= remaining else _last_document(name, document, remaining)
         documents.append(fitting)
-        room -= _length(fitting)
-        if fitting is not document or not room:
+        remaining -= _length(fitting)
+        if fitting is not document or not remaining:
             break
     return _spans([d for d in documents if d])
 
 
 def fixed(name: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The sample of the mix `name` at `FIXED_LENGTH` positions, as `generate` returns one."""
+    """Return the sample of the mix `name` at `FIXED_LENGTH` positions, as `generate` returns a pack."""
     _check_name(name)
     sample = json.loads(_FIXED.read_text(encoding="utf-8"))[name]
     return sample["document_lengths"], [(start, length) for start, length in sample["image_spans"]]
 
 
 def sample(name: str, total_length: int) -> AttentionLayout:
-    """The layout to measure on, on the CPU: the fixed sample at its length, a generated pack at any other."""
+    """Return the layout to measure on, on the CPU: the fixed sample at its length, a generated pack at any other."""
     lengths, spans = fixed(name) if total_length == FIXED_LENGTH else generate(name, total_length)
     return AttentionLayout.from_spans(lengths, spans, total_length)
 
 
 def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
-    """Pairs in the block x block squares of the mask that hold a visible pair: what FlexAttention's grid computes."""
-    key_start, key_end = layout.key_start.cpu().numpy().astype(np.int64), layout.key_ends()
+    """Return the pairs that FlexAttention computes: all those in block x block squares with a visible pair."""
+    key_start, key_end = (x.cpu().numpy().astype(np.int64) for x in (layout.key_start, layout.key_end))
     rows = np.flatnonzero(key_end > key_start)
     if not len(rows):
         return 0
-    # All rows of blocks laid on one line, so that the union over each of them is one union of intervals on the line.
+    # All rows of blocks are laid on one line, so that their unions of intervals are one union on the line.
     blocks = -(-layout.total_length // block)
     offset = rows // block * blocks
     first, last = offset + key_start[rows] // block, offset + -(-key_end[rows] // block)
@@ -133,7 +131,7 @@ def _interleaved(rng: np.random.Generator) -> Document:
 
 
 def _long(total_length: int, rng: np.random.Generator) -> Document:
-    """Images of the largest size that leaves room for several, after text of 0.6 to 0.85 times their length."""
+    """Return images of the largest size of which several fit, each after text of 0.6 to 0.85 times its length."""
     patches = max((size for size in _IMAGE_SIZES if 8 * size <= total_length), default=_IMAGE_SIZES[0])
     end = max(int(total_length * rng.uniform(0.955, 0.99)), 1)
     document: Document = []
@@ -146,25 +144,25 @@ def _long(total_length: int, rng: np.random.Generator) -> Document:
 
 
 def _text_length(rng: np.random.Generator) -> int:
-    """Log-normal, drawn anew outside of 30 .. 1600."""
+    """Draw a log-normal length; lengths outside of 30 to 1600 are drawn again."""
     while True:
         length = int(rng.lognormal(6.1, 1.25))
         if 30 <= length <= 1600:
             return length
 
 
-def _last_document(name: str, document: Document, room: int) -> Document:
-    """What fills `room` positions in place of a `document` that is longer."""
+def _last_document(name: str, document: Document, remaining: int) -> Document:
+    """Return what fills the remaining positions in place of a longer document."""
     if name in ("pairs", "tiny"):
         return []
     kept: Document = []
     for segment in document:
-        if _length(kept) + segment.length > room:
+        if _length(kept) + segment.length > remaining:
             break
         kept.append(segment)
     if not any(segment.is_image for segment in kept):
-        return [Segment(room)]
-    left = room - _length(kept)
+        return [Segment(remaining)]
+    left = remaining - _length(kept)
     return [*kept, Segment(left)] if left else kept
 
 

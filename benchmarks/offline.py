@@ -1,22 +1,19 @@
-"""Compiles the Triton kernels for a real GPU target on any machine: no GPU, no launch.
+"""Compile Triton kernels for a real GPU target on any machine: no GPU, no launch.
 
-Run in a process without TRITON_INTERPRET, in which the kernels are compiled functions and not interpreted ones.
+Run this in a process without TRITON_INTERPRET, where the kernels are compiled functions and not interpreted ones.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
-
-from transfusion_fast.kernels import attention_kernels, hybrid_attention
-from transfusion_fast.kernels.attention_configs import Config, config
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -26,47 +23,29 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One compilation of an attention kernel."""
-
-    kernel: str  # "forward", "backward_dq" or "backward_dkdv"
-    arch: int  # 80, 90, 100 or 120
-    dtype: str  # "bf16", "fp16" or "fp32"
-    head_dim: int
-    height: int  # of the tiles: 128 or 64
-    heads: int = 16
-    kv_heads: int = 4
-
-    @property
-    def config(self) -> Config:
-        return config(self.kernel, self.arch, self.head_dim, ITEMSIZE[self.dtype], self.height)
-
-    def __str__(self) -> str:
-        heads = f"H={self.heads} G={self.kv_heads}"
-        return f"{self.kernel} sm_{self.arch} {self.dtype} D={self.head_dim} tiles of {self.height} {heads}"
-
-
-@dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel."""
+    """The output of the compiler for one kernel."""
 
     cubin: bytes
     shared_bytes: int
     ttir: str
     ttgir: str
-    ptx: str
+
+    @cached_property
+    def instructions(self) -> list[sass.Instruction]:
+        """The disassembled kernel."""
+        return sass.parse_sass(sass.run_tool("nvdisasm", "-c", self.cubin))
+
+    def columns(self, instructions: list[sass.Instruction]) -> dict[str, Any]:
+        """Return registers, spills, stack and shared memory; spills are counted among the instructions given."""
+        usage = sass.run_tool("cuobjdump", "-res-usage", self.cubin)
+        return sass.parse_resources(usage, instructions) | {"shared_kib": round(self.shared_bytes / 1024, 1)}
 
 
-def compile_variant(variant: Variant) -> Compiled:
-    """Compiles with the options that a launch has: aligned pointers and strides, everything else unknown."""
-    c = variant.config
-    function = getattr(attention_kernels, f"hybrid_attention_{variant.kernel}_kernel")
-    sizes = variant.heads, variant.kv_heads, variant.head_dim, variant.height
-    values = hybrid_attention.constants(variant.kernel, c, *sizes)
-    types = {n: _type_of(n, variant, values["BLOCK_D"]) for n in function.arg_names if n not in values}
-    values |= {name: None for name, kind in types.items() if kind is None}
-    aligned = {name for name in types if name.endswith("_ptr") or name.startswith("stride")}
-    return compile_kernel(function, types, values, aligned, hybrid_attention.compiler_options(c), variant.arch)
+def spill_rule(row: Mapping[str, Any]) -> list[str]:
+    """Return how a row breaks the rule of all kernels: no spilled register and no stack."""
+    broken = f"{row['spills']} spills, {row['stack_bytes']} bytes of stack"
+    return [broken] if row["spills"] or row["stack_bytes"] else []
 
 
 def compile_kernel(
@@ -77,12 +56,12 @@ def compile_kernel(
     options: Mapping[str, Any],
     arch: int,
 ) -> Compiled:
-    """Compiles a kernel for sm_`arch`.
+    """Compile a kernel for sm_`arch`.
 
     Args:
         types: Triton's name of the type of every argument that is not among `constants`.
-        constants: arguments whose values the compiler knows; None for a tensor or stride that there is not.
-        aligned: arguments that the compiler knows to be multiples of 16, as a launch tells it.
+        constants: arguments whose values the compiler knows; None for an absent tensor or stride.
+        aligned: arguments that the compiler knows to be multiples of 16, as at a launch.
     """
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     values, attributes = {}, {}
@@ -93,39 +72,23 @@ def compile_kernel(
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
-    texts = (kernel.asm[stage] for stage in ("ttir", "ttgir", "ptx"))
-    return Compiled(kernel.asm["cubin"], kernel.metadata.shared, *texts)
+    return Compiled(kernel.asm["cubin"], kernel.metadata.shared, kernel.asm["ttir"], kernel.asm["ttgir"])
 
 
 def ptxas_version(arch: int) -> tuple[int, int]:
-    """Of the assembler for `arch`: the one that TRITON_PTXAS_PATH names, or the one in Triton's wheel."""
+    """Return the version of the assembler for `arch`: TRITON_PTXAS_PATH, or the one in Triton's wheel."""
     major, minor = re.findall(r"release (\d+)\.(\d+)", get_ptxas_version(arch))[0]
     return int(major), int(minor)
 
 
-def _type_of(name: str, variant: Variant, width: int) -> str | None:
-    """Triton's name of an argument's type; None for a descriptor that this configuration does without."""
-    c = variant.config
-    if name.endswith("descriptor"):
-        rows = c.value_rows if (variant.kernel, name) == ("forward", "v_descriptor") else c.step
-        return f"tensordesc<{variant.dtype}[{rows}, 1, {width}]>" if c.descriptors else None
-    if name in ("lse_ptr", "delta_ptr"):
-        return "*fp32"
-    if name.endswith(("start_ptr", "end_ptr", "tiles_ptr")):
-        return "*i32"
-    if name.endswith("_ptr"):
-        return f"*{variant.dtype}"
-    return "fp32" if name.startswith("scale") else "i32"
-
-
 def products_without_matrix_unit(ttgir: str) -> list[str]:
-    """Matrix products left to ordinary arithmetic: their result is not laid out as a matrix unit's."""
+    """Return the matrix products left to ordinary arithmetic: their results are not laid out for a matrix unit."""
     dots = [line.strip() for line in ttgir.splitlines() if re.search(r"= (tt\.dot|ttng\.warp_group_dot)\b", line)]
     return [line for line in dots if "#mma" not in line]
 
 
 def transposed_products(ttir: str) -> list[str]:
-    """Transposed operands that do not come straight from memory, in Triton's first form of a kernel.
+    """Return the transposed operands that do not come straight from memory, in Triton's first form of a kernel.
 
     The transposed result of a matrix product gives wrong results on sm_90 in Triton 3.4 to 3.7.0. Swapping the last two
     of three axes is no such transposition: it only names the halves of the columns.
@@ -143,8 +106,6 @@ def transposed_products(ttir: str) -> list[str]:
     return found
 
 
-def _from_memory(value: str, sources: dict[str, tuple[str, str]]) -> bool:
+def _from_memory(value: str, sources: Mapping[str, tuple[str, str]]) -> bool:
     kind, operand = sources.get(value, ("", ""))
-    if kind == "tt.reshape":
-        return _from_memory(operand, sources)
-    return kind in ("tt.load", "tt.descriptor_load")
+    return kind in ("tt.load", "tt.descriptor_load") or (kind == "tt.reshape" and _from_memory(operand, sources))

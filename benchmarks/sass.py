@@ -1,50 +1,37 @@
-"""What the inner loops of a compiled kernel cost, read off its machine code (SASS); needs no GPU.
+"""The machine code (SASS) of a compiled kernel: what its inner loops cost, and which tensors it loads and stores.
 
-Per iteration and multiprocessor, a loop cannot be faster than any of
+Nothing here needs a GPU; the tools that disassemble come with Triton. Per iteration and multiprocessor, a loop takes at
+least
 
     matrix = FLOPs / (dense FLOPs a cycle)    issue = instructions * warps / 4    mufu = MUFU * 32 * warps / 16
 
 cycles: a multiprocessor has four schedulers, each issuing one instruction of one warp a cycle, and 16 lanes for special
 functions (CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"). Instructions are counted per
 warp, FLOPs per block. Latencies, memory and bank conflicts are left out, so these are bounds that rank kernels, not
-predictions of time. The tools that disassemble come with Triton.
+predictions of time.
+
+An access to global memory is attributed to a tensor by its address. Pointers are arguments, which lie in a constant
+bank at offsets that the cubin names. The registers that depend on each pointer are followed through the control-flow
+graph, until a load or store uses them as its address. Loaded values depend on no pointer, because the memory-bound
+kernels load no pointers from memory.
 """
 
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import networkx as nx
 import triton
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a thread and a block occupy.
-
-    `shared_bytes` is static shared memory only: Triton's own is dynamic, and in `CompiledKernel.metadata.shared`.
-    `local_loads` and `local_stores` are LDL and STL instructions: spilled registers, or arrays indexed at run time.
-    """
-
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-    local_loads: int
-    local_stores: int
-
-    @property
-    def spills(self) -> int:
-        """Instructions that move registers to or from local memory."""
-        return self.local_loads + self.local_stores
-
-
-@dataclass(frozen=True)
 class Instruction:
-    """One SASS instruction; `predicate` is as in `!P0` or empty; labels in `operands` are replaced by addresses."""
+    """One instruction; `predicate` is like `!P0` or empty, and labels in `operands` are replaced by addresses."""
 
     address: int
     predicate: str
@@ -58,10 +45,9 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Address that a direct branch or call goes to; None for every other instruction."""
-        if self.root not in _BRANCHES or not (target := re.search(r"(0x[0-9a-f]+)$", self.operands)):
-            return None
-        return int(target[1], 16)
+        """The address that a direct branch or call goes to, or None."""
+        target = re.search(r"(0x[0-9a-f]+)$", self.operands)
+        return int(target[1], 16) if target and self.root in ("BRA", "JMP", "CALL") else None
 
     @property
     def is_matrix(self) -> bool:
@@ -69,105 +55,26 @@ class Instruction:
         return _MATRIX.fullmatch(self.root) is not None
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A natural loop: address of its header and of its last backward branch, instructions from one to the other."""
+class Access(NamedTuple):
+    """One load or store of global memory, of `bits` per thread; two tensors only where two branches share its code."""
 
-    first: int
-    last: int
-    instructions: tuple[Instruction, ...]
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Instructions by class, per warp. The classes do not overlap, and `total` is their sum.
-
-    `mufu_kinds` and `matrix_kinds` split two classes by opcode. FADD2, which adds two, and FMNMX3 count as one: they
-    issue as one.
-    """
-
-    total: int
-    matrix: int
-    mufu: int
-    fmul: int
-    ffma: int
-    fadd: int
-    fmnmx: int
-    convert: int
-    integer_compare: int
-    uniform_compare: int
-    select: int
-    shared: int
-    global_memory: int
-    tensor_memory: int
-    barrier: int
-    local: int
-    nop: int
-    other: int
-    mufu_kinds: Mapping[str, int]
-    matrix_kinds: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Cycles:
-    """Least cycles an iteration and multiprocessor that each unit is busy for one block."""
-
-    matrix: float
-    issue: float
-    mufu: float
-
-    @property
-    def serial_bound(self) -> float:
-        """Share of the peak rate if the matrix unit idles while the rest runs: one block, no overlap."""
-        return self.matrix / (self.matrix + max(self.issue, self.mufu))
-
-    @property
-    def overlapped_bound(self) -> float:
-        """Share of the peak rate if everything overlaps perfectly: two blocks, or a pipelined loop."""
-        return self.matrix / max(self.matrix, self.issue, self.mufu)
-
-    @property
-    def ratio(self) -> float:
-        """Cycles of the rest per cycle of the matrix unit; above 1 the matrix unit cannot be kept busy."""
-        return max(self.issue, self.mufu) / self.matrix
+    address: int
+    tensors: frozenset[str]
+    store: bool
+    bits: int
 
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_BRANCHES = {"BRA", "JMP", "CALL"}
-# After these, if not predicated, the next instruction is not executed; the target of BRX and JMX is in a register.
+# The instruction after one of these is not executed, unless they are predicated.
 _ENDS = {"BRA", "JMP", "EXIT", "RET", "BRX", "JMX"}
-
-# Four warps execute a wgmma together, one warp a mma, one thread issues a tcgen05.mma for the block.
-_WARP_GROUP_MATRIX = re.compile(r"[BHIQ]GMMA")
-_BLOCK_MATRIX = re.compile(r"UTC\w*MMA")
-_MATRIX = re.compile(rf"{_WARP_GROUP_MATRIX.pattern}|[BDHIOQ]MMA|{_BLOCK_MATRIX.pattern}")
-
-_CLASSES = {
-    "mufu": "MUFU",
-    "fmul": "FMUL FMUL2",
-    "ffma": "FFMA FFMA2",
-    "fadd": "FADD FADD2",
-    "fmnmx": "FMNMX FMNMX3",
-    "convert": "F2FP F2F F2I I2F I2FP",
-    "integer_compare": "ISETP",
-    "uniform_compare": "UISETP",
-    "select": "SEL FSEL USEL",
-    "shared": "LDS STS LDSM STSM ATOMS",
-    "global_memory": "LDG STG LDGSTS UTMALDG UTMASTG UTMAREDG UBLKCP UBLKRED ATOM ATOMG RED REDG LD ST",
-    "tensor_memory": "LDTM STTM UTCCP",
-    "barrier": "WARPGROUP WARPSYNC BAR SYNCS DEPBAR LDGDEPBAR MEMBAR FENCE UTCBAR",
-    "local": "LDL STL",
-    "nop": "NOP",
-}
-_CLASS_OF = {root: name for name, roots in _CLASSES.items() for root in roots.split()}
-
-_INPUT_BITS = dict.fromkeys(("HMMA", "HGMMA", "UTCHMMA"), 16)
-_INPUT_BITS |= dict.fromkeys(("QMMA", "IMMA", "QGMMA", "IGMMA", "UTCQMMA", "UTCIMMA"), 8)
-
-# How `order` shows opcodes that begin like this.
-_LETTERS = {"E": r"MUFU\.EX2", "M": r"MUFU\.(?!EX2)", "W": r"WARPGROUP\.DEPBAR", "B": r"BAR\.|SYNCS\.PHASECHK"}
-_LETTERS["H"] = _MATRIX.pattern
-
+# Four warps execute a wgmma (HGMMA) together, one warp an mma (HMMA), one thread issues a tcgen05.mma for the block.
+_MATRIX = re.compile(r"[BHIQ]GMMA|[BDHIOQ]MMA|UTC\w*MMA")
+_16_BIT_MATRIX = {"HMMA", "HGMMA", "UTCHMMA"}
+# The letters of `order`, by the beginning of an opcode.
+_LETTERS = {
+    "E": r"MUFU\.EX2", "M": r"MUFU\.(?!EX2)", "W": r"WARPGROUP\.DEPBAR", "B": r"BAR\.|SYNCS\.PHASECHK",
+    "H": _MATRIX.pattern,
+}  # fmt: skip
 # Dense 16-bit FLOPs a cycle and multiprocessor with fp32 accumulation: published peak / (multiprocessors * clock).
 _MATRIX_RATE = {
     80: 2048,  # A100: 312e12 / (108 * 1.41e9)
@@ -175,30 +82,42 @@ _MATRIX_RATE = {
     100: 8192,  # B200: 2250e12 / (148 * 1.85e9), rounded
     120: 1024,  # RTX PRO 6000: 504e12 / (188 * 2.62e9); a GeForce accumulates in fp32 at half of it
 }
+# Instructions that may access global memory but cannot be attributed here.
+_UNREAD = {"LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG", "UTMALDG", "UTMASTG", "UBLKCP"}
+_REGISTER = re.compile(r"\b(UR|R)(\d+)\b")
+_CONSTANT = re.compile(r"c\[0x0\]\[(0x[0-9a-f]+)\]")
+
+# The arguments that a register, or a word of the stack, may depend on.
+Origins = dict[str, frozenset[str]]
+_NOTHING: frozenset[str] = frozenset()
 
 
-def resources(cubin: bytes, instructions: Sequence[Instruction]) -> Resources:
-    """Registers, stack, static shared memory and spills of the only kernel in `cubin`; `instructions` are its own."""
-    return parse_resources(run_tool("cuobjdump", "-res-usage", cubin), instructions)
+def run_tool(tool: str, option: str, cubin: bytes) -> str:
+    """Return what a tool that comes with Triton prints about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} {option} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
-def parse_resources(usage: str, instructions: Sequence[Instruction]) -> Resources:
-    """The same from the text of `cuobjdump -res-usage` and the disassembled kernel."""
-    functions = [dict(re.findall(r"(\w+):(\d+)", line)) for line in usage.splitlines() if " REG:" in line]
-    if len(functions) != 1:
-        raise ValueError(f"the cubin must hold one kernel, got {len(functions)}; compile one kernel at a time")
-    roots = Counter(instruction.root for instruction in instructions)
-    registers, stack_bytes, shared_bytes = (int(functions[0][name]) for name in ("REG", "STACK", "SHARED"))
-    return Resources(registers, stack_bytes, shared_bytes, local_loads=roots["LDL"], local_stores=roots["STL"])
+def parse_resources(usage: str, instructions: Iterable[Instruction]) -> dict[str, int]:
+    """Return registers, spills and stack of the only kernel in the output of `cuobjdump -res-usage`.
 
-
-def disassemble(cubin: bytes) -> list[Instruction]:
-    """Instructions of the only kernel in `cubin`, by address."""
-    return parse_sass(run_tool("nvdisasm", "-c", cubin))
+    Spills are the instructions that move registers to or from local memory.
+    """
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    if len(found) != 1:
+        raise ValueError(f"the cubin must hold one kernel, got {len(found)}; compile one kernel at a time")
+    registers, stack_bytes = map(int, found[0])
+    spills = sum(i.root in ("LDL", "STL") for i in instructions)
+    return {"registers": registers, "spills": spills, "stack_bytes": stack_bytes}
 
 
 def parse_sass(text: str) -> list[Instruction]:
-    """Instructions in the output of `nvdisasm -c` (branches to labels) or `cuobjdump -sass` (branches to addresses)."""
+    """Return the instructions in the output of `nvdisasm -c`, by address."""
     labels: dict[str, str] = {}
     pending: list[str] = []
     parsed: list[Instruction] = []
@@ -211,93 +130,93 @@ def parse_sass(text: str) -> list[Instruction]:
             pending.clear()
             parsed.append(Instruction(int(address, 16), predicate, opcode, operands))
     if any(later.address <= earlier.address for earlier, later in pairwise(parsed)):
-        raise ValueError("the code must be of one function, got addresses that start anew; compile one kernel a cubin")
+        raise ValueError("the code must be of one function, got addresses that start again; compile one kernel a cubin")
     resolved = (re.sub(r"`\(([^)]*)\)", lambda label: labels.get(label[1], label[0]), i.operands) for i in parsed)
     return [replace(i, operands=operands) for i, operands in zip(parsed, resolved, strict=True)]
 
 
-def loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """Every natural loop, nested ones included, by address of its header.
+def control_flow(instructions: Sequence[Instruction]) -> nx.DiGraph:
+    """Return the graph of the instructions that can follow each, by index.
+
+    BSYNC waits just before its target, so it continues with the next instruction.
+    """
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(instructions)))
+    for i, instruction in enumerate(instructions):
+        if instruction.target in index:
+            graph.add_edge(i, index[instruction.target])
+        # A branch can also be conditional by an operand: `BRA.U !UP0, 0x1b0`.
+        conditional = instruction.predicate or "," in instruction.operands
+        if (instruction.root not in _ENDS or conditional) and i + 1 < len(instructions):
+            graph.add_edge(i, i + 1)
+    return graph
+
+
+def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Return every natural loop, including nested ones, by address of its header.
 
     A backward branch alone makes no loop: ptxas puts the spin on an mbarrier behind the end of the kernel, and the
-    branch from there back into the code is no iteration. So loops come from the control-flow graph, and of a loop only
-    what lies between its header and its last branch back to it is kept. What is placed out of line (those spins) is
-    taken not to run. Both sides of a branch inside the loop count, and so does what one elected warp runs alone.
+    branch from there back into the code is no iteration. So loops come from the control-flow graph, and only what lies
+    between a loop's header and its last branch back to it is kept: code out of line (those spins) is taken not to run.
+    Both sides of a branch inside the loop count. Two loops with one header are taken as one.
 
-    Not handled: indirect branches; loops whose header is not their lowest address; loops entered other than by their
-    header. Two loops with one header are taken as one.
+    Not handled: indirect branches; loops whose header is not their lowest address, or that are entered elsewhere.
     """
-    successors = control_flow(instructions)
+    graph = control_flow(instructions)
+    dominators = nx.immediate_dominators(graph, 0) if instructions else {}
+    latches: dict[int, list[int]] = {}
+    for source, header in graph.edges:
+        node = source
+        while node not in (header, 0, None):
+            node = dominators.get(node)
+        if node == header <= source and (source == 0 or source in dominators):
+            latches.setdefault(header, []).append(source)
     found = []
-    for header, latches in sorted(_latches(successors).items()):
-        body = _natural_loop(successors, header, latches)
-        members = tuple(instructions[i] for i in sorted(body) if header <= i <= max(latches))
-        if members:
-            found.append(Loop(members[0].address, members[-1].address, members))
+    for header, sources in sorted(latches.items()):
+        inside = nx.restricted_view(graph, [header], [])
+        body = {header}.union(*({s} | nx.ancestors(inside, s) for s in sources if s != header))
+        found.append([instructions[i] for i in sorted(body) if header <= i <= max(sources)])
     return found
 
 
-def matrix_loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """The loops that hold a matrix instruction and no other such loop, by address."""
-    candidates = [loop for loop in loops(instructions) if any(i.is_matrix for i in loop.instructions)]
-    headers = {loop.first for loop in candidates}
-    return [loop for loop in candidates if not any(i.address in headers for i in loop.instructions[1:])]
+def matrix_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Return the loops that hold a matrix instruction and no other such loop, by address."""
+    candidates = [loop for loop in loops(instructions) if any(i.is_matrix for i in loop)]
+    headers = {loop[0] for loop in candidates}
+    return [loop for loop in candidates if headers.isdisjoint(loop[1:])]
 
 
-def count(code: Loop | Iterable[Instruction]) -> Mix:
-    """Instructions by class, per warp."""
-    instructions = list(code.instructions if isinstance(code, Loop) else code)
-    classes = Counter("matrix" if i.is_matrix else _CLASS_OF.get(i.root, "other") for i in instructions)
-    return Mix(
-        total=len(instructions),
-        matrix=classes["matrix"],
-        other=classes["other"],
-        mufu_kinds=Counter(i.opcode for i in instructions if i.root == "MUFU"),
-        matrix_kinds=Counter(i.opcode for i in instructions if i.is_matrix),
-        **{name: classes[name] for name in _CLASSES},
-    )
+def cost(loop: Sequence[Instruction], flops: int, warps: int, arch: int) -> dict[str, float]:
+    """Return the columns of a loop whose iteration does `flops` per block, at the published dense peak rate of `arch`.
 
+    `compares` are integer compares. `exponentials` are all MUFU instructions. `ratio` is the cycles of the other units
+    per cycle of the matrix units; above 1, these must wait. The bounds are shares of the peak rate: `serial_bound` if
+    the matrix units idle while the rest runs (one block), `overlapped_bound` if everything overlaps perfectly.
 
-def matrix_flops(instructions: Iterable[Instruction], num_warps: int) -> int | None:
-    """FLOPs that a block of `num_warps` warps does in these matrix instructions, a multiply-add counted as two.
-
-    None with tcgen05, whose shape is in a descriptor and not in the opcode.
+    TF32 inputs halve the 16-bit rate. Opcodes of tcgen05 do not tell TF32 from 16 bits: they are taken as 16-bit.
     """
-    flops = 0
-    for instruction in instructions:
-        if _BLOCK_MATRIX.fullmatch(instruction.root):
-            return None
-        if instruction.is_matrix:
-            warps = 4 if _WARP_GROUP_MATRIX.fullmatch(instruction.root) else 1
-            m, n, k = _shape(instruction.opcode)
-            flops += 2 * m * n * k * num_warps // warps
-    return flops
-
-
-def cycles(mix: Mix, flops_per_iteration: int, num_warps: int, arch: int) -> Cycles:
-    """Least cycles of one iteration of a block, on `arch` as in sm_90, at the published dense peak rate.
-
-    `flops_per_iteration` is of the block: `matrix_flops`, or from the tile's shape where that is None. 8-bit inputs
-    double the 16-bit rate and tf32 halves it; a loop that mixes them is taken at the rate of its widest. tcgen05
-    opcodes do not tell tf32 from 16-bit inputs: taken as 16-bit.
-    """
+    kinds = {i.opcode for i in loop if i.is_matrix}
     if arch not in _MATRIX_RATE:
         raise ValueError(f"arch must be one of {sorted(_MATRIX_RATE)}, got {arch}; add its published rate")
-    if flops_per_iteration <= 0 or not mix.matrix:
-        raise ValueError(f"the loop must hold matrix instructions, got {flops_per_iteration} FLOPs in {mix.matrix}")
-    widest = max(_element_bits(opcode) for opcode in mix.matrix_kinds)
-    return Cycles(
-        matrix=flops_per_iteration / (_MATRIX_RATE[arch] * 16 / widest),
-        issue=mix.total * num_warps / 4,
-        mufu=mix.mufu * num_warps * 32 / 16,
-    )
+    if not kinds or {kind.partition(".")[0] for kind in kinds} - _16_BIT_MATRIX:
+        raise ValueError(f"the loop must hold 16-bit or TF32 matrix instructions, got {kinds}; add their rate")
+    mufu = sum(i.root == "MUFU" for i in loop)
+    matrix = flops / _MATRIX_RATE[arch] * (2 if any(".TF32" in kind for kind in kinds) else 1)
+    issue, special = len(loop) * warps / 4, mufu * warps * 32 / 16
+    ratio = max(issue, special) / matrix
+    return {
+        "instructions": len(loop), "compares": sum(i.root == "ISETP" for i in loop), "matrix_cycles": matrix,
+        "issue_cycles": issue, "mufu_cycles": special, "ratio": ratio, "serial_bound": 1 / (1 + ratio),
+        "overlapped_bound": 1 / max(1, ratio), "exponentials": mufu,
+    }  # fmt: skip
 
 
 def order(instructions: Iterable[Instruction]) -> str:
-    """How a loop orders what should overlap, run-length coded, as in `H8 W E64 H8 W`.
+    """Return how a loop orders what should overlap, run-length coded, as in `H8 W E64 H8 W`.
 
     H: matrix instruction; E: exponential; M: other MUFU; W: wait for wgmma; B: block barrier, or wait on an mbarrier
-    (the only wait for tcgen05). On Ampere and sm_120 matrix instructions are waited for by their registers: no W.
+    (the only wait for tcgen05). On Ampere and sm_120, registers make matrix instructions wait, so there is no W.
     """
     letters = (letter for i in instructions for letter, kind in _LETTERS.items() if re.match(kind, i.opcode))
     runs = ((letter, len(list(run))) for letter, run in groupby(letters))
@@ -305,17 +224,17 @@ def order(instructions: Iterable[Instruction]) -> str:
 
 
 def exponentials_in_flight(instructions: Sequence[Instruction]) -> int:
-    """Exponentials of one iteration that issue while a wgmma may still run: 0 means that nothing overlaps.
+    """Return how many exponentials of one iteration issue while a wgmma may still run; 0 means no overlap.
 
     A wgmma is in flight from its issue; `gsb0` among its operands closes a group, and `WARPGROUP.DEPBAR.LE gsb0, N`
-    waits until at most N closed groups are left. The loop is walked in address order and circularly. Only wgmma (sm_90)
-    is asynchronous in this way: the count is 0 for mma, and says nothing of tcgen05.
+    waits until at most N closed groups are left. Only wgmma (sm_90) is asynchronous in this way: the count is 0 for
+    mma, and says nothing of tcgen05.
     """
     groups, group_open, in_flight = 0, False, 0
-    # The first pass only finds what the iteration before leaves in flight.
+    # The first pass over the loop only finds what the iteration before leaves in flight.
     for counted in (False, True):
         for instruction in instructions:
-            if _WARP_GROUP_MATRIX.fullmatch(instruction.root):
+            if instruction.root.endswith("GMMA"):
                 group_open = "gsb0" not in instruction.operands
                 groups += not group_open
             elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
@@ -325,74 +244,114 @@ def exponentials_in_flight(instructions: Sequence[Instruction]) -> int:
     return in_flight
 
 
-def run_tool(tool: str, option: str, cubin: bytes) -> str:
-    """What a tool that comes with Triton prints about a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{tool} {option} failed: {done.stderr.strip()}")
-    return done.stdout
+def parse_argument_offsets(elf: str, names: Sequence[str]) -> dict[int, str]:
+    """Return the offsets in constant bank 0 of a kernel's arguments, from the output of `cuobjdump -elf`.
+
+    Arguments that Triton adds after `names` are left out.
+    """
+    base = re.search(r"EIATTR_PARAM_CBANK\s+Format:\s+EIFMT_SVAL\s+Value:\s+0x\w+ 0x\w*(\w{4})\b", elf)
+    offsets = {int(n, 16): int(at, 16) for n, at in re.findall(r"Ordinal : 0x(\w+)\s+Offset\s+: 0x(\w+)", elf)}
+    if base is None or len(offsets) < len(names):
+        raise ValueError(f"the cubin must list the offsets of its {len(names)} arguments, got {len(offsets)} of them")
+    return {int(base[1], 16) + offsets[ordinal]: name for ordinal, name in enumerate(names)}
 
 
-def control_flow(instructions: Sequence[Instruction]) -> list[list[int]]:
-    """Indices of the instructions that can follow each. BSYNC waits just before its target, so it falls through."""
-    index = {instruction.address: i for i, instruction in enumerate(instructions)}
-    successors = []
-    for i, instruction in enumerate(instructions):
-        following = [index[instruction.target]] if instruction.target in index else []
-        # A branch can also be conditional by an operand: `BRA.U !UP0, 0x1b0`.
-        conditional = instruction.predicate or "," in instruction.operands
-        if (instruction.root not in _ENDS or conditional) and i + 1 < len(instructions):
-            following.append(i + 1)
-        successors.append(following)
-    return successors
-
-
-def _latches(successors: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-    """Sources of the branches back to each loop header: the edges to an ancestor in a depth-first search."""
-    found: dict[int, list[int]] = {}
-    path, visited = {0: iter(successors[0] if successors else ())}, {0}
-    while path:
-        node, remaining = next(reversed(path.items()))
-        following = next(remaining, None)
-        if following is None:
-            path.popitem()
-        elif following in path:
-            found.setdefault(following, []).append(node)
-        elif following not in visited:
-            visited.add(following)
-            path[following] = iter(successors[following])
+def accesses(instructions: Sequence[Instruction], pointers: Mapping[int, str]) -> list[Access]:
+    """Return every load and store of global memory, by address; `pointers` are offsets in constant bank 0."""
+    if unread := sorted({i.root for i in instructions} & _UNREAD):
+        raise ValueError(f"global memory must be accessed by LDG and STG alone, got {unread}; teach sass.py those")
+    found = []
+    for instruction, origins in zip(instructions, _origins(instructions, pointers), strict=True):
+        if instruction.root in ("LDG", "STG"):
+            address = instruction.operands[: instruction.operands.rindex("]")].rpartition("[")[2]
+            tensors = _depends_on([address], origins, pointers)
+            if not tensors:
+                raise ValueError(f"no argument reaches the address of {instruction}; teach sass.py the code before it")
+            found.append(Access(instruction.address, tensors, instruction.root == "STG", width(instruction.opcode)))
     return found
 
 
-def _natural_loop(successors: Sequence[Sequence[int]], header: int, latches: Iterable[int]) -> set[int]:
-    """Nodes that reach a latch without passing the header, and the header."""
-    predecessors: dict[int, list[int]] = {}
-    for source, target in ((source, target) for source, targets in enumerate(successors) for target in targets):
-        predecessors.setdefault(target, []).append(source)
-    body, open_nodes = {header}, list(latches)
-    while open_nodes:
-        node = open_nodes.pop()
-        if node not in body:
-            body.add(node)
-            open_nodes += predecessors.get(node, [])
-    return body
+def width(opcode: str) -> int:
+    """Return the bits that one thread loads or stores: LDG.E.128 moves 128, LDG.E 32, LDG.E.U16 16."""
+    sizes = re.findall(r"\.[US]?(8|16|64|128|256)\b", opcode)
+    return int(sizes[-1]) if sizes else 32
 
 
-def _shape(opcode: str) -> tuple[int, int, int]:
-    """Rows, columns and depth of one product: `64x128x16` of a warp group, `16816` (16, 8, 16) of a warp."""
-    shape = re.search(r"\.(\d+)x(\d+)x(\d+)\b", opcode) or re.search(r"\.(16|8)(8)(4|8|16|32|64|128|256)\b", opcode)
-    if not shape:
-        raise ValueError(f"a matrix instruction must name its shape, got {opcode}; teach _shape how to read it")
-    m, n, k = (int(size) for size in shape.groups())
-    return m, n, k
+def with_widest(found: Sequence[Access], instructions: Sequence[Instruction]) -> list[Access]:
+    """Return those accesses of one tensor that one thread can execute together with a widest one.
+
+    The others lie on a branch that excludes it, like the last block of a row.
+    """
+    graph = control_flow(instructions)
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    after = {a: nx.descendants(graph, index[a.address]) | {index[a.address]} for a in found}
+    widest = [a for a in found if a.bits == max(access.bits for access in found)]
+    return [a for a in found if any(index[w.address] in after[a] or index[a.address] in after[w] for w in widest)]
 
 
-def _element_bits(opcode: str) -> int:
-    """Width of the inputs as they move, by which the rate scales: 32 for tf32."""
-    bits = 32 if ".TF32" in opcode else _INPUT_BITS.get(opcode.partition(".")[0])
-    if bits is None:
-        raise ValueError(f"the rate is known of 8-bit, 16-bit and tf32 inputs, got {opcode}; add it to _INPUT_BITS")
-    return bits
+def _origins(instructions: Sequence[Instruction], pointers: Mapping[int, str]) -> list[Origins]:
+    """Return what the registers depend on before each instruction, over all paths that lead there."""
+    graph = control_flow(instructions)
+    before: list[Origins] = [{} for _ in instructions]
+    pending = dict.fromkeys(reversed(range(len(instructions))))  # an ordered set, taken from its end
+    while pending:
+        index, _ = pending.popitem()
+        after = _step(instructions[index], before[index], pointers)
+        for successor in graph[index]:
+            known = before[successor]
+            joined = {register: names | known.get(register, _NOTHING) for register, names in after.items()}
+            if known | joined != known:
+                before[successor] = known | joined
+                pending[successor] = None
+    return before
+
+
+def _step(instruction: Instruction, before: Origins, pointers: Mapping[int, str]) -> Origins:
+    """Return what the registers depend on after an instruction: results depend on what its operands depend on."""
+    first, *operands = (operand.strip() for operand in instruction.operands.split(","))
+    words = max(1, width(instruction.opcode) // 32)
+    if instruction.root == "STL":  # a spill: the registers from `operands[0]` on go to the stack
+        return before | {_slot(first, i): before.get(_register(operands[0], i), _NOTHING) for i in range(words)}
+    if not re.fullmatch(r"(UR|R)\d+(\.\w+)*", first):
+        return before
+    modifiers = instruction.opcode.split(".")
+    pairs = {"64", "WIDE"} & set(modifiers) or instruction.root in ("CS2R", "FADD2", "FMUL2", "FFMA2")
+    constant = _CONSTANT.search(instruction.operands)
+    after = dict(before)
+    for i in range(4 if "128" in modifiers else 2 if pairs else 1):
+        register = _register(first, i)
+        if instruction.root in ("LDC", "ULDC", "LDCU") and constant:
+            # A wide one loads several arguments at once, one word into each register.
+            names = _argument(int(constant[1], 16) + 4 * i, pointers)
+        elif instruction.root == "LDL":
+            names = before.get(_slot(operands[0], i), _NOTHING)
+        elif instruction.root in ("LDG", "LDS"):
+            names = _NOTHING
+        else:
+            names = _depends_on(operands, before, pointers)
+        # A predicated instruction may leave the register as it was.
+        after[register] = names | before.get(register, _NOTHING) if instruction.predicate else names
+    return after
+
+
+def _register(operand: str, offset: int) -> str:
+    """Return the register that lies `offset` after the one in an operand; RZ is zero."""
+    found = _REGISTER.search(operand)
+    return f"{found[1]}{int(found[2]) + offset}" if found else "RZ"
+
+
+def _slot(address: str, offset: int) -> str:
+    """Return the name of a word of the stack, whose address is R1 plus a constant."""
+    found = re.search(r"\+(0x[0-9a-f]+)\]", address)
+    return f"stack {(int(found[1], 16) if found else 0) + 4 * offset}"
+
+
+def _depends_on(operands: Iterable[str], origins: Origins, pointers: Mapping[int, str]) -> frozenset[str]:
+    text = ", ".join(operands)
+    registers = (origins.get(kind + number, _NOTHING) for kind, number in _REGISTER.findall(text))
+    return frozenset().union(*registers, *(_argument(int(at, 16), pointers) for at in _CONSTANT.findall(text)))
+
+
+def _argument(offset: int, pointers: Mapping[int, str]) -> frozenset[str]:
+    """Return the pointer whose low or high word lies at `offset`."""
+    return frozenset(pointers[start] for start in (offset, offset - 4) if start in pointers)

@@ -1,59 +1,69 @@
-"""Times whole training steps: forward, backward and AdamW, the fused ops against the same model on plain references.
+"""Time whole training steps: forward, backward and AdamW, with the fused ops and with plain PyTorch.
 
     python benchmarks/step_bench.py --out DIR [--preset mini|0.16b|..] [--device cuda|cpu] [--peer transfusion-pytorch]
 
 Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses of all rows must be equal to 1e-5 in
-fp32, compiled ones included. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer does.
-"plain" is the same model as one would write it: the ops one by one, and one scaled_dot_product_attention under a dense
-mask that is made once a step. What the machine reaches in the matrix products of a linear layer, forward and backward,
-is what the steps are held to. On a CPU all of these take turns, each right after an untimed one of its kind.
+fp32, including the compiled ones. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer
+does. "plain" is the same model as one would write it: the ops one by one, and one scaled_dot_product_attention under a
+dense mask that is made once a step. The yardstick of the steps is the machine's rate in the matrix products of a linear
+layer, forward and backward. On a CPU all of these take turns, each right after an untimed one of its kind.
 """
 
-from __future__ import annotations
-
 import argparse
+import gc
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 if __name__ == "__main__":
-    # Before triton is imported: kernels are compiled here, whatever the shell says.
-    os.environ["TRITON_INTERPRET"] = "0"
-    # Compilation is measured, which a cache of an earlier run would hide.
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
+    # Compilation is measured, and a cache from an earlier run would hide it.
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-import measure
-import memory
-import step_report
-import step_workload
+import mixes
+import pandas as pd
+import tables
+import timing
 import torch
-from measure import Effort, Step
-from step_report import MATMUL, Facts, Row
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from tables import Row
+from timing import Step, Timing, allocated_bytes
 from torch import Tensor, nn
+from torch.utils import benchmark
 
 from transfusion_fast import Transfusion
+from transfusion_fast.config import PRESETS, ModelConfig, TransformerConfig
 from transfusion_fast.errors import InputError
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model import inputs
 from transfusion_fast.model.loss import Losses
 from transfusion_fast.model.ops import IMPLEMENTATIONS
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.ranks import keep_freed_memory
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHECKPOINTING = ("none", "selective", "full")
+DTYPES = {name: timing.DTYPES[name] for name in ("bf16", "fp32")}
+TEXT_TOKENS, CHANNELS = 256, 16
+PATCHES = 64  # of an image of the ragged documents: 8 x 8
+RAGGED_PRESET = "mini"  # made for CPUs; the other presets are sizes of the paper
+TRANSFORMERS = {RAGGED_PRESET: TransformerConfig(dim=256, depth=6, heads=8), **PRESETS}
+MATMUL = (1424, 256, 1024)  # positions, inputs, outputs of the linear layer that the machine's rate is measured with
 EQUAL = 1e-5  # of the losses in fp32
 PEER = "transfusion-pytorch"
 PLAIN = "plain"
 _MATMULS = 10
 
+# Documents as a model takes them: integers are text, [patches, C] numbers an image.
+Documents = list[list[Tensor]]
 
-@dataclass(frozen=True)
-class Variant:
+
+class Variant(NamedTuple):
     """One way to run the model."""
 
     dtype: str
@@ -67,16 +77,8 @@ class Variant:
         return f"{self.dtype} {self.backend}{compiled}{kept}"
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A step that is ready to be timed, and what is known of it already."""
-
-    facts: Facts
-    step: Step
-
-
 class MasterAdamW:
-    """AdamW on fp32 copies of half-precision weights, which follow them; on the weights themselves in fp32."""
+    """AdamW that keeps fp32 copies of half-precision weights and updates the weights from them."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.weights = list(parameters)
@@ -85,6 +87,7 @@ class MasterAdamW:
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
 
     def step(self) -> None:
+        """Update the weights and drop their gradients."""
         if not self.in_place:
             for master, weight in zip(self.masters, self.weights, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
@@ -96,93 +99,129 @@ class MasterAdamW:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark that the command line asks for; returns the exit code."""
-    options = _parse(arguments)
-    try:
-        device = measure.choose_device(options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
-        rows = _measure(options, device)
-    except (InputError, OSError) as error:
-        print(f"step_bench: {error}", file=sys.stderr)
-        return 2
-    step_report.write(rows, options.out)
-    return 0
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--preset", choices=step_workload.TRANSFORMERS, help="default: mini on a CPU, 0.37b on cuda")
+    """Run the benchmark that the command line asks for; return the exit code."""
+    parser = timing.make_parser(__doc__)
+    parser.add_argument("--preset", choices=TRANSFORMERS, help="default: mini on a CPU, 0.37b on cuda")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peer", choices=(PEER,), help="time this package too, if it is installed")
     parser.add_argument("--seconds", type=float, default=20, help="to time each step for (default: 20)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    return timing.run_benchmark("step_bench", options, partial(_measure, options))
 
 
-def _measure(options: argparse.Namespace, device: torch.device) -> list[Row]:
-    preset = options.preset or ("0.37b" if device.type == "cuda" else step_workload.RAGGED_PRESET)
-    ragged = preset == step_workload.RAGGED_PRESET
-    documents = step_workload.ragged_documents() if ragged else step_workload.mix_documents("mixed", 16384)
-    if device.type == "cpu":
+def _measure(options: argparse.Namespace, device: torch.device) -> bool:
+    cpu = device.type == "cpu"
+    preset, ours = options.preset or (RAGGED_PRESET if cpu else "0.37b"), "torch" if cpu else "triton"
+    documents = ragged_documents() if preset == RAGGED_PRESET else mix_documents("mixed", mixes.FIXED_LENGTH)
+    if cpu:
         keep_freed_memory()
-    ours = "triton" if device.type == "cuda" else "torch"
-    _check_losses(preset, documents, device, ours)
-    variants = [v for dtype in options.dtypes for v in _variants(dtype, ours)]
-    makers = {str(v): partial(_prepare, v, preset, documents, device) for v in variants}
+    check_losses(preset, documents, device, ours)
+    facts: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for variant in [variant for dtype in options.dtypes for variant in variants(dtype, ours)]:
+        print(f"{variant}: preparing", file=sys.stderr)
+        steps[str(variant)], facts[str(variant)] = _prepare(variant, preset, documents, device)
     if options.peer:
-        makers[PEER] = partial(_prepare_peer, preset, documents, device)
-    machine = measure.describe_machine(device)
-    prepared: list[Prepared] = []
-    for name, make in makers.items():
-        print(f"{name}: preparing", file=sys.stderr)
-        prepared.append(make())
-    effort = Effort(30, options.seconds)
-    steps = {p.facts.name: p.step for p in prepared} | _matmuls(device)
-    if device.type == "cpu":
-        timings = measure.time_steps(steps, device, effort, rehearse=True)
-    else:
-        timings = {name: measure.time_steps({name: step}, device, effort)[name] for name, step in steps.items()}
+        name, step, peer_facts = prepare_peer(preset, documents, device)
+        steps[name], facts[name] = step, peer_facts
+    timings = timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
     rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timings[dtype].total / 1e6 for dtype in DTYPES}
-    return [step_report.row(p.facts, timings[p.facts.name], rates, machine) for p in prepared]
+    machine = timing.describe_machine(device)
+    rows = [make_row({"name": name, "preset": preset, **facts[name]}, timings[name], rates, machine) for name in steps]
+    draw(rows, options.out / "step.png")
+    about = f"Preset {preset}, {rows[0]['tokens']:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
+    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about.format(*MATMUL))
+    return True
 
 
-def _variants(dtype: str, ours: str) -> list[Variant]:
-    """Plain PyTorch, then ours."""
-    settings = [Variant(dtype, ours, checkpointing=c) for c in CHECKPOINTING]
+def variants(dtype: str, ours: str) -> list[Variant]:
+    """Return plain PyTorch, then ours."""
+    settings = [Variant(dtype, ours, checkpointing=c) for c in ("none", "selective", "full")]
     return [Variant(dtype, PLAIN), *settings, Variant(dtype, ours, compiled=True)]
 
 
-def _model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
+def ragged_documents(count: int = 24) -> Documents:
+    """Return documents of 4 to 160 text tokens; every other one ends in an image of 8 x 8 patches."""
+    generator = torch.Generator().manual_seed(0)
+    documents: Documents = []
+    for number in range(count):
+        length = int(torch.randint(4, 161, (), generator=generator))
+        documents.append([torch.randint(0, TEXT_TOKENS, (length,), generator=generator)])
+        if number % 2 == 0:
+            documents[-1].append(torch.randn(PATCHES, CHANNELS, generator=generator))
+    return documents
+
+
+def mix_documents(mix: str, length: int) -> Documents:
+    """Return the documents of a mix; their special tokens take positions that the mix gives to text."""
+    lengths, spans = mixes.fixed(mix) if length == mixes.FIXED_LENGTH else mixes.generate(mix, length)
+    generator = torch.Generator().manual_seed(0)
+    documents, start = [], 0
+    for size in lengths:
+        own = [(at, patches) for at, patches in spans if start <= at < start + size]
+        # Text lies between images; each of its ends stands for a special token.
+        edges = [start, *(edge for at, patches in own for edge in (at, at + patches)), start + size]
+        document: list[Tensor] = []
+        for number, (first, end) in enumerate(pairwise(edges)):
+            if number % 2:
+                document.append(torch.randn(end - first, CHANNELS, generator=generator))
+            elif end - first > 2:
+                document.append(torch.randint(0, TEXT_TOKENS, (end - first - 2,), generator=generator))
+        documents.append(document)
+        start += size
+    return documents
+
+
+def make_batch(model: Transfusion, documents: Documents) -> PackedBatch:
+    """Return one micro-batch of the documents, with the same noise and timesteps each time."""
+    return inputs.pack_documents(documents, model.config, torch.Generator().manual_seed(0))
+
+
+def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
+    """Return the model of a preset, with the same weights each time."""
     torch.manual_seed(0)
-    backend = "reference" if variant.backend == PLAIN else variant.backend
-    model = Transfusion(step_workload.model_config(preset, backend, variant.checkpointing))
-    return model.to(device, DTYPES[variant.dtype])
+    config = ModelConfig(
+        num_text_tokens=TEXT_TOKENS,
+        dim_latent=(CHANNELS,),
+        transformer=TRANSFORMERS[preset],
+        backend="reference" if variant.backend == PLAIN else variant.backend,
+        activation_checkpointing=variant.checkpointing,
+    )
+    model = Transfusion(config).to(device, DTYPES[variant.dtype])
+    if variant.compiled:
+        torch.compiler.reset()  # so that the blocks are compiled for one shape
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return model
 
 
 def _forward(model: Transfusion, variant: Variant, batch: PackedBatch) -> Losses:
     if variant.backend != PLAIN:
         return model(batch)
-    with patch.dict(IMPLEMENTATIONS["reference"], hybrid_attention=step_workload.plain_attention):
+    with patch.dict(IMPLEMENTATIONS["reference"], hybrid_attention=_plain_attention):
         return model(batch)
 
 
-def _compile(model: Transfusion) -> None:
-    """Anew, for the one shape that comes."""
-    torch.compiler.reset()
-    for block in model.blocks:
-        block.compile(dynamic=False)
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
+    """Compute one scaled_dot_product_attention under a dense mask that all layers share."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # without a batch, torch takes no fused kernel
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale)[0].transpose(0, 1)
 
 
-def _check_losses(preset: str, documents: step_workload.Documents, device: torch.device, ours: str) -> None:
-    """Raises InputError where losses differ from the reference's in fp32."""
-    checked = [Variant("fp32", backend) for backend in dict.fromkeys(["reference", ours, "torch", PLAIN])]
+def _mask(layout: AttentionLayout) -> Tensor:
+    mask = layout.dense_mask()
+    return mask | ~mask.any(dim=-1, keepdim=True)  # padding must see something, or its softmax is NaN
+
+
+def check_losses(preset: str, documents: Documents, device: torch.device, ours: str) -> None:
+    """Raise InputError unless every way to run the model gives the reference's losses in fp32."""
+    backends = dict.fromkeys(["reference", ours, "torch", PLAIN])
     losses = {}
-    for variant in [*checked, Variant("fp32", ours, compiled=True)]:
-        model = _model(preset, variant, device)
-        if variant.compiled:
-            _compile(model)
-        found = _forward(model, variant, step_workload.pack(model, documents[:24]).to(device))
+    for variant in [*(Variant("fp32", backend) for backend in backends), Variant("fp32", ours, compiled=True)]:
+        model = make_model(preset, variant, device)
+        found = _forward(model, variant, make_batch(model, documents[:24]).to(device))
         losses[str(variant)] = torch.stack([found.text, found.diffusion]).detach()
     expected = losses["fp32 reference"]
     for name, found in losses.items():
@@ -191,8 +230,20 @@ def _check_losses(preset: str, documents: step_workload.Documents, device: torch
             raise InputError(f"losses of {name} must be the reference's to {EQUAL}, they differ by {difference:.2e}")
 
 
+def model_flops(model: Transfusion, batch: PackedBatch) -> int:
+    """Return the FLOPs of forward and backward: 6 for each use of a matrix's weight, 12 H D a layer for a visible pair.
+
+    Recomputation is not counted, nor are embeddings, norms and the few vectors of timesteps.
+    """
+    transformer = model.config.transformer
+    uses = len(batch.tokens) * sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    uses += len(batch.supervised) * model.head.weight.numel()
+    uses += sum(2 * len(m.latents) * m.latents.shape[1] * transformer.dim for m in batch.modalities)
+    return 6 * uses + 12 * transformer.depth * transformer.dim * batch.layout.area
+
+
 def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Forward, then what runs backward and the optimizer."""
+    """Return the step whose backward pass includes the optimizer."""
     optimizer = MasterAdamW(list(model.parameters()))
 
     def step() -> Callable[[], None]:
@@ -207,68 +258,70 @@ def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def _prepare(variant: Variant, preset: str, documents: step_workload.Documents, device: torch.device) -> Prepared:
-    model = _model(preset, variant, device)
-    batch = step_workload.pack(model, documents).to(device)
-    _forward(model, variant, batch)  # makes what is made once a batch
-    kept = None if variant.compiled else memory.kept_bytes(lambda: _forward(model, variant, batch).total)
-    if variant.compiled:
-        _compile(model)
+def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.device) -> tuple[Step, Row]:
+    """Return a step that is ready to be timed, and what is known about it before."""
+    model = make_model(preset, variant, device)
+    batch = make_batch(model, documents).to(device)
     step = _train_step(model, lambda: _forward(model, variant, batch).total)
-    first, second = (_seconds(step, device) for _ in range(2))
-    facts = Facts(
-        name=str(variant),
-        preset=preset,
-        dtype=variant.dtype,
-        parameters=_count(model),
-        tokens=batch.num_tokens,
-        flops=step_workload.model_flops(model, batch),
-        peak_bytes=memory.peak_bytes(step, device),
-        kept_bytes=kept,
-        compile_s=first - second if variant.compiled else None,
-    )
-    return Prepared(facts, step)
+    times = [benchmark.timer()]
+    for _ in range(2):
+        step()()
+        times.append(benchmark.timer())
+    first, second = (end - start for start, end in pairwise(times))
+    return step, {
+        "dtype": variant.dtype, "parameters": _count(model), "tokens": batch.num_tokens,
+        "flops": model_flops(model, batch), "peak_bytes": allocated_bytes(lambda: step()(), device)[1],
+        "kept_bytes": None if variant.compiled else kept_bytes(lambda: _forward(model, variant, batch).total, device),
+        "compile_s": first - second if variant.compiled else None,
+    }  # fmt: skip
 
 
-def _prepare_peer(preset: str, documents: step_workload.Documents, device: torch.device) -> Prepared:
-    """The other package's model of about as many parameters: our width and heads, as deep as that takes; fp32."""
+def kept_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
+    """Return the bytes that `forward` allocates and that live as long as its result: what backward needs."""
+
+    def collected() -> Tensor:
+        out = forward()
+        gc.collect()
+        return out
+
+    gc.collect()
+    return allocated_bytes(collected, device)[0]
+
+
+def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tuple[str, Step, Row]:
+    """Prepare the other package's model in fp32: our width and heads, and the depth with the closest parameter count.
+
+    Raises:
+        InputError: the package is not installed.
+    """
     try:
         from transfusion_pytorch import Transfusion as Peer
     except ImportError as error:
         raise InputError(f"--peer {PEER} needs that package: {error}; install it, or leave --peer out") from error
-    config = step_workload.TRANSFORMERS[preset]
-    ours = _model(preset, Variant("fp32", "torch"), torch.device("cpu"))
+    config = TRANSFORMERS[preset]
+    ours = make_model(preset, Variant("fp32", "torch"), torch.device("cpu"))
 
     def build(depth: int) -> nn.Module:
+        torch.manual_seed(0)
         transformer = {"dim": config.dim, "depth": depth, "heads": config.num_heads, "dim_head": config.head_dim}
-        return Peer(
-            num_text_tokens=step_workload.TEXT_TOKENS,
-            dim_latent=step_workload.CHANNELS,
-            transformer=transformer,
-            modality_default_shape=(step_workload.PATCHES,),
-        )
+        sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": CHANNELS, "modality_default_shape": (PATCHES,)}
+        return Peer(**sizes, transformer=transformer)
 
     depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
-    torch.manual_seed(0)
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
     step = _train_step(model, lambda: model(moved))
-    facts = Facts(
-        name=f"fp32 {PEER}, depth {depth}",
-        preset=preset,
-        dtype="fp32",
-        parameters=_count(model),
-        tokens=step_workload.pack(ours, documents).num_tokens,
-        flops=None,
-        peak_bytes=memory.peak_bytes(step, device),
-        kept_bytes=None,
-        compile_s=None,
+    facts = {"dtype": "fp32", "parameters": _count(model), "tokens": make_batch(ours, documents).num_tokens}
+    unknown = {"flops": None, "kept_bytes": None, "compile_s": None}
+    return (
+        f"fp32 {PEER}, depth {depth}",
+        step,
+        {**facts, **unknown, "peak_bytes": allocated_bytes(lambda: step()(), device)[1]},
     )
-    return Prepared(facts, step)
 
 
 def _matmuls(device: torch.device) -> dict[str, Step]:
-    """The matrix products of one linear layer, forward and backward, `_MATMULS` times each, by dtype."""
+    """Return the matrix products of one linear layer, forward and backward, `_MATMULS` times each, by dtype."""
     T, K, N = MATMUL
 
     def step(a: Tensor, b: Tensor, g: Tensor) -> Callable[[], None]:
@@ -288,16 +341,59 @@ def _matmuls(device: torch.device) -> dict[str, Step]:
     }
 
 
-def _seconds(step: Step, device: torch.device) -> float:
-    begun = time.perf_counter()
-    step()()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
-
-
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def make_row(facts: Row, times: Timing, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
+    """Return the row of a step, with None for what was not measured or does not apply.
+
+    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly.
+
+    Args:
+        rates: the GFLOP/s of matrix products, by dtype.
+    """
+    seconds, tokens, dtype = times.total / 1e3, facts["tokens"], facts["dtype"]
+    weight_gflops = 6 * facts["parameters"] * tokens / seconds / 1e9
+    peak_tflops, _ = timing.peaks_of(machine["hardware"])
+    peak_gflops = peak_tflops * 1e3 if peak_tflops and dtype != "fp32" else rates[dtype]
+    flops, kept = facts["flops"], facts["kept_bytes"]
+    return {
+        "op": "step", **{name: facts[name] for name in ("name", "preset", "dtype", "parameters", "tokens")},
+        **times.columns("_ms"), "tokens_per_s": tokens / seconds, "weight_gflops": weight_gflops,
+        "matmul_gflops": rates[dtype], "share_of_matmul": weight_gflops / rates[dtype],
+        "share_of_fp32_matmul": weight_gflops / rates["fp32"],
+        "mfu": None if flops is None else flops / seconds / 1e9 / peak_gflops,
+        "peak_mib": facts["peak_bytes"] / 2**20, "kept_bytes_per_token": None if kept is None else kept / tokens,
+        "compile_s": facts["compile_s"], **machine,
+    }  # fmt: skip
+
+
+COLUMNS = {
+    "step": "{name}", "parameters": "{parameters:,}", "forward ms": tables.spread("forward", ".0f", "_ms"),
+    "backward and optimizer ms": tables.spread("backward", ".0f", "_ms"), "tokens/s": "{tokens_per_s:,.0f}",
+    "of the matmul rate in its dtype": "{share_of_matmul:.1%}", "of the fp32 matmul rate": "{share_of_fp32_matmul:.2f}",
+    "MFU": "{mfu:.1%}", "peak MiB": "{peak_mib:,.0f}",
+    "kept for backward, bytes a token": "{kept_bytes_per_token:,.0f}", "compilation s": "{compile_s:.1f}",
+}  # fmt: skip
+NOTES = """\
+Losses of all rows were equal to 1e-5 in fp32 before anything was timed. Times are medians (20th to 80th percentile); a
+dash stands for what was not measured. The matmul rate is that of a linear layer, forward and backward, at [{0}, {1}] x
+[{1}, {2}] in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each visible
+pair, as a share of the GPU's peak or, where that is unknown, of the matmul rate. Peak memory is what a step takes
+beyond weights and the optimizer's state. Compilation starts without a cache; the first row that compiles also pays for
+starting the compiler. Of the times of a CPU that others use too, only the ratios mean anything, and not even those
+where the spread is wide."""
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the tokens a second of each step, in a color for each dtype."""
+    frame = pd.DataFrame(rows).pivot_table("tokens_per_s", "name", "dtype", sort=False)
+    figure, panel = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
+    tables.draw_bars(panel, frame, horizontal=True, stacked=True, color=["C0", "C1"])
+    panel.invert_yaxis()
+    panel.set_xlabel(f"tokens a second, {rows[0]['preset']}, {rows[0]['hardware']}")
+    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Mean squared error of each image over packed patches, from what the target is made of: no target is in memory.
+"""Mean squared error of each image over packed patches, without storing the target in memory.
 
     L_n = sum over the patches p of image n, and their C values, of (prediction - target)^2 / (C |n|)
     dprediction_p = dL_n 2 (prediction - target) / (C |n|)
 
-The target is a tensor, or formed in registers from the noise eps and the clean latents x_0: eps for noise prediction
-(DDPM, arXiv 2006.11239, equation 14), eps - x_0 for flow matching (arXiv 2210.02747); neither depends on the timestep.
-Arithmetic is fp32. Saved for backward are the inputs alone.
+The target is the noise eps for noise prediction (DDPM, arXiv 2006.11239, equation 14), or eps - x_0 for flow matching
+(arXiv 2210.02747), which is computed in registers from eps and the clean latents x_0. Neither depends on the timestep.
+Arithmetic is in fp32. Only the inputs are saved for backward.
 
-Loads and stores are 16 bytes wide where a patch is a multiple of 16 bytes. Else an image may start in between, and they
-are narrower.
+Loads and stores are 16 bytes wide if a patch is a multiple of 16 bytes, and narrower otherwise, since an image may then
+start at any address.
 
-An image is cut into pieces of BLOCK_P patches, one program each. Piece 0 of image n is piece `offset[n] // BLOCK_P + n`
-of all: an image has at most one piece more than it starts blocks of the flat patches, so pieces of two images never
-have one number, and a launch needs nothing but P and N. A program finds its image by bisection. Forward leaves the sum
-of each piece, and a second launch adds those of each image in their order: no atomics, equal inputs give equal bits.
+An image is cut into pieces of BLOCK_P patches, one for each program. The first piece of image n has the number
+`offset[n] // BLOCK_P + n`. So two pieces never have the same number, because an image has at most one piece more than
+blocks of the flat patches start in it, and a launch depends only on P and N. A program finds its image by bisection.
+The forward kernel stores the sum of each piece, and a second kernel adds the sums of each image in order: there are no
+atomics, and equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion_fast.kernels.launch import check_device, check_dtype, on_device
+from transfusion_fast.kernels.launch import check_device, check_dtype, dense_rows, on_device
 
-VALUES = 2048  # of a tile: two loads of 16 bytes a thread, of 4 warps, in 16 bits
-MOST_COLUMNS = 1024  # of a tile; wider patches are walked
+VALUES = 2048  # values of a tile: in 16 bits, each thread of 4 warps loads 16 bytes twice
+MOST_COLUMNS = 1024  # columns of a tile; a program loops over wider patches
 WARPS = 4
-PIECES = 1024  # whose sums are added at a time
+PIECES = 1024  # sums that are added at a time
 
 
 @triton.jit
 def _find_image(offsets_ptr, N, piece, BLOCK_P: tl.constexpr):
-    """The image whose piece this may be: the last n with offset[n] // BLOCK_P + n <= piece."""
+    """Return the last image n with offset[n] // BLOCK_P + n <= piece, which owns the piece if it has so many."""
     low, high = 0, N
     while high - low > 1:
         middle = (low + high) // 2
@@ -48,7 +49,7 @@ def _find_image(offsets_ptr, N, piece, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _bounds(offsets_ptr, N, P, BLOCK_P: tl.constexpr):
-    """(image, first patch, one past the last) of this program, and how many patches the image has."""
+    """Return (image, first patch, end of the patches) of this program and the number of patches of the image."""
     piece = tl.program_id(0)
     image = _find_image(offsets_ptr, N, piece, BLOCK_P)
     start = tl.load(offsets_ptr + image)
@@ -59,9 +60,9 @@ def _bounds(offsets_ptr, N, P, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _pointers(ptr, first, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_P, BLOCK_C]: to the patches from `first` on, from column `start` on.
+    """Return pointers [BLOCK_P, BLOCK_C] to the patches from `first` and the columns from `start`.
 
-    No stride is that of contiguous rows: C is known, and with it how wide loads may be.
+    A stride of None means contiguous rows: the compiler knows C, and therefore how wide the loads may be.
     """
     stride = C if stride is None else stride
     ptr += first.to(tl.int64) * stride + start
@@ -70,7 +71,7 @@ def _pointers(ptr, first, stride, start, C: tl.constexpr, BLOCK_P: tl.constexpr,
 
 @triton.jit
 def _mask(first, last, start, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_P, BLOCK_C]: which values of a tile there are."""
+    """Return which values of a tile exist, [BLOCK_P, BLOCK_C]."""
     mask = (first + tl.arange(0, BLOCK_P) < last)[:, None]
     if C % BLOCK_C != 0:
         mask = mask & (start + tl.arange(0, BLOCK_C) < C)[None, :]
@@ -87,7 +88,7 @@ def _difference(
     prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """prediction - target of a tile, zero outside it, and its mask."""
+    """Return prediction - target of a tile, zero outside its mask, and the mask."""
     mask = _mask(first, last, start, C, BLOCK_P, BLOCK_C)
     prediction = _load(_pointers(prediction_ptr, first, stride_prediction, start, C, BLOCK_P, BLOCK_C), mask)
     target = _load(_pointers(target_ptr, first, stride_target, start, C, BLOCK_P, BLOCK_C), mask)
@@ -101,13 +102,13 @@ def diffusion_mse_forward_kernel(
     prediction_ptr, target_ptr, x_0_ptr, offsets_ptr, sums_ptr, N, P, stride_prediction, stride_target, stride_x_0,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the squared errors of one piece."""
+    """Store the sum of the squared errors of one piece."""
     _image, first, last, _patches = _bounds(offsets_ptr, N, P, BLOCK_P)
     if first >= last:
         return
     total = 0.0
     for start in tl.range(0, C, BLOCK_C):
-        difference, _there = _difference(
+        difference, _mask_of_tile = _difference(
             prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
             C, BLOCK_P, BLOCK_C,
         )  # fmt: skip
@@ -119,7 +120,7 @@ def diffusion_mse_forward_kernel(
 def diffusion_mse_mean_kernel(
     sums_ptr, offsets_ptr, loss_ptr, C: tl.constexpr, BLOCK_P: tl.constexpr, PIECES: tl.constexpr
 ):
-    """The mean of one image from the sums of its pieces; NaN for an image without patches."""
+    """Store the mean of one image from the sums of its pieces; NaN for an image without patches."""
     image = tl.program_id(0)
     start, end = tl.load(offsets_ptr + image), tl.load(offsets_ptr + image + 1)
     sums_ptr += start // BLOCK_P + image
@@ -138,7 +139,7 @@ def diffusion_mse_backward_kernel(
     stride_prediction, stride_target, stride_x_0,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dprediction [P, C], contiguous, of one piece."""
+    """Write one piece of dprediction, contiguous [P, C]."""
     image, first, last, patches = _bounds(offsets_ptr, N, P, BLOCK_P)
     if first >= last:
         return
@@ -153,18 +154,18 @@ def diffusion_mse_backward_kernel(
 
 
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None = None) -> Tensor:
-    """Mean squared error of each image, differentiable in `prediction`, `target` and `x_0`.
+    """Compute the mean squared error of each image, differentiable in `prediction`, `target` and `x_0`.
 
     Args:
-        prediction, target: [P, C], fp16, bf16 or fp32 each, rows of any stride.
-        image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offset n, offset n + 1).
-        x_0: [P, C]; where given, the target is `target - x_0`.
+        prediction, target: [P, C], fp16, bf16 or fp32, with rows of any stride.
+        image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offsets[n], offsets[n + 1]).
+        x_0: [P, C]; if given, the target is `target - x_0`.
 
     Returns:
         fp32 [N].
 
     Raises:
-        ValueError: a device or dtype that the kernels do not run.
+        ValueError: The kernels do not support the device or a dtype.
     """
     check_device("diffusion_mse", prediction)
     for name, x in (("prediction", prediction), ("target", target), ("x_0", x_0)):
@@ -190,7 +191,7 @@ def _forward(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Ten
 
 @torch.library.custom_op("transfusion_fast::diffusion_mse_backward", mutates_args=())
 def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    """dprediction, contiguous."""
+    """Return dprediction, contiguous."""
     P, C = prediction.shape
     N = len(image_offsets) - 1
     dprediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
@@ -204,14 +205,8 @@ def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: 
     return dprediction
 
 
-@_forward.register_fake
-def _(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    return prediction.new_empty(image_offsets.shape[0] - 1, dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(dloss: Tensor, prediction: Tensor, *_: Any) -> Tensor:
-    return prediction.new_empty(prediction.shape)
+_forward.register_fake(lambda x, _, offsets, *__: x.new_empty(offsets.shape[0] - 1, dtype=torch.float32))
+_backward.register_fake(lambda _, prediction, *__: prediction.new_empty(prediction.shape))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
@@ -221,9 +216,9 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     prediction, target, image_offsets, x_0 = ctx.saved_tensors
     _, needs_target, _, needs_x_0 = ctx.needs_input_grad
-    # Training differentiates the prediction alone. The others' gradient is the same one, not rounded to its dtype.
-    wide = prediction.float() if needs_target or needs_x_0 else prediction
-    gradient = _backward(dloss, wide, target, image_offsets, x_0)
+    # Training differentiates only the prediction. The other gradients are its negative and itself, before rounding.
+    exact = prediction.float() if needs_target or needs_x_0 else prediction
+    gradient = _backward(dloss, exact, target, image_offsets, x_0)
     return (
         gradient.to(prediction.dtype),
         -gradient.to(target.dtype) if needs_target else None,
@@ -236,18 +231,18 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def constants(kernel: str, C: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the kernel "forward", "mean" or "backward" is compiled for, besides number types, and how."""
+    """Return the constants and options to compile the kernel "forward", "mean" or "backward" with."""
     block_c = min(triton.next_power_of_2(C), MOST_COLUMNS)
     last = {"PIECES": PIECES} if kernel == "mean" else {"BLOCK_C": block_c}
     return {"C": C, "BLOCK_P": VALUES // block_c} | last, {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 def _pieces(N: int, P: int, C: int) -> int:
-    """An upper bound of how many pieces there are."""
+    """Return an upper bound of the number of pieces."""
     return N + P // constants("forward", C)[0]["BLOCK_P"]
 
 
 def _rows(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int | None]]:
-    """The tensors, copied where a row's numbers are not side by side, and the strides of those not contiguous."""
-    rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """Return the tensors with contiguous rows, and the stride of each that is not contiguous as a whole."""
+    rows = [x if x is None else dense_rows(x) for x in tensors]
     return rows, [None if x is None or x.is_contiguous() else x.stride(0) for x in rows]

@@ -1,17 +1,18 @@
-"""Attention that is causal over text and bidirectional within images, over packed documents: exact, in O(T) memory.
+"""Attention that is causal over text and bidirectional within images, over packed documents, exact and in O(T) memory.
 
     S = scale Q K^T,   P = softmax(S + mask),   O = P V
     dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q
 
-The mask is two integers a token (`layout.py`), and no tile outside a document is visited. A program takes a tile of
-rows and walks the interval that they see: whole steps without any mask, then narrow steps with one. Saved for backward
-are o and the log-sum-exp, in powers of two, fp32 [H, T]; P is computed anew (FlashAttention, arXiv 2205.14135).
+The mask is two integers a token (`layout.py`), and no block outside of a document is visited. A program owns a tile of
+rows and loops over the interval that they see: full blocks without a mask, and smaller partial blocks with one. The
+inputs, o and the log-sum-exp in base 2, fp32 [H, T], are saved for backward, and P is recomputed (FlashAttention, arXiv
+2205.14135).
 
-Backward is two kernels, dQ by tiles of queries and dK, dV by tiles of keys: each sum has one owner, so there are no
-atomics, no fp32 copy of dQ, and equal inputs give equal bits. dQ runs first and leaves rowsum(dO O) to the other.
-Grouped heads: dK and dV loop over the query heads of their group; K and V are never repeated in memory.
+Backward is two kernels, dQ over tiles of queries, and dK and dV over tiles of keys. One program computes each sum, so
+there are no atomics, no fp32 copy of dQ, and equal inputs give equal bits. The dQ kernel runs first and stores
+rowsum(dO O) for the other. dK and dV loop over the query heads of their group: K and V are never repeated in memory.
 
-A document that holds infinities or NaN spoils no other, except documents of up to 64 positions in the same tile.
+Infinities and NaN stay in their document, except that documents of up to 64 positions in one tile can share them.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ LOG2_E = math.log2(math.e)
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
-    """softmax(scale Q K^T + mask) V, differentiable.
+    """Compute softmax(scale Q K^T + mask) V, differentiable.
 
     Args:
-        q: [T, H, D], fp16, bf16 or fp32, D a multiple of 16 up to 256. k, v: [T, G, D] of q's dtype, G divides H.
+        q: [T, H, D], fp16, bf16 or fp32, D a multiple of 16 up to 256. k, v: [T, G, D] in q's dtype, G divides H.
             Query head h reads key/value head h // (H / G).
-        layout: what each of the T positions sees, on q's device.
-        scale: of the scores, positive; default D ** -0.5.
+        layout: The mask, on q's device.
+        scale: Factor of the scores, positive; default D ** -0.5.
 
     Returns:
         [T, H, D] in q's dtype; zero at padding.
 
     Raises:
-        ValueError: a device, dtype or head dimension that the kernels do not run.
+        ValueError: The kernels do not support the device, dtype or head dimension.
     """
     check_device("hybrid_attention", q)
     padded_head_dim(q.shape[-1])
@@ -62,7 +63,7 @@ def _forward(
     key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [T, H, D], lse fp32 [H, T]). The intervals and tiles of keys are for backward."""
+    """Return o [T, H, D] and lse fp32 [H, T]. The intervals and tiles of keys are only saved for backward."""
     T, H, _ = q.shape
     q, k, v = (addressable(x) for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -85,7 +86,7 @@ def _backward(
     key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), contiguous, of the shapes of q, k, v."""
+    """Return contiguous (dq, dk, dv) with the shapes of q, k, v."""
     T = q.shape[0]
     do, q, k, v = (addressable(x) for x in (do, q, k, v))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -109,14 +110,8 @@ def _backward(
     return dq, dk, dv
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@_backward.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_forward.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
+_backward.register_fake(lambda _, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -137,7 +132,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @dataclass(frozen=True)
 class _Launch:
-    """A kernel over the tiles of one height."""
+    """One launch: a kernel over the tiles of one height."""
 
     config: Config
     first_tile: int
@@ -145,12 +140,12 @@ class _Launch:
     options: dict[str, Any]
 
     def start(self, kernel: Any, q: Tensor, *arguments: Any) -> None:
-        """Queues the kernel on the device of q, which need not be the current one."""
+        """Queue the kernel on the device of q."""
         with on_device(q):
             kernel[self.grid](q, *arguments, **self.options)
 
     def descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
-        """What the copy engine loads [rows, D] of one head of x [T, heads, D] by; None where pointers are used."""
+        """Return a descriptor to load [rows, D] of one head of x [T, heads, D]; None if the kernel uses pointers."""
         if not self.config.descriptors:
             return None
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
@@ -172,22 +167,23 @@ def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterato
 
 
 def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int) -> dict[str, Any]:
-    """What a kernel over tiles of `height` positions is compiled for, besides the number types."""
+    """Return the constants to compile a kernel with, for tiles of `height` positions."""
     halves = {"HALVES": c.halves} if kernel == "forward" else {}
     return halves | {
         "H": H, "G": G, "D": D, "BLOCK_D": padded_head_dim(D), "BLOCK": c.block, "SUBTILES": height // c.block,
-        "STEP": c.step, "EDGE_STEP": c.edge_step, "CHUNK": c.chunk,
+        "STEP": c.step, "PARTIAL_STEP": c.partial_step, "CHUNK": c.chunk,
         "SHARED": height == TILE_HEIGHTS[-1], "INTERPRET": INTERPRETED,
     }  # fmt: skip
 
 
 def compiler_options(c: Config) -> dict[str, Any]:
-    """Multiply-adds are fused whatever Triton's default is, which changes with 3.10."""
+    """Return the options to compile a kernel with."""
+    # Multiply-adds are fused explicitly, because Triton's default changes with 3.10.
     return {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
 
 
 def _zero_padding(tile_counts: Tensor, *outputs: Tensor) -> None:
-    """No tile covers the positions behind the last document."""
+    """Set the positions behind the last document to zero, which no tile covers."""
     used = int(tile_counts[-1])
     for output in outputs:
         if used < len(output):

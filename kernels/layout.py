@@ -1,18 +1,18 @@
-"""Which positions of a packed sequence may see which: two intervals a position, nothing quadratic.
+"""The attention mask of a packed sequence as two intervals a position, and the tiles that the kernels work on.
 
-A packed sequence holds documents, and a document holds text and images. Attention is causal within a document
-and bidirectional within an image (Transfusion, arXiv 2408.11039, section 3.2), so the keys that a query sees are
-one interval, and so are the queries that a key is seen by:
+A packed sequence holds documents, and a document holds text and images. Attention is causal within a document and
+bidirectional within an image (Transfusion, arXiv 2408.11039, section 3.2). So the keys that a query sees form one
+interval, and so do the queries that see a key:
 
     query i sees the keys           [key_start(i), key_end(i))      = [document_start, image_end or i + 1)
     key j is seen by the queries    [query_start(j), query_end(j))  = [image_start or j, document_end)
 
-A position of the padding sees nothing and is seen by nothing: both of its intervals are empty.
+A padding position sees nothing and is seen by nothing: both of its intervals are empty.
 
-The kernels' work is cut here too, once for all layers and heads, into tiles of consecutive positions: tall ones of up
-to 128 and short ones of up to 64. Tiles start and end with documents, which wastes less than a fixed grid does, and
-documents short enough share a tile. A kernel needs no more than where its tile starts and ends: both ends of the
-intervals ascend with the position, so the first and the last row bound what the whole tile sees.
+The layout also cuts the sequence into tiles of consecutive positions, once for all layers and heads: tall tiles of up
+to 128 positions and short tiles of up to 64. Tiles start and end with documents, which wastes less work than a fixed
+grid, and short documents share a tile. Both ends of the intervals ascend with the position, so the first and the last
+row bound what a whole tile sees, and a kernel needs only the start and the end of its tile.
 """
 
 from __future__ import annotations
@@ -20,49 +20,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion_fast.kernels.attention_configs import KERNELS, Config, config
+from transfusion_fast.kernels.attention_configs import config
 
 Plan = TypeVar("Plan")
 
-TILE_HEIGHTS = (
-    128,
-    64,
-)  # tall, short: one or two groups of warps of 64 rows, what a matrix instruction of Hopper takes
-
-
-class Walk(NamedTuple):
-    """What the programs over tiles of one height do, for one head, in columns summed over the programs."""
-
-    config: Config
-    programs: int
-    whole: int
-    """In steps that all rows of a program see."""
-    edge: int
-    """In steps that compare."""
+# Tall and short: two and one times 64 rows, which one matrix instruction of Hopper takes from a group of four warps.
+TILE_HEIGHTS = (128, 64)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayout:
-    """The mask of one packed sequence of T positions, as O(T) integers.
+    """The attention mask of one packed sequence of T positions, as O(T) integers.
 
-    The intervals live on the device of the attention inputs; `document_offsets` and `image_spans` stay on the CPU,
-    where whoever plans the work (tiles, documents) reads them without waiting for a device.
+    The intervals and tiles live on the device of the attention inputs. `document_offsets`, `image_spans` and
+    `tile_counts` stay on the CPU, so that planning and launching work does not wait for the device.
 
     Attributes:
-        key_start, key_end: int32 [T], the keys that each query sees.
-        query_start, query_end: int32 [T], the queries that each key is seen by.
+        key_start, key_end: int32 [T], the interval of keys that each query sees.
+        query_start, query_end: int32 [T], the interval of queries that see each key.
         document_offsets: int64 [documents + 1] on the CPU; document d is [offsets[d], offsets[d + 1]).
         image_spans: int64 [images, 2] on the CPU, rows (start, length) in ascending order.
-        query_tiles, key_tiles: int32 [capacity, 2], rows (start, end): the tiles of queries for the forward pass and
-            dQ, the tiles of keys for dK and dV; all tall ones, then all short ones, those with most work first, then
-            zeros. The capacity depends on T alone, so that no batch makes a new shape.
-        tile_counts: int64 [5] on the CPU: tall and short query tiles, tall and short key tiles, positions in documents.
+        query_tiles, key_tiles: int32 [capacity, 2], rows (start, end): tiles of queries for the forward pass and dQ,
+            tiles of keys for dK and dV. All tall tiles, then all short tiles, both by descending work, then zeros.
+            The capacity depends on T alone, so that the shape is the same for every batch.
+        tile_counts: int64 [5] on the CPU: the numbers of tall and short query tiles, of tall and short key tiles, and
+            of positions in documents.
     """
 
     key_start: Tensor
@@ -84,16 +72,16 @@ class AttentionLayout:
         total_length: int | None = None,
         device: torch.device | str = "cpu",
     ) -> AttentionLayout:
-        """Builds the layout of consecutive documents in O(T).
+        """Build the layout of consecutive documents in O(T) time and memory.
 
         Args:
-            document_lengths: positions of each document; documents follow each other from position 0.
-            image_spans: (start, length) of each image, absolute, each inside one document, in any order.
+            document_lengths: Number of positions of each document; the first document starts at position 0.
+            image_spans: Absolute (start, length) of each image, each inside one document, in any order.
             total_length: T, at least the sum of the document lengths; the rest is padding. Default: no padding.
-            device: where the intervals are put.
+            device: Device of the intervals and tiles.
 
         Raises:
-            ValueError: naming the document or span that is empty, negative, out of its document, or overlaps another.
+            ValueError: A document or span is empty, negative, outside of its document, or overlaps another.
         """
         lengths = _integers("document_lengths", document_lengths, (0,))
         spans = _integers("image_spans", image_spans, (0, 2))
@@ -127,27 +115,25 @@ class AttentionLayout:
 
     @property
     def total_length(self) -> int:
-        """T, padding included."""
+        """T, including padding."""
         return self.key_start.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the intervals are."""
+        """Device of the intervals and tiles."""
         return self.key_start.device
 
     @cached_property
     def area(self) -> int:
-        """Exact number of visible (query, key) pairs: sum of L(L+1)/2 over documents and n(n-1)/2 over images."""
+        """Number of visible (query, key) pairs: the sum of L(L+1)/2 over documents and of n(n-1)/2 over images."""
         lengths, patches = self.document_offsets.diff(), self.image_spans[:, 1]
         return int((lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()) // 2
 
     def visited_area(self, direction: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> int:
-        """Number of (query, key) pairs, visible or not, that the Triton kernels compute, unused rows of tiles included.
+        """Return the number of (query, key) pairs that the Triton kernels compute for one head, visible or not.
 
-        Args:
-            direction: "forward", "backward_dq", "backward_dkdv", or "backward": the mean of the last two, weighted by
-                their three and four matrix products.
-            arch: 80, 90, 100 or 120, as in sm_80; itemsize: bytes of a number.
+        Unused rows of tiles count too. `direction` is a kernel of `work.tile_work`, whose other arguments and errors
+        these are, or "backward": the mean of dQ and of dK and dV, weighted by their three and four matrix products.
         """
         if direction == "backward":
             dq, dkdv = (
@@ -155,35 +141,49 @@ class AttentionLayout:
                 for kernel in ("backward_dq", "backward_dkdv")
             )
             return (3 * dq + 4 * dkdv) // 7
-        walks = self.walks(direction, head_dim=head_dim, arch=arch, itemsize=itemsize)
-        return sum(walk.config.block * (walk.whole + walk.edge) for walk in walks)
+        area = 0
+        for height in TILE_HEIGHTS:
+            c = config(direction, arch, head_dim, itemsize, height)
+            full, partial = c.visited_columns(*self.columns_seen(direction, height, c.block))
+            area += c.block * int((full + partial).sum())
+        return area
 
-    def walks(self, kernel: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> list[Walk]:
-        """What the programs of one head walk, for tall tiles and for short ones: the kernel's own arithmetic."""
-        if kernel not in KERNELS:
-            raise ValueError(f'direction must be "backward" or one of {", ".join(KERNELS)}, got {kernel!r}')
-        by_keys = kernel == "backward_dkdv"
-        names = ("query_start", "query_end", "key_tiles") if by_keys else ("key_start", "key_end", "query_tiles")
+    def columns_seen(self, kernel: str, height: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Count the columns that each program of a kernel sees: keys, or queries for "backward_dkdv".
+
+        Args:
+            height: Height of the tiles, one of `TILE_HEIGHTS`.
+            block: Rows of a program; a taller tile is shared by several programs.
+
+        Returns:
+            (common, total), int64 [programs]: columns that all rows of the program see, and those that any row sees.
+        """
+        if kernel == "backward_dkdv":
+            names, counts = ("query_start", "query_end", "key_tiles"), self.tile_counts.tolist()[2:4]
+        else:
+            names, counts = ("key_start", "key_end", "query_tiles"), self.tile_counts.tolist()[:2]
         low, high, tiles = (getattr(self, name).cpu().numpy().astype(np.int64) for name in names)
-        talls, shorts = self.tile_counts.tolist()[2:4] if by_keys else self.tile_counts.tolist()[:2]
-        families = zip(TILE_HEIGHTS, (tiles[:talls], tiles[talls : talls + shorts]), strict=True)
-        return [
-            _walk(tiles, low, high, by_keys, config(kernel, arch, head_dim, itemsize, height))
-            for height, tiles in families
-        ]
+        starts, ends = (tiles[: counts[0]] if height == TILE_HEIGHTS[0] else tiles[counts[0] : sum(counts)]).T
+        parts = -(-(ends - starts) // block)
+        number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        starts = np.repeat(starts, parts) + number * block
+        ends = np.minimum(starts + block, np.repeat(ends, parts))
+        first, last = low[starts], high[ends - 1]
+        common = np.maximum(high[starts] - low[ends - 1], 0)
+        return common, last - first
 
     def key_ends(self) -> np.ndarray:
-        """`key_end` computed anew on the CPU, int32 [T]: plans read it here, as the tensor may be on a busy device."""
+        """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
         return _key_ends(int(self.document_offsets[-1]), self.total_length, self.image_spans.numpy())
 
     def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
-        """What `build` makes of this layout, made once and kept with it: a backend's work list for all layers."""
+        """Return `build(self)`, computed once and kept: a backend's list of work, which all layers share."""
         if build not in self._plans:
             self._plans[build] = build(self)
         return self._plans[build]
 
     def dense_mask(self) -> Tensor:
-        """The definition by brute force, bool [T, T], True where query (row) sees key (column); for tests only."""
+        """Return the mask by its definition, bool [T, T], True where query (row) sees key (column), for tests only."""
         position = torch.arange(self.total_length)
         document = torch.bucketize(position, self.document_offsets, right=True)
         image = torch.zeros_like(position)
@@ -196,13 +196,13 @@ class AttentionLayout:
         return (visible & real[:, None] & real[None, :]).to(self.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
-        """The same layout with its intervals on `device`."""
+        """Return this layout with its intervals and tiles on `device`."""
         if torch.device(device) == self.device:
             return self
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _ON_DEVICE})
 
     def pin_memory(self) -> AttentionLayout:
-        """The same layout in page-locked memory, from which copies to a GPU overlap with compute."""
+        """Return this layout in page-locked memory, from which copies to a GPU overlap with computation."""
         return replace(self, **{n: getattr(self, n).pin_memory() for n in _ON_DEVICE})
 
 
@@ -210,7 +210,7 @@ _ON_DEVICE = ("key_start", "key_end", "query_start", "query_end", "query_tiles",
 
 
 def _integers(name: str, values: Any, empty: tuple[int, ...]) -> np.ndarray:
-    """int64 of the shape of `empty`, whose first side is free."""
+    """Convert `values` to an int64 array of the shape `empty`, of which the first size is free."""
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -235,16 +235,15 @@ def _key_ends(used: int, total: int, spans: np.ndarray) -> np.ndarray:
 
 
 def _positions_of(spans: np.ndarray) -> np.ndarray:
-    """int64 [sum of lengths]: the positions that the spans, rows (start, length), cover, in their order."""
+    """Return the positions that the spans, rows (start, length), cover in their order: int64 [sum of lengths]."""
     starts, lengths = spans[:, 0], spans[:, 1]
     return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
 
 
 def _tiles(offsets: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The tiles of all documents, int64 [capacity, 2], and how many of them are tall and short.
+    """Return the tiles of all documents, int64 [capacity, 2], and the numbers of tall and short tiles.
 
-    `low` and `high` are the ends of every position's interval, so that a tile [start, end) reaches from low[start] to
-    high[end - 1].
+    Each position sees the interval [low, high), so the tile [start, end) sees [low[start], high[end - 1]).
     """
     short = TILE_HEIGHTS[1]
     lengths = np.diff(offsets)
@@ -254,17 +253,18 @@ def _tiles(offsets: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -
     work = high[ends - 1] - low[starts] if len(tiles) else starts
     is_short = ends - starts <= short
     order = np.lexsort((-work, is_short))
-    # Two tiles side by side hold more than `short` positions, or they would be one.
-    table = np.zeros((2 * -(-total // short) + 2, 2), dtype=np.int64)
+    # A tall tile, and two neighbours of short documents, hold more than `short` positions; else they would be one tile.
+    table = np.zeros((2 * (total // short) + 1, 2), dtype=np.int64)
     table[: len(tiles)] = tiles[order]
     shorts = int(is_short.sum())
     return table, (len(tiles) - shorts, shorts)
 
 
 def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """int64 [tiles, 2]: each document in tall tiles and one odd one, which stands where it makes less work.
+    """Cut each document into tall tiles and a remainder, int64 [tiles, 2].
 
-    At the front of text, say: the rows behind it see more.
+    The remainder lies at the end of the document where that makes less work. In text that is the front, whose rows see
+    the fewest keys.
     """
     tall, short = TILE_HEIGHTS
     counts = -(-(ends - starts) // tall)
@@ -272,24 +272,24 @@ def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: 
     document = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(document)) - first[document]
 
-    odd_last = starts[document] + number * tall
-    odd_last = np.stack([odd_last, np.minimum(odd_last + tall, ends[document])], axis=1)
-    odd_first = ends[document] - (counts[document] - 1 - number) * tall
-    odd_first = np.stack([np.maximum(odd_first - tall, starts[document]), odd_first], axis=1)
+    remainder_last = starts[document] + number * tall
+    remainder_last = np.stack([remainder_last, np.minimum(remainder_last + tall, ends[document])], axis=1)
+    remainder_first = ends[document] - (counts[document] - 1 - number) * tall
+    remainder_first = np.stack([np.maximum(remainder_first - tall, starts[document]), remainder_first], axis=1)
 
     def work(tiles: np.ndarray) -> np.ndarray:
         height = np.where(tiles[:, 1] - tiles[:, 0] <= short, short, tall)
         return np.add.reduceat(height * (high[tiles[:, 1] - 1] - low[tiles[:, 0]]), first)
 
     if not len(counts):
-        return odd_last
-    return np.where((work(odd_first) < work(odd_last))[document, None], odd_first, odd_last)
+        return remainder_last
+    return np.where((work(remainder_first) < work(remainder_last))[document, None], remainder_first, remainder_last)
 
 
 def _shared_tiles(offsets: np.ndarray) -> np.ndarray:
-    """int64 [tiles, 2]: documents that fit into a short tile, as many neighbours in one as fit."""
+    """Put as many neighbouring short documents into each short tile as fit, int64 [tiles, 2]."""
     short = TILE_HEIGHTS[1]
-    # A longer document fits with nothing, so a tile never reaches over it.
+    # A longer document fits into no tile, so no tile extends beyond it.
     following = np.searchsorted(offsets, offsets[:-1] + short, side="right") - 1
     following, document, groups = following.tolist(), 0, []
     while document < len(following):
@@ -297,22 +297,6 @@ def _shared_tiles(offsets: np.ndarray) -> np.ndarray:
             groups.append((document, following[document]))
         document = max(following[document], document + 1)
     return offsets[np.array(groups, dtype=np.int64).reshape(-1, 2)]
-
-
-def _walk(tiles: np.ndarray, low: np.ndarray, high: np.ndarray, by_keys: bool, c: Config) -> Walk:
-    starts, ends = tiles.T
-    pieces = -(-(ends - starts) // c.block)
-    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = np.repeat(starts, pieces) + number * c.block
-    ends = np.minimum(starts + c.block, np.repeat(ends, pieces))
-    first, last = low[starts], high[ends - 1]
-    if by_keys:
-        whole = last - np.where(high[starts] == last, low[ends - 1], last)
-    else:
-        whole = np.where(low[ends - 1] == first, high[starts], first) - first
-    whole = whole // c.step * c.step
-    edge = -(-(last - first - whole) // c.edge_step) * c.edge_step
-    return Walk(c, len(starts), int(whole.sum()), int(edge.sum()))
 
 
 def _check_documents(lengths: np.ndarray, total: int) -> None:

@@ -1,4 +1,8 @@
-"""The specification of every op in plain PyTorch: what the kernels must compute, written to be read, not to be fast."""
+"""The specification of every op in plain PyTorch: what the kernels must compute, written to be read, not to be fast.
+
+The torch backend runs `rope`, `swiglu` and `diffusion_mse` much as they stand here. In eager mode on a CPU they reach 2
+to 63 % of the bandwidth of a copy (docs/kernels.md), because every operation is a pass over memory.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,22 @@ from transfusion_fast.kernels.layout import AttentionLayout
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
-    """softmax(scale * Q K^T + mask) V with a dense mask. q [T, H, D], k and v [T, G, D] -> [T, H, D].
+    """Compute softmax(scale Q K^T + mask) V with a dense mask. q [T, H, D], k and v [T, G, D] -> [T, H, D].
 
-    Query head h reads key/value head h // (H / G). A row that sees nothing (padding) is zero.
+    Query head h reads key/value head h // (H / G). Rows that see nothing, the padding, are zero.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores_HTT = torch.einsum("thd,shd->hts", _wide(q), _wide(k)) * scale
+    scores_HTT = torch.einsum("thd,shd->hts", _fp32(q), _fp32(k)) * scale
     mask_TT = layout.dense_mask()
     weights_HTT = scores_HTT.masked_fill(~mask_TT, float("-inf")).softmax(dim=-1)
     weights_HTT = weights_HTT.masked_fill(~mask_TT.any(dim=-1)[:, None], 0.0)
-    return torch.einsum("hts,shd->thd", weights_HTT, _wide(v)).to(q.dtype)
+    return torch.einsum("hts,shd->thd", weights_HTT, _fp32(v)).to(q.dtype)
 
 
 class Rotary(NamedTuple):
-    """cos and sin of every angle of a sequence, fp32 [T, D/2]: made once a step, for all layers and heads."""
+    """cos and sin of every angle of a sequence, fp32 [T, D / 2], computed once a step for all layers and heads."""
 
     cos: Tensor
     sin: Tensor
@@ -42,27 +46,27 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Optional RMS norm of each head, then rotation of the pairs (i, i + D/2). q [T, H, D], k [T, G, D].
+    """Rotate the pairs (i, i + D/2) of q [T, H, D] and k [T, G, D], after an optional RMS norm of each head.
 
-    Positions as `rotary` takes them, or what it makes of them. RoFormer, arXiv 2104.09864, equation 34; the halves are
-    paired as in Llama.
+    `positions` are the positions that `rotary` takes, or the table that it returns. RoFormer, arXiv 2104.09864,
+    equation 34, with the halves paired as in Llama.
     """
     table = positions if isinstance(positions, Rotary) else rotary(positions, q.shape[-1], theta)
     cos, sin = (angles[:, None] for angles in table)
 
     def norm_and_rotate(x: Tensor, weight: Tensor | None) -> Tensor:
-        wide = _wide(x) if weight is None else F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps)
-        first, second = wide.chunk(2, dim=-1)
+        normed = _fp32(x) if weight is None else F.rms_norm(_fp32(x), x.shape[-1:], _fp32(weight), eps)
+        first, second = normed.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
     return norm_and_rotate(q, q_weight), norm_and_rotate(k, k_weight)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
-    """The angles position * theta^(-2i/D) of every pair i.
+    """Return cos and sin of the angles position * theta^(-2i/D) of every pair i.
 
-    Positions [T], or [T, 2] where even frequencies turn by the first (row) coordinate and odd ones by the second
-    (column). Equal coordinates therefore are the one-dimensional rotation.
+    Positions are [T], or [T, 2]: then pairs of even i are rotated by the first coordinate (the row) and pairs of odd i
+    by the second (the column). With equal coordinates this is the one-dimensional rotation.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     if positions.ndim == 2:
@@ -75,27 +79,19 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (GLU variants, arXiv 2002.05202), computed in fp32, any shape."""
-    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+    """Compute silu(gate) * up in fp32, for any shape (GLU variants, arXiv 2002.05202)."""
+    return (F.silu(_fp32(gate)) * _fp32(up)).to(gate.dtype)
 
 
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> Tensor:
-    """Mean squared error of each image: prediction, target [P, C], image_offsets int32 [N + 1] -> fp32 [N].
+    """Compute the mean squared error of each image: prediction, target [P, C], image_offsets int32 [N + 1] -> fp32 [N].
 
     Image n is the patches [image_offsets[n], image_offsets[n + 1]).
     """
-    squared_P = (_wide(prediction) - _wide(target)).square().mean(dim=-1)
+    squared_P = (_fp32(prediction) - _fp32(target)).square().mean(dim=-1)
     return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
 
 
-def diffusion_mse_from_noise(
-    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
-) -> Tensor:
-    """`diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
-    target = {"ddpm": eps, "flow": _wide(eps) - _wide(x_0)}[objective]
-    return diffusion_mse(prediction, target, image_offsets)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: sums and exponentials are never taken in half precision."""
+def _fp32(x: Tensor) -> Tensor:
+    """Convert x to fp32, or keep fp64: sums and exponentials are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

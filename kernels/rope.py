@@ -1,19 +1,19 @@
-"""Rotary embedding of queries and keys in one launch, with an RMS norm of each head in front where weights are given.
+"""Rotary embedding of queries and keys in one launch, after an optional RMS norm of each head.
 
     x' = x r w,   r = (mean(x^2) + eps)^(-1/2)                             RMS norm (arXiv 1910.07467)
     y_i = x'_i cos_i - x'_{i+D/2} sin_i,   y_{i+D/2} = x'_{i+D/2} cos_i + x'_i sin_i     (arXiv 2104.09864, equation 34)
 
-A rotation's gradient is turned back: dx' is dy turned by minus the angle. Through the norm, with n = x r,
+The gradient dx' of a rotation is dy rotated by minus the angle. Through the norm, with n = x r,
 
     dx = r (w dx' - n mean(n w dx')),   dw = sum over tokens and heads of n dx'
 
-cos and sin are a table, made once a step and shared by all layers. Saved for backward are the table alone, and with the
-norm q, k and the weights; r is computed anew. Arithmetic is fp32.
+cos and sin are a table that all layers share. The rotation alone saves only the table for backward; with the norm, q, k
+and the weights are saved too, and r is recomputed. Arithmetic is in fp32.
 
-The heads of q and those of k are cut into chunks of one size, and a program takes a tile of one chunk: few heads of k
-fill the threads as well as many of q. Programs of the same tokens are neighbours and find cos and sin in the L2 cache.
-A tile is two tiles of pairs, the halves of its heads. In backward through the norm a program walks several tiles of its
-chunk and adds up dw, and the programs' sums are added in their order: equal inputs give equal bits.
+The heads of q and of k are cut into chunks of one size, and a program computes a tile of one chunk, so that few heads
+of k fill the threads as well as many heads of q. Programs of the same tokens are neighbours and find cos and sin in the
+L2 cache. A tile holds the two halves of its heads separately. In backward through the norm a program sums dw over
+several tiles of its chunk, and the programs' sums are added in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion_fast.kernels.launch import check_device, check_dtype, on_device
+from transfusion_fast.kernels.launch import check_device, check_dtype, dense_rows, on_device
 from transfusion_fast.kernels.reference import Rotary
 
 EPS = 1e-6  # added to the mean square
-PAIRS = 1024  # of a tile: for each thread of 4 warps one load of 16 bytes of either half, in 16 bits
+PAIRS = 1024  # pairs of a tile: in 16 bits, each thread of 4 warps loads 16 bytes of each half
 PAIRS_OF_WARP = 256
-LEAST_HEADS, MOST_HEADS = 4, 16  # of a chunk
-TILES = 8  # whose dw a program of the norm's backward adds up: few, so that 8,192 tokens fill a GPU
+LEAST_HEADS, MOST_HEADS = 4, 16  # heads of a chunk
+TILES = 8  # tiles of a program in backward through the norm; few, so that 8,192 tokens fill a GPU
 
 
 @triton.jit
 def _mask(first, head, T, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr,
           BLOCK_HALF: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
-    """[BLOCK_T * BLOCK_HEADS, BLOCK_HALF]: which pairs of a tile there are. Rows are the heads of token after token."""
+    """Return which pairs of a tile exist, [BLOCK_T * BLOCK_HEADS, BLOCK_HALF]; rows are the heads of each token."""
     rows, dims = tl.arange(0, BLOCK_T * BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
     mask = (first + rows // BLOCK_HEADS < T)[:, None]
     if HEADS % BLOCK_HEADS != 0:
@@ -52,7 +52,7 @@ def _mask(first, head, T, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: 
 @triton.jit
 def _pointers(ptr, first, head, stride_t, stride_h, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
               BLOCK_T: tl.constexpr):  # fmt: skip
-    """To the first half of each head of a tile; the second lies HALF further."""
+    """Return pointers to the first half of each head of a tile; the second half is at an offset of HALF."""
     rows, dims = tl.arange(0, BLOCK_T * BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
     tokens, heads = (first + rows // BLOCK_HEADS).to(tl.int64), (head + rows % BLOCK_HEADS).to(tl.int64)
     return ptr + (tokens * stride_t + heads * stride_h)[:, None] + dims[None, :]
@@ -60,7 +60,7 @@ def _pointers(ptr, first, head, stride_t, stride_h, BLOCK_HEADS: tl.constexpr, B
 
 @triton.jit
 def _load(ptrs, mask, HALF: tl.constexpr):
-    """Both halves in fp32, zero where the mask is not."""
+    """Load both halves in fp32, zero outside the mask."""
     first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     return first, tl.load(ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
 
@@ -74,16 +74,17 @@ def _store(ptrs, mask, first, second, HALF: tl.constexpr):
 @triton.jit
 def _weights(weight_ptr, mask, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
              BLOCK_T: tl.constexpr):  # fmt: skip
-    """The two halves of a norm's weights, for every pair of a tile.
+    """Load the two halves of the norm's weights for every pair of a tile.
 
-    In a tile's shape each thread loads those of its own pairs; as one row they would go through shared memory.
+    In the shape of the tile each thread loads the weights of its own pairs. A single row would be exchanged through
+    shared memory.
     """
     return _load(_pointers(weight_ptr, 0, 0, 0, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
 
 
 @triton.jit
-def _normed(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
-    """(n of both halves, r [rows, 1])."""
+def _normalize(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
+    """Return n of both halves and r [rows, 1]."""
     squares = tl.sum(first * first + second * second, 1)
     r = tl.rsqrt(squares / (2 * HALF) + EPS)[:, None]
     return first * r, second * r, r
@@ -92,22 +93,22 @@ def _normed(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
 @triton.jit
 def _angles(cos_ptr, sin_ptr, first, mask, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
             BLOCK_T: tl.constexpr):  # fmt: skip
-    """(cos, sin) of every pair of a tile: the heads of a token turn alike."""
+    """Load cos and sin for every pair of a tile; the heads of a token share them."""
     cos = tl.load(_pointers(cos_ptr, first, 0, HALF, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
     return cos, tl.load(_pointers(sin_ptr, first, 0, HALF, 0, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask=mask, other=0.0)
 
 
 @triton.jit
-def _turn_tile(
+def _rotate_tile(
     x_ptr, weight_ptr, y_ptr, cos_ptr, sin_ptr, first, head, T, stride_t, stride_h,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """y [T, HEADS, D], contiguous, of a tile of x."""
+    """Write one tile of y, contiguous [T, HEADS, D]."""
     mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
     x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     if weight_ptr is not None:
-        x_1, x_2, _ = _normed(x_1, x_2, HALF, EPS)
+        x_1, x_2, _ = _normalize(x_1, x_2, HALF, EPS)
         w_1, w_2 = _weights(weight_ptr, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
         x_1 *= w_1
         x_2 *= w_2
@@ -124,18 +125,18 @@ def rope_forward_kernel(
     H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of a chunk of q or k, turned; INVERSE: turned back, which is the gradient."""
+    """Rotate BLOCK_T tokens of a chunk of q or k; with INVERSE, by minus the angle, which is the gradient."""
     q_chunks = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     chunks = q_chunks + (G + BLOCK_HEADS - 1) // BLOCK_HEADS
     first, chunk = tl.program_id(0) // chunks * BLOCK_T, tl.program_id(0) % chunks
     if chunk < q_chunks:
-        _turn_tile(
+        _rotate_tile(
             q_ptr, q_weight_ptr, q_out_ptr, cos_ptr, sin_ptr, first, chunk * BLOCK_HEADS, T, stride_qt, stride_qh,
             H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
         )  # fmt: skip
     else:
         head = (chunk - q_chunks) * BLOCK_HEADS
-        _turn_tile(
+        _rotate_tile(
             k_ptr, k_weight_ptr, k_out_ptr, cos_ptr, sin_ptr, first, head, T, stride_kt, stride_kh,
             G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
         )  # fmt: skip
@@ -147,15 +148,15 @@ def _norm_gradient(
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx of a tile and returns each pair's part of dw, of both halves."""
+    """Write dx of a tile and return the contribution of each pair to dw, for both halves."""
     mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
     ptrs = _pointers(dy_ptr, first, head, stride_dt, stride_dh, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     dy_1, dy_2 = _load(ptrs, mask, HALF)
     cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     g_1, g_2 = dy_1 * cos + dy_2 * sin, dy_2 * cos - dy_1 * sin
     x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
-    n_1, n_2, r = _normed(x_1, x_2, HALF, EPS)
-    # Anew for each tile, out of the L1 cache: kept, they would cost the registers of another block.
+    n_1, n_2, r = _normalize(x_1, x_2, HALF, EPS)
+    # Reloaded from the L1 cache for each tile: keeping them in registers would lower occupancy.
     w_1, w_2 = _weights(weight_ptr, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     dn_1, dn_2 = g_1 * w_1, g_2 * w_2
     mean = (tl.sum(n_1 * dn_1 + n_2 * dn_2, 1) / (2 * HALF))[:, None]
@@ -171,7 +172,7 @@ def _norm_gradients(
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx of TILES tiles, and the sum of their parts of dw: sums fp32 [D]."""
+    """Write dx of TILES tiles and the sum of their contributions to dw, fp32 [D]."""
     dw_1 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
     dw_2 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
     for first in tl.range(start, tl.minimum(start + TILES * BLOCK_T, T), BLOCK_T):
@@ -192,9 +193,10 @@ def rope_backward_kernel(
     H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Through the norm: the gradient of TILES * BLOCK_T tokens of a chunk of q or k, and its part of the weights'.
+    """Differentiate TILES * BLOCK_T tokens of a chunk of q or k through rotation and norm.
 
-    sums: fp32 [programs, D], of the chunks of q, then of k, over and over.
+    sums: fp32 [programs, D], the programs' contributions to dw; for each block of tokens first the chunks of q, then
+    those of k.
     """
     q_chunks = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
     chunks = q_chunks + (G + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -218,45 +220,51 @@ def rope_backward_kernel(
 def rope(
     q: Tensor, k: Tensor, rotary: Rotary, q_weight: Tensor | None = None, k_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned by `rotary`, after an RMS norm of each head where weights are given; differentiable.
+    """Rotate q and k by `rotary`, after an RMS norm of each head if weights are given; differentiable.
 
     Args:
-        q: [T, H, D], k: [T, G, D], of one dtype, fp16, bf16 or fp32; views of one projection are read as they lie.
+        q: [T, H, D]. k: [T, G, D]. One dtype, fp16, bf16 or fp32; views of one projection are read without a copy.
         rotary: cos and sin, fp32 [T, D / 2].
         q_weight, k_weight: [D], fp16, bf16 or fp32, both or neither.
 
     Returns:
-        Contiguous tensors like q and k.
+        Contiguous tensors with the shapes and dtype of q and k.
 
     Raises:
-        ValueError: a device or dtype that the kernels do not run.
+        ValueError: The kernels do not support the device or a dtype.
     """
     check_device("rope", q)
-    check_dtype("q", q)
-    if q_weight is None or k_weight is None:
-        return _turn(q, k, *rotary, False)
-    check_dtype("q_weight", q_weight)
-    check_dtype("k_weight", k_weight)
-    return _norm_and_turn(q, k, *rotary, q_weight, k_weight)
+    for name, x in (("q", q), ("q_weight", q_weight), ("k_weight", k_weight)):
+        if x is not None:
+            check_dtype(name, x)
+    return _forward(q, k, *rotary, q_weight, k_weight, False)
 
 
 @torch.library.custom_op("transfusion_fast::rope", mutates_args=())
-def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, cos, sin, None, None, inverse)
-
-
-@torch.library.custom_op("transfusion_fast::rope_norm", mutates_args=())
-def _norm_and_turn(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+def _forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, cos, sin, q_weight, k_weight, False)
+    T, H, D = q.shape
+    G = k.shape[1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    if T:
+        sizes, options = constants("forward", H, G, D)
+        chunks = sum(triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, G))
+        q, k = dense_rows(q), dense_rows(k)
+        shared = [x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
+        with on_device(q):
+            rope_forward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]) * chunks,)](
+                q, k, *shared, q_out, k_out, T, *q.stride()[:2], *k.stride()[:2],
+                **sizes, INVERSE=inverse, **options,
+            )  # fmt: skip
+    return q_out, k_out
 
 
 @torch.library.custom_op("transfusion_fast::rope_norm_backward", mutates_args=())
 def _norm_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dq_weight, dk_weight), contiguous."""
+    """Return contiguous (dq, dk, dq_weight, dk_weight)."""
     T, H, D = q.shape
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     sizes, options = constants("backward", H, k.shape[1], D)
@@ -264,7 +272,7 @@ def _norm_backward(
     steps = triton.cdiv(T, TILES * sizes["BLOCK_T"])
     sums = torch.empty((steps, q_chunks + k_chunks, D), dtype=torch.float32, device=q.device)
     if T:
-        dq_out, dk_out, q, k = (_heads_in_rows(x) for x in (dq_out, dk_out, q, k))
+        dq_out, dk_out, q, k = (dense_rows(x) for x in (dq_out, dk_out, q, k))
         strides = [stride for x in (dq_out, dk_out, q, k) for stride in x.stride()[:2]]
         shared = [x.contiguous() for x in (cos, sin, q_weight, k_weight)]
         with on_device(q):
@@ -275,43 +283,31 @@ def _norm_backward(
     return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
-@_turn.register_fake
-@_norm_and_turn.register_fake
-def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+_forward.register_fake(lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)))
+_norm_backward.register_fake(
+    lambda _dq, _dk, q, k, _cos, _sin, *weights: tuple(x.new_empty(x.shape) for x in (q, k, *weights))
+)
 
 
-@_norm_backward.register_fake
-def _(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, q_weight, k_weight))  # type: ignore[return-value]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, cos, sin, q_weight, k_weight, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, *(() if q_weight is None else (q, k, q_weight, k_weight)))
 
 
-def _save_table(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
+def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin, *rest = ctx.saved_tensors
+    if not rest:
+        return *_forward(dq_out, dk_out, cos, sin, None, None, not ctx.inverse), None, None, None, None, None
+    q, k, *weights = rest
+    dq, dk, dq_weight, dk_weight = _norm_backward(dq_out, dk_out, q, k, cos, sin, *weights)
+    return dq, dk, None, None, dq_weight, dk_weight, None
 
 
-def _turn_back(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    return *_turn(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_norm(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dq_weight, dk_weight = _norm_backward(dq, dk, *ctx.saved_tensors)
-    return dq, dk, None, None, dq_weight, dk_weight
-
-
-_turn.register_autograd(_turn_back, setup_context=_save_table)
-_norm_and_turn.register_autograd(_differentiate_norm, setup_context=_save_inputs)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def constants(kernel: str, H: int, G: int, D: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the kernel "forward" or "backward" is compiled for, besides number types and INVERSE, and how."""
+    """Return the constants except INVERSE, and the options, to compile the kernel "forward" or "backward" with."""
     half = D // 2
     block_half = triton.next_power_of_2(half)
     block_heads = _block_heads(H, G, block_half)
@@ -320,37 +316,13 @@ def constants(kernel: str, H: int, G: int, D: int) -> tuple[dict[str, Any], dict
         "H": H, "G": G, "BLOCK_HEADS": block_heads, "HALF": half, "BLOCK_HALF": block_half, "BLOCK_T": block_t,
         "EPS": EPS,
     }  # fmt: skip
-    walked = {"TILES": TILES} if kernel == "backward" else {}
+    tiles = {"TILES": TILES} if kernel == "backward" else {}
     warps = max(1, block_t * block_heads * block_half // PAIRS_OF_WARP)
-    return sizes | walked, {"num_warps": warps, "enable_fp_fusion": True}
+    return sizes | tiles, {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def _block_heads(H: int, G: int, block_half: int) -> int:
-    """Heads of a chunk: the largest power of two that divides both H and G, within bounds."""
+    """Return the heads of a chunk: the largest power of two that divides both H and G, within bounds."""
     dividing = math.gcd(H, G, MOST_HEADS)
     least = min(LEAST_HEADS, triton.next_power_of_2(max(H, G)))
     return min(max(dividing, least), max(1, PAIRS // block_half))
-
-
-def _launch_forward(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    T, H, D = q.shape
-    G = k.shape[1]
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    if T:
-        sizes, options = constants("forward", H, G, D)
-        chunks = sum(triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, G))
-        q, k = _heads_in_rows(q), _heads_in_rows(k)
-        shared = [x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
-        with on_device(q):
-            rope_forward_kernel[(triton.cdiv(T, sizes["BLOCK_T"]) * chunks,)](
-                q, k, *shared, q_out, k_out, T, *q.stride()[:2], *k.stride()[:2],
-                **sizes, INVERSE=inverse, **options,
-            )  # fmt: skip
-    return q_out, k_out
-
-
-def _heads_in_rows(x: Tensor) -> Tensor:
-    """x, or a copy where the numbers of a head are not side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,10 +1,10 @@
-"""silu(gate) * up (GLU variants, arXiv 2002.05202), each number read and written once.
+"""SwiGLU, silu(gate) * up (arXiv 2002.05202), which reads and writes every number once.
 
     y = gate sigma(gate) up,   dup = dy gate sigma(gate),   dgate = dy up sigma(gate) (1 + gate (1 - sigma(gate)))
 
-The two inputs are tensors of their own, or the halves of one projection [.., 2F]: then their gradients are written side
-by side too, where autograd would join them in another pass over memory. Arithmetic is fp32. Saved for backward are the
-inputs alone; the sigmoid sigma is computed anew.
+The inputs are two tensors or the halves of one projection [.., 2F]. In the second case the gradients are written into
+one tensor too; autograd would join them in another pass over memory. Arithmetic is in fp32. Only the inputs are saved
+for backward, and the sigmoid sigma is recomputed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from transfusion_fast.kernels.launch import as_rows, check_device, check_dtype, on_device
 
-BLOCK = 1024  # numbers of a program at most: for each thread of 4 warps one load of 16 bytes, in 16 bits
+BLOCK = 1024  # most numbers of a program: in 16 bits, each thread of 4 warps loads 16 bytes
 NUMBERS_OF_WARP = 256
 
 
 @triton.jit
 def _inputs(gate_ptr, up_ptr, cols, mask):
-    """(gate, sigmoid of gate, up) in fp32."""
+    """Load gate and up and return (gate, sigmoid of gate, up) in fp32."""
     gate = tl.load(gate_ptr + cols, mask=mask).to(tl.float32)
     up = tl.load(up_ptr + cols, mask=mask).to(tl.float32)
     return gate, 1.0 / (1.0 + tl.exp(-gate)), up
@@ -47,14 +47,14 @@ def _backward_block(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, mask):
 
 @triton.jit
 def swiglu_forward_kernel(gate_ptr, up_ptr, y_ptr, F, stride_gate, stride_up, stride_y, BLOCK: tl.constexpr):
-    """y of BLOCK columns of one row; all rows have F columns."""
+    """Write BLOCK columns of one row of y; all rows have F columns."""
     blocks = tl.cdiv(F, BLOCK)
     row, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     gate_ptr += row * stride_gate + start
     up_ptr += row * stride_up + start
     y_ptr += row * stride_y + start
     cols = tl.arange(0, BLOCK)
-    # Without a mask loads are 16 bytes wide whatever F is; with one, only where F is known to be a multiple.
+    # Loads without a mask are 16 bytes wide for any F; with a mask, only if the compiler knows F to be a multiple.
     if start + BLOCK <= F:
         _forward_block(gate_ptr, up_ptr, y_ptr, cols, None)
     else:
@@ -66,7 +66,7 @@ def swiglu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, F, stride_dy, stride_gate, stride_up, stride_dgate, stride_dup,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dgate and dup of BLOCK columns of one row."""
+    """Write BLOCK columns of one row of dgate and dup."""
     blocks = tl.cdiv(F, BLOCK)
     row, start = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     dy_ptr += row * stride_dy + start
@@ -82,17 +82,17 @@ def swiglu_backward_kernel(
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, differentiable.
+    """Compute silu(gate) * up, differentiable.
 
     Args:
-        gate, up: of one shape and dtype, fp16, bf16 or fp32, rows of any stride; or gate alone, [.., 2F], which holds
-            both: gate first, up second.
+        gate, up: [.., F] of one dtype, fp16, bf16 or fp32, with rows of any stride. Without `up`, gate is [.., 2F] and
+            holds both, gate first.
 
     Returns:
         [.., F] in gate's dtype, contiguous.
 
     Raises:
-        ValueError: a device or dtype that the kernels do not run.
+        ValueError: The kernels do not support the device or dtype.
     """
     check_device("swiglu", gate)
     check_dtype("gate", gate)
@@ -109,20 +109,14 @@ def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("transfusion_fast::swiglu_backward", mutates_args=())
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
-    """[dgate, dup], or [their joint tensor] where gate holds both."""
+    """Return [dgate, dup], or [one tensor of both] if gate holds both."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
     _launch("backward", dy, *_halves(gate, up), *_halves(*gradients))
     return gradients
 
 
-@_forward.register_fake
-def _(gate: Tensor, up: Tensor | None) -> Tensor:
-    return gate.new_empty(_halves(gate, up)[0].shape)
-
-
-@_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (gate, up) if x is not None]
+_forward.register_fake(lambda gate, up: gate.new_empty(_halves(gate, up)[0].shape))
+_backward.register_fake(lambda _dy, *inputs: [x.new_empty(x.shape) for x in inputs if x is not None])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
@@ -145,20 +139,20 @@ def _halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def constants(kernel: str, F: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the kernel "forward" or "backward" over rows of F numbers is compiled for, besides types, and how."""
+    """Return the constants and options to compile the kernel "forward" or "backward" with, for rows of F numbers."""
     block = min(BLOCK, triton.next_power_of_2(F))
     return {"BLOCK": block}, {"num_warps": max(1, block // NUMBERS_OF_WARP), "enable_fp_fusion": True}
 
 
 def _launch(kernel: str, *tensors: Tensor) -> None:
-    """Runs a kernel over the rows of tensors of one shape. The last ones, which it writes, are never copies."""
+    """Run a kernel over the rows of tensors of one shape; the outputs, which come last, are never copied."""
     if not tensors[0].numel():
         return
     function = {"forward": swiglu_forward_kernel, "backward": swiglu_backward_kernel}[kernel]
     rows = as_rows(*tensors)
     count, F = rows[0].shape
     sizes, options = constants(kernel, F)
-    # One row has no use for a stride, and one that 16 does not divide would make its loads narrow.
+    # A single row needs no stride, and a stride that is not a multiple of 16 would make the loads narrow.
     strides = [x.stride(0) if count > 1 else 0 for x in rows]
     with on_device(tensors[0]):
         function[(count * triton.cdiv(F, sizes["BLOCK"]),)](*rows, F, *strides, **sizes, **options)

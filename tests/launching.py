@@ -1,25 +1,33 @@
-"""Runs of train/pretrain.py as a user starts them, small enough to take seconds."""
+"""Runs of the commands of train/ in processes of their own, small enough to take seconds."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from transfusion_fast.config import Config, load_config
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.prepare.examples.digits import MODALITY
+from transfusion_fast.training.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "train" / "pretrain.py"
@@ -28,6 +36,7 @@ SMALL = (
     "model.transformer={dim: 32, depth: 2, heads: 2, ffn_dim: 64}",
     "optimizer.lr=0.003",
     "optimizer.warmup_steps=2",
+    "train.seed=3",
     "train.precision=fp32",
     "train.cpu_threads=1",
     "train.steps=6",
@@ -38,33 +47,60 @@ SMALL = (
     "train.keep_checkpoints=5",
 )
 
+Setup = Callable[[], None] | None
+
+# Ranks are forked from a process that has made their imports, which take longer than most of these runs. DeepSpeed
+# imports its Muon optimizer, and with it torch.compile, whenever it starts.
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["transfusion_fast.training.trainer", "deepspeed.runtime.zero.muon.muon_optimizer"])
+
 
 def small_config(data: Path | str, *overrides: str) -> Config:
-    """The config that the ranks of `start` read."""
+    """Return the config that the ranks of `start` read."""
     return load_config(DEFAULT_CONFIG, [*SMALL, f"data.path={data}", *overrides])
+
+
+def _become(script: Path, arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
+    """Run a script in this process as `python SCRIPT ARGUMENTS` would, printing to a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    sys.argv = [str(script), *arguments]
+    if setup is not None:
+        setup()
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @dataclass
 class Launched:
-    """The ranks of one run."""
+    """The processes of one command, and the file that they print to."""
 
-    processes: list[subprocess.Popen[str]]
+    processes: list[BaseProcess]
+    output: Path
 
-    def wait(self) -> tuple[list[int], str]:
-        """Exit codes of all ranks, and what they printed."""
-        outputs = [process.communicate(timeout=240)[0] for process in self.processes]
-        return [process.returncode for process in self.processes], "".join(outputs)
+    def wait(self) -> tuple[list[int | None], str]:
+        """Return the exit codes, and what was printed."""
+        deadline = time.monotonic() + 240
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        return codes, self.output.read_text()
 
     def signal_when(self, condition: Callable[[], bool], number: int) -> None:
-        """Sends a signal to all ranks once the condition holds."""
-        await_until(lambda: condition() or any(p.poll() is not None for p in self.processes))
-        assert all(p.poll() is None for p in self.processes), "the run ended before that point"
+        """Send a signal to all ranks once the condition holds."""
+        await_until(lambda: condition() or not all(p.is_alive() for p in self.processes))
+        assert all(p.is_alive() for p in self.processes), "the run ended before that point"
         for process in self.processes:
-            process.send_signal(number)
+            assert process.pid is not None
+            os.kill(process.pid, number)
 
 
 def await_until(condition: Callable[[], bool]) -> None:
-    """Waits for a run to come to a point, two minutes at most."""
+    """Wait for a run to come to a point, two minutes at most."""
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "the run never came to that point"
@@ -72,52 +108,107 @@ def await_until(condition: Callable[[], bool]) -> None:
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens on."""
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
-def start(ranks: int, data: Path | str, output: Path, *overrides: str) -> Launched:
-    """Starts the ranks of a run, as a launcher would, without waiting for them."""
-    port = free_port()
+def _launch(script: Path, arguments: Sequence[str], environments: Sequence[dict[str, str]], setup: Setup) -> Launched:
+    descriptor, output = tempfile.mkstemp(suffix=".printed")
+    os.close(descriptor)
+    processes: list[BaseProcess] = []
+    for environment in environments:
+        arguments_of_process = (script, arguments, {**os.environ, **environment}, output, setup)
+        processes.append(_FORKSERVER.Process(target=_become, args=arguments_of_process))
+        processes[-1].start()
+    return Launched(processes, Path(output))
+
+
+def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
+    """Return `deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
+    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    return Launched(
-        [
-            subprocess.Popen(
-                [sys.executable, str(PRETRAIN), *arguments],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-    )
+    return [*launcher, "--master_port", free_port(), str(PRETRAIN), *arguments]
 
 
-def train(ranks: int, data: Path | str, output: Path, *overrides: str) -> str:
-    """Runs to the end, which must be a good one; returns what was printed."""
-    codes, printed = start(ranks, data, output, *overrides).wait()
+def run_command(name: str, *arguments: object) -> tuple[int | None, str]:
+    """Run train/NAME.py to its end; return the exit code, and what was printed."""
+    codes, printed = _launch(ROOT / "train" / f"{name}.py", [*map(str, arguments)], [{}], None).wait()
+    return codes[0], printed
+
+
+def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> Launched:
+    """Start the ranks of a run, as a launcher would, without waiting for them; `setup` runs in each rank first."""
+    arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return _launch(PRETRAIN, arguments, environments, setup)
+
+
+def train(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> str:
+    """Run to the end, which must succeed, and return what was printed."""
+    codes, printed = start(ranks, data, output, *overrides, setup=setup).wait()
     assert codes == [0] * ranks, printed
     return printed
 
 
+def refusal(launched: Launched) -> str:
+    """Return the one line that all ranks together print when they refuse to run."""
+    codes, printed = launched.wait()
+    lines = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
+    assert codes == [2] * len(codes) and len(lines) == 1 and "Traceback" not in printed, printed
+    return lines[0]
+
+
+class OneRank(Ranks):
+    """The ranks of a run of one process, without a process group."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, torch.device("cpu"), control=None)
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        return [float(number) for number in numbers]
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return items
+
+    def barrier(self) -> None:
+        pass
+
+
+def run_in_child() -> None:
+    """Leave a rank to a child of this process, which stands for its launcher."""
+    if os.fork():
+        signal.pause()
+
+
+def spoil_second_backward() -> None:
+    """Make the gradient of the second micro-batch NaN."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    backward, calls = DeepSpeedEngine.backward, itertools.count(1)
+
+    def spoiled(self: DeepSpeedEngine, loss: Any, **options: Any) -> Any:
+        return backward(self, loss * (math.nan if next(calls) == 2 else 1), **options)
+
+    DeepSpeedEngine.backward = spoiled
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The logged rows of a run, without the times, which differ."""
+    """Return the logged rows of a run, without the times, which differ."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 def last_step(output: Path) -> int:
-    """The last step that a run in progress has logged, 0 before the first."""
+    """Return the last step that a run in progress has logged, 0 before the first."""
     path = output / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def write_packs(folder: Path, documents: Sequence[Document], sequence_length: int) -> Path:
-    """Prepares documents into a data folder of digit-like images and byte text."""
+    """Prepare documents into a data folder of digit-like images and byte text."""
     prepare(documents, folder, sequence_length=sequence_length, tokenizer=ByteTokenizer(), modalities=(MODALITY,))
     return folder
 

@@ -1,4 +1,4 @@
-"""What the processes of a pool are given to do, where they can import it."""
+"""Tasks for the processes of a pool, in a module that they can import."""
 
 import time
 

@@ -1,6 +1,7 @@
 """A data folder, and every kind of damage to one of its shards."""
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -10,7 +11,7 @@ import numpy as np
 
 from transfusion_fast.data.index import INDEX_NAME, file_sha256, parse_index, read_index, schema_of
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
-from transfusion_fast.data.shards import append_table, padded, read_table
+from transfusion_fast.data.shards import PackTable, encode_table, padded, read_table, tar_ending
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.prepare.inspect import verify
@@ -75,7 +76,14 @@ def rewrite(folder, entries):
 def rewrite_packs(folder, entries):
     """Replace the shard, with a table and an index that match it, so that only decoding can fail."""
     rewrite(folder, entries)
-    append_table(folder / SHARD, SCHEMA)
+    content, ends, position = (folder / SHARD).read_bytes(), {}, 0
+    for name, data in entries:
+        position += tarfile.BLOCKSIZE + padded(len(data))
+        ends[name.partition(".")[0]] = position
+    spans = itertools.pairwise([0, *ends.values()])
+    rows = np.array([(end, zlib.crc32(content[start:end])) for start, end in spans])
+    table = encode_table(PackTable(SCHEMA, rows))
+    (folder / SHARD).write_bytes(content[:position] + table + tar_ending(position + len(table)))
     align_index(folder)
 
 

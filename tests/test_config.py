@@ -134,7 +134,7 @@ def test_a_truth_value_is_no_number(override):
     [
         (["optimizer.lr"], "override must be section.key=value, got 'optimizer.lr'"),
         (["=3"], "override must be section.key=value, got '=3'"),
-        (["optimizer.lr=[1"], "override 'optimizer.lr=[1': the value is not YAML"),
+        (["optimizer.lr=[1"], "override 'optimizer.lr=[1': the value must be YAML; quote it"),
         (["optimizer=3", "optimizer.lr=1"], "override 'optimizer.lr=1': optimizer is a value, not a section"),
     ],
 )
@@ -145,9 +145,9 @@ def test_an_override_of_wrong_syntax_is_quoted(overrides, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: [", "is not YAML"),
-        ("a:\n\tb: 1", "is not YAML"),
-        ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("model: [", "must be YAML, but "),
+        ("a:\n\tb: 1", "must be YAML, but "),
+        ("run: !!python/object/apply:os.getcwd []", "must be YAML, but "),
         ("- model\n- data\n", "must be a mapping of sections, got list"),
         ("train", "must be a mapping of sections, got str"),
         ("[]", "must be a mapping of sections, got list"),

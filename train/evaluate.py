@@ -1,8 +1,8 @@
-"""Measures a run on captioned pixel images, such as the digits, and draws its samples beside real images.
+"""Measure a run on captioned pixel images, such as the digits, and draw its samples beside real images.
 
     python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--guidance 3] [--out PICTURE.png]
 
-Prints three numbers and writes them to RUN/evaluation.json.
+It prints three figures and writes them to RUN/evaluation.json.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from transfusion_fast.training.run_folder import find_checkpoint, load_model, re
 
 
 def main() -> int:
-    """Evaluates what the command line asks for; returns the exit code."""
+    """Evaluate the run that the command line names, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and heldout/ (default: the run's own)")
-    parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
+    parser.add_argument("--checkpoint", help="name, such as step-00000500 (default: the latest)")
     parser.add_argument("--each", type=int, default=8, help="images drawn of every caption (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight (default: %(default)s)")
@@ -78,7 +78,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _perplexity(report: Report) -> str:
     if report.text_perplexity is None:
-        return "not measured, as no held-out text stands alone"
+        return "not measured, since no held-out document is text alone"
     return f"{report.text_perplexity:.3f} over {report.num_texts} texts"
 
 

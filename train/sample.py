@@ -1,4 +1,4 @@
-"""Draws images from captions, or captions images, with a trained run.
+"""Draw images from captions, caption images, or continue texts, with a trained run.
 
 python train/sample.py RUN --prompt seven --prompt "two" [--each 8] [--out grid.png]
 python train/sample.py RUN --caption picture.png [--caption another.png]
@@ -16,16 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
+from PIL import Image
 
 from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
 from transfusion_fast.data.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.model.sequence import Image, Text
+from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.prepare.encode import scaled_middle
-from transfusion_fast.prepare.images import decode_image
+from transfusion_fast.prepare.images import decode_image, scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid
@@ -33,7 +32,7 @@ from transfusion_fast.training.run_folder import DataDescription, find_checkpoin
 
 
 def main() -> int:
-    """Samples what the command line asks for; returns the exit code."""
+    """Run the command line; return the exit code."""
     options = _parser().parse_args()
     try:
         _sample(options)
@@ -43,35 +42,36 @@ def main() -> int:
     return 0
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help that keeps the lines of the description and names every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
-    what.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
-    what.add_argument(
-        "--text", nargs="+", action="extend", help="texts to go on with; images where the model begins them"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_HelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
+    task.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
+    task.add_argument(
+        "--text", nargs="+", action="extend", help="texts to continue, with images if the model begins them"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("grid.png"),
-        help="picture to write; of --text also a page, NAME.html (default: %(default)s)",
-    )
-    parser.add_argument("--each", type=int, default=8, help="images of every prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=250, help="diffusion steps (default: %(default)s)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="(default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight, 1 is off (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of text, 0 is greedy (default: %(default)s)")
-    parser.add_argument("--max-images", type=int, default=1, help="of each --text (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of text (default: %(default)s)")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
-        help="of images in pixels (default: as the first image of the training data)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="of a run on latents: the autoencoder of its data")
-    parser.add_argument("--checkpoint", help="its name, such as step-00000500 (default: the latest)")
+    add("--out", type=Path, default=Path("grid.png"), help="picture to write; with --text also a page, NAME.html")
+    add("--each", type=int, default=8, help="images per prompt")
+    add("--steps", type=int, default=250, help="diffusion steps")
+    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler of models that predict noise")
+    add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
+    add("--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy")
+    add("--max-images", type=int, default=1, help="most images in the continuation of a --text")
+    add("--max-tokens", type=int, default=64, help="most new tokens of text")
+    size_help = "size of images in pixels (default: the size of the first image of the training data)"
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size_help)
+    add("--seed", type=int, default=0, help="seed of text and noise")
+    add("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")
+    add("--checkpoint", help="name of a checkpoint, such as step-00000500 (default: the latest)")
     return parser
 
 
@@ -80,11 +80,13 @@ def _sample(options: argparse.Namespace) -> None:
         if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     is_page = options.out.suffix == ".html" and options.text
-    (check_writable if is_page else check_picture)(options.out)
+    (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
     model = load_model(find_checkpoint(options.run, options.checkpoint))
     if not data.modalities and not options.text:
-        raise InputError(f"--prompt and --caption need a run on images, got {options.run}, on text alone; give --text")
+        raise InputError(
+            f"--prompt and --caption need a run on images, got {options.run}, a run on text alone; give --text"
+        )
     vae = _autoencoder(options, data)
     if options.size:
         data = _sized(data, options.size, 1 if vae is None else vae.stride)
@@ -98,7 +100,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescription:
-    """The same with images of so many pixels, a value of which stands for `stride` of them a side."""
+    """Return the description with images of `size` pixels; a latent value covers `stride` pixels per side."""
     multiple = stride * data.modalities[0].patch_size if data.modalities else 1
     if any(side < 1 or side % multiple for side in size):
         raise InputError(f"--size must be positive multiples of {multiple}, got {size[0]} {size[1]}")
@@ -107,14 +109,14 @@ def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescr
 
 
 def _autoencoder(options: argparse.Namespace, data: DataDescription) -> Autoencoder | None:
-    """What the run's latents were made with; None where its images are pixels, or there are none."""
+    """Return the autoencoder of the run's latents; None for a run on pixels or text alone."""
     latents = [modality for modality in data.modalities if modality.encoding == "latents"]
     if not latents and options.vae is None:
         return None
     if not latents:
-        raise InputError(f"--vae needs a run on latents, got {options.run}, on pixels or text alone; leave it out")
+        raise InputError(f"--vae needs a run on latents, got {options.run} on pixels or text; leave it out")
     if options.vae is None:
-        raise InputError(f"{options.run}: is on latents, which need the autoencoder of its data; give --vae FOLDER")
+        raise InputError(f"--vae must be given for {options.run}, a run on latents; give the autoencoder of its data")
     vae = read_autoencoder(options.vae)
     for modality in latents:
         vae.check_made(modality.autoencoder, modality.channels, str(options.run))
@@ -129,7 +131,7 @@ def _draw(
     image: ImageSettings,
     generator: torch.Generator,
 ) -> None:
-    """--prompt: a row of images for each."""
+    """Draw a row of images for each --prompt."""
     prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
     latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
     pixels = _pixels(latents, data.modalities[0], vae)
@@ -147,7 +149,7 @@ def _continue(
     image: ImageSettings,
     generator: torch.Generator,
 ) -> None:
-    """--caption and --text: what the model produces after an image or a text."""
+    """Print, and write if there are images, the continuation of each --caption or --text."""
     if options.caption:
         prompts = [[_read_image(path, data, vae)] for path in options.caption]
     else:
@@ -178,10 +180,11 @@ def _continue(
         print(f"pictures: {options.out}")
 
 
-def _piece(piece: Text | Image, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
-    if isinstance(piece, Text):
-        return data.tokenizer.decode(piece.ids.numpy())
-    return Picture((_pixels(piece.latents[None], data.modalities[piece.modality], vae)[0],), "")
+def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
+    modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
+    if not tensor.is_floating_point():
+        return data.tokenizer.decode(tensor.numpy())
+    return Picture((_pixels(tensor[None], data.modalities[modality], vae)[0],), "")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:
@@ -189,14 +192,14 @@ def _ids(data: DataDescription, text: str) -> torch.Tensor:
 
 
 def _pixels(latents: torch.Tensor, modality: ModalityInfo, vae: Autoencoder | None) -> np.ndarray:
-    """uint8 [N, height, width, channels] of what the model draws, [N, rows, columns, C]."""
+    """Convert the model's images [N, rows, columns, C] to pixels, uint8 [N, height, width, channels]."""
     if vae is None:
         return latents_to_pixels(latents.numpy(), modality.patch_size)
     return vae.decode(from_grid(latents.numpy(), modality.patch_size))
 
 
 def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
-    """What the model sees, [rows, columns, C], of an image file, resized to the size of the training images."""
+    """Read an image file as the model's input, [rows, columns, C], in the size of the training images."""
     info, (height, width) = data.modalities[0], data.image_sizes[0]
     if vae is not None:
         pixels = _read_pixels(path, (height * vae.stride, width * vae.stride), channels=3)
@@ -207,15 +210,15 @@ def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> t
 
 
 def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """uint8 [1, height, width, channels], grey or colour, read as `prepare.py` reads images."""
+    """Read an image as `prepare.py` does: uint8 [1, height, width, channels], grey or colour."""
     height, width = size
     try:
         pixels = decode_image(path.read_bytes())
     except Rejected as error:
-        raise InputError(f"{path}: must be a readable image, and is not ({error})") from error
+        raise InputError(f"{path} must be a readable image ({error}); give another") from error
     scale = max(height / pixels.shape[0], width / pixels.shape[1])
     middle = scaled_middle(pixels, height, width, scale)
-    shown = PillowImage.fromarray(middle).convert("L" if channels == 1 else "RGB")
+    shown = Image.fromarray(middle).convert("L" if channels == 1 else "RGB")
     return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)
 
 

@@ -6,16 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transfusion_fast.config import ModelConfig
     from transfusion_fast.model.loss import Losses
-    from transfusion_fast.model.sequence import Document, Image, PackedBatch, Text, Vocabulary
+    from transfusion_fast.model.sequence import PackedBatch, Vocabulary
     from transfusion_fast.sampling.decoder import Transfusion
 
-__all__ = ["Document", "Image", "Losses", "ModelConfig", "PackedBatch", "Text", "Transfusion", "Vocabulary"]
+__all__ = ["Losses", "ModelConfig", "PackedBatch", "Transfusion", "Vocabulary"]
 
-_MODULES = {"ModelConfig": "config", "Losses": "model.loss", "Transfusion": "sampling.decoder"}
+_MODULES = {
+    "Losses": "model.loss",
+    "ModelConfig": "config",
+    "PackedBatch": "model.sequence",
+    "Transfusion": "sampling.decoder",
+    "Vocabulary": "model.sequence",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the module of a name when the name is first used: the kernels need nothing but torch and triton."""
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'model.sequence')}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,6 +1,6 @@
-"""Every setting of a run, typed, documented, strict: a YAML file over the defaults, then `a.b=value` overrides.
+"""Every setting of a run, typed and documented: defaults, then a YAML file, then `a.b=value` overrides.
 
-Unknown keys and values out of range are an InputError of one line, with the nearest valid name.
+An unknown key or a value out of its range is an InputError of one line, which names the nearest valid key.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ Folders = Annotated[
 ]
 Settings = TypeVar("Settings", bound=BaseModel)
 
+NOISE_CAP = 500.0
+"""Default for the largest timestep of an image that text follows (arXiv 2408.11039, section 4.1)."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TransformerConfig(_Settings):
-    """A Llama-style stack: RMSNorm, rotary embedding, SwiGLU."""
+    """A stack of blocks as in Llama: RMSNorm, rotary embedding, SwiGLU."""
 
     dim: Positive = 512
     """Width E."""
@@ -65,9 +68,9 @@ class TransformerConfig(_Settings):
     heads: Positive | None = None
     """Query heads H; default: dim / 64, at least 1."""
     kv_heads: Positive | None = None
-    """Key/value heads G, dividing the query heads; default: as many."""
+    """Key/value heads G, a divisor of the query heads; default: as many as query heads."""
     ffn_dim: Positive | None = None
-    """Feed-forward width F; default: 8/3 of dim, up to the next multiple of 256."""
+    """Feed-forward width F; default: 8/3 of dim, rounded up to a multiple of 256."""
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotation."""
     rope_theta: PositiveFloat = 10000.0
@@ -116,20 +119,21 @@ PRESETS = {
 
 
 class ModelConfig(_Settings):
-    """What the weights depend on, and how they are trained."""
+    """The model: what its weights depend on, and its losses."""
 
     num_text_tokens: Positive = 256
-    """Text ids of the tokenizer; special tokens come on top."""
+    """Number of the tokenizer's ids; special tokens are added. Training reads it from the data if it is not given."""
     dim_latent: tuple[Positive, ...] = (4,)
-    """Values C of a patch, for each modality; one number stands for one modality, [] for text alone."""
+    """Values C of a patch, for each modality; a number means one modality, [] means text alone. Training reads it from
+    the data if it is not given."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
-    """A size of the paper, in place of `transformer`."""
+    """A model size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
     """The stack."""
     codec: Literal["linear"] = "linear"
-    """Between patches and the transformer: one linear layer each way."""
+    """Layers between patches and the transformer: one linear layer in each direction."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
-    """Of patches: an index each (the paper), one index for the image, or row and column."""
+    """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
     objective: Literal["ddpm", "flow"] = "ddpm"
     """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -137,10 +141,10 @@ class ModelConfig(_Settings):
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
     backend: Backend | dict[Literal["hybrid_attention", "rope", "swiglu", "diffusion_mse"], Backend] = "auto"
-    """Of the fused ops: one for all of them, or one for each, and auto for those not named; see ops.py."""
+    """Backend of the fused ops: a name for all of them, or a mapping by op with auto for the rest; see model/ops.py."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What a block keeps for its backward pass: everything; its input and what attention returned; its input alone. The
-    rest is computed again."""
+    """Activations that a block keeps for its backward pass: all; its input and the output of attention; its input
+    alone. The others are recomputed."""
 
     @field_validator("dim_latent", mode="before")
     @classmethod
@@ -161,18 +165,18 @@ class ModelConfig(_Settings):
 
 
 class DataConfig(_Settings):
-    """Where the packs are and how they are laid out."""
+    """The location of the packs, and how they are laid out."""
 
     path: Folders = "data/digits/train"
-    """Folder with an index.json, made by train/prepare.py, or its URL. Or folders with weights, `{ONE: 1, OTHER: 3}`:
-    of the tokens trained on, each gives its weight's part of the sum of weights, by as many epochs of its own as that
-    takes. They have one tokenizer and pack length, and the same images or none."""
+    """A data folder that train/prepare.py made, or its URL. Or folders with weights, `{ONE: 1, OTHER: 3}`: tokens are
+    drawn in proportion to weight, and each folder repeats independently. Mixed folders must share tokenizer and pack
+    length, and have the same modalities or none."""
     cache: str = "~/.cache/transfusion_fast"
-    """Folder for the shards that are fetched from URLs; runs may share it."""
+    """Folder for shards fetched from URLs; runs may share it."""
     cache_gb: PositiveFloat = 50.0
-    """Most that they may take there, in 10^9 bytes; what was opened longest ago goes first."""
+    """Size limit of the cache, in 10^9 bytes; the least recently opened shards are removed first."""
     workers: Count = 1
-    """Loader processes of each rank; 0 reads in the training process."""
+    """Loader processes per rank; 0 loads in the training process."""
     prefetch: Positive = 2
     """Micro-batches that each loader process prepares ahead."""
     shuffle_window: Positive = 16
@@ -181,10 +185,10 @@ class DataConfig(_Settings):
     """Probability that a caption-image pair keeps its caption first."""
     guidance_drop: Probability = 0.1
     """Probability that the image of a pair is trained without its caption, for classifier-free guidance."""
-    noise_cap: Timestep = 500.0
+    noise_cap: Timestep = NOISE_CAP
     """Largest timestep of an image that text follows."""
     quarantine: Count = 0
-    """How many packs a run may leave out because they cannot be read; one more stops it."""
+    """Number of unreadable packs that a run may skip; one more stops it."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -193,7 +197,7 @@ class DataConfig(_Settings):
 
 
 class OptimizerConfig(_Settings):
-    """AdamW, warm-up, cosine decay."""
+    """AdamW with linear warm-up and cosine decay."""
 
     lr: PositiveFloat = 3e-4
     """Learning rate after the warm-up."""
@@ -208,55 +212,55 @@ class OptimizerConfig(_Settings):
     eps: PositiveFloat = 1e-8
     """Added to the root of the mean square."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of matrices, embeddings included; norms and biases are not decayed."""
+    """Weight decay of matrices and embeddings; norms and biases are not decayed."""
     clip: PositiveFloat = 1.0
-    """Largest global norm of the gradient."""
+    """Global gradient norm above which the gradient is scaled down."""
 
 
 class TrainConfig(_Settings):
     """The run."""
 
     output: str = "runs/digits"
-    """Folder of checkpoints, metrics and the resolved config; the same command in the same folder resumes."""
+    """Folder for checkpoints, metrics and the resolved config; the same command with the same folder resumes."""
     seed: Count = 0
-    """Of the weights, the order of the data, and everything drawn for it."""
+    """Seed of the weights, of the order of the data, and of its random layout, timesteps and noise."""
     steps: Positive = 250_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch: Positive = 1024
-    """Packs of one optimizer step, over all ranks and accumulation steps."""
+    """Packs per optimizer step, over all ranks and accumulation steps."""
     micro_batch: Positive = 1
-    """Packs of one forward pass on one rank."""
+    """Packs per forward pass on one rank."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 where the device computes it natively, else fp32."""
     checkpoint_every: Positive = 1000
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     log_every: Positive = 10
     """Steps between progress lines and metrics."""
     max_skipped_steps: Positive = 10
-    """Consecutive steps without a finite gradient after which training stops."""
+    """Number of consecutive steps without a finite gradient after which training stops."""
     cpu_threads: Positive | None = None
-    """Threads of each rank on a CPU; default: the cores divided by the ranks. The last bits depend on it."""
+    """Threads per rank on a CPU; default: cores divided by ranks. Results depend on it in the last bits."""
 
 
 class Config(_Settings):
-    """Everything that train/pretrain.py reads."""
+    """All settings of train/pretrain.py."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed settings beyond those derived from this config, handed on unchecked; to contradict a derived one
-    is an error."""
+    """Raw DeepSpeed settings beyond those derived from this config, passed on unchecked. Contradicting a derived one is
+    an error."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file over the defaults and applies `section.key=value` overrides, values in YAML.
+    """Read a YAML file over the defaults, and apply `section.key=value` overrides with values in YAML.
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, a value out of its range.
+        InputError: a file that does not exist or is not YAML, an unknown key, or a value out of its range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -266,7 +270,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"config {path}: cannot be read ({error}); give an existing YAML file") from error
         except yaml.YAMLError as error:
-            raise InputError(f"config {path}: is not YAML: {' '.join(str(error).split())}") from error
+            raise InputError(f"config {path}: must be YAML, but {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
     for override in overrides:
@@ -275,7 +279,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
-    """Validates `values` as `settings`; raises InputError of one line naming `source` and the key."""
+    """Validate `values` as `settings`; InputError of one line naming `source` and the key."""
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -289,7 +293,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not YAML") from error
+        raise InputError(f"override {override!r}: the value must be YAML; quote it") from error
     *sections, key = name.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -313,7 +317,7 @@ def _explain(settings: type[BaseModel], error: ValidationError) -> str:
 
 
 def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """`NAME OLD -> NEW` of each setting that is not the same in two trees of them; long values are cut short."""
+    """Yield `NAME OLD -> NEW` for each setting that differs between two nested settings; long values are shortened."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*now, *(key for key in before if key not in now)]:
             yield from changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
@@ -321,7 +325,7 @@ def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for place, pair in enumerate(zip(before, now, strict=True)):
             yield from changes(*pair, f"{name}.{place}")
     elif before != now:
-        yield f"{name or 'all of it'} {_short(before)} -> {_short(now)}"
+        yield f"{name or 'everything'} {_short(before)} -> {_short(now)}"
 
 
 def _short(value: Any) -> str:

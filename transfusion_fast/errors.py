@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class InputError(ValueError):
     """Unusable input. The message names the thing, its rule, the value found, and a remedy."""
@@ -17,8 +20,21 @@ class Rejected(ValueError):
 
     def at(self, where: str) -> Rejected:
         """Return the same rejection with the document's location added."""
-        return Rejected(self.reason, f"{self.detail}, {where}")
+        return Rejected(self.reason, f"{self.detail}, {where}" if self.detail else where)
 
 
 def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def optional_module(name: str, extra: str) -> Any:
+    """Import a module of a package that only an extra of setup.py installs.
+
+    Raises:
+        InputError: the package is missing; the message names the extra.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise InputError(f"package {package} must be installed for this, got none; pip install '.[{extra}]'") from error

@@ -1,4 +1,4 @@
-"""The attention benchmark: it runs as a command, holds every backend to the reference, and says what it left out."""
+"""The attention benchmark runs as a command, holds every backend to the reference, and names what it left out."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import attn_bench
-import mixes
-import numpy as np
 import pytest
 import torch
-from attn_compare import compare
-from attn_gate import NAMES, Gate, make_gate, make_inputs, run
-from attn_libraries import attention_slices
-from attn_plot import draw
-from attn_problem import Forward, Problem
-from attn_report import Measured, Outcome, make_rows, markdown
-from backends import BACKENDS, Flex, Ours, SdpaDense, SdpaDocuments
-from measure import NOT_MEASURED, Effort, Machine, Quantiles, Timing, autograd_step, peaks_of, time_steps
+from attention_backends import BACKENDS, Backend, Problem, attention_gate
+from gate import Forward, Outcome, run
+from timing import NOT_MEASURED, Quantiles, Timing
 
 from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.layout import AttentionLayout
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-MEASURED_ON_CPU = {"torch", "sdpa_dense", "sdpa_documents"}
-H100 = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "not installed", "abc1234")
+MEASURED_ON_CPU = ["torch", "sdpa_dense", "sdpa_documents"]
+H100 = {
+    "hardware": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0", "flash_attn": "not installed",
+    "git": "abc1234",
+}  # fmt: skip
+COLUMNS = (
+    "op,mix,T,H,G,D,dtype,backend,hardware,torch,triton,flash_attn,git,visible_area,prepare_ms,forward_p20,forward_p50,"
+    "forward_p80,backward_p20,backward_p50,backward_p80,peak_mib,forward_tflops,backward_tflops,"
+    "forward_percent_of_peak,backward_percent_of_peak,forward_gbs,forward_percent_of_bandwidth,times_sdpa_dense,"
+    "times_sdpa_documents,status"
+)
 
 
 def make_problem(kv_heads: int = 1, dtype: torch.dtype = torch.float32, total_length: int = 330) -> Problem:
@@ -37,251 +39,211 @@ def make_problem(kv_heads: int = 1, dtype: torch.dtype = torch.float32, total_le
     return Problem(layout, heads=2, kv_heads=kv_heads, head_dim=16, dtype=dtype)
 
 
-def gate_of(problem: Problem) -> Gate:
-    inputs = make_inputs(problem)
-    documents = SdpaDocuments()
-    return make_gate(problem, inputs, run(documents.prepare(problem), inputs))
+def results_of(name: str, problem: Problem) -> list[torch.Tensor]:
+    qkv, upstream = problem.inputs()
+    return run(BACKENDS[name].prepare(problem), qkv, (upstream,))
 
 
-class Wrong(Ours):
-    """Ours with one result spoiled."""
+def spoiled(kind: str) -> Backend:
+    """Return our op with one result spoiled."""
+    right = BACKENDS["torch"]
 
-    def __init__(self, spoil: str) -> None:
-        super().__init__("torch")
-        self.spoil = spoil
-
-    def prepare(self, problem: Problem) -> Forward:
-        forward = super().prepare(problem)
+    def prepare(problem: Problem) -> Forward:
+        forward = right.prepare(problem)
 
         def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            if self.spoil == "error":
+            if kind == "error":
                 raise RuntimeError("the kernel fell over\nin its second line")
-            if self.spoil == "gradient":
+            if kind == "gradient":
                 k = k.detach() + 0.99 * (k - k.detach())
             out = forward(q, k, v)
-            return out * torch.linspace(1, 1.001, len(out))[:, None, None] if self.spoil == "output" else out
+            return out * torch.linspace(1, 1.001, len(out))[:, None, None] if kind == "output" else out
 
         return wrong
 
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    out = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "benchmarks/attn_bench.py", "--quick", "--device", "cpu", "--out", str(out)]
-    return out, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return replace(right, prepare=prepare)
 
 
-def rows_of(out: Path) -> list[dict[str, str]]:
-    with (out / "attention.csv").open(encoding="utf-8") as file:
+def rows_in(out: Path) -> list[dict[str, str]]:
+    with (out / "attention.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_quick_measures_what_a_cpu_has_and_names_the_rest(quick) -> None:
-    out, done = quick
+def test_the_command_measures_what_a_cpu_has_and_names_the_rest(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/attn_bench.py", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = {row["backend"]: row for row in rows_of(out)}
+    rows = {row["backend"]: row for row in rows_in(tmp_path)}
     assert list(rows) == list(BACKENDS)
+    assert ",".join(rows["torch"]) == COLUMNS
     for name, row in rows.items():
         if name in MEASURED_ON_CPU:
             assert row["status"] == "ok"
             assert float(row["forward_p20"]) <= float(row["forward_p50"]) <= float(row["forward_p80"])
-            assert float(row["peak_mib"]) > 0
+            assert float(row["peak_mib"]) > 0 and float(row["prepare_ms"]) > 0
         else:
-            assert row["status"].startswith("not measured: needs a CUDA device")
+            assert row["status"] == "not measured: needs a CUDA device"
             assert row["forward_p50"] == row["times_sdpa_dense"] == NOT_MEASURED
     assert float(rows["sdpa_dense"]["times_sdpa_dense"]) == 1
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    for text in ((tmp_path / "attention.md").read_text(encoding="utf-8"), done.stdout):
+        assert "- flex, all shapes: not measured: needs a CUDA device" in text
 
 
-def test_quick_writes_a_picture_and_a_summary(quick) -> None:
-    out, done = quick
-    assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
-    summary = (out / "attention.md").read_text(encoding="utf-8")
-    for text in (summary, done.stdout):
-        assert "flex, all shapes: needs a CUDA device: FlexAttention has no backward on a CPU" in text
-
-
-@pytest.mark.parametrize("spoil", ["output", "gradient", "error"])
-def test_a_wrong_backend_of_ours_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-    monkeypatch.setitem(BACKENDS, "torch", Wrong(spoil))
-    code = attn_bench.main(
-        ["--quick", "--device", "cpu", "--out", str(tmp_path), "--backends", "torch", "sdpa_documents"]
-    )
-    status = {row["backend"]: row["status"] for row in rows_of(tmp_path)}
-    assert code == 1
+@pytest.mark.parametrize("kind", ["output", "gradient", "error"])
+def test_a_wrong_backend_of_ours_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setitem(BACKENDS, "torch", spoiled(kind))
+    options = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--backends", "torch", "sdpa_documents"]
+    assert attn_bench.main(options) == 1
+    status = {row["backend"]: row["status"] for row in rows_in(tmp_path)}
     assert status["sdpa_documents"] == "ok"
     expected = {"output": "rms error of output", "gradient": "rms error of dk", "error": "RuntimeError: the kernel"}
-    assert status["torch"].startswith(f"FAILED: {expected[spoil]}")
+    assert status["torch"].startswith(f"FAILED: {expected[kind]}")
     assert "\n" not in status["torch"]
-    assert "## Failed" in (tmp_path / "attention.md").read_text(encoding="utf-8")
+    assert "- torch, all shapes: FAILED" in (tmp_path / "attention.md").read_text(encoding="utf-8")
 
 
-def test_what_is_missing_does_not_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Missing(Ours):
-        def prepare(self, problem: Problem) -> Forward:
-            raise NotImplementedError("no kernel yet")
+def test_a_missing_kernel_and_too_little_memory_do_not_fail_the_run() -> None:
+    def raises(error: Exception) -> Backend:
+        def prepare(problem: Problem) -> Forward:
+            raise error
 
-    class TooLarge(SdpaDense):
-        def prepare(self, problem: Problem) -> Forward:
-            raise torch.cuda.OutOfMemoryError("tried to allocate")
+        return Backend(prepare, is_ours=True)
 
-    outcomes = compare(make_problem(), [Missing("torch"), TooLarge()], CPU, Effort(1, 1), time.monotonic() + 60)
+    errors = {"a": NotImplementedError("no kernel yet"), "b": torch.cuda.OutOfMemoryError("tried to allocate")}
+    backends = {name: raises(error) for name, error in errors.items()}
+    outcomes = attn_bench.compare_backends(make_problem(), backends, CPU, 0, time.monotonic() + 60)
     assert [o.status for o in outcomes.values()] == ["not measured: no kernel yet", "not measured: out of memory"]
 
 
 def test_nothing_starts_after_the_deadline() -> None:
-    outcomes = compare(make_problem(), [BACKENDS["torch"], BACKENDS["triton"]], CPU, Effort(1, 1), time.monotonic() - 1)
+    backends = {name: BACKENDS[name] for name in ("torch", "triton")}
+    outcomes = attn_bench.compare_backends(make_problem(), backends, CPU, 0, time.monotonic() - 1)
     assert {o.status for o in outcomes.values()} == {"not measured: time budget"}
 
 
 def test_masks_that_do_not_fit_are_left_out_with_their_size() -> None:
     problem = make_problem(total_length=2**21)
-    assert "its [T, T] mask, as booleans and as a bias, would take 20480.0 GiB" in SdpaDense().available(problem)
-    assert SdpaDocuments().available(problem) is None
+    assert "its masks would take 20480.0 GiB" in BACKENDS["sdpa_dense"].missing(problem)
+    assert BACKENDS["sdpa_documents"].missing(problem) is None
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_the_gate_s_reference_is_the_definition(kv_heads: int) -> None:
+def test_the_gate_holds_to_the_definition(kv_heads: int) -> None:
+    """A result passes that the reference gives in double precision, and none that differs from it by 1e-5."""
     problem = make_problem(kv_heads)
-    inputs = make_inputs(problem)
-    q, k, v = (x.detach().double().requires_grad_() for x in inputs.qkv)
-    out = reference.hybrid_attention(q, k, v, problem.layout)
-    expected = (out, *torch.autograd.grad(out, (q, k, v), inputs.gradient.double()))
-    for name, got, right in zip(NAMES, gate_of(problem).reference, expected, strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10, msg=name)
+    qkv, upstream = problem.inputs()
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    out = reference.hybrid_attention(*exact, problem.layout)
+    right = [x.detach() for x in (out, *torch.autograd.grad(out, exact, upstream.double()))]
+    gate = attention_gate(problem, qkv, upstream)
+    assert gate(right) is None
+    for number in range(4):
+        wrong = [x + (i == number) * 3e-5 * x.square().mean().sqrt() for i, x in enumerate(right)]
+        assert "rms error" in gate(wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(MEASURED_ON_CPU))
+@pytest.mark.parametrize("name", MEASURED_ON_CPU)
 def test_the_gate_lets_right_backends_through(name: str, dtype: torch.dtype) -> None:
     problem = make_problem(kv_heads=2, dtype=dtype)
-    assert gate_of(problem).check(run(BACKENDS[name].prepare(problem), make_inputs(problem))) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gate_needs_no_per_document_sdpa(dtype: torch.dtype) -> None:
-    """Where its masks do not fit, a blockwise computation in the same dtype stands for it."""
-    problem = make_problem(kv_heads=2, dtype=dtype)
-    inputs = make_inputs(problem)
-    gate, usual = make_gate(problem, inputs, plain=None), gate_of(problem)
-    assert gate.check(run(BACKENDS["torch"].prepare(problem), inputs)) is None
-    for error, other in zip(gate.plain, usual.plain, strict=True):
-        assert 0.1 < error.rms / other.rms < 10
+    qkv, upstream = problem.inputs()
+    assert attention_gate(problem, qkv, upstream)(results_of(name, problem)) is None
 
 
 def test_the_gate_stops_nan_causal_masks_and_gradients_of_padding() -> None:
     problem = make_problem(kv_heads=2)
-    inputs, gate = make_inputs(problem), gate_of(problem)
-    right = run(BACKENDS["torch"].prepare(problem), inputs)
-    assert "output is nan" in gate.check((torch.full_like(right[0], float("nan")), *right[1:]))
+    gate, right = attention_gate(problem, *problem.inputs()), results_of("torch", problem)
+    assert "output is nan" in gate([torch.full_like(right[0], float("nan")), *right[1:]])
     offsets = problem.layout.document_offsets
     causal = AttentionLayout.from_spans(offsets.diff().numpy(), [], problem.layout.total_length)
-    assert "output" in gate.check(run(BACKENDS["torch"].prepare(replace(problem, layout=causal)), inputs))
+    assert "output" in gate(results_of("torch", replace(problem, layout=causal)))
+    right[0][-1] += 1  # the output at padding is not defined
+    assert gate(right) is None
     right[3][-1] += 1  # dv at padding
-    assert "dv" in gate.check(right)
+    assert "dv" in gate(right)
+
+
+def test_a_single_large_error_is_stopped_by_its_size() -> None:
+    problem = make_problem(kv_heads=2, dtype=torch.bfloat16)
+    gate, right = attention_gate(problem, *problem.inputs()), results_of("torch", problem)
+    right[0][7, 1, 3] += 0.1
+    assert gate(right).startswith("largest error of output")
 
 
 def test_long_packs_are_gated_on_their_first_and_last_heads() -> None:
-    """A mistake in the last head must not slip through the sample."""
     layout = AttentionLayout.from_spans([30, 50], [(4, 20)], 16385)
     problem = Problem(layout, heads=8, kv_heads=4, head_dim=8, dtype=torch.float32)
-    inputs, gate = make_inputs(problem), gate_of(problem)
-    assert gate.heads.kv.tolist() == [0, 3]
-    assert gate.heads.query.tolist() == [0, 1, 6, 7]
-    right = run(BACKENDS["torch"].prepare(problem), inputs)
-    assert gate.check(right) is None
-    right[0][7, 7] += 0.1
-    assert "output" in gate.check(right)
+    gate, right = attention_gate(problem, *problem.inputs()), results_of("torch", problem)
+    assert gate(right) is None
+    for head, wrong in ((0, True), (1, True), (2, False), (5, False), (6, True), (7, True)):
+        spoiled = right[0].clone()
+        spoiled[7, head] += 0.1
+        assert (gate([spoiled, *right[1:]]) is not None) == wrong
 
 
-@pytest.mark.parametrize("name", mixes.NAMES)
-def test_slices_make_up_the_mask_exactly_once(name: str) -> None:
-    layout = mixes.sample(name, 1531)
-    count = np.zeros((1531, 1531), dtype=np.int64)
-    for query_start, query_end, key_start, key_end, kind in attention_slices(layout):
-        rows, columns = query_end - query_start, key_end - key_start
-        square = np.ones((rows, columns), dtype=np.int64)
-        count[query_start:query_end, key_start:key_end] += np.tril(square, columns - rows) if kind == 1 else square
-    assert np.array_equal(count, layout.dense_mask().numpy())
+def test_preparing_again_builds_the_plans_that_the_passes_needed() -> None:
+    problem = make_problem()
+    built: list[AttentionLayout] = []
+    plan = AttentionLayout.plan
+
+    def counted(layout: AttentionLayout, build):
+        built.append(layout)
+        return plan(layout, build)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionLayout, "plan", counted)
+        results_of("torch", problem)
+        built.clear()
+        BACKENDS["torch"].prepare(problem)
+        assert len(built) == 1
+        BACKENDS["torch"].prepare(make_problem())
+        assert len(built) == 1
 
 
-def test_preparing_again_plans_what_the_passes_asked_for() -> None:
-    problem, ours = make_problem(), Ours("torch")
-    run(ours.prepare(problem), make_inputs(problem))
-    ours.prepare(problem)
-    assert len(ours._last[1]._plans) == 1
-    ours.prepare(make_problem())
-    assert not ours._last[1]._plans
-
-
-def test_steps_take_turns_in_either_order() -> None:
-    calls = []
-
-    def step(name: str):
-        def forward():
-            calls.append(name)
-            return lambda: calls.append(f"{name} backward")
-
-        return forward
-
-    timings = time_steps({"a": step("a"), "b": step("b")}, CPU, Effort(repeats=2, seconds=1))
-    forth, back = ["a", "a backward", "b", "b backward"], ["b", "b backward", "a", "a backward"]
-    assert calls == forth + back + forth  # the first is not timed
-    assert timings["a"].forward.p20 <= timings["a"].forward.p80
-
-
-def test_autograd_steps_return_every_gradient() -> None:
-    x, y = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
-    gradients = autograd_step(torch.mul, (x, y), torch.ones(3))()()
-    assert [g.tolist() for g in gradients] == [[2.0] * 3, [1.0] * 3]
-
-
-def test_rates_count_the_visible_area_against_the_gpu_s_peak(tmp_path: Path) -> None:
+def test_rates_count_the_visible_area_against_the_peak_of_the_gpu(tmp_path: Path) -> None:
     problem = make_problem(kv_heads=2, dtype=torch.bfloat16)
     timing = Timing(Quantiles(1, 2, 3), Quantiles(3, 4, 5))
     outcomes = {
-        "sdpa_dense": Outcome("ok", Measured(1.0, timing, 10.0)),
-        "torch": Outcome("ok", Measured(1.0, Timing(Quantiles(1, 1, 1), Quantiles(2, 2, 2)), 10.0)),
-        "flash_varlen_causal": Outcome("ok: reference rate of a causal mask, not gated", Measured(1.0, timing, 10.0)),
+        "sdpa_dense": Outcome("ok", timing, 10.0, 1.0),
+        "torch": Outcome("ok", Timing(Quantiles(1, 1, 1), Quantiles(2, 2, 2)), 10.0, 1.0),
+        "flash_varlen_causal": Outcome("ok: reference rate of a causal mask, not gated", timing, 10.0, 1.0),
         "flex": Outcome("not measured: out of memory"),
     }
-    rows = make_rows("mixed", problem, outcomes, {"flash_varlen_causal"}, H100)
+    rows = attn_bench.make_rows("mixed", problem, outcomes, BACKENDS, H100)
     dense, ours, causal, flex = rows
     area = int(problem.layout.dense_mask().sum())
-    assert dense.forward_tflops == pytest.approx(4 * 2 * 16 * area / 2e-3 / 1e12)
-    assert dense.backward_tflops == pytest.approx(10 * 2 * 16 * area / 4e-3 / 1e12)
-    assert dense.forward_percent_of_peak == pytest.approx(100 * dense.forward_tflops / 989.4)
-    assert causal.visible_area == area - (16 * 15 + 200 * 199) // 2
-    assert ours.times_sdpa_dense == 2
-    assert ours.times_sdpa_documents == flex.times_sdpa_dense == NOT_MEASURED
-    draw(rows, tmp_path / "picture.png")
-    assert "flex, all shapes: out of memory" in markdown(rows, H100, "picture.png")
-
-
-def test_peaks_are_found_by_the_gpu_s_name() -> None:
-    assert peaks_of("NVIDIA H200") == (989.4, 4800.0)
-    assert peaks_of("NVIDIA A100-SXM4-40GB") == (312.0, 1555.0)
-    assert peaks_of("NVIDIA GeForce RTX 5090") is None
+    assert dense["forward_tflops"] == pytest.approx(4 * 2 * 16 * area / 2e-3 / 1e12)
+    assert dense["backward_tflops"] == pytest.approx(10 * 2 * 16 * area / 4e-3 / 1e12)
+    assert dense["forward_percent_of_peak"] == pytest.approx(100 * dense["forward_tflops"] / 989.4)
+    # q, k, v and the output in 16 bits, and the log-sum-exp, in 2 ms.
+    assert dense["forward_gbs"] == pytest.approx((4 * 330 * 2 * 16 * 2 + 330 * 2 * 4) / 2e-3 / 1e9)
+    assert dense["forward_percent_of_bandwidth"] == pytest.approx(100 * dense["forward_gbs"] / 3350)
+    assert (dense["prepare_ms"], dense["peak_mib"], dense["backward_p80"]) == (1, 10, 5)
+    assert causal["visible_area"] == area - (16 * 15 + 200 * 199) // 2
+    assert ours["times_sdpa_dense"] == 2
+    assert ours["times_sdpa_documents"] == flex["times_sdpa_dense"] == NOT_MEASURED
+    attn_bench.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_is_given_the_mask_of_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled and forward only, as far as a CPU goes."""
+    """Uncompiled and forward only, because FlexAttention has no backward on a CPU."""
     from torch.nn.attention import flex_attention
 
     create = flex_attention.create_block_mask
     monkeypatch.setattr(flex_attention, "create_block_mask", lambda *a, _compile, **named: create(*a, **named))
-    monkeypatch.setattr("backends._compiled_flex", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr("attention_backends._compiled_flex", lambda: flex_attention.flex_attention)
     problem = make_problem()
-    q, k, v = (x.detach() for x in make_inputs(problem).qkv)
+    q, k, v = (x.detach() for x in problem.inputs()[0])
     expected = reference.hybrid_attention(q, k, v, problem.layout)
-    torch.testing.assert_close(Flex().prepare(problem)(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(BACKENDS["flex"].prepare(problem)(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mixes", "prose"], "--mixes must be of pairs, text, mixed, interleaved, tiny, long, got 'prose'"),
-        (["--backends", "fast"], "--backends must be of triton, torch,"),
         (["--heads", "6", "--kv-heads", "4"], "--heads must be a multiple of --kv-heads, both at least 1, got 6 and 4"),
         (["--lengths", "0"], "must be at least 1"),
     ],

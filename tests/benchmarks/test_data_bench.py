@@ -5,7 +5,7 @@ import csv
 import data_bench
 import numpy as np
 import pytest
-from measure import Effort, write_csv
+import tables
 
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.model.sequence import PackedBatch
@@ -36,14 +36,14 @@ def test_the_loader_stage_makes_a_batch_of_every_pack(loader):
 
 def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
     groups = [loader.values(), data_bench.preparing_stages(tmp_path, texts=20, images=2)]
-    rows = [row for group in groups for row in data_bench.time_group(list(group), Effort(1, 0.1))]
-    write_csv(rows, tmp_path / "data.csv")
+    rows = [row for group in groups for row in data_bench.time_group(list(group), 0)]
+    tables.write_report(tmp_path / "data", "The feed", rows, data_bench.COLUMNS, data_bench.NOTES)
     with (tmp_path / "data.csv").open() as file:
         written = list(csv.DictReader(file))
     assert [row["stage"] for row in written] == [*loader, "preparing text", "preparing pairs"]
     assert all(float(row["units_per_s"]) > 0 and float(row["mb_per_s"]) > 0 for row in written)
-    text = data_bench.markdown(rows)
-    assert all(f"| {row.stage} |" in text for row in rows)
+    text = (tmp_path / "data.md").read_text()
+    assert all(f"| {row['stage']} |" in text for row in rows)
 
 
 def test_packing_is_timed_with_its_waste():

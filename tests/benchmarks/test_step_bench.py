@@ -5,12 +5,9 @@ import csv
 import mixes
 import pytest
 import step_bench
-import step_report
-import step_workload
 import torch
-from measure import Machine, Quantiles, Timing
 from step_bench import MasterAdamW, Variant
-from step_report import Facts
+from timing import Quantiles, Timing
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import ModelConfig, TransformerConfig
@@ -21,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_ragged_documents_are_24_of_4_to_160_tokens_every_other_one_with_an_image():
-    documents = step_workload.ragged_documents()
+    documents = step_bench.ragged_documents()
     assert len(documents) == 24
     assert all(4 <= len(document[0]) <= 160 for document in documents)
     assert [len(document) for document in documents] == [2, 1] * 12
@@ -33,7 +30,7 @@ def test_the_documents_of_a_mix_are_packed_as_the_mix_has_them(mix):
     model = Transfusion(
         ModelConfig(num_text_tokens=256, dim_latent=16, transformer={"dim": 32, "depth": 1, "heads": 1})
     )
-    batch = step_workload.pack(model, step_workload.mix_documents(mix, 2048))
+    batch = step_bench.make_batch(model, step_bench.mix_documents(mix, 2048))
     lengths, spans = mixes.generate(mix, 2048)
     assert batch.layout.image_spans.tolist() == [list(span) for span in sorted(spans)]
     assert batch.layout.document_offsets.diff().tolist() == lengths
@@ -42,10 +39,10 @@ def test_the_documents_of_a_mix_are_packed_as_the_mix_has_them(mix):
 def test_flops_count_each_use_of_a_weight_and_each_visible_pair():
     transformer = {"dim": 32, "depth": 3, "heads": 2, "ffn_dim": 64}
     model = Transfusion(ModelConfig(num_text_tokens=256, dim_latent=16, transformer=transformer))
-    batch = step_workload.pack(model, [[torch.arange(3), torch.randn(2, 16)]])
+    batch = step_bench.make_batch(model, [[torch.arange(3), torch.randn(2, 16)]])
     # <bos> a b c <boi> p p <eoi> <eos>: five labels, and of 9 positions the first patch sees the second.
     weights = 9 * 3 * (4 * 32 * 32 + 3 * 32 * 64) + 5 * 260 * 32 + 2 * 2 * 16 * 32
-    assert step_workload.model_flops(model, batch) == 6 * weights + 12 * 3 * 32 * (45 + 1)
+    assert step_bench.model_flops(model, batch) == 6 * weights + 12 * 3 * 32 * (45 + 1)
 
 
 def test_half_precision_weights_follow_fp32_masters_that_adamw_moves():
@@ -65,35 +62,40 @@ def test_half_precision_weights_follow_fp32_masters_that_adamw_moves():
 
 
 def test_nothing_is_timed_where_a_backends_losses_are_not_the_references(monkeypatch):
-    monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
-    documents = step_workload.ragged_documents(2)
-    step_bench._check_losses("mini", documents, CPU, "torch")
+    monkeypatch.setitem(step_bench.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    documents = step_bench.ragged_documents(2)
+    step_bench.check_losses("mini", documents, CPU, "torch")
     wrong = ops.IMPLEMENTATIONS["torch"] | {"swiglu": lambda gate, up: gate.chunk(2, dim=-1)[0]}
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "torch", wrong)
     with pytest.raises(InputError, match="losses of fp32 torch must be the reference's to 1e-05, they differ by"):
-        step_bench._check_losses("mini", documents, CPU, "torch")
+        step_bench.check_losses("mini", documents, CPU, "torch")
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(step_bench.sys.modules, "transfusion_pytorch", None)
     with pytest.raises(InputError, match="--peer transfusion-pytorch needs that package"):
-        step_bench._prepare_peer("mini", [], CPU)
+        step_bench.prepare_peer("mini", [], CPU)
 
 
 def test_a_row_counts_tokens_and_flops_by_the_time_of_both_passes():
+    facts = {
+        "name": "bf16 torch", "preset": "mini", "dtype": "bf16", "parameters": 5_000_000, "tokens": 2000,
+        "flops": 40 * 10**9, "peak_bytes": 2**21, "kept_bytes": 8000, "compile_s": None,
+    }  # fmt: skip
     timing = Timing(Quantiles(90, 100, 110), Quantiles(280, 300, 320))
-    facts = Facts("bf16 torch", "mini", "bf16", 5_000_000, 2000, 40 * 10**9, 2**21, 8000, None)
-    row = step_report.row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, Machine("a CPU", "2.13", "-", "-", "abc"))
-    assert row.tokens_per_s == 5000
-    assert (row.weight_gflops, row.share_of_matmul, row.share_of_fp32_matmul) == (150, 0.15, 0.75)
-    assert (row.mfu, row.peak_mib, row.kept_bytes_per_token) == (0.1, 2, 4)
-    assert (row.forward_p20_ms, row.backward_p80_ms) == (90, 320)
+    row = step_bench.make_row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "a CPU"})
+    assert row["tokens_per_s"] == 5000
+    assert (row["weight_gflops"], row["share_of_matmul"], row["share_of_fp32_matmul"]) == (150, 0.15, 0.75)
+    assert (row["mfu"], row["peak_mib"], row["kept_bytes_per_token"]) == (0.1, 2, 4)
+    assert (row["forward_p20_ms"], row["backward_p80_ms"]) == (90, 320)
+    on_gpu = step_bench.make_row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "NVIDIA H200"})
+    assert on_gpu["mfu"] == pytest.approx(0.1 / 989.4)
 
 
 def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(step_workload.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
-    monkeypatch.setattr(step_workload, "ragged_documents", lambda: [[torch.arange(9)], [torch.randn(4, 16)]])
-    monkeypatch.setattr(step_bench, "_variants", lambda *names: [Variant("fp32", "plain"), Variant("fp32", "torch")])
+    monkeypatch.setitem(step_bench.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    monkeypatch.setattr(step_bench, "ragged_documents", lambda: [[torch.arange(9)], [torch.randn(4, 16)]])
+    monkeypatch.setattr(step_bench, "variants", lambda *names: [Variant("fp32", "plain"), Variant("fp32", "torch")])
     assert step_bench.main(["--out", str(tmp_path), "--device", "cpu", "--dtypes", "fp32", "--seconds", "0.1"]) == 0
     with (tmp_path / "step.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transfusion_fast.config import DataConfig
-from transfusion_fast.data.batch import BatchBuilder, KeyedPack
+from transfusion_fast.data.batch import BatchBuilder, Draws, KeyedPack, draw
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.model.diffusion import CosineDDPM
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
@@ -93,6 +93,35 @@ def test_what_is_drawn_is_keyed_by_seed_epoch_pack_and_image_and_by_nothing_else
     for changed in (replace(pack, epoch=1), replace(pack, number=8)):
         assert not torch.equal(build([changed]).modalities[0].noise, alone.modalities[0].noise)
     assert not torch.equal(replace(build, seed=1)([pack]).modalities[0].noise, alone.modalities[0].noise)
+
+
+def test_all_draws_have_their_distribution_and_are_independent_of_each_other() -> None:
+    packs = [keyed(PAIR, (text(8), image(9, 16, 8)), number=n) for n in range(1000)]
+    draws = [draw(pack, seed=0) for pack in packs]
+    uniforms = np.stack([np.concatenate([getattr(d, name) for d in draws]) for name in ("order", "drop", "timestep")])
+    assert uniforms.shape == (3, 2000) and len(np.unique(uniforms)) == 6000
+    assert uniforms.mean(axis=1) == pytest.approx(0.5, abs=0.03)
+    assert uniforms.var(axis=1) == pytest.approx(1 / 12, abs=0.01)
+    between_images = np.corrcoef(np.concatenate([uniforms[:, 0::2], uniforms[:, 1::2]]))
+    assert np.abs(between_images - np.eye(6)).max() < 0.12
+    noise = np.concatenate([d.noise for d in draws])
+    assert len(np.unique(noise)) > 0.999 * len(noise), "every value has noise of its own"
+    assert (noise.mean(), noise.var()) == (pytest.approx(0, abs=0.03), pytest.approx(1, abs=0.04))
+    assert np.mean(noise**4) == pytest.approx(3, abs=0.2)  # the fourth moment of a normal distribution
+
+
+def test_a_batch_uses_each_draw_for_its_own_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order, drop and timestep of one pair come from three numbers, each of which is set here alone."""
+
+    def tokens_and_timestep(order: float, drop: float, timestep: float) -> tuple[list[int], float]:
+        drawn = Draws(np.array([order]), np.array([drop]), np.array([timestep]), np.zeros(8, np.float32))
+        monkeypatch.setattr("transfusion_fast.data.batch.draw", lambda pack, seed: drawn)
+        batch = builder(caption_first=0.5, guidance_drop=0.5)([keyed(PAIR)])
+        return used(batch), batch.modalities[0].timesteps.item()
+
+    assert tokens_and_timestep(order=0.2, drop=0.9, timestep=0.7) == ([BOS, 5, 6, BOI, 0, 0, EOI, EOS], 701)
+    assert tokens_and_timestep(order=0.9, drop=0.9, timestep=0.2) == ([BOS, BOI, 0, 0, EOI, 5, 6, EOS], 101)
+    assert tokens_and_timestep(order=0.9, drop=0.2, timestep=0.7) == ([BOI, 0, 0, EOI, BOS, 5, 6, EOS], 701)
 
 
 def test_settings_of_order_and_drop_do_not_shift_timestep_uniforms_or_noise() -> None:

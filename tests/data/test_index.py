@@ -36,7 +36,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=3):
     folder.mkdir()
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
-    files = [write_shard(map(small_pack, own), folder, shard, SCHEMA) for shard, own in enumerate(numbers)]
+    files = [write_shard(map(small_pack, own), folder, shard, SCHEMA).file for shard, own in enumerate(numbers)]
     write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
     return folder
 
@@ -338,5 +338,5 @@ def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
 
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
-    file = write_shard([small_pack(254)], tmp_path, 0, SCHEMA)
+    file = write_shard([small_pack(254)], tmp_path, 0, SCHEMA).file
     assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config, load_config
-from transfusion_fast.data.loader import Share, open_data, training_batches
+from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -214,14 +214,22 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("model.num_text_tokens=300", "model.num_text_tokens must be the 256 of the tokenizer"),
-        ("model.dim_latent=16", r"model.dim_latent must be \[4\] for .*, got \[16\]"),
+        ("model.num_text_tokens=300", "model.num_text_tokens must be 256 for .*, got 300; correct it or leave it out"),
+        ("model.dim_latent=16", r"model.dim_latent must be \(4,\) for .*, got \(16,\)"),
         ("train.micro_batch=33554432", "train.micro_batch must be at most 33554431 for packs of 64 positions, got"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(folder: Path, override: str, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         open_data(config_of(folder, override))
+
+
+def test_settings_that_the_data_knows_need_not_be_given(folder: Path) -> None:
+    given = load_config(None, [f"data.path={folder}", "model.num_text_tokens=256", "model.dim_latent=4"])
+    omitted = load_config(None, [f"data.path={folder}", "model.preset=0.16b"])
+    assert complete_config(given, open_data(given)).model == given.model
+    model = complete_config(omitted, open_data(omitted)).model
+    assert (model.num_text_tokens, model.dim_latent, model.transformer.depth) == (256, (4,), 16)
 
 
 def copy_with_damage(folder: Path, copy: Path) -> Path:

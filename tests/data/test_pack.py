@@ -93,9 +93,9 @@ def test_latents_are_kept_as_float16():
 
 
 UNPACKABLE = {
-    "empty text": (TextSegment(np.empty(0, np.int32)), "not empty"),
+    "empty text": (TextSegment(np.empty(0, np.int32)), "at least one id"),
     "int64 text": (TextSegment(np.array([1, 2])), "int32"),
-    "two-dimensional text": (TextSegment(np.zeros((2, 2), np.int32)), "one dimension"),
+    "two-dimensional text": (TextSegment(np.zeros((2, 2), np.int32)), "text ids must be int32 \\[n\\]"),
     "odd height": (image(3, 4), "multiples of its patch size 2, got 3 x 4"),
     "empty image": (image(0, 4), "got 0 x 4"),
     "wrong channels": (ImageSegment(np.zeros((2, 2, 3), np.uint8)), r"\[height, width, 1\]"),

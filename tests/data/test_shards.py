@@ -1,5 +1,6 @@
 """Shards on disk: plain WebDataset tars, reproducible, and decoded without trusting a byte."""
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -57,7 +58,7 @@ GOOD = payload(good_members(small_pack(1)).items())
 
 def test_shards_are_read_by_a_plain_webdataset(tmp_path):
     packs = [small_pack(number) for number in range(5)]
-    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA) for shard in range(3)]
+    files = [write_shard(packs[2 * shard : 2 * shard + 2], tmp_path, shard, SCHEMA).file for shard in range(3)]
     assert files == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     samples = list(wds.WebDataset([str(tmp_path / file) for file in files], shardshuffle=False))
@@ -73,7 +74,7 @@ def test_equal_packs_give_equal_bytes(tmp_path):
     contents = []
     for run in ("first", "second"):
         (tmp_path / run).mkdir()
-        file = write_shard(map(small_pack, range(3)), tmp_path / run, 0, SCHEMA)
+        file = write_shard(map(small_pack, range(3)), tmp_path / run, 0, SCHEMA).file
         contents.append((tmp_path / run / file).read_bytes())
     assert contents[0] == contents[1]
 
@@ -96,9 +97,11 @@ def test_an_interrupted_shard_has_no_name(tmp_path):
 
 
 def test_the_table_of_a_shard_locates_its_packs(tmp_path):
-    path = tmp_path / write_shard(map(small_pack, range(5)), tmp_path, 0, SCHEMA)
+    info = write_shard(map(small_pack, range(5)), tmp_path, 0, SCHEMA)
+    path = tmp_path / info.file
     table, content = read_table(path), path.read_bytes()
     assert table.schema == SCHEMA
+    assert (info.packs, info.bytes, info.sha256) == (5, len(content), hashlib.sha256(content).hexdigest())
     for number in (3, 0, 4, 1, 2):
         start, end = table.span(number)
         table.check(number, content[start:end])

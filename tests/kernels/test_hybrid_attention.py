@@ -1,25 +1,28 @@
 """The Triton kernels of attention, in Triton's interpreter, against a dense reference in double precision."""
 
 import itertools
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import (
+    AROUND_TILES,
     MIXED,
     NAMES,
     SPANS,
+    and_two_tokens,
+    any_spans,
     assert_accurate,
     assert_same_bits,
     layout_of,
     qkv,
     relative_error,
     run,
-    spans_around_tiles,
     upstream,
 )
 from hypothesis import given, settings
+from op_checks import far_apart
+from pointwise_cases import heads_first, misaligned, odd_rows
 
 from transfusion_fast.kernels import attention_configs, launch, reference
 from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
@@ -30,14 +33,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # of the poison in some tests
 ]
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-HEAD_DIMS = [32, 48, 64, 96, 128, 256]
+HALF = torch.float16  # where bits are compared, because its large blocks are interpreted fastest
 NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def nan_in_new_memory():
-    """Whatever a kernel leaves out of a new tensor is NaN: torch.empty, empty_like and new_empty alike."""
+    """Fill new tensors with NaN, so that values which a kernel does not write are noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -49,68 +51,48 @@ def triton(q, k, v, layout, scale=None):
 
 
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-def test_output_and_gradients_are_the_references(spans):
+def test_output_and_gradients_are_those_of_the_reference(spans):
     layout = layout_of(spans)
-    inputs = qkv(layout)
-    assert_accurate(run(triton, inputs, layout), inputs, layout)
+    assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
 
 
-@given(spans_around_tiles())
-@settings(max_examples=12)
-def test_output_and_gradients_of_any_layout_are_the_references(spans):
+@given(any_spans(AROUND_TILES, documents=2).map(and_two_tokens))
+@settings(max_examples=10)
+def test_output_and_gradients_of_any_layout_are_those_of_the_reference(spans):
     layout = layout_of(spans)
-    inputs = qkv(layout, heads=(1, 1))
-    assert_accurate(run(triton, inputs, layout), inputs, layout)
-
-
-@pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_head_dimension_and_precision_keeps_the_error_rule(dtype, dim):
-    layout = layout_of(MIXED)
-    inputs = qkv(layout, heads=(1, 1), dim=dim, dtype=dtype)
-    assert_accurate(run(triton, inputs, layout), inputs, layout)
+    assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
 
 
 @pytest.mark.parametrize(
     ("heads", "scale"), [((1, 1), 0.5), ((3, 3), None), ((4, 2), None), ((6, 2), 0.5), ((3, 1), 1.5)], ids=str
 )
-def test_grouped_heads_and_scales_are_the_references(heads, scale):
-    layout = AttentionLayout.from_spans([67, 20], [(1, 65), (70, 9)], 90)
-    inputs = qkv(layout, heads)
-    assert_accurate(run(triton, inputs, layout, scale), inputs, layout, scale)
-
-
-SIZES = list(itertools.product(attention_configs.ARCHITECTURES, HEAD_DIMS, DTYPES[:2]))
+def test_grouped_heads_and_scales_are_those_of_the_reference(heads, scale):
+    layout = AttentionLayout.from_spans([67, 9], [(1, 65), (68, 5)], 78)
+    assert_accurate(triton, layout, qkv(layout, heads), scale)
 
 
 def configurations(architecture, dim, dtype):
-    asked = itertools.product(attention_configs.KERNELS, TILE_HEIGHTS)
-    return [attention_configs.config(kernel, architecture, dim, dtype.itemsize, height) for kernel, height in asked]
+    kernels = itertools.product(attention_configs.KERNELS, TILE_HEIGHTS)
+    return [attention_configs.config(kernel, architecture, dim, dtype.itemsize, height) for kernel, height in kernels]
 
 
-def cuts():
-    """Of each way to cut the kernels that some architecture takes, the first of the sizes that takes it."""
+def distinct_sizes():
+    """Return one (architecture, D, dtype) for each set of block sizes, and head dimensions that are no power of two."""
+    sizes = itertools.product(attention_configs.ARCHITECTURES, (32, 64, 128, 256), (torch.float32, HALF))
     found = {}
-    for size in SIZES:
-        with suppress(KeyError):  # which the test below reports
-            cut = tuple(
-                # Rows that are loaded by chunks have no use for descriptors.
-                replace(c, warps=0, stages=0, descriptors=c.descriptors and c.chunk is None)
-                for c in configurations(*size)
-            )
-            found.setdefault((size[2], cut), size)
-    return list(found.values())
-
-
-def test_every_architecture_has_configurations_whose_blocks_and_steps_divide_the_tiles():
-    for size in SIZES:
-        for c, height in zip(configurations(*size), itertools.cycle(TILE_HEIGHTS), strict=False):
-            assert height % c.block == 0 and c.step % c.edge_step == 0, (size, c)
+    for size in sizes:
+        # Rows that are loaded in chunks have no use for descriptors.
+        blocks = [
+            replace(c, warps=0, stages=0, descriptors=c.descriptors and c.chunk is None) for c in configurations(*size)
+        ]
+        found.setdefault((size[2], *blocks), size)
+    masked = [(90, 48, torch.float32), (80, 48, HALF), (90, 96, torch.bfloat16), (90, 64, torch.bfloat16)]
+    return [*found.values(), *masked]
 
 
 @pytest.fixture
 def interpret_as(monkeypatch):
-    """Runs the kernels as an architecture has them."""
+    """Run the kernels with the configurations of another architecture."""
 
     def choose(architecture):
         monkeypatch.setattr(launch, "INTERPRETED_ARCHITECTURE", architecture)
@@ -121,14 +103,16 @@ def interpret_as(monkeypatch):
     launch.architecture.cache_clear()
 
 
-@pytest.mark.parametrize(("architecture", "dim", "dtype"), cuts(), ids=str)
-def test_every_cut_of_every_architecture_keeps_the_error_rule(architecture, dim, dtype, interpret_as):
+@pytest.mark.parametrize(("architecture", "dim", "dtype"), distinct_sizes(), ids=str)
+def test_every_configuration_of_every_architecture_keeps_the_error_rule(architecture, dim, dtype, interpret_as):
     interpret_as(architecture)
-    # An image of more than any step; two documents of an image each in one tile; a short one with text.
-    spans = [(0, 133), (150, 9), (200, 32), (232, 32), (270, 9)]
-    layout = AttentionLayout.from_spans([200, 32, 32, 20], spans, 288)
-    inputs = qkv(layout, heads=(1, 1), dim=dim, dtype=dtype)
-    assert_accurate(run(triton, inputs, layout), inputs, layout)
+    # A document with an image longer than any block; two documents of an image each in one tile; one of text and image.
+    image = max(max(c.block, c.step) for c in configurations(architecture, dim, dtype)) + 5
+    lengths = [max(image, 64) + 9, 12, 12, 20]
+    start = lengths[0]
+    spans = [(0, image), (start, 12), (start + 12, 12), (start + 30, 9)]
+    layout = AttentionLayout.from_spans(lengths, spans, sum(lengths) + 3)
+    assert_accurate(triton, layout, qkv(layout, heads=(1, 1), dim=dim, dtype=dtype))
 
 
 def test_a_token_alone_is_its_value(tolerance):
@@ -137,17 +121,13 @@ def test_a_token_alone_is_its_value(tolerance):
     expected = {"out": v, "dv": upstream(v), "dq": torch.zeros_like(q), "dk": torch.zeros_like(k)}
     for name, got in run(triton, (q, k, v), layout).items():
         torch.testing.assert_close(got, expected[name], **tolerance["fp32"])
-
-
-def test_a_score_far_below_zero_still_weighs_its_value():
-    layout = AttentionLayout.from_spans([1], [])
-    q, v = torch.full((1, 1, 16), 1e16), torch.ones(1, 1, 16)
-    assert torch.equal(triton(q, -q, v, layout), v)
+    q, v = torch.full((3, 1, 16), 1e16), torch.ones(3, 1, 16)
+    assert torch.equal(triton(q, -q, v, layout), v), "even with a score far below zero"
 
 
 def test_scores_far_from_zero_neither_overflow_nor_vanish():
-    """Scores of some hundreds: an fp32 of that size is known to 1e-5 or so, and with it its exponential."""
-    layout = layout_of(MIXED)
+    """An fp32 score of some hundreds has an error of 1e-5 or so, and so has its exponential."""
+    layout = AttentionLayout.from_spans([70, 9], [(1, 66), (72, 3)], 81)
     q, k, v = qkv(layout)
     inputs = [30 * q, k, v]
     expected = run(reference.hybrid_attention, [x.double() for x in inputs], layout, do=upstream(q).double())
@@ -155,56 +135,51 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish():
         assert relative_error(got, expected[name]) < 1e-4, name
 
 
-def fused(layout, dtype=torch.float32):
-    """q, k, v as slices of one projection [T, (H + 2G) D]."""
-    q, k, v = qkv(layout, dtype=dtype)
-    projection = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
-    parts = projection.split([x[0].numel() for x in (q, k, v)], dim=1)
-    return [part.view(x.shape) for part, x in zip(parts, (q, k, v), strict=True)]
+def fused(*inputs):
+    """Store q, k, v as slices of one projection [T, (H + 2G) D]."""
+    parts = torch.cat([x.flatten(1) for x in inputs], dim=1).split([x[0].numel() for x in inputs], dim=1)
+    return [part.view(x.shape) for part, x in zip(parts, inputs, strict=True)]
 
 
-def heads_first(layout, dtype=torch.float32):
-    """[T, H, D] views of [H, T, D] storage."""
-    return [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv(layout, dtype=dtype)]
-
-
-def dims_first(layout, dtype=torch.float32):
-    """[T, H, D] views whose last dimension is not the dense one."""
-    return [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in qkv(layout, dtype=dtype)]
-
-
-def misaligned(layout, dtype=torch.float32):
-    """One number behind an address that wide loads could take."""
-    return [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in qkv(layout, dtype=dtype)]
-
-
-def odd_rows(layout, dtype=torch.float32):
-    """Rows of a length that wide loads cannot take, 2D + 1 numbers."""
-    wide = [torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1) for x in qkv(layout, dtype=dtype)]
-    return [x[:, :-1].unflatten(1, (-1, 32)) for x in wide]
+def dims_first(x):
+    """Store the numbers of a head far apart."""
+    return x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
 @pytest.mark.parametrize("stored", [fused, heads_first, dims_first, misaligned, odd_rows])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_how_the_inputs_are_stored_changes_nothing(stored, dtype):
-    layout = AttentionLayout.from_spans([80, 9], [(3, 66)], 91)
-    expected = run(triton, qkv(layout, dtype=dtype), layout)
-    inputs = stored(layout, dtype)
-    assert any(x.data_ptr() % 16 or not x.is_contiguous() for x in inputs)
-    assert_same_bits(run(triton, inputs, layout), expected)
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_the_memory_layout_of_the_inputs_changes_nothing(stored, dtype):
+    layout = AttentionLayout.from_spans([80, 9] if dtype == HALF else [33, 9], [(3, 18)], 91)
+    inputs = qkv(layout, dtype=dtype)
+    moved = fused(*inputs) if stored is fused else [stored(x) for x in inputs]
+    assert any(x.data_ptr() % 16 or not x.is_contiguous() for x in moved)
+    assert_same_bits(run(triton, moved, layout), run(triton, inputs, layout))
+
+
+@pytest.mark.parametrize("architecture", [80, 90], ids=["by pointers", "by descriptors"])
+def test_rows_beyond_32_bits_are_addressed(architecture, interpret_as):
+    """Offsets within a tile have 32 bits: the largest stride for 128 rows is just under 2^24."""
+    interpret_as(architecture)
+    layout = AttentionLayout.from_spans([200, 40], [(0, 200), (210, 9)])  # full blocks start at 128 and beyond
+    inputs = qkv(layout, heads=(1, 1), dtype=HALF)
+    moved = [far_apart(x, step=2**24 - 16) for x in inputs]
+    assert layout.query_tiles.max() * moved[0].stride(0) > 2**31
+    do = upstream(inputs[0])
+    expected = run(triton, inputs, layout, do=do)
+    assert_same_bits(run(triton, moved, layout, do=far_apart(do, step=2**24 - 16)), expected)
 
 
 @pytest.mark.parametrize("expand", [lambda x: x.new_ones(()).expand_as(x), lambda x: x[:, :1, :1].expand_as(x)])
-def test_an_expanded_upstream_gradient_is_read_as_what_it_stands_for(expand):
-    """`out.sum().backward()` hands in one number with strides of zero."""
+def test_an_expanded_upstream_gradient_is_read_as_such(expand):
+    """`out.sum().backward()` gives a gradient of one number with strides of zero."""
     layout = AttentionLayout.from_spans([80, 9], [(3, 66)], 91)
-    inputs = qkv(layout)
+    inputs = qkv(layout, dtype=HALF)
     do = expand(upstream(inputs[0]))
     assert 0 in do.stride()
     assert_same_bits(run(triton, inputs, layout, do=do), run(triton, inputs, layout, do=do.contiguous()))
 
 
-def test_a_gradient_that_nothing_needs_is_none():
+def test_a_gradient_that_is_not_needed_is_none():
     layout = AttentionLayout.from_spans([9], [])
     q, k, v = qkv(layout)
     triton(q, k.requires_grad_(), v, layout).sum().backward()
@@ -212,17 +187,9 @@ def test_a_gradient_that_nothing_needs_is_none():
     assert k.grad.isfinite().all()
 
 
-def test_the_triton_backend_is_the_torch_backend(tolerance):
-    layout = layout_of(SPANS["long and short documents in turn"])
-    inputs = qkv(layout, dim=64)
-    expected = run(lambda *args, scale: ops.hybrid_attention(*args, scale=scale, backend="torch"), inputs, layout)
-    for name, got in run(triton, inputs, layout).items():
-        torch.testing.assert_close(got, expected[name], **tolerance["fp32"])
-
-
-def test_a_repeated_backward_is_bitwise_equal_and_writes_to_nothing_it_was_given():
+def test_a_repeated_backward_gives_equal_bits_and_nothing_writes_to_inputs_or_saved_tensors():
     layout = layout_of(MIXED)
-    leaves = [x.requires_grad_() for x in qkv(layout)]
+    leaves = [x.requires_grad_() for x in qkv(layout, dtype=HALF)]
     out = triton(*leaves, layout)
     do = upstream(out)
     given = {"q": leaves[0], "k": leaves[1], "v": leaves[2], "out": out, "do": do, "lse": out.grad_fn.saved_tensors[-1]}
@@ -237,7 +204,7 @@ def test_a_repeated_backward_is_bitwise_equal_and_writes_to_nothing_it_was_given
         assert given[name]._version == version, name
 
 
-# Poison: what a position does not see may hold anything.
+# Poison: positions that are not visible may hold anything.
 
 
 def poisoned(x, rows, value):
@@ -247,10 +214,10 @@ def poisoned(x, rows, value):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF], ids=str)
-def test_whatever_padding_holds_it_yields_zeros_and_reaches_nothing(poison):
-    """Behind a tile that padding follows, within one block of rows and one step of columns."""
+def test_padding_yields_zeros_and_affects_nothing_whatever_it_holds(poison):
+    """The padding follows a tile within one block of rows and one block of columns."""
     layout = AttentionLayout.from_spans([70, 3], [(60, 10), (71, 1)], 100)
-    inputs = qkv(layout)
+    inputs = qkv(layout, dtype=HALF)
     do = upstream(inputs[0])
     expected = run(triton, inputs, layout, do=do)
     bad = [poisoned(x, slice(73, None), poison) for x in (*inputs, do)]
@@ -260,9 +227,9 @@ def test_whatever_padding_holds_it_yields_zeros_and_reaches_nothing(poison):
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF], ids=str)
-def test_a_later_key_of_any_value_reaches_no_earlier_row(poison):
+def test_no_value_of_a_later_key_affects_an_earlier_row(poison):
     layout = AttentionLayout.from_spans([150, 40], [(20, 30)])
-    q, k, v = qkv(layout)
+    q, k, v = qkv(layout, dtype=HALF)
     expected = triton(q, k, v, layout)
     for seen, end in ((100, 150), (20, 50), (170, 190)):  # text; an image; text in a tile of a short document
         start = int(layout.key_start[seen])
@@ -271,10 +238,10 @@ def test_a_later_key_of_any_value_reaches_no_earlier_row(poison):
         assert not torch.equal(got[seen:end], expected[seen:end]), "the rows that see it do change"
 
 
-def test_a_huge_value_reaches_no_row_that_does_not_see_it():
-    """Keys and values for the output and dQ, queries and upstream gradients for dK and dV: products with P = 0."""
+def test_a_huge_value_affects_no_row_that_does_not_see_it():
+    """Keys and values affect the output and dQ, queries and upstream gradients dK and dV: products with P = 0."""
     layout = AttentionLayout.from_spans([150, 9, 30], [(20, 30)])
-    q, k, v = qkv(layout)
+    q, k, v = qkv(layout, heads=(1, 1), dtype=torch.bfloat16)
     do = upstream(q)
     expected = run(triton, (q, k, v), layout, do=do)
     later = torch.cat([torch.arange(100, 150), torch.arange(155, 189)])
@@ -289,11 +256,11 @@ def test_a_huge_value_reaches_no_row_that_does_not_see_it():
 
 @pytest.mark.parametrize("poison", [NAN, INF], ids=str)
 @pytest.mark.parametrize("bad", [1, 2], ids=["tall tiles", "a remainder alone in a short tile"])
-def test_a_document_of_nothing_but_poison_spoils_no_other(poison, bad):
-    """Its neighbours lie within one block of rows and one step of columns of it."""
+def test_a_document_of_nothing_but_poison_affects_no_other(poison, bad):
+    """Its neighbours lie within one block of rows and one block of columns of it."""
     layout = AttentionLayout.from_spans([5, 70, 140, 66, 9], [(3, 2), (10, 20), (75, 10), (215, 66)])
     start, end = layout.document_offsets[bad : bad + 2].tolist()
-    inputs = qkv(layout, heads=(1, 1))
+    inputs = qkv(layout, heads=(1, 1), dtype=HALF)
     do = upstream(inputs[0])
     expected = run(triton, inputs, layout, do=do)
     spoiled = [poisoned(x, slice(start, end), poison) for x in (*inputs, do)]
@@ -303,27 +270,7 @@ def test_a_document_of_nothing_but_poison_spoils_no_other(poison, bad):
     assert all(got[name][start:end].isnan().all() for name in ("out", "dk"))
 
 
-# Finite differences: the reference is right by itself, and the kernel by its own output.
-
-
 def test_the_gradients_of_the_reference_are_finite_differences():
     layout = AttentionLayout.from_spans([4, 2], [(1, 2)], 7)
     inputs = [x.requires_grad_() for x in qkv(layout, dim=3, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *qkv: reference.hybrid_attention(*qkv, layout, scale=0.7), inputs)
-
-
-@pytest.mark.parametrize("moved", [0, 1, 2], ids=["q", "k", "v"])
-def test_the_kernels_gradients_are_finite_differences_of_its_output(moved):
-    layout = AttentionLayout.from_spans([70, 9], [(1, 66), (72, 3)], 81)
-    inputs = qkv(layout, heads=(2, 1))
-    weights = upstream(inputs[0])
-    direction = torch.randn(inputs[moved].shape, generator=torch.Generator().manual_seed(2))
-
-    def loss(step):
-        changed = list(inputs)
-        changed[moved] = inputs[moved] + step * direction
-        return float((triton(*changed, layout).double() * weights).sum())
-
-    gradient = run(triton, inputs, layout, do=weights)[NAMES[1 + moved]]
-    slope = float((gradient.double() * direction).sum())
-    assert (loss(0.01) - loss(-0.01)) / 0.02 == pytest.approx(slope, rel=2e-3)

@@ -1,98 +1,81 @@
-"""The attention kernels as ops of PyTorch: what compilation, fake tensors and checkpointing see of them."""
+"""The attention kernels as ops of PyTorch: registration, compilation, specialization and checkpointing."""
 
 from functools import partial
 
 import pytest
 import torch
-from attention_cases import NAMES, assert_same_bits, qkv, run, upstream
+from attention_cases import assert_same_bits, qkv, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_checks import assert_registered
+from pointwise_cases import heads_first
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from transfusion_fast.kernels import attention_kernels, launch
-from transfusion_fast.kernels import hybrid_attention as kernel
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
 
-LAYOUT = AttentionLayout.from_spans([70, 3], [(2, 5), (71, 2)])
-LITTLE = AttentionLayout.from_spans([7, 3], [(2, 5)])
-TABLES = ("key_start", "key_end", "query_start", "query_end", "query_tiles", "key_tiles", "tile_counts")
+LAYOUT = AttentionLayout.from_spans([12, 3], [(2, 5), (13, 2)])
+KERNELS = [f"hybrid_attention_{name}_kernel" for name in ("forward", "backward_dq", "backward_dkdv")]
 
 
 def triton(q, k, v, layout, scale=None):
     return ops.hybrid_attention(q, k, v, layout, scale=scale, backend="triton")
 
 
-def tables(layout):
-    return [getattr(layout, name) for name in TABLES]
+def replace_kernels(monkeypatch, stand_in):
+    """Replace every kernel by `stand_in(name, kernel)` and return the replacements."""
+    found = [stand_in(name, getattr(attention_kernels, name)) for name in KERNELS]
+    for name, kernel in zip(KERNELS, found, strict=True):
+        monkeypatch.setattr(attention_kernels, name, kernel)
+    return found
 
 
-def inputs_of(layout, stored):
-    """q, k, v that need gradients, [T, H, D] as such or as views of [H, T, D]."""
-    q, k, v = qkv(layout, heads=(2, 1), dim=16)
-    if stored == "heads first":
-        q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
-    return [x.requires_grad_() for x in (q, k, v)]
+class Launched:
+    """A stand-in for a kernel that calls `launch(grid, args, options)`."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launch(grid, args, options)
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the kernels in the order in which they were asked for."""
-    names, launches = [], kernel._launches
+    """Record the names of the kernels in the order of their launches."""
+    names = []
 
-    def record(name, *args):
-        names.append(name)
-        return launches(name, *args)
+    def stand_in(name, kernel):
+        return Launched(lambda grid, args, options: (names.append(name), kernel[grid](*args, **options)))
 
-    monkeypatch.setattr(kernel, "_launches", record)
+    replace_kernels(monkeypatch, stand_in)
     return names
 
 
-@pytest.mark.parametrize("stored", ["tokens first", "heads first"])
-def test_the_forward_op_is_registered_as_pytorch_wants_it(stored):
-    """Schema, autograd, fake tensors of the real shapes and strides, and tracing with dynamic shapes."""
-    torch.library.opcheck(kernel._forward, (*inputs_of(LITTLE, stored), *tables(LITTLE), 0.25))
-
-
-@pytest.mark.parametrize("stored", ["tokens first", "heads first"])
-def test_the_backward_op_is_registered_as_pytorch_wants_it(stored):
-    inputs = [x.detach() for x in inputs_of(LITTLE, stored)]
-    out, lse = kernel._forward(*inputs, *tables(LITTLE), 0.25)
-    torch.library.opcheck(kernel._backward, (upstream(out), *inputs, out, lse, *tables(LITTLE), 0.25))
-
-
-@pytest.mark.parametrize("stored", ["tokens first", "heads first"])
-def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(stored, launched):
-    def results(layout, inputs):
-        out = triton(*inputs, layout)
-        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-
-    real = results(LAYOUT, inputs_of(LAYOUT, stored))
-    ran = len(launched)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = results(LAYOUT, [mode.from_tensor(x) for x in inputs_of(LAYOUT, stored)])
-    assert len(launched) == ran == 3, "no kernel runs on fake tensors"
-    for name, got, expected in zip(NAMES, fake, real, strict=True):
-        assert (got.shape, got.dtype, got.stride()) == (expected.shape, expected.dtype, expected.stride()), name
+@pytest.mark.parametrize("stored", [torch.clone, heads_first], ids=["tokens first", "heads first"])
+def test_the_ops_are_registered_as_pytorch_wants_them(stored):
+    inputs = [stored(x) for x in qkv(LAYOUT, heads=(2, 1), dim=16)]
+    names = assert_registered(lambda *qkv: triton(*qkv, LAYOUT), inputs)
+    assert names == ["hybrid_attention", "hybrid_attention_backward"]
 
 
 def test_compiled_in_one_graph_it_computes_the_same():
     compiled = torch.compile(triton, fullgraph=True, backend="aot_eager")
     for heads in ((2, 1), (2, 2)):
-        inputs = qkv(LAYOUT, heads)
+        inputs = qkv(LAYOUT, heads, dim=16)
         assert_same_bits(run(compiled, inputs, LAYOUT), run(triton, inputs, LAYOUT))
 
 
 def test_a_hundred_layouts_of_one_length_are_compiled_once(monkeypatch):
-    """Of 2 to 200 documents, in 2 to 6 tiles, forward and backward. No kernel runs: only tracing is looked at."""
-    monkeypatch.setattr(kernel, "_launches", lambda *_: iter(()))
+    """The layouts have 2 to 200 documents in 2 to 6 tiles. No kernel runs, because only tracing matters."""
+    replace_kernels(monkeypatch, lambda name, kernel: Launched(lambda *_: None))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(triton, fullgraph=True, backend=counter)
@@ -108,47 +91,40 @@ def test_a_hundred_layouts_of_one_length_are_compiled_once(monkeypatch):
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
-class Specialization:
-    """Stands in for a kernel and keeps what Triton would compile it for, by the family of tiles."""
+class Specialization(Launched):
+    """A stand-in for a kernel that keeps what Triton would compile, by the height of the tiles."""
 
-    def __init__(self, interpreted):
-        self.jitted = JITFunction(interpreted.fn, **interpreted.kwargs)
+    def __init__(self, name, kernel):
+        super().__init__(self.specialize)
+        self.jitted = JITFunction(kernel.fn, **kernel.kwargs)
         self.bind = create_function_from_signature(self.jitted.signature, self.jitted.params, BACKEND)
         self.keys = set()
 
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, **kwargs):
-        bound, key, options = self.bind(*args, **kwargs)
+    def specialize(self, grid, args, options):
+        bound, key, others = self.bind(*args, **options)
         assert len(bound) == len(self.jitted.params)
-        self.keys.add((bound["SHARED"], str(key), str(options)))
+        self.keys.add((bound["SHARED"], str(key), str(others)))
 
 
 @pytest.fixture
 def specializations(monkeypatch):
-    names = [f"hybrid_attention_{name}_kernel" for name in ("forward", "backward_dq", "backward_dkdv")]
-    kernels = [Specialization(getattr(attention_kernels, name)) for name in names]
-    for name, stand_in in zip(names, kernels, strict=True):
-        monkeypatch.setattr(attention_kernels, name, stand_in)
-    return kernels
+    return replace_kernels(monkeypatch, Specialization)
 
 
 @given(st.lists(st.integers(1, 200), max_size=8), st.integers(0, 1600))
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_layout_of_one_length_makes_a_kernel_compile_again(specializations, lengths, image):
-    """One binary for tall tiles and one for short ones. What differs between layouts is data, or not specialized on."""
+    """There is one binary for tall tiles and one for short ones. Layouts differ in data and unspecialized numbers."""
     spans = [(sum(lengths[:1]), min(lengths[1], image))] if len(lengths) > 1 and image else []
     layout = AttentionLayout.from_spans(lengths, spans, 1600)
-    inputs = qkv(layout, heads=(2, 1), dim=16)
-    triton(*(x.requires_grad_() for x in inputs), layout).sum().backward()
-    for stand_in in specializations:
-        families = [key[0] for key in stand_in.keys]
-        assert len(families) == len(set(families)), stand_in.keys
+    triton(*(x.requires_grad_() for x in qkv(layout, dim=16)), layout).sum().backward()
+    for kernel in specializations:
+        heights = [key[0] for key in kernel.keys]
+        assert len(heights) == len(set(heights)), kernel.keys
 
 
-def test_the_specialization_of_a_kernel_is_seen(specializations):
-    """So that the test above can fail: other dtypes and alignments are other kernels."""
+def test_another_dtype_is_another_specialization(specializations):
+    """So that the test above can fail."""
     layout = AttentionLayout.from_spans([65, 3], [])
     for dtype in (torch.float16, torch.bfloat16):
         triton(*qkv(layout, dim=16, dtype=dtype), layout)
@@ -156,10 +132,9 @@ def test_the_specialization_of_a_kernel_is_seen(specializations):
     assert {key[0] for key in specializations[0].keys} == {False, True}
 
 
-# Checkpointing: a block that computes q, k and v, attends, and computes on.
-
-
 class Block(torch.nn.Module):
+    """A block of a model, with computations before and after its attention."""
+
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -175,15 +150,12 @@ def save_attention(context, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-FORWARD, BACKWARD = ["forward"], ["backward_dq", "backward_dkdv"]
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (None, FORWARD + BACKWARD),
-        ({}, FORWARD + FORWARD + BACKWARD),
-        ({"context_fn": partial(create_selective_checkpoint_contexts, save_attention)}, FORWARD + BACKWARD),
+        (None, KERNELS),
+        ({}, [KERNELS[0], *KERNELS]),
+        ({"context_fn": partial(create_selective_checkpoint_contexts, save_attention)}, KERNELS),
     ],
     ids=["no checkpoint", "all recomputed", "attention saved"],
 )

@@ -1,4 +1,4 @@
-"""How a layout is cut into tiles: all of every document, once, in little room, and soon."""
+"""The tiles of a layout: they cover every document once, in few tiles, in linear time and memory, and are counted."""
 
 import time
 import tracemalloc
@@ -7,36 +7,24 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from attention_cases import layout_of, spans_around_tiles
+from attention_cases import AROUND_TILES, MIXED, any_spans, layout_of, qkv
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder
 
-from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
+from transfusion_fast.kernels import launch
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.work import tile_work
+from transfusion_fast.model import ops
 
 TALL, SHORT = 128, 64
 TABLES = ("query_tiles", "key_tiles")
 each_table = pytest.mark.parametrize("table", TABLES)
+many_spans = any_spans(AROUND_TILES, 3) | any_spans(st.integers(1, 40) | st.sampled_from([191, 193, 255, 257, 700]), 20)
 
 
-@st.composite
-def many_spans(draw):
-    """Documents of lengths around the heights of tiles, up to some thousand positions, some of them images."""
-    length = st.integers(1, 40) | st.sampled_from([63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 700])
-    lengths = draw(st.lists(length, max_size=40))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
-    spans = []
-    for start, length in zip(offsets, lengths, strict=False):
-        before = draw(st.integers(0, length))
-        if draw(st.booleans()) and before < length:
-            spans.append((int(start) + before, draw(st.integers(1, length - before))))
-    return lengths, spans, int(offsets[-1]) + draw(st.integers(0, 70))
-
-
-any_spans = spans_around_tiles() | many_spans()
-
-
-def families(layout, table):
-    """(tall tiles, short tiles), lists of (start, end), read as the kernels read them."""
+def tall_and_short(layout, table):
+    """Return (tall tiles, short tiles), lists of (start, end), as the kernels read them."""
     counts = layout.tile_counts.tolist()
     tall, short = counts[:2] if table == "query_tiles" else counts[2:4]
     rows = [tuple(row) for row in getattr(layout, table).tolist()]
@@ -44,24 +32,20 @@ def families(layout, table):
 
 
 def tiles_of(layout, table):
-    tall, short = families(layout, table)
+    tall, short = tall_and_short(layout, table)
     return tall + short
 
 
-def reach(layout, table, tile):
-    """How many positions of the other side a tile sees."""
+def columns_of(layout, table, tile):
+    """Return how many positions of the other side a tile sees."""
     low, high = ("key_start", "key_end") if table == "query_tiles" else ("query_start", "query_end")
     start, end = tile
     return int(getattr(layout, high)[end - 1]) - int(getattr(layout, low)[start])
 
 
-def test_the_heights_are_those_that_these_tests_expect():
-    assert TILE_HEIGHTS == (TALL, SHORT)
-
-
 @each_table
-@given(any_spans)
-def test_every_position_of_every_document_is_in_one_tile_and_no_padding_is(table, spans):
+@given(many_spans)
+def test_each_position_of_a_document_is_in_one_tile_and_padding_is_in_none(table, spans):
     layout = layout_of(spans)
     covered = np.zeros(layout.total_length, dtype=int)
     for start, end in tiles_of(layout, table):
@@ -73,95 +57,141 @@ def test_every_position_of_every_document_is_in_one_tile_and_no_padding_is(table
 
 
 @each_table
-@given(any_spans)
-def test_tall_tiles_lie_in_one_document_and_short_ones_hold_whole_documents_or_the_rest_of_one(table, spans):
+@given(many_spans)
+def test_a_tall_tile_is_in_one_document_and_a_short_one_holds_documents_or_the_remainder_of_one(table, spans):
     layout = layout_of(spans)
     offsets = layout.document_offsets.tolist()
-    tall, short = families(layout, table)
+    tall, short = tall_and_short(layout, table)
     for start, end in tall:
         assert SHORT < end - start <= TALL
         assert layout.key_start[start] == layout.key_start[end - 1]
     for start, end in short:
         assert end - start <= SHORT
         first, last = (int(x) for x in np.searchsorted(offsets, [start, end - 1], side="right") - 1)
-        whole = start == offsets[first] and end == offsets[last + 1]
-        rest = first == last and offsets[first + 1] - offsets[first] > SHORT
-        assert whole or rest
+        documents = start == offsets[first] and end == offsets[last + 1]
+        remainder = first == last and offsets[first + 1] - offsets[first] > SHORT
+        assert documents or remainder
 
 
 @each_table
-@given(any_spans)
-def test_a_document_has_no_more_tiles_than_its_length_needs_and_neighbours_that_fit_share_one(table, spans):
+@given(many_spans)
+def test_a_document_has_as_few_tiles_as_possible_with_the_remainder_where_it_costs_least(table, spans):
     layout = layout_of(spans)
+
+    def work(tiles):
+        height = [SHORT if end - start <= SHORT else TALL for start, end in tiles]
+        return sum(h * columns_of(layout, table, tile) for h, tile in zip(height, tiles, strict=True))
+
     tiles = sorted(tiles_of(layout, table))
+    for start, end in pairwise(layout.document_offsets.tolist()):
+        if end - start > SHORT:
+            own = [tile for tile in tiles if start <= tile[0] < end]
+            cuts = (
+                list(range(start, end, TALL)),
+                sorted({start, *range(end, start, -TALL)})[: -(-(end - start) // TALL)],
+            )
+            possible = [list(pairwise([*cut, end])) for cut in cuts]
+            assert own in possible and work(own) == min(map(work, possible))
+
+
+@each_table
+@given(many_spans)
+def test_short_documents_that_fit_into_one_tile_share_it(table, spans):
+    layout = layout_of(spans)
     document_of = layout.key_start.tolist()
     length_of = dict(zip(layout.document_offsets.tolist(), spans[0], strict=False))
-    for document, length in length_of.items():
-        if length > SHORT:
-            assert sum(document <= start < document + length for start, _ in tiles) == -(-length // TALL)
-    for (start, end), (next_start, _) in pairwise(tiles):
+    for (start, end), (next_start, _) in pairwise(sorted(tiles_of(layout, table))):
         last, following = length_of[document_of[end - 1]], length_of[document_of[next_start]]
         if max(last, following) <= SHORT:
             assert next_start + following - start > SHORT, "the next document would have fitted"
 
 
 @each_table
-@given(any_spans)
-def test_in_each_family_the_tiles_with_most_work_come_first(table, spans):
+@given(many_spans)
+def test_tiles_are_sorted_by_work_and_the_table_has_the_shape_of_every_table_of_its_length(table, spans):
     layout = layout_of(spans)
-    for tiles in families(layout, table):
-        work = [reach(layout, table, tile) for tile in tiles]
+    for tiles in tall_and_short(layout, table):
+        work = [columns_of(layout, table, tile) for tile in tiles]
         assert work == sorted(work, reverse=True)
-
-
-@each_table
-@given(any_spans)
-def test_a_table_is_zero_behind_its_tiles_and_as_long_as_any_of_that_total_length(table, spans):
-    layout = layout_of(spans)
     tensor = getattr(layout, table)
     assert tensor.dtype == torch.int32 and tensor.is_contiguous()
     assert (tensor[len(tiles_of(layout, table)) :] == 0).all()
-    nothing = AttentionLayout.from_spans([], [], layout.total_length)
-    assert tensor.shape == getattr(nothing, table).shape
+    assert tensor.shape == getattr(AttentionLayout.from_spans([], [], layout.total_length), table).shape
     assert len(tensor) <= layout.total_length / 32 + 4
 
 
-CYCLES = [[1], [33], [32, 33], [1, 64], [65], [1, 65], [129]]
-
-
-@pytest.mark.parametrize("cycle", CYCLES, ids=str)
-@pytest.mark.parametrize("total", [65, 66, 129, 1000, 4095, 4096])
+@pytest.mark.parametrize("cycle", [[1], [33], [32, 33], [1, 64], [65], [1, 65], [129], [129, 1]], ids=str)
+@pytest.mark.parametrize("total", [1, 65, 66, 129, 131, 4095, 4096])
 def test_the_layouts_with_most_tiles_fit_into_their_tables(cycle, total):
     lengths = []
     while sum(lengths) < total:
         lengths.append(min(cycle[len(lengths) % len(cycle)], total - sum(lengths)))
     layout = AttentionLayout.from_spans(lengths, [])
     for table in TABLES:
-        tiles = tiles_of(layout, table)
-        assert sum(end - start for start, end in tiles) == total
-        assert len(tiles) == sum(layout.tile_counts[:2] if table == "query_tiles" else layout.tile_counts[2:4])
+        assert sum(end - start for start, end in tiles_of(layout, table)) == total
 
 
-def test_tiles_written_out():
-    """200 positions of text, one tall tile behind 72; two short documents in one tile; an image longer than a tile."""
-    layout = AttentionLayout.from_spans([200, 30, 34, 150], [(264, 140)], 420)
-    assert families(layout, "query_tiles") == ([(72, 200), (264, 392), (0, 72)], [(392, 414), (200, 264)])
-    assert families(layout, "key_tiles") == ([(0, 128), (264, 392), (128, 200)], [(392, 414), (200, 264)])
-    assert layout.tile_counts.tolist() == [3, 2, 3, 2, 414]
+# Counts of work.
 
 
-def test_another_device_gets_the_tables_and_the_cpu_keeps_the_counts():
-    layout = AttentionLayout.from_spans([200, 30], [(3, 9)], 240)
-    moved = layout.to("meta")
-    for table in TABLES:
-        assert getattr(moved, table).device.type == "meta"
-        assert getattr(moved, table).shape == getattr(layout, table).shape
-    assert moved.tile_counts.tolist() == layout.tile_counts.tolist()
-    assert moved.tile_counts.device.type == "cpu"
+@pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
+def test_the_visited_area_is_what_the_kernels_multiply(monkeypatch):
+    """The forward kernel has two matrix products, dQ has three and dK, dV four; each visits every pair once."""
+    multiplied, dot = [0], InterpreterBuilder.create_dot
+
+    def counted(self, a, b, *rest):
+        multiplied[0] += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    layout = layout_of(MIXED)
+    sizes = {"head_dim": 64, "arch": launch.INTERPRETED_ARCHITECTURE, "itemsize": 2}
+    inputs = [x.requires_grad_() for x in qkv(layout, (1, 1), 64, torch.float16)]
+    out = ops.hybrid_attention(*inputs, layout, backend="triton")
+    assert multiplied[0] == 2 * 64 * layout.visited_area("forward", **sizes)
+    multiplied[0] = 0
+    out.sum().backward()
+    assert multiplied[0] // (7 * 64) == layout.visited_area("backward", **sizes)
+    dq, dkdv = (layout.visited_area(kernel, **sizes) for kernel in ("backward_dq", "backward_dkdv"))
+    assert multiplied[0] == 64 * (3 * dq + 4 * dkdv)
+
+
+@given(many_spans, st.sampled_from(["forward", "backward_dq", "backward_dkdv"]), st.sampled_from([2, 4]))
+def test_blocks_are_full_where_all_rows_see_all_columns_and_rounded_up_elsewhere(spans, kernel, itemsize):
+    layout = layout_of(spans)
+    sizes = {"head_dim": 128, "arch": 90, "itemsize": itemsize}
+    by_keys = kernel == "backward_dkdv"
+    visible = layout.dense_mask().T if by_keys else layout.dense_mask()
+    tiles = tall_and_short(layout, "key_tiles" if by_keys else "query_tiles")
+    counted = tile_work(layout, kernel, **sizes)
+    for height, own, work in zip((TALL, SHORT), tiles, counted, strict=True):
+        full = partial = programs = 0
+        for start, end in own:
+            for first in range(start, end, work.config.block):
+                rows = visible[first : min(first + work.config.block, end)]
+                in_full = int(rows.all(dim=0).sum()) // work.config.step * work.config.step
+                full += in_full
+                partial += (
+                    -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step) * work.config.partial_step
+                )
+                programs += 1
+        assert (work.programs, work.full, work.partial) == (programs, full, partial), height
+    assert layout.visited_area(kernel, **sizes) == sum(w.config.block * (w.full + w.partial) for w in counted)
+
+
+def test_a_kernel_or_architecture_without_a_configuration_is_refused():
+    layout = AttentionLayout.from_spans([3], [])
+    with pytest.raises(ValueError, match=r"kernel must be one of forward, .*got 'sideways'"):
+        layout.visited_area("sideways", head_dim=64, arch=90)
+    with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*got 'sm_75'"):
+        tile_work(layout, "forward", head_dim=64, arch="sm_75")
+
+
+# Time and memory.
 
 
 def mixed(total):
-    """Document lengths and images that fill about `total`: by turns an image of 256 with a caption, and text alone."""
+    """Return spans that fill about `total`: images of 256 patches with a caption and texts in turn."""
     captions, texts = [30, 44, 60, 52], [30, 400, 1300, 170, 800]
     lengths, spans, end = [], [], 0
     while True:
@@ -176,7 +206,7 @@ def mixed(total):
 
 
 def test_a_micro_batch_of_65536_positions_is_laid_out_in_5_ms():
-    """The least of 20 runs, in time of this thread: others may use the machine."""
+    """The best of 20 runs counts, in CPU time of this thread, because others may use the machine."""
     spans = mixed(65536)
     assert len(spans[0]) > 100
 
@@ -197,12 +227,14 @@ def peak_bytes(spans):
 
 
 @pytest.mark.parametrize("shape", ["mixed", "one document", "documents of one token"])
-def test_no_memory_is_quadratic_in_the_length(shape):
+def test_memory_is_linear_in_the_length(shape):
     def spans(total):
         if shape == "mixed":
             return mixed(total)
         return ([total], [(0, 4096)]) if shape == "one document" else ([1] * total, [])
 
     peak, half = peak_bytes(spans(131072)), peak_bytes(spans(65536))
-    assert peak < 64 * 2**20
     assert peak < 2.2 * half
+    assert peak < (512 if shape == "documents of one token" else 128) * 131072
+    tensors = [value for value in vars(layout_of(spans(65536))).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in tensors) < (32 if shape == "documents of one token" else 17) * 65536

@@ -219,5 +219,5 @@ def test_a_random_step_without_noise_is_refused():
 
 
 def test_samplers_start_where_the_signal_is_gone():
-    assert DDPM.alpha_bar(DDPM.first_timestep()) < 1e-5
+    assert DDPM.first_timestep() == NUM_TIMESTEPS - 1 and DDPM.alpha_bar(NUM_TIMESTEPS - 1) < 1e-5
     assert FlowMatching().first_timestep() == NUM_TIMESTEPS

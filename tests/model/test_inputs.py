@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from transfusion_fast import Losses, ModelConfig, Text, Transfusion
-from transfusion_fast.model.inputs import as_document, pack_documents, pack_rows
+from transfusion_fast import Losses, ModelConfig, Transfusion
+from transfusion_fast.model.inputs import pack_documents, pack_rows
 
 SMALL = {"num_text_tokens": 16, "transformer": {"dim": 32, "depth": 2}}
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 16, 17, 18, 19, 20, 21
@@ -29,7 +29,7 @@ def model_of(**settings):
 
 
 def packed(*documents, config=CONFIG, seed=0):
-    return pack_documents([as_document(d, config) for d in documents], config, seeded(seed))
+    return pack_documents(documents, config, seeded(seed))
 
 
 def test_rows_with_modality_spans_give_a_loss_and_its_parts():
@@ -160,8 +160,8 @@ def test_latents_and_ids_of_any_precision_are_taken():
 
 
 def test_text_of_a_document_may_be_empty():
+    assert packed([ids()[:0].long()]).tokens.tolist() == [BOS, EOS]
     assert packed([ids()[:0].long(), A]).tokens.tolist() == [BOS, BOI, 0, 0, 0, EOI, EOS]
-    assert isinstance(as_document([ids()[:0].long()], CONFIG)[0], Text)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_text_of_a_document_may_be_empty():
 )
 def test_a_piece_that_does_not_fit_is_named_with_rule_and_value(piece, message):
     with pytest.raises(ValueError, match=message):
-        as_document([ids(1), piece], CONFIG)
+        packed([ids(1), piece])
 
 
 ROW = torch.zeros(2, 8, dtype=torch.long)
@@ -203,7 +203,7 @@ X = latents(2, 4)
         (ROW, [[X]], [[(2, 2)]], "an entry for each of the 2 rows, got 1 and 1"),
         (ROW, [[X], []], [[(2, 2)]], "an entry for each of the 2 rows, got 2 and 1"),
         (ROW, [[], [X]], [[], []], "row 1 has 1 modality tensors but 0 positions"),
-        (ROW, [[], [X]], [[], [(2, 3)]], r"row 1, span \(2, 3\): length must be the patches.*got \(2, 4\)"),
+        (ROW, [[], [X]], [[], [(2, 3)]], r"row 1, span \(2, 3\): length must be the number of patches.*got \(2, 4\)"),
         (ROW, [[], [X]], [[], [(7, 2)]], r"row 1, span \(7, 2\): must lie inside the row of 8"),
         (ROW, [[], [X]], [[], [(-1, 2)]], r"row 1, span \(-1, 2\): must lie inside the row of 8"),
         (ROW, [[], [X]], [[], [(2, 2, 2)]], r"row 1, span \(2, 2, 2\): modality must be in \[0, 2\), got 2"),

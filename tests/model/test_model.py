@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import TEXT, Segments, build_batch, frame
+from transfusion_fast.model.sequence import TEXT, Segments, build_batch, lay_out
 
 SMALL = {
     "num_text_tokens": 16,
@@ -46,7 +46,7 @@ def picture(rows=1, columns=3, seed=0, timestep=300.0, modality=0, width=4):
     return Picture(latents, noise, timestep, modality)
 
 
-def pack(model, documents, total_length=None, framed=None):
+def pack(model, documents, total_length=None, delimited=None):
     """Documents of texts (lists of ids) and pictures as one batch."""
     segments = [(number, piece) for number, document in enumerate(documents) for piece in document]
     pictures = [piece for _, piece in segments if isinstance(piece, Picture)]
@@ -56,16 +56,17 @@ def pack(model, documents, total_length=None, framed=None):
         else (number, 1 + piece.modality, piece.latents[..., 0].numel(), *piece.latents.shape[:2])
         for number, piece in segments
     ]
-    framed = np.array([True] * len(documents) if framed is None else framed)
+    delimited = np.array([True] * len(documents) if delimited is None else delimited)
     ids = np.array([i for _, piece in segments if isinstance(piece, list) for i in piece], dtype=np.int64)
-    sequenced = frame(Segments(*np.array(rows).T, framed=framed), ids, model.vocabulary)
-    modalities = []
+    sequence = lay_out(Segments(*np.array(rows).T, delimited=delimited), ids, model.vocabulary)
+    images = []
     for modality, width in enumerate(model.config.dim_latent):
         own = [p for p in pictures if p.modality == modality]
-        flat = [torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in
-                ([p.latents for p in own], [p.noise for p in own])]  # fmt: skip
-        modalities.append((*flat, torch.tensor([p.timestep for p in own])))
-    return build_batch(sequenced, model.vocabulary, modalities, model.config.positions, total_length)
+        of_modality = [[p.latents for p in own], [p.noise for p in own]]
+        latents, noise = (torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in of_modality)
+        images.append((latents, noise))
+    timesteps = torch.tensor([p.timestep for p in pictures])
+    return build_batch(sequence, images, timesteps, model.config.positions, total_length)
 
 
 def noisy(model, batch):
@@ -135,23 +136,17 @@ def test_every_modality_goes_through_its_own_codec():
     assert not torch.isclose(one[second:], other[second:]).all(dim=-1).any()
 
 
-def test_patches_are_a_set_where_an_image_shares_one_position(tolerance):
-    """Nothing but its position and its values tells a patch from another of its image."""
-    turned = picture(1, 4)
-    turned = Picture(turned.latents.flip(1), turned.noise.flip(1), turned.timestep)
+def test_patches_of_an_image_with_one_shared_position_are_an_unordered_set(tolerance):
+    """A patch differs from the other patches of its image only by its values and its position."""
+    mirrored = picture(1, 4)
+    mirrored = Picture(mirrored.latents.flip(1), mirrored.noise.flip(1), mirrored.timestep)
     shared, sequential = (
-        [hidden_of(make(positions=scheme), [[1], image, [2]]) for image in (picture(1, 4), turned)]
+        [hidden_of(make(positions=scheme), [[1], image, [2]]) for image in (picture(1, 4), mirrored)]
         for scheme in ("shared", "sequential")
     )
     torch.testing.assert_close(shared[0][3:7].flip(0), shared[1][3:7], **tolerance["fp32"])
     torch.testing.assert_close(shared[0][7:], shared[1][7:], **tolerance["fp32"])
     assert not torch.isclose(sequential[0][3:7].flip(0), sequential[1][3:7]).all(dim=-1).any()
-
-
-def test_the_base_of_the_rotation_is_the_one_configured():
-    near, far = (make(transformer=SMALL["transformer"] | {"rope_theta": theta}) for theta in (10.0, 10_000.0))
-    document = [[1, 2, 3, 4, 5]]
-    assert not torch.isclose(hidden_of(near, document)[1:], hidden_of(far, document)[1:]).all(dim=-1).any()
 
 
 PACK = [
@@ -161,12 +156,12 @@ PACK = [
     [[9, 10]],
     [[11], picture(1, 1, seed=4), picture(2, 3, seed=5, timestep=5.0), [12]],
 ]
-FRAMED = [True, True, False, True, True]
+DELIMITED = [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("number", range(len(PACK)))
 @pytest.mark.parametrize("positions", ["sequential", "axial"])
-def test_a_document_in_a_full_pack_is_as_alone(number, positions, tolerance):
+def test_a_document_gives_the_same_outputs_and_gradients_in_a_full_pack_as_alone(number, positions, tolerance):
     """Its logits, its predictions, and the gradients that a loss on them has."""
     model = make(positions=positions)
 
@@ -178,8 +173,8 @@ def test_a_document_in_a_full_pack_is_as_alone(number, positions, tolerance):
         return model.head(hidden[start:end]), prediction[offsets[first_image] : offsets[first_image + image_count]]
 
     images = [sum(isinstance(piece, Picture) for piece in document) for document in PACK]
-    full = outputs(pack(model, PACK, 80, FRAMED), number, images[number], sum(images[:number]))
-    alone = outputs(pack(model, [PACK[number]], None, [FRAMED[number]]), 0, images[number], 0)
+    full = outputs(pack(model, PACK, 80, DELIMITED), number, images[number], sum(images[:number]))
+    alone = outputs(pack(model, [PACK[number]], None, [DELIMITED[number]]), 0, images[number], 0)
     for got, expected in zip(full, alone, strict=True):
         torch.testing.assert_close(got, expected, **tolerance["fp32"])
     got, expected = (gradients(model, a.logsumexp(-1).mean() + b.square().mean(-1).sum()) for a, b in (full, alone))
@@ -189,7 +184,7 @@ def test_a_document_in_a_full_pack_is_as_alone(number, positions, tolerance):
 @pytest.mark.parametrize("number", range(len(PACK)))
 def test_no_gradient_crosses_from_one_document_to_another(number):
     model = make()
-    batch = pack(model, PACK, 80, FRAMED)
+    batch = pack(model, PACK, 80, DELIMITED)
     embedded = []
     model.embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))
     x_t = noisy(model, batch)
@@ -229,7 +224,7 @@ def test_a_constant_error_of_one_is_a_diffusion_loss_of_one_at_any_width(width, 
     assert losses.total.item() == pytest.approx(losses.text.item() + 2.0, rel=1e-5)
 
 
-def test_every_image_weighs_the_same_whatever_its_patches(monkeypatch):
+def test_every_image_has_the_same_weight_at_any_number_of_patches(monkeypatch):
     """Errors of 1 in an image of 1 patch and 3 in one of 9, of another modality: squared 1 and 9, 5 on the mean."""
     model = make(dim_latent=(4, 6))
     batch = pack(model, [[picture(1, 1), [1], picture(3, 3, modality=1, width=6)]])
@@ -240,7 +235,7 @@ def test_every_image_weighs_the_same_whatever_its_patches(monkeypatch):
 
 def test_the_text_loss_is_the_mean_over_supervised_tokens(tolerance):
     model = make()
-    batch = pack(model, PACK, 80, FRAMED)
+    batch = pack(model, PACK, 80, DELIMITED)
     logits = model.head(model.hidden(batch, noisy(model, batch)))
     expected = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100)
     losses = model(batch)
@@ -250,7 +245,7 @@ def test_the_text_loss_is_the_mean_over_supervised_tokens(tolerance):
 
 def test_padding_changes_no_loss_and_no_gradient(tolerance):
     model = make()
-    plain, padded = (model(pack(model, PACK, length, FRAMED)) for length in (None, 90))
+    plain, padded = (model(pack(model, PACK, length, DELIMITED)) for length in (None, 90))
     assert padded.counts == plain.counts
     torch.testing.assert_close(padded.total, plain.total, **tolerance["fp32"])
     assert_same(gradients(model, padded.total), gradients(model, plain.total), tolerance)
@@ -260,10 +255,10 @@ def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
     """A micro-batch without an image among them."""
     model = make(dim_latent=(4, 6))
     documents = [*PACK, [[3], picture(modality=1, width=6)]]
-    framed = [*FRAMED, True]
-    whole = model(pack(model, documents, framed=framed))
+    delimited = [*DELIMITED, True]
+    whole = model(pack(model, documents, delimited=delimited))
     parts = [
-        model(pack(model, documents[cut], framed=framed[cut]), counts=whole.counts)
+        model(pack(model, documents[cut], delimited=delimited[cut]), counts=whole.counts)
         for cut in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6))
     ]
     for name in ("text", "diffusion", "total"):
@@ -273,15 +268,15 @@ def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
 
 
 @pytest.mark.parametrize("documents", [[[[1, 2, 3]]], [[picture()]]], ids=["text only", "images only"])
-@pytest.mark.parametrize("framed", [True, False])
-def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents, framed):
+@pytest.mark.parametrize("delimited", [True, False])
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents, delimited):
     model = make(dim_latent=(4, 6))
-    model(pack(model, documents, framed=[framed])).total.backward()
+    model(pack(model, documents, delimited=[delimited])).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
-def test_one_batch_is_learnt_by_heart(objective):
+def test_training_on_one_batch_overfits_it(objective):
     torch.manual_seed(0)
     model = Transfusion(**SMALL | {"objective": objective})
     batch = pack(model, PACK[:2])
@@ -299,7 +294,7 @@ def test_one_batch_is_learnt_by_heart(objective):
 @pytest.mark.parametrize("setting", ["selective", "full"])
 def test_activation_checkpointing_changes_no_bit(setting):
     plain, thrifty = make(), make(activation_checkpointing=setting)
-    losses = [model(pack(model, PACK, 80, FRAMED)).total for model in (plain, thrifty)]
+    losses = [model(pack(model, PACK, 80, DELIMITED)).total for model in (plain, thrifty)]
     assert torch.equal(*losses)
     for one, other in zip(
         *(gradients(m, x).values() for m, x in zip((plain, thrifty), losses, strict=True)), strict=True

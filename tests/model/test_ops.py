@@ -70,6 +70,13 @@ def test_a_backend_named_outright_is_the_one_that_runs(op, monkeypatch):
 
 
 @each_op
+def test_auto_is_triton_for_cuda_tensors_and_torch_for_others(op):
+    assert ops.choose(op, torch.device("cuda"), "auto") == "triton"
+    assert ops.choose(op, torch.device("cuda"), {}) == "triton"
+    assert ops.choose(op, torch.device("cpu"), "auto") == "torch"
+
+
+@each_op
 def test_an_unknown_backend_is_refused_with_the_known_ones(op):
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, reference, got 'cuda'"):
         getattr(ops, op)(*CALLS[op], backend="cuda")
@@ -97,7 +104,7 @@ REFUSED = [
         "v must have .* q's dtype and device.* cpu, got .* on meta",
     ),
     ("hybrid_attention", (heads(), heads(0), heads(0), LAYOUT), "multiple of the key/value heads, got H=2 and G=0"),
-    ("hybrid_attention", (*[heads(length=5)] * 3, LAYOUT), "layout must be of q's length 5, got 6"),
+    ("hybrid_attention", (*[heads(length=5)] * 3, LAYOUT), "layout must have q's length 5, got 6"),
     ("hybrid_attention", (*[heads()] * 3, OTHER_DEVICE), "layout must be on q's device cpu, got meta"),
     ("rope", (heads(), heads(), torch.arange(5)), r"positions must be \[6\] or \[6, 2\].*got \(5,\)"),
     ("rope", (heads(), heads(), torch.zeros(6, 3)), r"positions must be \[T\] or \[T, 2\], got \(6, 3\)"),
@@ -120,13 +127,13 @@ REFUSED = [
     ("rope", (heads(), heads(length=5), torch.arange(6)), r"rope: q must be .*k \[T, G, D\], got .* and \(5, 2, 8\)"),
     ("rope", (heads(dim=0), heads(dim=0), torch.arange(6)), "head dimension must be even.*got 0"),
     ("rope", (heads(), heads(), torch.tensor(3)), r"positions must be \[6\] or \[6, 2\].*got \(\)"),
-    ("rope", (heads().long(), heads().long(), torch.arange(6)), "rope: q must be of a floating dtype, got torch.int64"),
-    ("swiglu", (heads().int(),), "swiglu: gate must be of a floating dtype, got torch.int32"),
-    ("diffusion_mse", (heads()[:, 0], heads()[:, 0].int(), OFFSETS), "target must be of a floating dtype, got .*int32"),
+    ("rope", (heads().long(), heads().long(), torch.arange(6)), "rope: q must have a floating dtype, got torch.int64"),
+    ("swiglu", (heads().int(),), "swiglu: gate must have a floating dtype, got torch.int32"),
+    ("diffusion_mse", (heads()[:, 0], heads()[:, 0].int(), OFFSETS), "target must have a floating dtype, got .*int32"),
     ("swiglu", (heads(2), heads(3)), r"up must be like gate, \(6, 2, 8\).*got \(6, 3, 8\)"),
     ("swiglu", (heads(), heads().half()), "up must be like gate, .*float32.*got .*float16"),
     ("swiglu", (heads(), META), "up must be like gate, .*cpu.*got .* on meta"),
-    ("swiglu", (heads(dim=7),), r"gate must be \[.., 2F\] where it holds up too, got \(6, 2, 7\)"),
+    ("swiglu", (heads(dim=7),), r"gate must be \[.., 2F\] if up is not given, got \(6, 2, 7\)"),
     ("diffusion_mse", (heads()[:, 0], heads()[:, 0, :4], OFFSETS), r"target must be \[6, 8\].*got \[6, 4\]"),
     ("diffusion_mse", (heads()[:, 0], META[:, 0], OFFSETS), "target must be .* on cpu.* got .* on meta"),
     ("diffusion_mse", (heads()[:, 0], heads()[:, 0], OFFSETS.long()), "image_offsets must be int32 .*got torch.int64"),

@@ -14,10 +14,10 @@ from transfusion_fast.model.sequence import (
     Segments,
     Vocabulary,
     build_batch,
-    frame,
-    label,
+    labels_of,
+    lay_out,
     patch_mask,
-    position,
+    positions_of,
     precedes_text,
 )
 
@@ -26,8 +26,8 @@ BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
 NONE = -100  # no label
 
 
-def lay_out(*documents, framed=None):
-    """Documents of texts (lists of ids) and images (modality, rows, columns), laid out by `frame`."""
+def laid_out(*documents, delimited=None):
+    """Lay out documents of texts (lists of ids) and images (modality, rows, columns)."""
     segments = [(number, piece) for number, document in enumerate(documents) for piece in document]
     rows = [
         (number, TEXT, len(piece), 0, 0)
@@ -36,30 +36,29 @@ def lay_out(*documents, framed=None):
         for number, piece in segments
     ]
     columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    framed = np.array([True] * len(documents) if framed is None else framed, dtype=bool)
+    delimited = np.array([True] * len(documents) if delimited is None else delimited, dtype=bool)
     ids = [i for _, piece in segments if isinstance(piece, list) for i in piece]
-    return frame(Segments(*columns, framed=framed), np.array(ids, dtype=np.int64), VOCABULARY)
+    return lay_out(Segments(*columns, delimited=delimited), np.array(ids, dtype=np.int64), VOCABULARY)
 
 
-def labels_of(sequenced):
-    return label(sequenced, patch_mask(sequenced)).tolist()
+def labels(sequence):
+    return labels_of(sequence, patch_mask(sequence)).tolist()
 
 
-def positions_of(sequenced, scheme):
-    return position(sequenced, patch_mask(sequenced), scheme).tolist()
+def positions(sequence, scheme):
+    return positions_of(sequence, patch_mask(sequence), scheme).tolist()
 
 
-def precedes(sequenced):
-    return precedes_text(sequenced, VOCABULARY, patch_mask(sequenced)).tolist()
+def precedes(sequence):
+    return precedes_text(sequence, VOCABULARY).tolist()
 
 
-def batch_of(sequenced, total_length=None, scheme="sequential"):
-    modalities = []
+def batch_of(sequence, total_length=None, scheme="sequential"):
+    images = []
     for modality, width in enumerate((4, 6)):
-        own = sequenced.modality == modality
-        latents = torch.zeros(int(sequenced.length[own].sum()), width)
-        modalities.append((latents, latents, torch.ones(int(own.sum()))))
-    return build_batch(sequenced, VOCABULARY, modalities, scheme, total_length)
+        latents = torch.zeros(int(sequence.length[sequence.modality == modality].sum()), width)
+        images.append((latents, latents))
+    return build_batch(sequence, images, torch.ones(len(sequence.start)), scheme, total_length)
 
 
 def test_special_tokens_follow_the_text_ids():
@@ -68,22 +67,22 @@ def test_special_tokens_follow_the_text_ids():
 
 
 def test_text_alone():
-    laid = lay_out([[5, 6, 7]])
+    laid = laid_out([[5, 6, 7]])
     assert laid.tokens.tolist() == [BOS, 5, 6, 7, EOS]
-    assert labels_of(laid) == [5, 6, 7, EOS, NONE]
+    assert labels(laid) == [5, 6, 7, EOS, NONE]
     for scheme in ("sequential", "shared"):
-        assert positions_of(laid, scheme) == [0, 1, 2, 3, 4]
-    assert positions_of(laid, "axial") == [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4]]
+        assert positions(laid, scheme) == [0, 1, 2, 3, 4]
+    assert positions(laid, "axial") == [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4]]
     assert precedes(laid) == []
 
 
 def test_a_caption_before_its_image():
-    laid = lay_out([[5, 6], (0, 2, 3)])
+    laid = laid_out([[5, 6], (0, 2, 3)])
     assert laid.tokens.tolist() == [BOS, 5, 6, BOI, 0, 0, 0, 0, 0, 0, EOI, EOS]
-    assert labels_of(laid) == [5, 6, BOI, NONE, NONE, NONE, NONE, NONE, NONE, NONE, EOS, NONE]
-    assert positions_of(laid, "sequential") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert positions_of(laid, "shared") == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 6]
-    assert positions_of(laid, "axial") == [
+    assert labels(laid) == [5, 6, BOI, NONE, NONE, NONE, NONE, NONE, NONE, NONE, EOS, NONE]
+    assert positions(laid, "sequential") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert positions(laid, "shared") == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 6]
+    assert positions(laid, "axial") == [
         *([0, 0], [1, 1], [2, 2], [3, 3]),
         *([4, 4], [4, 5], [4, 6], [5, 4], [5, 5], [5, 6]),
         *([7, 7], [8, 8]),
@@ -92,24 +91,24 @@ def test_a_caption_before_its_image():
 
 
 def test_a_caption_after_its_image():
-    laid = lay_out([(0, 2, 1), [5, 6]])
+    laid = laid_out([(0, 2, 1), [5, 6]])
     assert laid.tokens.tolist() == [BOS, BOI, 0, 0, EOI, 5, 6, EOS]
-    assert labels_of(laid) == [BOI, NONE, NONE, NONE, 5, 6, EOS, NONE]
-    assert positions_of(laid, "sequential") == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert positions_of(laid, "shared") == [0, 1, 2, 2, 3, 4, 5, 6]
-    assert positions_of(laid, "axial") == [[0, 0], [1, 1], [2, 2], [3, 2], [4, 4], [5, 5], [6, 6], [7, 7]]
+    assert labels(laid) == [BOI, NONE, NONE, NONE, 5, 6, EOS, NONE]
+    assert positions(laid, "sequential") == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert positions(laid, "shared") == [0, 1, 2, 2, 3, 4, 5, 6]
+    assert positions(laid, "axial") == [[0, 0], [1, 1], [2, 2], [3, 2], [4, 4], [5, 5], [6, 6], [7, 7]]
     assert precedes(laid) == [True]
 
 
 def test_a_bare_image_between_two_documents():
     """An image whose caption was dropped: no <bos> and no <eos>, and nothing to predict."""
-    laid = lay_out([[5]], [(0, 1, 2)], [[6]], framed=[True, False, True])
+    laid = laid_out([[5]], [(0, 1, 2)], [[6]], delimited=[True, False, True])
     assert laid.tokens.tolist() == [BOS, 5, EOS, BOI, 0, 0, EOI, BOS, 6, EOS]
     assert laid.document_lengths.tolist() == [3, 4, 3]
-    assert labels_of(laid) == [5, EOS, NONE, NONE, NONE, NONE, NONE, 6, EOS, NONE]
-    assert positions_of(laid, "sequential") == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
-    assert positions_of(laid, "shared") == [0, 1, 2, 0, 1, 1, 2, 0, 1, 2]
-    assert positions_of(laid, "axial") == [
+    assert labels(laid) == [5, EOS, NONE, NONE, NONE, NONE, NONE, 6, EOS, NONE]
+    assert positions(laid, "sequential") == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
+    assert positions(laid, "shared") == [0, 1, 2, 0, 1, 1, 2, 0, 1, 2]
+    assert positions(laid, "axial") == [
         *([0, 0], [1, 1], [2, 2]),
         *([0, 0], [1, 1], [1, 2], [3, 3]),
         *([0, 0], [1, 1], [2, 2]),
@@ -117,26 +116,26 @@ def test_a_bare_image_between_two_documents():
     assert precedes(laid) == [False]
 
 
-def test_a_document_that_is_not_framed_has_neither_bos_nor_eos():
-    laid = lay_out([[5], (0, 1, 1), [6]], [[7, 8]], framed=[False, False])
+def test_a_document_that_is_not_delimited_has_neither_bos_nor_eos():
+    laid = laid_out([[5], (0, 1, 1), [6]], [[7, 8]], delimited=[False, False])
     assert laid.tokens.tolist() == [5, BOI, 0, EOI, 6, 7, 8]
-    assert labels_of(laid) == [BOI, NONE, NONE, 6, NONE, 8, NONE]
+    assert labels(laid) == [BOI, NONE, NONE, 6, NONE, 8, NONE]
 
 
 def test_text_between_and_after_two_images():
-    laid = lay_out([[5], (0, 1, 2), [6, 7], (0, 1, 1), [8]])
+    laid = laid_out([[5], (0, 1, 2), [6, 7], (0, 1, 1), [8]])
     assert laid.tokens.tolist() == [BOS, 5, BOI, 0, 0, EOI, 6, 7, BOI, 0, EOI, 8, EOS]
-    assert labels_of(laid) == [5, BOI, NONE, NONE, NONE, 6, 7, BOI, NONE, NONE, 8, EOS, NONE]
-    assert positions_of(laid, "shared") == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert positions_of(laid, "axial")[3:6] == [[3, 3], [3, 4], [5, 5]]
+    assert labels(laid) == [5, BOI, NONE, NONE, NONE, 6, 7, BOI, NONE, NONE, 8, EOS, NONE]
+    assert positions(laid, "shared") == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert positions(laid, "axial")[3:6] == [[3, 3], [3, 4], [5, 5]]
     assert (laid.start.tolist(), laid.length.tolist()) == ([3, 9], [2, 1])
     assert precedes(laid) == [True, True]
 
 
 def test_images_of_two_modalities_in_a_row():
-    laid = lay_out([(1, 1, 2), (0, 2, 1), [5]])
+    laid = laid_out([(1, 1, 2), (0, 2, 1), [5]])
     assert laid.tokens.tolist() == [BOS, BOI1, 0, 0, EOI1, BOI, 0, 0, EOI, 5, EOS]
-    assert labels_of(laid) == [BOI1, NONE, NONE, NONE, BOI, NONE, NONE, NONE, 5, EOS, NONE]
+    assert labels(laid) == [BOI1, NONE, NONE, NONE, BOI, NONE, NONE, NONE, 5, EOS, NONE]
     assert laid.modality.tolist() == [1, 0]
     batch = batch_of(laid)
     assert batch.modalities[0].sequence_index.tolist() == [6, 7]
@@ -145,11 +144,11 @@ def test_images_of_two_modalities_in_a_row():
 
 
 def test_text_of_another_document_or_before_an_image_does_not_cap_it():
-    assert precedes(lay_out([[5], (0, 1, 1)], [[6], (0, 1, 1), (1, 1, 1), [7]], [[8]])) == [False, True, True]
+    assert precedes(laid_out([[5], (0, 1, 1)], [[6], (0, 1, 1), (1, 1, 1), [7]], [[8]])) == [False, True, True]
 
 
 def test_padding_is_no_label_no_position_and_no_document():
-    batch = batch_of(lay_out([[5], (0, 1, 2)], [[6]]), total_length=13)
+    batch = batch_of(laid_out([[5], (0, 1, 2)], [[6]]), total_length=13)
     assert batch.tokens.tolist() == [BOS, 5, BOI, 0, 0, EOI, EOS, BOS, 6, EOS, 0, 0, 0]
     assert batch.labels.tolist() == [5, BOI, NONE, NONE, NONE, EOS, NONE, 6, EOS, NONE, NONE, NONE, NONE]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0, 0]
@@ -160,18 +159,18 @@ def test_padding_is_no_label_no_position_and_no_document():
 
 
 def test_padding_of_positions_in_the_plane_has_both_coordinates():
-    batch = batch_of(lay_out([[5]]), total_length=5, scheme="axial")
+    batch = batch_of(laid_out([[5]]), total_length=5, scheme="axial")
     assert batch.positions.tolist() == [[0, 0], [1, 1], [2, 2], [0, 0], [0, 0]]
 
 
 def test_no_document_at_all_is_all_padding():
-    batch = batch_of(lay_out(), total_length=2)
+    batch = batch_of(laid_out(), total_length=2)
     assert (batch.tokens.tolist(), batch.labels.tolist(), batch.supervised.tolist()) == ([0, 0], [NONE, NONE], [])
     assert batch.num_images == 0
 
 
 def test_images_of_a_modality_follow_each_other_over_its_patches():
-    batch = batch_of(lay_out([(0, 1, 2), (1, 1, 1)], [(0, 3, 1)]))
+    batch = batch_of(laid_out([(0, 1, 2), (1, 1, 1)], [(0, 3, 1)]))
     assert batch.modalities[0].image_offsets.tolist() == [0, 2, 5]
     assert batch.modalities[1].image_offsets.tolist() == [0, 1]
     assert batch.modalities[0].image_offsets.dtype == torch.int32
@@ -179,14 +178,14 @@ def test_images_of_a_modality_follow_each_other_over_its_patches():
 
 
 def test_a_batch_moves_with_everything_in_it():
-    moved = batch_of(lay_out([[5], (0, 1, 2)])).to("meta")
+    moved = batch_of(laid_out([[5], (0, 1, 2)])).to("meta")
     tensors = [*vars(moved).values(), *vars(moved.modalities[0]).values(), moved.layout.key_end]
     assert {x.device.type for x in tensors if isinstance(x, torch.Tensor)} == {"meta"}
 
 
 texts = st.lists(st.integers(0, 9), max_size=3)
 images = st.tuples(st.integers(0, 1), st.integers(1, 3), st.integers(1, 3))
-framed_documents = st.lists(st.lists(texts | images, min_size=1, max_size=4), max_size=4)
+delimited_documents = st.lists(st.lists(texts | images, min_size=1, max_size=4), max_size=4)
 
 
 def walked(documents):
@@ -206,19 +205,19 @@ def walked(documents):
     return places
 
 
-@given(framed_documents)
+@given(delimited_documents)
 def test_tokens_and_labels_are_those_of_a_walk_over_the_documents(documents):
-    places, laid = walked(documents), lay_out(*documents)
+    places, laid = walked(documents), laid_out(*documents)
     assert laid.tokens.tolist() == [token for _, token, _ in places]
     following = [*places, (None, None, False)][1:]
     expected = [
         token if document == next_document and not patch and not next_patch else -100
         for (document, _, patch), (next_document, token, next_patch) in zip(places, following, strict=True)
     ]
-    assert labels_of(laid) == expected
+    assert labels(laid) == expected
 
 
-@given(framed_documents, st.sampled_from(["sequential", "shared", "axial"]))
+@given(delimited_documents, st.sampled_from(["sequential", "shared", "axial"]))
 def test_positions_are_those_of_a_walk_over_the_documents(documents, scheme):
     expected = []
     for document in documents:
@@ -244,26 +243,26 @@ def test_positions_are_those_of_a_walk_over_the_documents(documents, scheme):
             single(1)  # <eoi>
         single(1)  # <eos>
     expected = expected if scheme == "axial" else [first for first, _second in expected]
-    assert positions_of(lay_out(*documents), scheme) == expected
+    assert positions(laid_out(*documents), scheme) == expected
 
 
-@given(framed_documents)
+@given(delimited_documents)
 def test_an_image_is_capped_where_text_follows_it_in_its_document(documents):
     expected = []
     for document in documents:
         for number, piece in enumerate(document):
             if not isinstance(piece, list):
                 expected.append(any(isinstance(later, list) and later for later in document[number + 1 :]))
-    assert precedes(lay_out(*documents)) == expected
+    assert precedes(laid_out(*documents)) == expected
 
 
-@pytest.mark.parametrize("framed", [True, False])
-def test_a_document_alone_and_among_others_is_laid_out_alike(framed):
+@pytest.mark.parametrize("delimited", [True, False])
+def test_a_document_alone_and_among_others_is_laid_out_alike(delimited):
     document = [[5, 6], (0, 2, 2), [7]]
-    alone = lay_out(document, framed=[framed])
-    among = lay_out([[1]], document, [(1, 1, 1)], framed=[True, framed, False])
+    alone = laid_out(document, delimited=[delimited])
+    among = laid_out([[1]], document, [(1, 1, 1)], delimited=[True, delimited, False])
     own = slice(3, 3 + len(alone.tokens))
     assert among.tokens[own].tolist() == alone.tokens.tolist()
-    assert labels_of(among)[own] == labels_of(alone)
+    assert labels(among)[own] == labels(alone)
     for scheme in ("sequential", "shared", "axial"):
-        assert positions_of(among, scheme)[own] == positions_of(alone, scheme)
+        assert positions(among, scheme)[own] == positions(alone, scheme)

@@ -26,7 +26,8 @@ from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.encode import Encoder, ImageRule
+from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 
@@ -46,7 +47,12 @@ def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path,
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_preparing_goes_on_past_images_of_every_kind_and_reports_them(tmp_path):
+def test_a_folder_without_rejections_has_no_list_of_them(tmp_path):
+    build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
+
+
+def test_images_of_every_kind_are_prepared_or_reported(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     rgb = Image.fromarray(picture(16, 16))
@@ -83,6 +89,16 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
     for processes in (1, 3):
         build(recipe, tmp_path / str(processes), processes)
     assert content(tmp_path / "1") == content(tmp_path / "3")
+
+
+def test_the_bytes_of_a_folder_do_not_change_between_versions(tmp_path):
+    for n in range(5):
+        lines = (json.dumps(f"{n} {i}" + "x" * (i * 7 % 23)) + "\n" for i in range(20))
+        (tmp_path / f"{n}.jsonl").write_text("".join(lines))
+    source = TextSource.of([tmp_path])
+    build(Recipe(source, Encoder(TOKENIZER, 64), packs_per_shard=5, seed=1, buffer=16), tmp_path / "out")
+    expected = "d8d16d0eda599b5f49c057a6e553d600fef5d27bea379629e9a963e381a026f4"
+    assert content(tmp_path / "out")["index.json"] == expected, "which holds the sha256 of every shard"
 
 
 def test_plain_webdataset_reads_the_shards(tmp_path, recipe):
@@ -123,9 +139,10 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path):
         assert words(tmp_path / f"out-{kind}") == sorted(f"{kind} {n}" for n in range(count))
 
 
-def test_nothing_is_left_out_without_a_word_and_no_list_made_of_nothing(tmp_path):
-    build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
-    assert not (tmp_path / "out" / "left_out.jsonl").exists()
+def test_a_document_that_becomes_two_is_counted_as_split(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    built = build(Recipe(TextSource.of([tmp_path / "a.txt"]), Encoder(TOKENIZER, 64)), tmp_path / "out")
+    assert (built.cut, built.index.documents) == (1, 2)
 
 
 def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe):
@@ -136,9 +153,9 @@ def test_numbers_below_one_are_refused_before_anything_is_made(tmp_path, recipe)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_source_of_nothing_but_rejects_makes_no_folder(tmp_path):
+def test_a_source_of_which_all_is_rejected_makes_no_folder(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n5\n')
-    with pytest.raises(InputError, match=r"has none \(1 x empty text, 1 x no text\)"):
+    with pytest.raises(InputError, match=r"got none \(1 x empty text, 1 x no text\)"):
         build(Recipe(TextSource.of([tmp_path / "a.jsonl"]), Encoder(TOKENIZER, 64)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

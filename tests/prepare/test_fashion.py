@@ -5,11 +5,9 @@ import http.server
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import fashion_files
 import numpy as np
@@ -17,16 +15,12 @@ import pytest
 from fashion_files import SIZES
 
 from transfusion_fast.data.pack import ImageSegment, TextSegment
-from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples import fashion, stories
 from transfusion_fast.prepare.examples.built_in import prepare_splits
-from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, FashionMnist
+from transfusion_fast.prepare.examples.fashion import CLASSES, FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
-import prepare as prepare_command
 
 TOKENIZER = ByteTokenizer()
 
@@ -58,19 +52,16 @@ def test_other_contents_are_refused_by_name(files):
     assert "train-images-idx3-ubyte.gz must have the sha256" in refusal(files)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"no gzip", lambda data: b""])
-def test_a_damaged_file_is_named(files, damage):
+def test_a_damaged_or_missing_file_is_named(files):
     path = files / "train-images-idx3-ubyte.gz"
-    path.write_bytes(damage(path.read_bytes()))
-    assert "train-images-idx3-ubyte.gz" in refusal(files)
+    for damaged in (path.read_bytes()[:100], b"no gzip", b""):
+        path.write_bytes(damaged)
+        assert "train-images-idx3-ubyte.gz" in refusal(files)
+    path.unlink()
+    assert "must hold train-images-idx3-ubyte.gz" in refusal(files)
 
 
-def test_a_missing_file_is_named(files):
-    (files / "deeper" / "train-labels-idx1-ubyte").unlink()
-    assert "must hold train-labels-idx1-ubyte.gz" in refusal(files)
-
-
-def test_what_is_no_source_is_refused(tmp_path):
+def test_other_sources_are_refused(tmp_path):
     assert "got 'nowhere'" in refusal("nowhere")
     (tmp_path / "x.zip").write_text("")
     assert "x.zip" in refusal(tmp_path / "x.zip")
@@ -111,7 +102,7 @@ def web(files, monkeypatch):
     server.server_close()
 
 
-def test_the_web_is_asked_and_not_believed(web):
+def test_downloads_are_checked(web):
     assert len(FashionMnist("web").documents("heldout", TOKENIZER)) == SIZES["heldout"]
     path = web / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(b"other"))
@@ -120,7 +111,7 @@ def test_the_web_is_asked_and_not_believed(web):
     assert "t10k-labels-idx1-ubyte.gz cannot be downloaded" in refusal("web")
 
 
-def test_an_answer_that_is_no_http_is_one_line(monkeypatch):
+def test_an_answer_that_is_not_http_is_one_line(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -134,7 +125,7 @@ def test_an_answer_that_is_no_http_is_one_line(monkeypatch):
         assert "cannot be downloaded" in refusal("web")
 
 
-def test_prepared_again_it_is_not_fetched_again(files, tmp_path):
+def test_a_folder_that_is_there_needs_no_download(files, tmp_path):
     settings = {"sequence_length": 256, "packs_per_shard": 4}
     written = prepare_splits(FashionMnist(files), tmp_path / "out", **settings)
     again = prepare_splits(FashionMnist("nowhere"), tmp_path / "out", **settings)
@@ -181,20 +172,3 @@ def test_held_out_stories_have_held_out_pictures_only(few_stories):
     assert max(shown) >= SIZES["heldout"]  # pictures that only the training set has
     heldout = few_stories.documents("heldout", TOKENIZER)
     assert all(int(s.values[0, 0, 0]) < SIZES["heldout"] for d in heldout for s in d if hasattr(s, "values"))
-
-
-def test_stories_are_prepared_whole(few_stories, tmp_path):
-    prepared = prepare_splits(few_stories, tmp_path / "out", sequence_length=1024, packs_per_shard=4)
-    reader = PackReader(tmp_path / "out" / "train")
-    packed = [d for number in range(len(reader)) for d in reader.read(number).documents((MODALITY,))]
-    assert len(packed) == prepared["train"].index.documents == 60
-
-
-def test_the_commands_take_a_folder_of_the_files(files, few_stories, tmp_path, capsys):
-    for command in ("fashion-mnist", "stories"):
-        arguments = [command, str(tmp_path / command), "--source", str(files), "--seq-len", "1024"]
-        assert prepare_command.main(arguments) == prepare_command.main(arguments) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split(": ")[1] for line in lines] == ["written"] * 2 + ["already there"] * 2
-    assert prepare_command.main(["stories", str(tmp_path / "fashion-mnist"), "--source", str(files)]) == 2
-    assert "made otherwise: source.data fashion-mnist -> stories" in capsys.readouterr().err

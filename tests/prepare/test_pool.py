@@ -17,7 +17,7 @@ def test_every_task_is_done_once_by_processes_that_are_numbered():
     assert {job for job, _, _ in done} == {"job"} and {number for _, _, number in done} == {0, 1, 2}
 
 
-def test_one_process_is_this_one():
+def test_one_process_is_the_calling_one():
     with worker_pool("job", 1) as each:
         assert list(each(slowly, range(3))) == [("job", task, 0) for task in range(3)]
 
@@ -37,6 +37,6 @@ def test_a_task_that_fails_ends_the_processes_of_the_pool_and_no_other():
         other.join()
 
 
-def test_a_pool_has_a_process():
+def test_a_pool_of_no_process_is_refused():
     with pytest.raises(InputError, match="processes must be 1 or more, got 0"), worker_pool("job", 0):
         pass

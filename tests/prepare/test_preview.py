@@ -71,9 +71,11 @@ def test_an_image_is_shown_as_it_is_and_with_its_noise(tmp_path):
     np.testing.assert_array_equal(clean, GRADIENT, strict=True)
     assert shown.caption == "photos, 6 x 4, t = 1"
     assert 0 < np.abs(noisy.astype(int) - GRADIENT).max() < 40
-    other = picture(preview(tmp_path / "1", document, epoch=1, caption_first=1.0, guidance_drop=0.0))
+    other = picture(preview(tmp_path / "1", document, epoch=2, caption_first=1.0, guidance_drop=0.0))
     assert not np.array_equal(other.images[1], noisy)
     np.testing.assert_array_equal(other.images[0], GRADIENT)
+    assert float(other.caption.rpartition(" ")[2]) > 300
+    assert np.abs(other.images[1].astype(int) - GRADIENT).max() > 100, "noise follows the timestep"
 
 
 def test_latents_are_shown_in_false_colours(tmp_path):
@@ -94,7 +96,7 @@ def test_latents_are_decoded_where_there_is_a_decoder(tmp_path):
     np.testing.assert_array_equal(clean[::2, 1::2], values[..., :3] * 10)
 
 
-def test_the_page_shows_markup_and_runs_none_of_it():
+def test_the_page_shows_markup_as_text():
     words = '<script>alert("x")</script> & more'
     shown = page("<b>title</b>", [[words, Special("bos"), Picture((GRADIENT,), "<i>")]])
     assert "<script" not in shown and "<b>title" not in shown and "<i>" not in shown

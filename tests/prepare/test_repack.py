@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from build_cases import content, documents_in, fingerprint
 
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
-from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
@@ -49,29 +49,18 @@ def folder(tmp_path_factory):
 
 
 def repacked(folder, out, length, long="split", processes=1):
-    source = PacksSource(folder)
-    return build(Recipe(source, source.fitter(length, long), 3), out, processes)
-
-
-def read(folder):
-    reader = PackReader(folder)
-    return [d for number in range(len(reader)) for d in reader.read(number).documents(reader.index.modalities)]
+    source = PacksSource.open(folder)
+    return build(Recipe(source, source.encoder(length, long), 3), out, processes)
 
 
 def words_of(document):
     return "".join(BYTES.decode(s.ids) for s in document if isinstance(s, TextSegment))
 
 
-def fingerprint(document):
-    return tuple(
-        (getattr(s, "modality", -1), (s.ids if isinstance(s, TextSegment) else s.values).tobytes()) for s in document
-    )
-
-
 def test_longer_packs_hold_the_same_documents(folder, tmp_path):
     built = repacked(folder, tmp_path / "out", 2048)
     assert not built.rejected
-    assert Counter(map(fingerprint, read(tmp_path / "out"))) == Counter(map(fingerprint, documents(BYTES)))
+    assert Counter(map(fingerprint, documents_in(tmp_path / "out"))) == Counter(map(fingerprint, documents(BYTES)))
     before, after = read_index(folder), read_index(tmp_path / "out")
     assert (after.sequence_length, after.modalities, after.tokenizer) == (2048, before.modalities, before.tokenizer)
     assert after.num_packs < before.num_packs
@@ -80,7 +69,7 @@ def test_longer_packs_hold_the_same_documents(folder, tmp_path):
 def test_shorter_packs_cut_texts_between_sentences_and_lose_nothing(folder, tmp_path):
     built = repacked(folder, tmp_path / "out", 256)
     assert not built.rejected
-    found = read(tmp_path / "out")
+    found = documents_in(tmp_path / "out")
     assert len(found) > len(SENTENCES)
     assert all(words_of(d).rstrip().endswith(".") for d in found if words_of(d))
     pieces = Counter(s.values.tobytes() for d in found for s in d if isinstance(s, ImageSegment))
@@ -102,20 +91,20 @@ def test_an_image_that_no_pack_has_room_for_is_counted(folder, tmp_path):
     assert built.rejected["image too long"] == sum(d[1].modality for d in documents(BYTES))
 
 
-def test_texts_of_a_vocabulary_are_cut_where_they_give_the_same_ids(tmp_path):
+def test_texts_of_a_vocabulary_keep_their_ids_when_they_are_cut(tmp_path):
     tokenizer = train_bpe(SENTENCES, 300)
     whole = " ".join(SENTENCES)
     ids = tokenizer.encode(whole)
     settings = {"sequence_length": 8192, "tokenizer": tokenizer, "modalities": ()}
     prepare([(TextSegment(ids),)], tmp_path / "data", **settings)
     assert not repacked(tmp_path / "data", tmp_path / "out", 256).rejected
-    found = [document[0].ids for document in read(tmp_path / "out")]
+    found = [document[0].ids for document in documents_in(tmp_path / "out")]
     assert sum(map(len, found)) == len(ids)
     assert Counter(np.concatenate(found).tolist()) == Counter(ids.tolist())
 
 
-def test_texts_that_other_ids_give_again_are_cut_and_parts_of_characters_are_not(tmp_path):
-    """As behind a blank line, which is one token at the end of a text and two before words."""
+def test_texts_with_other_ids_for_the_same_text_are_cut_and_parts_of_characters_are_not(tmp_path):
+    """A blank line is one token at the end of a text and two before words."""
     tokenizer = train_bpe(SENTENCES, 300)
     whole = "\n".join(SENTENCES)
     odd = np.concatenate([tokenizer.encode(letter) for letter in whole])
@@ -123,19 +112,17 @@ def test_texts_that_other_ids_give_again_are_cut_and_parts_of_characters_are_not
     settings = {"sequence_length": 8192, "tokenizer": tokenizer, "modalities": ()}
     prepare([(TextSegment(odd),), (TextSegment(part),)], tmp_path / "data", **settings)
     assert repacked(tmp_path / "data", tmp_path / "out", 256).rejected == {"text cannot be cut": 1}
-    found = [tokenizer.decode(document[0].ids) for document in read(tmp_path / "out")]
+    found = [tokenizer.decode(document[0].ids) for document in documents_in(tmp_path / "out")]
     assert Counter("".join(found)) == Counter(whole) and len(found) > 5
 
 
 def test_the_bytes_do_not_depend_on_the_processes(folder, tmp_path):
     for processes in (1, 3):
         repacked(folder, tmp_path / str(processes), 512, processes=processes)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "3").iterdir())
-    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in names)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
-def test_a_damaged_pack_ends_it_with_its_name(folder, tmp_path):
+def test_a_damaged_pack_is_named_and_ends_repacking(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     shard = copy / "shard-000000.tar"
@@ -165,10 +152,10 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
     assert command.main(["repack", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "must exist" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 5"):
-        PacksSource(folder).fitter(4, "split")
+        PacksSource.open(folder).encoder(4, "split")
 
 
-def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
+def test_long_documents_follow_the_original_setting(tmp_path):
     """A caption is not: whether a picture goes with all of its text is known to the recipe alone."""
     image = ImageSegment(np.zeros((4, 4, 3), np.uint8))
     document = (image, TextSegment(BYTES.encode("A sentence of an article. " * 20)))
@@ -178,23 +165,24 @@ def test_an_article_is_cut_as_it_was_when_it_was_prepared(tmp_path):
     recipe = json.loads((tmp_path / "data" / RECIPE).read_text())
     recipe["encoder"]["long"] = "reject"
     (tmp_path / "data" / RECIPE).write_text(json.dumps(recipe))
-    with pytest.raises(InputError, match=r"has none .3 x too long"):
+    with pytest.raises(InputError, match=r"got none .3 x too long"):
         repacked(tmp_path / "data", tmp_path / "rejected", 256, long=None)
     (tmp_path / "data" / RECIPE).unlink()
-    with pytest.raises(InputError, match=r"has no recipe.json to say .* give --long split, or --long reject"):
+    with pytest.raises(InputError, match=r"must have a recipe.json that says .* give --long split, or --long reject"):
         repacked(tmp_path / "data", tmp_path / "unknown", 256, long=None)
+    prepare([document[1:]], tmp_path / "text", **TEXT)
+    (tmp_path / "text" / RECIPE).unlink()
+    assert repacked(tmp_path / "text", tmp_path / "cut", 256, long=None).cut == 1
 
 
-def test_texts_without_a_recipe_are_cut(tmp_path):
-    prepare([(TextSegment(BYTES.encode("A sentence of an article. " * 20)),)], tmp_path / "data", **TEXT)
-    (tmp_path / "data" / RECIPE).unlink()
-    assert repacked(tmp_path / "data", tmp_path / "out", 256, long=None).cut == 1
-
-
-def test_a_text_that_only_begins_another_part_need_not_give_its_ids_again(tmp_path):
+def test_a_text_that_is_not_cut_is_not_encoded_again(tmp_path):
     odd = np.concatenate([train_bpe(SENTENCES, 300).encode(letter) for letter in "odd text of letters"])
     texts = [TextSegment(np.resize(odd, length).astype(np.int32)) for length in (24, 12, 1)]
     settings = {"sequence_length": 64, "tokenizer": train_bpe(SENTENCES, 300), "modalities": ()}
     prepare([tuple(texts)], tmp_path / "data", **settings)
     assert not repacked(tmp_path / "data", tmp_path / "out", 30).rejected
-    assert sorted(len(segment.ids) for document in read(tmp_path / "out") for segment in document) == [1, 12, 24]
+    assert sorted(len(segment.ids) for document in documents_in(tmp_path / "out") for segment in document) == [
+        1,
+        12,
+        24,
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfusion_fast import Image, Text, Transfusion
+from transfusion_fast import Transfusion
 from transfusion_fast.model.inputs import pack_rows
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
@@ -55,10 +55,12 @@ def chain(links):
 def produced_by(model, prompts=((),), **settings):
     """What was produced after each prompt, text as lists of ids and images as (modality, shape)."""
     documents = sample(model, prompts, **{"grids": GRIDS, "image": ONE_STEP, "generator": seeded()} | settings)
-    return [
-        [p.ids.tolist() if isinstance(p, Text) else (p.modality, tuple(p.latents.shape)) for p in document]
-        for document in documents
-    ]
+    return [[described(piece) for piece in document] for document in documents]
+
+
+def described(piece):
+    modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
+    return (modality, tuple(tensor.shape)) if tensor.is_floating_point() else tensor.tolist()
 
 
 def spy_on(model, monkeypatch):
@@ -113,7 +115,7 @@ def test_decoding_is_repeatable():
     }
     one, two = (sample(model, [[ids(1)], []], **settings, generator=seeded(3)) for _ in range(2))
     for a, b in zip([p for d in one for p in d], [p for d in two for p in d], strict=True):
-        assert torch.equal(*((p.ids if isinstance(p, Text) else p.latents) for p in (a, b)))
+        assert torch.equal(*(p[1] if isinstance(p, tuple) else p for p in (a, b)))
 
 
 def test_text_ends_at_eos():
@@ -186,6 +188,7 @@ def test_the_prompt_is_laid_out_as_in_training(monkeypatch):
     assert tokens_of_documents(batch) == expected
     assert batch.layout.image_spans.tolist() == [[3, 2], [7, 3]]
     assert torch.equal(x_t[0], first) and torch.equal(x_t[1], second[0])
+    assert [m.timesteps.tolist() for m in batch.modalities] == [[1.0], [1.0]], "images of a prompt are clean"
 
 
 def test_a_finished_image_is_seen_clean_between_its_tokens(monkeypatch):
@@ -194,7 +197,7 @@ def test_a_finished_image_is_seen_clean_between_its_tokens(monkeypatch):
     [[image, _]] = sample(model, [()], grids=GRIDS, image=ONE_STEP, generator=seeded())
     batch, x_t = calls[-1]
     assert tokens_of_documents(batch) == [[BOS, BOI, 0, 0, 0, 0, EOI, 2]]
-    assert isinstance(image, Image) and torch.equal(x_t[0], image.latents.flatten(0, 1))
+    assert torch.equal(x_t[0], image.flatten(0, 1))
     assert batch.modalities[0].timesteps.tolist() == [1.0]
 
 
@@ -272,7 +275,8 @@ def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolera
     torch.testing.assert_close(calls[1][1][0], expected, **tolerance["fp32"])
 
 
-PROMPTS = [[ids(1, 2, 3)], [], [ids(4), torch.randn(3, 4), (1, torch.randn(2, 6)), ids(5)], [(1, torch.randn(1, 6))]]
+FIRST, SECOND, THIRD = (torch.randn(*shape, generator=seeded(7)) for shape in ((3, 4), (2, 6), (1, 6)))
+PROMPTS = [[ids(1, 2, 3)], [], [ids(4), FIRST, (1, SECOND), ids(5)], [(1, THIRD)]]
 
 
 @pytest.mark.parametrize(("objective", "modality"), [("ddpm", 0), ("flow", 0), ("flow", 1)])
@@ -296,7 +300,15 @@ def test_text_after_unequal_prompts_is_that_decoded_one_by_one():
 
 def test_the_model_samples_as_the_function_does():
     model = chain({1: 2, 2: EOS})
-    assert [p.ids.tolist() for p in model.sample([[ids(1)]], grids=GRIDS)[0]] == [[2]]
+    assert [p.tolist() for p in model.sample([[ids(1)]], grids=GRIDS)[0]] == [[2]]
+
+
+def test_what_was_sampled_can_be_a_prompt_and_a_training_document():
+    model = chain({1: 2, 2: BOI1, EOI1: 3, 3: EOS})
+    [document] = model.sample([[ids(1)]], grids=GRIDS, image=ONE_STEP, generator=seeded())
+    assert [described(piece) for piece in document][::2] == [[2], [3]] and document[1][0] == 1
+    assert len(model.sample([document], grids=GRIDS)) == 1
+    assert model([document], generator=seeded()).isfinite()
 
 
 def test_a_prompt_that_does_not_fit_is_refused():

@@ -1,4 +1,4 @@
-"""Command lines in this process."""
+"""The fixture that runs command lines in the process of the tests."""
 
 import runpy
 import sys
@@ -11,7 +11,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "train"
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Runs train/NAME.py in this process: (exit code, standard output, standard error)."""
+    """Return a function that runs train/NAME.py and returns (exit code, standard output, standard error)."""
 
     def run_command(name: str, *arguments: object) -> tuple[int, str, str]:
         script = str(SCRIPTS / f"{name}.py")

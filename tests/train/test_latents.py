@@ -64,7 +64,7 @@ def test_a_run_on_latents_trains_and_draws_through_its_autoencoder(folder, run, 
     assert len(Image.open(drawn).convert("L").getcolors(256) or []) > 8
 
 
-def test_pictures_are_captioned_through_it(folder, run, tmp_path, command):
+def test_pictures_are_captioned_through_the_autoencoder(folder, run, tmp_path, command):
     file = tmp_path / "grey.png"
     Image.fromarray(random_pixels(9, 30)).save(file)
     code, out, _ = command("sample", run, "--vae", folder / "vae", "--caption", file, "--max-tokens", 3)
@@ -76,7 +76,7 @@ def test_pictures_are_captioned_through_it(folder, run, tmp_path, command):
     [
         (
             ["sample", "RUN", "--prompt", "a"],
-            "is on latents, which need the autoencoder of its data; give --vae",
+            "--vae must be given for",
         ),
         (["sample", "RUN", "--caption", "a.png"], "give --vae FOLDER"),
         (
@@ -87,7 +87,7 @@ def test_pictures_are_captioned_through_it(folder, run, tmp_path, command):
         (["evaluate", "RUN", "--data", "PARENT"], "evaluation needs captioned pixel images of one size"),
     ],
 )
-def test_what_a_run_on_latents_needs_is_said_in_one_line(
+def test_a_missing_or_other_autoencoder_is_named_in_one_line(
     folder, run, tmp_path, monkeypatch, command, options, complaint
 ):
     monkeypatch.chdir(tmp_path)
@@ -109,7 +109,7 @@ def test_what_a_run_on_latents_needs_is_said_in_one_line(
         (["--vae-batch", 2], "--latents and --vae-batch must come with --vae"),
     ],
 )
-def test_what_cannot_be_prepared_is_said_in_one_line(folder, tmp_path, prepare, options, complaint):
+def test_settings_that_do_not_fit_are_named_in_one_line(folder, tmp_path, prepare, options, complaint):
     given = (folder / "vae" if option == "VAE" else option for option in options)
     code, _, err = prepare(tmp_path / "out", *given)
     assert code == 2 and complaint in err and err.count("\n") == 1

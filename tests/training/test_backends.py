@@ -1,4 +1,4 @@
-"""The backends of the fused ops train alike."""
+"""Training with each backend of the fused ops."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ STEPS = ("model.transformer={dim: 192, depth: 2, heads: 4, ffn_dim: 512}", "trai
 
 @pytest.mark.slow
 def test_the_digits_demo_takes_the_same_steps_with_the_triton_kernels(digits: Path, tmp_path: Path) -> None:
-    """The demo's model at half its depth, in fp32, one pack a step; conftest.py sets TRITON_INTERPRET."""
+    """This uses the demo's model at half its depth, in fp32, one pack a step; conftest.py sets TRITON_INTERPRET."""
     for backend in ("torch", "triton"):
         printed = train(1, digits, tmp_path / backend, *STEPS, f"model.backend={backend}")
         assert f"all ops on {backend}" in printed

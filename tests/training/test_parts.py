@@ -1,25 +1,32 @@
-"""The parts of training that need no ranks."""
+"""The parts of training that need no ranks: optimizer, learning rate, settings, metrics, errors of one rank."""
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from launching import DEFAULT_CONFIG, OneRank, small_config, text, write_packs
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config, OptimizerConfig, load_config
-from transfusion_fast.data.loader import Share
+from transfusion_fast.data.loader import Share, open_data
+from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.checkpoint import Checkpoints
-from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer
-from transfusion_fast.training.metrics import MetricsLog, Row, progress_line
-from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import write_config
+from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
+from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
+from transfusion_fast.training.run_folder import (
+    describe_data,
+    read_data_description,
+    write_config,
+    write_data_description,
+)
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
+ROW = Row(90, 720, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0, 0)
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
@@ -32,30 +39,70 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
     assert learning_rate(0, 1, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
 
 
-def test_matrices_are_decayed_and_vectors_are_not() -> None:
-    model = Transfusion(transformer={"dim": 32, "depth": 1, "qk_norm": True})
-    groups = make_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
-    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert decay_of[id(parameter)] == (0.3 if parameter.ndim > 1 else 0.0), name
-    assert len(decay_of) == len(list(model.parameters()))
+def test_the_optimizer_takes_the_steps_of_adamw_and_decays_matrices_alone() -> None:
+    """The reference is algorithm 2 of arXiv 1711.05101 with the decay scaled by the learning rate, in Python floats."""
+    config = OptimizerConfig(lr=0.1, beta1=0.5, beta2=0.75, eps=0.01, weight_decay=0.2)
+    model = torch.nn.Linear(1, 1).double()  # one matrix and one vector, of one number each
+    optimizer = make_optimizer(model, config)
+    for parameter, decay in ((model.weight, 0.2), (model.bias, 0.0)):
+        torch.nn.init.constant_(parameter, 3.0)
+        x, m, v = 3.0, 0.0, 0.0
+        for step, gradient in enumerate((1.0, -4.0, 0.5), start=1):
+            optimizer.zero_grad()
+            parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+            m, v = 0.5 * m + 0.5 * gradient, 0.75 * v + 0.25 * gradient**2
+            x -= 0.1 * (m / (1 - 0.5**step) / (math.sqrt(v / (1 - 0.75**step)) + 0.01) + decay * x)
+            assert parameter.item() == pytest.approx(x, rel=1e-6)
 
 
-def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones() -> None:
-    config = Config(deepspeed={"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True})
-    settings = deepspeed_settings(config, SHARE, bf16=True, cuda=True)
-    assert settings["train_batch_size"] == 16 == 2 * 2 * settings["gradient_accumulation_steps"]
-    assert settings["zero_optimization"]["stage"] == 3 and settings["bf16"]["enabled"]
-    assert settings["wall_clock_breakdown"] is True
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "expected"),
+    [
+        ("bf16", "cpu", False, True),
+        ("fp32", "cpu", True, False),
+        ("auto", "cpu", True, True),
+        ("auto", "cpu", False, False),
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+    ],
+)
+def test_automatic_precision_is_bf16_where_the_device_has_it(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, native: bool, expected: bool
+) -> None:
+    for probe in ("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported", "cuda.is_bf16_supported"):
+        monkeypatch.setattr(f"torch.{probe}", lambda **_: native)
+    assert uses_bf16(precision, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool) -> None:
+    raw = {"zero_optimization": {"overlap_comm": bf16}, "wall_clock_breakdown": True}
+    config = Config(optimizer={"clip": 0.5}, deepspeed=raw)
+    assert deepspeed_settings(config, SHARE, bf16=bf16, cuda=bf16) == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": bf16},
+        "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},  # else bf16 gradients would be summed in bf16
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": bf16, "contiguous_gradients": True, "memory_efficient_linear": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
-        ({"train_batch_size": 7}, "deepspeed.train_batch_size is derived to be 16, got 7"),
-        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage is derived to be 3, got 2"),
-        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled is derived to be False, got True"),
-        ({"bf16": False}, "deepspeed.bf16 is derived to be {'enabled': True}, got False"),
+        ({"train_batch_size": 7}, "deepspeed.train_batch_size must be 16, the derived value, got 7; drop it"),
+        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage must be 3"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled must be False"),
+        ({"bf16": False}, "deepspeed.bf16 must be {'enabled': True}"),
     ],
 )
 def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, complaint: str) -> None:
@@ -63,28 +110,40 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
         deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
 
 
-def row(step: int) -> Row:
-    return Row(step, step * 8, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0, 0)
-
-
 def test_rows_after_the_step_resumed_from_are_dropped_and_so_is_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
     for step in (1, 2, 3):
-        log.write(row(step))
+        log.write(replace(ROW, step=step))
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    MetricsLog(path, 2).write(row(3))
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    MetricsLog(path, 2).write(replace(ROW, step=3, loss=math.nan, grad_norm=math.inf))
+    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1] == {**asdict(ROW), "step": 3, "loss": None, "grad_norm": None}  # JSON has no NaN
 
 
-def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
-    MetricsLog(tmp_path / "metrics.jsonl", 0).write(replace(row(1), loss=math.nan, grad_norm=math.inf))
-    written = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert written["loss"] is None and written["grad_norm"] is None and written["text_loss"] == 1.0
+def test_rates_cover_all_tokens_and_steps_since_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 104.0, 105.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Clock()
+    clock.add(30)
+    clock.add(50)
+    assert clock.lap() == (20, 2)  # 80 tokens and 2 steps in 4 seconds
+    clock.add(7)
+    assert clock.lap() == (7, 1)
 
 
-def test_settings_that_changed_since_the_last_start_are_told(tmp_path: Path) -> None:
+def test_the_progress_line_names_what_a_person_watches() -> None:
+    line = progress_line(ROW, 100, seconds_per_step=372.5)
+    for part in ("step  90/100", "loss 1.5000", "12,346 tokens/s", "lr 1.00e-03", "norm 2.00", "left 1:02:05"):
+        assert part in line
+    assert "quarantined" not in line and "skipped" not in line
+    line = progress_line(replace(ROW, skipped_steps=2, quarantined=3), 100, seconds_per_step=1)
+    assert "skipped 2  quarantined 3  left 0:00:10" in line
+
+
+def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:
     first = Config(data={"path": "a"}, deepspeed={"wall_clock_breakdown": True})
     second = Config(data={"path": {"a": 1, "b": 2}, "caption_first": 0.5})
     assert write_config(tmp_path, first) == write_config(tmp_path, first) == []
@@ -94,45 +153,32 @@ def test_settings_that_changed_since_the_last_start_are_told(tmp_path: Path) -> 
         "deepspeed.wall_clock_breakdown True -> None",
     ]
     (tmp_path / "config.yaml").write_text("data: [")
-    assert "not known, as the config.yaml of before cannot be read" in write_config(tmp_path, second)[0]
+    assert "unknown, since the previous config.yaml cannot be read" in write_config(tmp_path, second)[0]
     assert load_config(tmp_path / "config.yaml") == second
 
 
-def test_what_one_rank_cannot_do_is_an_error_on_all() -> None:
-    class Second(Ranks):
-        """Of two ranks the one whose own action succeeds."""
+def test_a_run_folder_remembers_height_and_width_of_the_first_image(tmp_path: Path) -> None:
+    document = (text(9, seed=0), ImageSegment(np.zeros((8, 4, 1), np.uint8)))
+    data = open_data(small_config(write_packs(tmp_path / "data", [document], 56)))
+    write_data_description(tmp_path, describe_data(data))
+    read = read_data_description(tmp_path)
+    assert read.image_sizes == ((8, 4),) and read.grid(0) == (4, 2) and read.modalities == data.modalities
+
+
+def test_an_error_of_one_rank_is_an_error_of_all_ranks() -> None:
+    class Second(OneRank):
+        """The second of two ranks, the first of which fails."""
 
         def gather(self, items: list) -> list:
             return ["of the first", *items]
 
-    ranks = Second(1, 2, torch.device("cpu"), control=None)
     with pytest.raises(InputError, match="of the first"):
-        ranks.together(lambda: None)
-    alone = type("Alone", (Ranks,), {"gather": lambda self, items: items})(0, 1, torch.device("cpu"), control=None)
-    alone.together(lambda: None)
-    for error in (InputError("of its own"), OSError("of its own")):
-        with pytest.raises(InputError, match="of its own"):
-            alone.together(lambda error=error: (_ for _ in ()).throw(error))
-
-
-def test_a_damaged_checkpoint_that_was_overtaken_is_dropped_before_a_good_one(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, ranks=None, keep=2)
-    for step in (3, 4, 5, 7):
-        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    checkpoints._prune("step-00000005")
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step-00000004", "step-00000005"]
-
-
-def test_the_progress_line_names_what_a_person_watches() -> None:
-    line = progress_line(row(90), 100, seconds_per_step=372.5)
-    for part in ("step  90/100", "loss 1.5000", "12,346 tokens/s", "lr 1.00e-03", "norm 2.00", "left 1:02:05"):
-        assert part in line
-    assert "quarantined" not in line
-    assert "quarantined 3" in progress_line(replace(row(90), quarantined=3), 100, seconds_per_step=1)
+        Second().together(lambda: None)
+    OneRank().together(lambda: None)
+    for error in (InputError("its own"), OSError("its own")):
+        with pytest.raises(InputError, match="its own"):
+            OneRank().together(lambda error=error: (_ for _ in ()).throw(error))
 
 
 def test_the_default_config_file_is_valid_and_small() -> None:
-    config = load_config(Path(__file__).resolve().parents[2] / "train" / "configs" / "digits.yaml")
-    assert sum(p.numel() for p in Transfusion(config.model).parameters()) < 5e6
-    assert torch.isfinite(torch.tensor(config.optimizer.lr))
+    assert sum(p.numel() for p in Transfusion(load_config(DEFAULT_CONFIG).model).parameters()) < 5e6

@@ -1,12 +1,10 @@
-"""A run on documents that alternate texts and pictures, from files to a page of a story."""
+"""A run on documents that alternate texts and pictures, from files to the page of a story."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import fashion_files
 import pytest
-from launching import ROOT, metrics, train
+from launching import metrics, run_command, train
 
 from transfusion_fast.prepare.examples import stories
 from transfusion_fast.prepare.examples.built_in import prepare_splits
@@ -22,9 +20,8 @@ def test_stories_are_trained_on_and_told(tmp_path: Path, monkeypatch: pytest.Mon
     rows = metrics(tmp_path / "run")
     assert rows[-1]["text_loss"] < rows[0]["text_loss"]
     assert 0 < rows[-1]["diffusion_loss"] < rows[0]["diffusion_loss"]
-    command = [sys.executable, str(ROOT / "train" / "sample.py"), str(tmp_path / "run"), "--steps", "2"]
     page = tmp_path / "story.html"
-    options = ["--text", "Ada", "--max-tokens", "8", "--max-images", "2", "--out", str(page)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 0 and f"page: {page}" in done.stdout, done.stderr
+    options = ("--text", "Ada", "--max-tokens", 8, "--max-images", 2, "--out", page)
+    code, printed = run_command("sample", tmp_path / "run", "--steps", 2, *options)
+    assert code == 0 and f"page: {page}" in printed, printed
     assert '<section><span class="text">Ada</span>' in page.read_text()

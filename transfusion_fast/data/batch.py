@@ -1,7 +1,7 @@
-"""Stored packs to a training batch: keyed order, drop, timesteps and noise, then the flat sequence.
+"""Stored packs as a training batch: keyed order, caption drop, timesteps and noise, then the flat sequence.
 
-Whatever is random is a pure function of (seed, epoch, pack, image): a generator keyed by the first three draws in the
-order in which the pack stores its images. Rank, world size, worker and what was read before have no part in it.
+Everything random is a pure function of (seed, epoch, pack, image): a generator keyed by the first three draws in the
+order in which the pack stores its images. Rank, world size, worker and earlier batches play no part.
 """
 
 from __future__ import annotations
@@ -16,22 +16,14 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
-from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Objective
-from transfusion_fast.model.sequence import (
-    PackedBatch,
-    PositionScheme,
-    Segments,
-    Vocabulary,
-    build_batch,
-    frame,
-    patch_mask,
-    precedes_text,
-)
+from transfusion_fast.model.diffusion import Objective
+from transfusion_fast.model.inputs import draw_timesteps
+from transfusion_fast.model.sequence import PackedBatch, PositionScheme, Segments, Vocabulary, build_batch, lay_out
 
 
 @dataclass(frozen=True)
 class KeyedPack:
-    """A pack and what its randomness is keyed by."""
+    """A pack, and the key of its randomness beside the seed."""
 
     pack: Pack
     epoch: int
@@ -49,7 +41,7 @@ class Draws:
 
 
 def draw(keyed: KeyedPack, seed: int) -> Draws:
-    """Everything random of a pack, always drawn in full, so that no setting shifts what comes after it."""
+    """Draw all random numbers of a pack, whatever the settings use, so that no setting shifts the numbers after it."""
     key = np.random.SeedSequence([seed, keyed.epoch, keyed.number])
     generator = np.random.Generator(np.random.PCG64DXSM(key))
     images = int(np.count_nonzero(keyed.pack.segments[:, 1] != KIND_TEXT))
@@ -59,7 +51,7 @@ def draw(keyed: KeyedPack, seed: int) -> Draws:
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Makes a `PackedBatch` of constant length of a list of packs; what a loader's worker runs. Picklable."""
+    """Builder of `PackedBatch`es of constant length from lists of packs; runs in the loader's workers. Picklable."""
 
     modalities: tuple[ModalityInfo, ...]
     vocabulary: Vocabulary
@@ -70,42 +62,40 @@ class BatchBuilder:
     total_length: int
 
     def __call__(self, packs: Sequence[KeyedPack]) -> PackedBatch:
-        """Lays the packs out one after another, all padding at the end."""
+        """Return the micro-batch of `packs`, padded to `total_length` at its end."""
         draws = [draw(keyed, self.seed) for keyed in packs]
-        tables = [self._arranged(keyed.pack, d) for keyed, d in zip(packs, draws, strict=True)]
-        documents = np.cumsum([0] + [len(framed) for _, framed in tables])
-        rows = np.concatenate([table for table, _ in tables])
-        document = np.concatenate([table[:, 0] + first for (table, _), first in zip(tables, documents, strict=False)])
-        patch_size = np.array([1] + [m.patch_size for m in self.modalities])[rows[:, 1]]
-        framed = np.concatenate([framed for _, framed in tables])
-        grid_rows, grid_columns = rows[:, 4] // patch_size, rows[:, 5] // patch_size
-        segments = Segments(document, rows[:, 1], rows[:, 3], grid_rows, grid_columns, framed)
-        sequenced = frame(segments, np.concatenate([k.pack.tokens for k in packs]), self.vocabulary)
-
-        capped = precedes_text(sequenced, self.vocabulary, patch_mask(sequenced))
-        cap = torch.from_numpy(np.where(capped, self.settings.noise_cap, float(NUM_TIMESTEPS)))
+        segments = self._segments([keyed.pack for keyed in packs], draws)
+        sequence = lay_out(segments, np.concatenate([keyed.pack.tokens for keyed in packs]), self.vocabulary)
         uniform = torch.from_numpy(np.concatenate([d.timestep for d in draws]))
-        timesteps = self.objective.timesteps(uniform, cap)
-        latents = [self._patches(k.pack.segments, self._scaled(k.pack.latents)) for k in packs]
-        noise = [self._patches(k.pack.segments, d.noise) for k, d in zip(packs, draws, strict=True)]
-        tensors = [
-            (_cat(latents, m), _cat(noise, m), timesteps[torch.from_numpy(sequenced.modality == m)])
-            for m in range(len(self.modalities))
-        ]
-        return build_batch(sequenced, self.vocabulary, tensors, self.positions, self.total_length)
+        timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
+        images = [self._images(m, packs, draws) for m in range(len(self.modalities))]
+        return build_batch(sequence, images, timesteps, self.positions, self.total_length)
 
-    def _arranged(self, pack: Pack, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        """The segment rows in the order drawn, int64, and which documents have <bos> and <eos>.
+    def _segments(self, packs: Sequence[Pack], draws: Sequence[Draws]) -> Segments:
+        """Return the segments of all packs in the order drawn, their documents numbered through."""
+        tables, delimited, documents = [], [], 0
+        for pack, drawn in zip(packs, draws, strict=True):
+            rows, of_pack = self._rearranged(pack, drawn)
+            rows[:, 0] += documents
+            documents += len(of_pack)
+            tables.append(rows)
+            delimited.append(of_pack)
+        document, kind, _, length, height, width = np.concatenate(tables).T
+        patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
+        return Segments(document, kind, length, height // patch_size, width // patch_size, np.concatenate(delimited))
 
-        A document of one text and one image is a caption-image pair: kept, image first, or taken apart so that the
-        image is trained without its caption. Nothing changes length: <boi> patches <eoi> and <bos> text <eos> apart
-        take as many positions as together.
+    def _rearranged(self, pack: Pack, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Return the segment rows in the order drawn, int64, and bool [documents]: which have <bos> and <eos>.
+
+        A document of one text and one image is a caption-image pair. It is kept, laid out image first, or split so that
+        the image is trained without its caption. No length changes: `<boi> patches <eoi>` and `<bos> text <eos>` take
+        as many positions as one document of both.
         """
         rows = pack.segments.astype(np.int64)
         is_image = rows[:, 1] != KIND_TEXT
-        size = np.bincount(rows[:, 0])
-        second = np.flatnonzero(is_image & (size[rows[:, 0]] == 2))
-        second = second[(second > 0)]
+        segments = np.bincount(rows[:, 0])
+        second = np.flatnonzero(is_image & (segments[rows[:, 0]] == 2))  # images of documents of two segments
+        second = second[second > 0]
         second = second[(rows[second - 1, 0] == rows[second, 0]) & ~is_image[second - 1]]
         number = np.cumsum(is_image)[second] - 1
         dropped = draws.drop[number] < self.settings.guidance_drop
@@ -113,36 +103,36 @@ class BatchBuilder:
         order = np.arange(len(rows))
         order[image_first], order[image_first - 1] = image_first - 1, image_first
         rows = rows[order]
-        alone = second[dropped] - 1  # where a dropped image now stands, its caption right behind it
-        split = np.zeros(len(rows), dtype=np.int64)
-        split[alone + 1] = 1
-        rows[:, 0] += np.cumsum(split)
-        framed = np.ones(rows[-1, 0] + 1 if len(rows) else 0, dtype=bool)
-        framed[rows[alone, 0]] = False
-        return rows, framed
+        alone = second[dropped] - 1  # the new index of a dropped image; its caption is the next row
+        splits = np.zeros(len(rows), dtype=np.int64)
+        splits[alone + 1] = 1
+        rows[:, 0] += np.cumsum(splits)
+        delimited = np.ones(rows[-1, 0] + 1 if len(rows) else 0, dtype=bool)
+        delimited[rows[alone, 0]] = False
+        return rows, delimited
 
-    def _scaled(self, values: np.ndarray) -> np.ndarray:
-        """Pixels to fp32 in [-1, 1]; latents to fp32 as they are."""
-        return scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
+    def _images(self, modality: int, packs: Sequence[KeyedPack], draws: Sequence[Draws]) -> tuple[Tensor, Tensor]:
+        """Return latents and noise of one modality, fp32 [P, C] each, images in stored order."""
+        info = self.modalities[modality]
+        latents = [_patches(k.pack.segments, _scaled(k.pack.latents), modality, info) for k in packs]
+        noise = [_patches(k.pack.segments, d.noise, modality, info) for k, d in zip(packs, draws, strict=True)]
+        return torch.from_numpy(np.concatenate(latents)), torch.from_numpy(np.concatenate(noise))
 
-    def _patches(self, segments: np.ndarray, values: np.ndarray) -> list[Tensor]:
-        """fp32 [P, C] of each modality: flat image values in stored order, cut into patches."""
-        return [torch.from_numpy(_cut(segments, values, m, info)) for m, info in enumerate(self.modalities)]
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Convert pixels to fp32 in [-1, 1], and latents to fp32 unchanged."""
+    return scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
 
 
-def _cut(segments: np.ndarray, values: np.ndarray, modality: int, info: ModalityInfo) -> np.ndarray:
+def _patches(segments: np.ndarray, values: np.ndarray, modality: int, info: ModalityInfo) -> np.ndarray:
+    """Cut a pack's image values fp32 [m] into the patches of one modality, fp32 [P, C]; one pass for each size."""
     own = segments[segments[:, 1] == 1 + modality].astype(np.int64)
-    width = info.channels * info.patch_size**2
-    patches = np.empty((own[:, 3].sum(), width), dtype=np.float32)
+    patches = np.empty((own[:, 3].sum(), info.channels * info.patch_size**2), dtype=np.float32)
     end = np.cumsum(own[:, 3])
-    for height, columns in np.unique(own[:, 4:6], axis=0).tolist():
-        alike = np.flatnonzero((own[:, 4] == height) & (own[:, 5] == columns))
-        index = own[alike, 2][:, None] + np.arange(height * columns * info.channels)
-        images = values[index].reshape(-1, height, columns, info.channels)
-        place = (end - own[:, 3])[alike][:, None] + np.arange(own[alike[0], 3])
-        patches[place.reshape(-1)] = patchify(images, info.patch_size)
+    for height, width in np.unique(own[:, 4:6], axis=0).tolist():
+        same_size = np.flatnonzero((own[:, 4] == height) & (own[:, 5] == width))
+        index = own[same_size, 2][:, None] + np.arange(height * width * info.channels)
+        images = values[index].reshape(-1, height, width, info.channels)
+        rows = (end - own[:, 3])[same_size][:, None] + np.arange(own[same_size[0], 3])
+        patches[rows.reshape(-1)] = patchify(images, info.patch_size)
     return patches
-
-
-def _cat(patches: Sequence[Sequence[Tensor]], modality: int) -> Tensor:
-    return torch.cat([p[modality] for p in patches])

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter
 
 from transfusion_fast.data.folder import Folder, as_folder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo, decode_pack, read_table, table_bytes
+from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo, decode_pack, table_bytes
 from transfusion_fast.data.tokenizer import Tokenizer, TokenizerDescription
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import parse_json, write_atomically
@@ -116,26 +116,6 @@ def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
             f"shard {path} must be of the tokenizer, modalities and pack length of its index, got others; "
             "prepare its documents again with those"
         )
-
-
-def index_shard(
-    path: Path, sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]
-) -> IndexedShard:
-    """Read a shard back from disk, validate every pack, and return its description.
-
-    Raises:
-        InputError: The shard or a pack cannot be used.
-    """
-    table = read_table(path)
-    check_schema(path, table, schema_of(sequence_length, tokenizer, modalities))
-    documents = tokens = 0
-    for number, pack in enumerate(read_packs(path, table, sequence_length, tokenizer["num_text_tokens"], modalities)):
-        if isinstance(pack, InputError):
-            raise InputError(f"pack {number} of shard {path} cannot be used: {pack}; copy the shard again") from pack
-        documents += pack.num_documents
-        tokens += pack.num_positions
-    size, sha256, count = path.stat().st_size, file_sha256(path), len(table.rows)
-    return IndexedShard(ShardInfo(path.name, size, sha256, count, *table_location(path, table)), documents, tokens)
 
 
 def table_location(path: Path, table: PackTable) -> tuple[int, int]:

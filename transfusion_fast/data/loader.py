@@ -101,28 +101,31 @@ def open_data(config: Config) -> Mixture:
     settings = config.data
     cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
     mixture = open_mixture(settings.weights, cache)
-    check_fits(config, mixture)
+    complete_config(config, mixture)
     mixture.check_cache(cache, settings.shuffle_window)
     return mixture
 
 
-def check_fits(config: Config, mixture: Mixture) -> None:
-    """Raise InputError if the model's vocabulary or latent widths, or the batch size, do not fit the data."""
-    model = config.model
-    if model.num_text_tokens != mixture.num_text_tokens:
-        raise InputError(
-            f"model.num_text_tokens must be the {mixture.num_text_tokens} of the tokenizer of {mixture}, "
-            f"got {model.num_text_tokens}"
-        )
-    widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
-    if model.dim_latent != widths:
-        raise InputError(f"model.dim_latent must be {list(widths)} for {mixture}, got {list(model.dim_latent)}")
+def complete_config(config: Config, mixture: Mixture) -> Config:
+    """Return the config with the vocabulary and latent widths of the data, where the config does not give them.
+
+    Raises:
+        InputError: the config gives others, or a batch has too many positions.
+    """
+    known = {
+        "num_text_tokens": mixture.num_text_tokens,
+        "dim_latent": tuple(m.channels * m.patch_size**2 for m in mixture.modalities),
+    }
+    for name in known.keys() & config.model.model_fields_set:
+        if (got := getattr(config.model, name)) != known[name]:
+            raise InputError(f"model.{name} must be {known[name]} for {mixture}, got {got}; correct it or leave it out")
     most = _MAX_POSITIONS // mixture.sequence_length
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
             f"got {config.train.micro_batch}; lower it"
         )
+    return config.model_copy(update={"model": config.model.model_copy(update=known)})
 
 
 def training_batches(

@@ -1,8 +1,8 @@
 """Documents, and packs of documents: the unit that is stored, shuffled and counted.
 
-A document is a tuple of text and image segments. It takes `<bos> ids <boi> patches <eoi> ids ... <eos>` positions of
-the sequence; a pack holds documents that together take at most `sequence_length` positions. Special tokens are laid
-out by the loader and never stored.
+A document is a tuple of text and image segments, which occupies `<bos> ids <boi> patches <eoi> ids ... <eos>` of a
+sequence. A pack holds documents that together occupy at most `sequence_length` positions. Special tokens are never
+stored: the loader adds them.
 """
 
 import math
@@ -18,7 +18,7 @@ from transfusion_fast.errors import InputError
 KIND_TEXT = 0  # an image of modality m has kind 1 + m
 SEGMENT_COLUMNS = ("document", "kind", "offset", "length", "height", "width")
 MAX_LENGTH = 1 << 24
-"""Positions of a pack: memory for so many is taken on an index's word."""
+"""Largest sequence length; it bounds the memory that a damaged index can make a reader allocate."""
 DOCUMENT_TOKENS = 2  # <bos> <eos>
 IMAGE_TOKENS = 2  # <boi> <eoi>
 _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
@@ -26,14 +26,14 @@ _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.d
 
 @dataclass(frozen=True)
 class ModalityInfo:
-    """How the images of one modality are stored: uint8 `pixels` or float16 `latents`, cut into square patches."""
+    """Storage of one modality's images: uint8 `pixels` or float16 `latents`, cut into square patches."""
 
     name: str
     channels: int
     patch_size: int
     encoding: Literal["pixels", "latents"]
     autoencoder: str = ""
-    """Fingerprint of what made the latents, 64 hexadecimal digits; empty for pixels, or where it is not known."""
+    """Fingerprint of the autoencoder that made the latents, 64 hexadecimal digits; empty for pixels or if unknown."""
 
     def __post_init__(self) -> None:
         for field in ("channels", "patch_size"):
@@ -61,7 +61,7 @@ class TextSegment:
 
 @dataclass(frozen=True, eq=False)
 class ImageSegment:
-    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], of the modality of that number."""
+    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], and the number of its modality."""
 
     values: np.ndarray
     modality: int = 0
@@ -73,12 +73,12 @@ Document = tuple[Segment, ...]
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Documents end to end.
+    """Documents one after another.
 
     `tokens` int32 [n]: the text ids. `latents` uint8 or float16 [m]: the images' values, row-major. `segments`
-    int32 [S, 6]: rows of `SEGMENT_COLUMNS`, in document order. A text row has its offset and length in `tokens` and
-    no height and width; an image row has the offset of its first value in `latents`, its number of patches, and its
-    height and width in values.
+    int32 [S, 6]: rows of `SEGMENT_COLUMNS`, in document order. A text row holds its offset and length in `tokens`, and
+    zero height and width. An image row holds the offset of its first value in `latents`, its number of patches, and
+    its height and width in values.
     """
 
     tokens: np.ndarray
@@ -87,18 +87,18 @@ class Pack:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the pack."""
+        """Number of documents."""
         return int(self.segments[-1, 0]) + 1
 
     @property
     def num_positions(self) -> int:
-        """Sequence positions that the documents take, special tokens included."""
+        """Number of sequence positions that the documents occupy, special tokens included."""
         images = np.count_nonzero(self.segments[:, 1] != KIND_TEXT)
         patches_and_ids = self.segments[:, 3].sum(dtype=np.int64)
         return int(patches_and_ids + IMAGE_TOKENS * images + DOCUMENT_TOKENS * self.num_documents)
 
     def documents(self, modalities: Sequence[ModalityInfo]) -> list[Document]:
-        """The documents that `make_pack` was given; their arrays are views of the pack's."""
+        """Return the documents that `make_pack` was given; their arrays are views of the pack's."""
         documents: list[list[Segment]] = [[] for _ in range(self.num_documents)]
         for row in self.segments.tolist():
             documents[row[0]].append(segment_at(row, self.tokens, self.latents, modalities))
@@ -106,7 +106,7 @@ class Pack:
 
 
 def latents_dtype(modalities: Sequence[ModalityInfo]) -> np.dtype:
-    """The dtype of a pack's latents; InputError where pixels and latents would share one array."""
+    """Return the dtype of a pack's latents; InputError if pixels and latents would share one array."""
     encodings = sorted({modality.encoding for modality in modalities}) or ["pixels"]
     if len(encodings) > 1:
         raise InputError(f"modalities of one data folder must share one encoding, got {encodings}; prepare two folders")
@@ -114,12 +114,12 @@ def latents_dtype(modalities: Sequence[ModalityInfo]) -> np.dtype:
 
 
 def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
-    """The text ids or the image patches of a segment; InputError for one that cannot be packed."""
+    """Return the number of text ids or image patches of a segment; InputError for one that cannot be packed."""
     if isinstance(segment, TextSegment):
         ids = segment.ids
         if ids.dtype != np.int32 or ids.ndim != 1 or ids.size == 0:
             raise InputError(
-                f"text ids must be int32 of one dimension and not empty, got {ids.dtype} of shape {ids.shape}; "
+                f"text ids must be int32 [n] with at least one id, got {ids.dtype} of shape {ids.shape}; "
                 "leave empty text out of the document"
             )
         return ids.size
@@ -149,7 +149,7 @@ def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
 
 
 def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> int:
-    """The sequence positions that a document takes, special tokens included; InputError for an empty document."""
+    """Return the sequence positions that a document occupies, special tokens included; InputError if it is empty."""
     if not document:
         raise InputError("document must have a segment, got none; leave it out")
     lengths = sum(segment_length(segment, modalities) for segment in document)
@@ -160,7 +160,7 @@ def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> i
 def segment_row(
     segment: Segment, document: int, ids: int, values: int, modalities: Sequence[ModalityInfo]
 ) -> tuple[int, ...]:
-    """`SEGMENT_COLUMNS` of a segment that so many ids and values lie before; InputError as of `segment_length`."""
+    """Return the `SEGMENT_COLUMNS` of a segment after `ids` ids and `values` values; InputError as `segment_length`."""
     length = segment_length(segment, modalities)
     if isinstance(segment, TextSegment):
         return document, KIND_TEXT, ids, length, 0, 0
@@ -170,7 +170,7 @@ def segment_row(
 def segment_at(
     row: Sequence[int], tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
 ) -> Segment:
-    """The segment of a row, a view."""
+    """Return the segment that a row describes; its array is a view."""
     _, kind, offset, length, height, width = row
     if kind == KIND_TEXT:
         return TextSegment(tokens[offset : offset + length])
@@ -179,7 +179,7 @@ def segment_at(
 
 
 def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:
-    """One pack of `documents`, numbered from 0; InputError where there is none, or one that cannot be packed."""
+    """Return a pack of `documents`, numbered from 0; InputError for none, or for one that cannot be packed."""
     if not documents or not all(documents):
         raise InputError("pack must hold documents of at least one segment, got an empty one; leave it out")
     rows: list[tuple[int, ...]] = []
@@ -199,16 +199,16 @@ def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo])
 
 
 def empty_pack(modalities: Sequence[ModalityInfo]) -> Pack:
-    """What stands for a pack that cannot be read: it takes no position. No shard holds one."""
+    """Return the pack of no documents that replaces an unreadable pack in a batch. No shard holds one."""
     segments = np.empty((0, len(SEGMENT_COLUMNS)), np.int32)
     return Pack(np.empty(0, np.int32), segments, np.empty(0, latents_dtype(modalities)))
 
 
 def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_tokens: int, sequence_length: int) -> None:
-    """InputError where a pack read from disk is not one that `make_pack` makes for these settings.
+    """Raise InputError unless a pack read from disk is one that `make_pack` makes for these settings.
 
-    After this every offset, length and size in the pack can be used as it stands. What to do about an error is for the
-    caller to say, who knows the file.
+    Afterwards every offset, length and size in the pack can be trusted. The caller, who knows the file, adds to the
+    error what to do about it.
     """
     _check_arrays(pack, modalities)
     rows = pack.segments.astype(np.int64)
@@ -241,7 +241,7 @@ def _check_arrays(pack: Pack, modalities: Sequence[ModalityInfo]) -> None:
 
 
 def _check_rows(rows: np.ndarray, modalities: Sequence[ModalityInfo], sequence_length: int, num_values: int) -> None:
-    """Each check bounds what the next one multiplies, so that no product can overflow int64."""
+    """Check the rows in an order in which each check bounds the products of the next, so that none overflows int64."""
     document, kind, _, length, height, width = rows.T
     step = np.diff(document, prepend=0)
     _require_rows((step == 0) | ((step == 1) & (np.arange(len(rows)) > 0)), rows, "number its documents 0, 1, 2, ...")
@@ -264,7 +264,7 @@ def _require_rows(good: np.ndarray, rows: np.ndarray, rule: str) -> None:
 
 
 def _check_cover(name: str, offset: np.ndarray, size: np.ndarray, total: int) -> None:
-    """The pieces of one array must lie end to end and leave nothing of it."""
+    """Check that the segments of one array follow each other and cover all of it."""
     ends = np.cumsum(size)
     if not np.array_equal(offset, ends - size) or size.sum() != total:
         raise InputError(

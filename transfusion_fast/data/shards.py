@@ -7,8 +7,8 @@ there are. WebDataset skips the table, as its name is that of metadata.
 
 from __future__ import annotations
 
+import hashlib
 import io
-import itertools
 import math
 import os
 import tarfile
@@ -95,51 +95,63 @@ class ShardInfo:
         return self.table, self.table + table_bytes(self.packs)
 
 
-def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> str:
-    """Write the shard of that number and return its file name. Equal packs give equal bytes.
+def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> ShardInfo:
+    """Write the shard of that number, and return its entry of the index; it gets its name once it is on disk.
 
-    The shard is on disk, and complete, before it has its name.
+    Equal packs give equal bytes. `schema` is a digest of `SCHEMA_BYTES` bytes.
     """
     name = f"shard-{number:06d}.tar"
     partial = folder / f".{name}.partial"
-    with partial.open("wb") as stream, _tar_writer(stream) as writer:
+    sha256, size = hashlib.sha256(), 0
+    rows: list[tuple[int, int]] = []
+    with partial.open("wb") as stream:
+
+        def append(data: bytes) -> int:
+            nonlocal size
+            stream.write(data)
+            sha256.update(data)
+            size += len(data)
+            return zlib.crc32(data)
+
         for i, pack in enumerate(packs):
-            writer.write({"__key__": f"{number:06d}-{i:06d}", **_members(pack)})
-    append_table(partial, schema)
-    partial.rename(folder / name)
-    return name
-
-
-def append_table(shard: Path, schema: bytes) -> None:
-    """Append the table of its packs to a tar that holds nothing else, and flush the file to disk."""
-    assert len(schema) == SCHEMA_BYTES
-    with shard.open("rb") as stream:
-        spans = itertools.pairwise([0, *(end for _, end in _samples(stream).values())])
-        rows = np.array([(end, zlib.crc32(_read_at(stream, start, end - start))) for start, end in spans], "<i8")
-    data = schema + rows.tobytes()
-    member = tarfile.TarInfo(TABLE)
-    member.size, member.uname, member.gname = len(data), "root", "root"
-    with shard.open("r+b") as stream:
-        stream.seek(rows[-1, 0])  # overwrites the zeros that end a tar
-        stream.write(member.tobuf(tarfile.USTAR_FORMAT) + data.ljust(padded(len(data)), b"\0"))
-        stream.write(bytes(2 * tarfile.BLOCKSIZE))
-        stream.write(bytes(-stream.tell() % tarfile.RECORDSIZE))
-        stream.truncate()
+            crc32 = append(_encode_pack(f"{number:06d}-{i:06d}", pack))
+            rows.append((size, crc32))
+        table = size
+        table_crc32 = append(encode_table(PackTable(schema, np.array(rows, np.int64).reshape(-1, 2))))
+        append(tar_ending(size))
         stream.flush()
         os.fsync(stream.fileno())
+    partial.rename(folder / name)
+    return ShardInfo(name, size, sha256.hexdigest(), len(rows), table, table_crc32)
 
 
-def _tar_writer(stream: io.BufferedWriter) -> wds.TarWriter:
-    return wds.TarWriter(stream, encoder=False, mtime=0, user="root", group="root", mode=0o644)
-
-
-def _members(pack: Pack) -> dict[str, bytes]:
-    members = {}
+def _encode_pack(key: str, pack: Pack) -> bytes:
+    """Return the tar members of a pack, headers included."""
+    sample: dict[str, str | bytes] = {"__key__": key}
     for name in _DTYPES:
-        stream = io.BytesIO()
-        np.save(stream, np.ascontiguousarray(getattr(pack, name)), allow_pickle=False)
-        members[f"{name}.npy"] = stream.getvalue()
-    return members
+        array = io.BytesIO()
+        np.save(array, np.ascontiguousarray(getattr(pack, name)), allow_pickle=False)
+        sample[f"{name}.npy"] = array.getvalue()
+    stream = io.BytesIO()
+    with wds.TarWriter(stream, encoder=False, mtime=0, user="root", group="root", mode=0o644) as writer:
+        writer.write(sample)
+        end = writer.tarstream.offset
+    return stream.getvalue()[:end]
+
+
+def encode_table(table: PackTable) -> bytes:
+    """Return the tar member of a table, header included; the inverse of `decode_table`."""
+    assert len(table.schema) == SCHEMA_BYTES
+    data = table.schema + table.rows.astype("<i8").tobytes()
+    member = tarfile.TarInfo(TABLE)
+    member.size, member.uname, member.gname = len(data), "root", "root"
+    return member.tobuf(tarfile.USTAR_FORMAT) + data.ljust(padded(len(data)), b"\0")
+
+
+def tar_ending(size: int) -> bytes:
+    """Return the zeros that end a tar whose members take `size` bytes."""
+    end = 2 * tarfile.BLOCKSIZE
+    return bytes(end + -(size + end) % tarfile.RECORDSIZE)
 
 
 def padded(size: int) -> int:

@@ -1,4 +1,4 @@
-"""Latent patches to transformer vectors and back, one codec a modality."""
+"""Codecs between latent patches and transformer vectors, one for each modality."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transfusion_fast.model.layers import Linear, TimestepEmbedding
 
 
 class LinearCodec(nn.Module):
-    """One linear layer each way; the timestep is added to every patch vector before the first (arXiv 2408.11039, 3.1).
+    """One linear layer in each direction; the timestep is added to every patch first (arXiv 2408.11039, section 3.1).
 
     Letters as in sequence.py. A batch without images passes through as [0, C], so that every rank runs the same
-    modules whatever its data.
+    modules on any data.
     """
 
     def __init__(self, dim_latent: int, dim: int):
@@ -23,11 +23,11 @@ class LinearCodec(nn.Module):
         self.decoder = Linear(dim, dim_latent, bias=True)
 
     def encode(self, x_t: Tensor, timesteps: Tensor, image_offsets: Tensor) -> Tensor:
-        """Noisy patches fp32 [P, C], timesteps [N], image_offsets [N + 1] -> [P, E] in the weights' dtype."""
+        """Map noisy patches fp32 [P, C], timesteps [N] and image_offsets [N + 1] to [P, E] in the weights' dtype."""
         image_P = torch.repeat_interleave(image_offsets.diff(), output_size=len(x_t))
-        shift_PC = F.embedding(image_P, self.timestep(timesteps))  # its gradient's sum is the same in every run
+        shift_PC = F.embedding(image_P, self.timestep(timesteps))  # its backward sums in a fixed order
         return self.encoder(x_t.to(shift_PC.dtype) + shift_PC)
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """[P, E] -> the model's prediction [P, C], in the weights' dtype."""
+        """Map [P, E] to the model's prediction [P, C] in the weights' dtype."""
         return self.decoder(hidden)

@@ -1,8 +1,9 @@
 """The two diffusion objectives: cosine DDPM with noise prediction, and flow matching.
 
-Timesteps are fp32 in (0, 1000], whatever the objective: 0 is a clean image, 1000 is noise. Each objective says how a
-uniform number becomes a timestep, how noise is mixed in, what the model should predict, and how a sampler steps back.
-Symbols as in the papers: x_0 clean, x_t noisy, eps noise, t timestep.
+Timesteps are fp32 in (0, 1000] for both objectives: 0 is a clean image, 1000 is noise. An objective defines how a
+uniform number becomes a timestep, how noise is added, what the model predicts, and how a sampler steps back. A new
+schedule or objective is a class beside these, with a name in `OBJECTIVES`. Symbols as in the papers: x_0 clean, x_t
+noisy, eps noise, t timestep.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class CosineDDPM:
     max_beta: float = 0.999
 
     def alpha_bar(self, t: Tensor | float) -> Tensor:
-        """Share of the signal's variance left at t: f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) * pi/2); fp64."""
+        """Return the fraction of signal variance at t, fp64.
+
+        It is f(t) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) * pi/2), bounded below by `max_beta`.
+        """
         t = torch.as_tensor(t, dtype=torch.float64)
         last = self._f(torch.tensor(NUM_TIMESTEPS - 1.0, dtype=torch.float64)) * (1 - self.max_beta)
         return self._f(t).clamp_min(float(last))
@@ -37,20 +41,20 @@ class CosineDDPM:
         return torch.cos((t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)).square() / start
 
     def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Uniform over the integers from 1 to the cap, which is at least 1; fp32."""
+        """Map u in [0, 1) to timesteps that are uniform over the integers from 1 to the cap (at least 1); fp32."""
         return torch.floor(u.double() * torch.as_tensor(cap, dtype=torch.float64).floor()).float() + 1
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, equation 4)."""
+        """Return sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, equation 4)."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """eps."""
+        """Return eps."""
         return eps
 
     def first_timestep(self) -> float:
-        """T - 1: at T the signal is clipped to 2e-9 of the variance, and dividing by its root amplifies every error."""
+        """Return T - 1: at T the signal is 2e-9 of the variance, and dividing by its root amplifies every error."""
         return NUM_TIMESTEPS - 1
 
     def step(
@@ -64,9 +68,9 @@ class CosineDDPM:
         noise: Tensor | None = None,
         clip: float | None = None,
     ) -> Tensor:
-        """One step of DDIM (arXiv 2010.02502, equations 12 and 16): eta 1 is ancestral DDPM sampling, eta 0 is DDIM.
+        """Return x at t_next (arXiv 2010.02502, equations 12 and 16): eta 1 is ancestral DDPM sampling, eta 0 is DDIM.
 
-        `noise` is standard normal of x_t's shape (needed unless eta is 0); `clip` bounds the predicted x_0.
+        `noise` is standard normal in x_t's shape, needed unless eta is 0; `clip` bounds the predicted x_0.
         """
         now, after = self.alpha_bar(t).item(), self.alpha_bar(t_next).item()
         x_0 = (x_t - math.sqrt(1 - now) * prediction) / math.sqrt(now)
@@ -84,15 +88,15 @@ class CosineDDPM:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Rectified flow: x_t = (1 - t) x_0 + t eps with t in (0, 1), predicting eps - x_0 (arXiv 2210.02747, 2403.03206).
+    """Rectified flow: x_t = (1 - t) x_0 + t eps, t in (0, 1), predicting eps - x_0 (arXiv 2210.02747, 2403.03206).
 
-    Timesteps are logit-normal, pushed towards noise where shift > 1 (arXiv 2403.03206, section 3.1 and equation 23).
+    Timesteps are logit-normal, shifted towards noise if shift > 1 (arXiv 2403.03206, section 3.1 and equation 23).
     """
 
     shift: float = 1.0
 
     def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Logit-normal with shift, conditioned on being at most cap; fp32 in (0, 1000]."""
+        """Map u in [0, 1) to logit-normal timesteps with shift, conditioned on being at most cap; fp32 in (0, 1000]."""
         cap = torch.as_tensor(cap, dtype=torch.float64) / NUM_TIMESTEPS
         unshifted_cap = cap / (self.shift + (1 - self.shift) * cap)
         below_cap = torch.special.ndtr(torch.logit(unshifted_cap))
@@ -101,15 +105,15 @@ class FlowMatching:
         return (torch.minimum(shifted, cap) * NUM_TIMESTEPS).float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """(1 - t) x_0 + t eps."""
+        """Return (1 - t) x_0 + t eps."""
         return torch.lerp(x_0, eps, (t / NUM_TIMESTEPS).to(x_0.dtype).expand_as(x_0))
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """eps - x_0, the velocity."""
+        """Return the velocity, eps - x_0."""
         return eps - x_0
 
     def first_timestep(self) -> float:
-        """Pure noise."""
+        """Return the timestep of pure noise."""
         return NUM_TIMESTEPS
 
     def step(
@@ -123,7 +127,7 @@ class FlowMatching:
         noise: Tensor | None = None,
         clip: float | None = None,
     ) -> Tensor:
-        """Euler's step along the velocity; `clip` bounds the predicted x_0. An ODE has no use for eta and noise."""
+        """Return x at t_next, an Euler step. `clip` bounds the predicted x_0; eta and noise are unused."""
         velocity = prediction
         if clip is not None:
             x_0 = (x_t - t / NUM_TIMESTEPS * prediction).clamp(-clip, clip)

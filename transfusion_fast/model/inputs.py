@@ -1,132 +1,173 @@
-"""What people hand to the model, checked and packed: ragged documents, or rows of token ids with modality spans."""
+"""Inputs that people hand to the model, checked and packed: ragged documents, or rows of ids with image spans.
+
+A document is a list of pieces, `[ids, latents, (modality, latents), ...]`. An integer tensor [n] is text, a float
+tensor [patches, C] or [rows, columns, C] is an image of modality 0, and a tuple names another modality. Special tokens
+are added. `sample` returns documents of the same form.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion_fast.config import ModelConfig
-from transfusion_fast.model.diffusion import NUM_TIMESTEPS, OBJECTIVES
+from transfusion_fast.config import NOISE_CAP, ModelConfig
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS, OBJECTIVES, Objective
 from transfusion_fast.model.sequence import (
     TEXT,
-    Document,
-    Image,
     PackedBatch,
     Segments,
-    Sequenced,
-    Text,
+    TokenSequence,
     Vocabulary,
     build_batch,
-    frame,
-    patch_mask,
+    lay_out,
     precedes_text,
 )
 
-NOISE_CAP = NUM_TIMESTEPS / 2  # largest timestep of an image that text follows (arXiv 2408.11039, section 4.1)
+Piece = Tensor | tuple[int, Tensor]
+Document = Sequence[Piece]
+Segment = tuple[int, Tensor]
+"""(kind, tensor) of a checked piece: TEXT with ids int64 [n], or 1 + modality with latents."""
 
 
-def as_document(pieces: Sequence[Any], config: ModelConfig, number: int = 0) -> Document:
-    """Reads [ids, latents, (modality, latents), ...]: integer tensors are text, float tensors images of modality 0.
+def check_document(document: Document, config: ModelConfig, number: int = 0) -> list[Segment]:
+    """Return the pieces of a document with their kinds.
 
     Raises:
-        ValueError: naming the document, by its number, and the piece whose dtype, shape or values do not fit.
+        ValueError: naming the document by its number, and the piece whose type, dtype, shape or values do not fit.
     """
-    return [_as_segment(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(pieces)]
+    return [_check_piece(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(document)]
 
 
 def pack_documents(
     documents: Sequence[Document], config: ModelConfig, generator: torch.Generator | None = None
 ) -> PackedBatch:
-    """Lays documents out one after another and draws noise and timesteps; ValueError for a document without pieces."""
+    """Lay documents out one after another, and draw timesteps and noise.
+
+    Raises:
+        ValueError: as `check_document`, and for a document without pieces.
+    """
     for i, document in enumerate(documents):
         if not len(document):
             raise ValueError(f"document {i} must hold at least one piece, got none; leave it out")
-    rows = [_table_row(i, segment) for i, document in enumerate(documents) for segment in document]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    number, kind, length, grid_rows, grid_columns = table.T
-    segments = Segments(number, kind, length, grid_rows, grid_columns, framed=np.ones(len(documents), dtype=bool))
-    flat = [segment for document in documents for segment in document]
-    ids = [s.ids.cpu().numpy() for s in flat if isinstance(s, Text)]
+    checked = [check_document(document, config, i) for i, document in enumerate(documents)]
+    rows = [(i, kind, *_size(kind, x)) for i, document in enumerate(checked) for kind, x in document]
+    number, kinds, lengths, grid_rows, grid_columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+    segments = Segments(number, kinds, lengths, grid_rows, grid_columns, np.ones(len(documents), dtype=bool))
+    flat = [segment for document in checked for segment in document]
+    ids = [x.cpu().numpy() for kind, x in flat if kind == TEXT]
     vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
-    sequenced = frame(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
-    return _with_noise(sequenced, [(s.modality, s.latents) for s in flat if isinstance(s, Image)], config, generator)
+    sequence = lay_out(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
+    return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, generator)
 
 
 def pack_rows(
     text_ids: Tensor,
-    modality_tokens: Sequence[Sequence[Tensor]],
-    modality_positions: Sequence[Sequence[tuple[int, ...]]],
+    modality_tokens: Sequence[Sequence[Tensor]] | None,
+    modality_positions: Sequence[Sequence[tuple[int, ...]]] | None,
     config: ModelConfig,
     generator: torch.Generator | None = None,
 ) -> PackedBatch:
-    """Packs rows that are already laid out: row b of text_ids [B, T] is one document, ids at modality spans ignored.
+    """Pack rows that are laid out already: each row of text_ids [B, T] is one document; ids at image spans are ignored.
 
-    modality_positions[b][i] = (offset, length) or (modality, offset, length) says where modality_tokens[b][i] stands.
+    Args:
+        modality_tokens: the latents of the images of each row; default: none.
+        modality_positions: (offset, length) or (modality, offset, length) of each of these images; default: none.
+
+    Raises:
+        ValueError: naming the row and the span that does not fit.
     """
     if text_ids.ndim != 2 or text_ids.is_floating_point():
         raise ValueError(f"text_ids must be integers [B, T], got {text_ids.dtype} {tuple(text_ids.shape)}")
-    rows, length = text_ids.shape
-    if len(modality_tokens) != rows or len(modality_positions) != rows:
+    rows, row_length = text_ids.shape
+    latents = [()] * rows if modality_tokens is None else modality_tokens
+    positions = [()] * rows if modality_positions is None else modality_positions
+    if len(latents) != rows or len(positions) != rows:
         raise ValueError(
             f"modality_tokens and modality_positions must have an entry for each of the {rows} rows, "
-            f"got {len(modality_tokens)} and {len(modality_positions)}"
+            f"got {len(latents)} and {len(positions)}"
         )
-    tokens = text_ids.cpu().numpy().astype(np.int64)  # a copy, which the patches' places are cleared in
-    spans, images = [], []
-    for row, (latents_of_row, positions) in enumerate(zip(modality_tokens, modality_positions, strict=True)):
-        if len(latents_of_row) != len(positions):
-            raise ValueError(f"row {row} has {len(latents_of_row)} modality tensors but {len(positions)} positions")
-        placed = [_place(row, x, p, length, config) for x, p in zip(latents_of_row, positions, strict=True)]
-        for modality, offset, image in sorted(placed, key=lambda p: p[1]):
-            grid = _grid(image.latents)
-            tokens[row, offset : offset + math.prod(grid)] = 0
-            spans.append((row * length + offset, math.prod(grid), *grid, modality))
-            images.append((modality, image.latents))
+    images: list[tuple[int, int, Tensor]] = []
+    for row, (of_row, spans) in enumerate(zip(latents, positions, strict=True)):
+        if len(of_row) != len(spans):
+            raise ValueError(f"row {row} has {len(of_row)} modality tensors but {len(spans)} positions")
+        spanned = [_check_span(row, x, span, row_length, config) for x, span in zip(of_row, spans, strict=True)]
+        images += sorted(spanned, key=lambda image: image[0])
+    lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
+    sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
     size = Vocabulary(config.num_text_tokens, len(config.dim_latent)).size
+    tokens = sequence.tokens
     if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
         raise ValueError(f"text_ids must lie in [0, {size}), got {tokens.min()} to {tokens.max()}")
-    columns = np.array(spans, dtype=np.int64).reshape(-1, 5).T
-    sequenced = Sequenced(tokens.reshape(-1), np.full(rows if length else 0, length, dtype=np.int64), *columns)
-    return _with_noise(sequenced, images, config, generator)
+    return _with_noise(sequence, [(modality, x) for _, modality, x in images], config, generator)
+
+
+def place_images(
+    tokens: np.ndarray, document_lengths: np.ndarray, images: Sequence[tuple[int, int, Tensor]]
+) -> TokenSequence:
+    """Return a sequence of tokens int64 [T] that are laid out already, zero at its images.
+
+    `images` are (offset, modality, latents) with absolute offsets, in ascending order.
+    """
+    table = [(offset, *_size(1 + modality, latents), modality) for offset, modality, latents in images]
+    start, length, rows, columns, modality = np.array(table, dtype=np.int64).reshape(-1, 5).T
+    tokens = tokens.copy()
+    for first, count in zip(start.tolist(), length.tolist(), strict=True):
+        tokens[first : first + count] = 0
+    return TokenSequence(tokens, document_lengths, start, length, rows, columns, modality)
+
+
+def draw_timesteps(
+    sequence: TokenSequence, vocabulary: Vocabulary, objective: Objective, uniform: Tensor, noise_cap: float
+) -> Tensor:
+    """Turn uniform numbers [N] into timesteps, fp32 [N], at most `noise_cap` for images that text follows.
+
+    Source: arXiv 2408.11039, section 4.1.
+    """
+    capped = torch.from_numpy(precedes_text(sequence, vocabulary))
+    caps = torch.tensor([NUM_TIMESTEPS, noise_cap], dtype=torch.float64)
+    return objective.timesteps(uniform, caps[capped.long()])
+
+
+def flat_latents(images: Sequence[tuple[int, Tensor]], widths: Sequence[int]) -> list[Tensor]:
+    """Return fp32 [P, C] of each modality on the CPU, from (modality, latents) of images in sequence order."""
+    flat: list[list[Tensor]] = [[torch.zeros(0, width)] for width in widths]
+    for modality, latents in images:
+        flat[modality].append(latents.detach().float().cpu().reshape(-1, widths[modality]))
+    return [torch.cat(latents) for latents in flat]
 
 
 def _with_noise(
-    sequenced: Sequenced, images: Sequence[tuple[int, Tensor]], config: ModelConfig, generator: torch.Generator | None
+    sequence: TokenSequence,
+    images: Sequence[tuple[int, Tensor]],
+    config: ModelConfig,
+    generator: torch.Generator | None,
 ) -> PackedBatch:
-    """Draws timesteps and noise, in sequence order, and builds the batch. `images` are (modality, latents)."""
-    objective = OBJECTIVES[config.objective]
+    """Draw timesteps and noise, in sequence order, and build the batch. `images` are (modality, latents)."""
     vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
-    capped = torch.from_numpy(precedes_text(sequenced, vocabulary, patch_mask(sequenced)))
-    caps = torch.where(capped, NOISE_CAP, float(NUM_TIMESTEPS))
-    timesteps = objective.timesteps(torch.rand(len(images), generator=generator), caps)
-    modalities = []
-    for modality, width in enumerate(config.dim_latent):
-        own = [x.detach().float().cpu().reshape(-1, width) for m, x in images if m == modality]
-        latents = torch.cat([torch.zeros(0, width), *own])
-        noise = torch.randn(latents.shape, generator=generator)
-        modalities.append((latents, noise, timesteps[torch.from_numpy(sequenced.modality == modality)]))
-    return build_batch(sequenced, vocabulary, modalities, config.positions)
+    uniform = torch.rand(len(images), generator=generator)
+    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, NOISE_CAP)
+    latents = flat_latents(images, config.dim_latent)
+    noisy = [(x, torch.randn(x.shape, generator=generator)) for x in latents]
+    return build_batch(sequence, noisy, timesteps, config.positions)
 
 
-def _table_row(document: int, segment: Text | Image) -> tuple[int, int, int, int, int]:
-    """A row of `Segments`: document, kind, length, rows, columns."""
-    if isinstance(segment, Text):
-        return document, TEXT, len(segment.ids), 0, 0
-    rows, columns = _grid(segment.latents)
-    return document, 1 + segment.modality, rows * columns, rows, columns
+def _size(kind: int, tensor: Tensor) -> tuple[int, int, int]:
+    """Return length, rows and columns of a segment; text has no grid, and latents without a grid are one row."""
+    if kind == TEXT:
+        return len(tensor), 0, 0
+    rows, columns = tensor.shape[:2] if tensor.ndim == 3 else (1, len(tensor))
+    return rows * columns, rows, columns
 
 
-def _as_segment(piece: Any, what: str, config: ModelConfig) -> Text | Image:
+def _check_piece(piece: Piece, what: str, config: ModelConfig) -> Segment:
     modality, tensor = piece if isinstance(piece, tuple) and len(piece) == 2 else (0, piece)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_kind(piece)}")
+        raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_type_names(piece)}")
     if tensor.is_floating_point():
-        return _checked_image(tensor, modality, what, config)
+        return 1 + _check_image(tensor, modality, what, config), tensor
     if isinstance(piece, tuple):
         raise ValueError(f"{what}: a modality tensor must be floating point, got {tensor.dtype}")
     if tensor.ndim != 1:
@@ -136,19 +177,19 @@ def _as_segment(piece: Any, what: str, config: ModelConfig) -> Text | Image:
             f"{what}: text ids must lie in [0, {config.num_text_tokens}), "
             f"got {tensor.min().item()} to {tensor.max().item()}"
         )
-    return Text(tensor.long())
+    return TEXT, tensor.long()
 
 
-def _kind(value: Any) -> str:
-    """The types in a value, for a message."""
+def _type_names(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(type(v).__name__ for v in value)})"
     return type(value).__name__
 
 
-def _checked_image(latents: Tensor, modality: int, what: str, config: ModelConfig) -> Image:
+def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig) -> int:
+    """Return the modality of latents that fit the model; ValueError naming `what` if they do not."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        got = latents.dtype if isinstance(latents, Tensor) else _kind(latents)
+        got = latents.dtype if isinstance(latents, Tensor) else _type_names(latents)
         raise ValueError(f"{what}: latents must be a floating point tensor, got {got}")
     if not isinstance(modality, int) or not 0 <= modality < len(config.dim_latent):
         raise ValueError(f"{what}: modality must be in [0, {len(config.dim_latent)}), got {modality!r}")
@@ -158,25 +199,20 @@ def _checked_image(latents: Tensor, modality: int, what: str, config: ModelConfi
             f"{what}: latents of modality {modality} must be [patches, {width}] or [rows, columns, {width}], "
             f"not empty, got {tuple(latents.shape)}"
         )
-    return Image(latents, modality)
+    return modality
 
 
-def _place(
-    row: int, latents: Tensor, place: tuple[int, ...], row_length: int, config: ModelConfig
-) -> tuple[int, int, Image]:
-    """(modality, offset, image) of one modality span of a row."""
-    what = f"row {row}, span {tuple(place)}"
-    if len(place) not in (2, 3):
+def _check_span(
+    row: int, latents: Tensor, span: tuple[int, ...], row_length: int, config: ModelConfig
+) -> tuple[int, int, Tensor]:
+    """Return (absolute offset, modality, latents) of one image span of a row."""
+    what = f"row {row}, span {tuple(span)}"
+    if len(span) not in (2, 3):
         raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length)")
-    modality, offset, length = place if len(place) == 3 else (0, *place)
-    image = _checked_image(latents, modality, what, config)
-    if math.prod(_grid(latents)) != length:
-        raise ValueError(f"{what}: length must be the patches of its tensor, got {tuple(latents.shape)}")
+    modality, offset, length = span if len(span) == 3 else (0, *span)
+    modality = _check_image(latents, modality, what, config)
+    if _size(1 + modality, latents)[0] != length:
+        raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
     if offset < 0 or offset + length > row_length:
         raise ValueError(f"{what}: must lie inside the row of {row_length}")
-    return modality, offset, image
-
-
-def _grid(latents: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches; latents without a grid are one row."""
-    return (latents.shape[0], latents.shape[1]) if latents.ndim == 3 else (1, latents.shape[0])
+    return row * row_length + offset, modality, latents

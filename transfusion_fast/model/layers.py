@@ -1,4 +1,4 @@
-"""The blocks of the transformer: Llama's, over flat packed sequences. Letters as in sequence.py."""
+"""The transformer's blocks, as in Llama, over flat packed sequences. Letters as in sequence.py."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ INIT_STD = 0.02
 
 
 class Linear(nn.Linear):
-    """A linear layer drawn from a normal of `std`, its bias zero.
+    """A linear layer whose weights are normal with standard deviation `std`, and whose bias is zero.
 
-    Weights are drawn in the constructor, as ZeRO-3 scatters a module's weights over the ranks once it is constructed.
+    The constructor draws the weights, because ZeRO-3 scatters them over the ranks as soon as it returns.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, std: float = INIT_STD):
@@ -36,14 +36,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors drawn from a normal of 0.02."""
+    """A table of vectors that are normal with standard deviation `INIT_STD`."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (arXiv 1910.07467), statistics in fp32."""
+    """RMS norm over the last axis, x / rms(x) * weight, with statistics in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -118,11 +118,16 @@ class TimestepEmbedding(nn.Module):
 
 
 def _residual_std(config: TransformerConfig) -> float:
-    """What writes to the residual stream starts smaller, so that the stream's variance does not grow with the depth."""
+    """Return the smaller standard deviation of the weights that write to the residual stream.
+
+    The stream's variance then does not grow with the depth.
+    """
     return INIT_STD / (2 * config.depth) ** 0.5
 
 
-# Attention by the kernel of this project, and by those behind scaled_dot_product_attention.
+# Activation checkpointing. "selective" keeps a block's input and the output of attention, which takes most of the time
+# and whose output and log-sum-exp take little memory. These are this project's kernel and those behind
+# scaled_dot_product_attention.
 _KEPT = frozenset(
     {
         "transfusion_fast::hybrid_attention",
@@ -143,9 +148,9 @@ def _call(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
 
 
-# Nothing in a block is random, so no state of a generator has to be kept, which on a GPU is a copy to the host.
+# A block draws no random numbers, so no generator state needs saving, which on a GPU would be a copy to the host.
 _full = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 _selective = partial(_full, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 CHECKPOINTING: dict[str, Callable[..., Tensor]] = {"none": _call, "selective": _selective, "full": _full}
-"""How to call a block, by the setting `model.activation_checkpointing`."""
+"""Functions that call a block, by the setting `model.activation_checkpointing`."""

@@ -1,6 +1,6 @@
 """The training loss: language loss + lambda * diffusion loss (arXiv 2408.11039, equation 4), globally normalised.
 
-Every supervised token weighs the same and every image weighs the same, wherever the batch was cut: a rank divides its
+Every supervised token has the same weight, and so has every image, however the batch is divided: each rank divides its
 sums by the counts of the whole optimizer step, over ranks and accumulation steps, and the parts add up to the loss.
 """
 
@@ -12,22 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL_VOCABULARY = 4096  # whose logits in fp32 are no burden
+SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
 
 
 class Counts(NamedTuple):
-    """What a loss is divided by: supervised tokens and images."""
+    """Divisors of the losses: numbers of supervised tokens and of images."""
 
     tokens: int
     images: int
 
 
 class Losses(NamedTuple):
-    """fp32 scalars: cross-entropy per token, squared error per image, their weighted sum; and what was counted here.
+    """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; and this batch's counts.
 
-    With half-precision weights and a vocabulary above `SMALL_VOCABULARY` each token's value has that precision.
-
-    A tuple, because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
+    With half-precision weights and a vocabulary above `SMALL_VOCABULARY`, the cross-entropy of each token has half
+    precision. This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
 
     text: Tensor
@@ -37,7 +36,7 @@ class Losses(NamedTuple):
 
 
 def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
-    """Sums fp32 [S] cross-entropies and [N] image errors over `counts`; None: over this batch's own."""
+    """Divide the sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own for None."""
     own = Counts(len(token_losses), len(image_losses))
     counts = counts or own
     text = token_losses.sum() / max(counts.tokens, 1)
@@ -46,10 +45,10 @@ def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float,
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each of S positions, fp32 [S]: hidden [S, E], weight [V, E], labels int64 [S].
+    """Return the cross-entropy of each position, fp32 [S], from hidden [S, E], weight [V, E] and labels int64 [S].
 
-    A small vocabulary is computed in fp32. A large one goes through in chunks, so that the logits [S, V] are never
-    held at once; of half-precision inputs each value then has half precision.
+    Small vocabularies are computed in fp32. Larger ones are computed in chunks, so that the logits [S, V] are never in
+    memory at once; with half-precision inputs each value then has half precision.
     """
     if weight.shape[0] > SMALL_VOCABULARY:
         options = torch.nn.LinearCrossEntropyOptions()

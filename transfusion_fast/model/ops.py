@@ -1,9 +1,15 @@
-"""The one seam between the model and the kernels: the fused ops, each on a backend chosen by name.
+"""The one seam between the model and the kernels: the fused ops, each on a backend that is chosen by name.
 
-`backend` is "torch" (PyTorch, any device), "triton" (CUDA kernels; CPU tensors in Triton's interpreter), "reference"
-(the specification as it is written, with attention over all pairs of positions, to compare with), or "auto": triton for
-CUDA tensors, torch everywhere else; or a mapping from ops to these, auto for an op that it does not name. A backend
-named outright is used or refused, never replaced.
+`backend` is one of
+    torch      PyTorch, on any device
+    triton     CUDA kernels; with TRITON_INTERPRET=1 they run on CPU tensors
+    reference  the specification, with attention over all pairs of positions; for comparisons
+    auto       triton for CUDA tensors, torch for all others
+or a mapping from ops to these names; an op that it does not name is auto. A backend that is named is used or refused,
+never replaced.
+
+Triton, and the torch backend's attention with torch's compiler, are imported at the first call, so that machines which
+never use them need not install or wait for them. Import statements do this, because torch.compile can follow them.
 """
 
 from __future__ import annotations
@@ -20,23 +26,26 @@ from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.reference import Rotary
 
+BACKENDS = ("auto", "torch", "triton", "reference")
+Backend = str | Mapping[Any, str]
+
 
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, *, scale: float | None = None, backend: Backend = "auto"
 ) -> Tensor:
-    """Attention that is causal over text and bidirectional within each image, over packed documents.
+    """Attend causally over text and bidirectionally within each image, over packed documents.
 
     Args:
         q: [T, H, D]. k, v: [T, G, D], where G divides H; query head h reads key/value head h // (H / G).
-        layout: what each of the T positions sees.
-        scale: of the scores, positive; default D ** -0.5.
+        layout: the mask of the T positions.
+        scale: positive factor of the scores; default D ** -0.5.
 
     Returns:
         [T, H, D] in q's dtype; zero at padding.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other or the layout.
-        NotImplementedError: the backend has no kernel for this op.
+        NotImplementedError: the backend has no kernel for these inputs.
     """
     T, H, _ = _check_heads("hybrid_attention", q, k)
     if v.shape != k.shape or v.dtype != q.dtype or v.device != q.device:
@@ -47,7 +56,7 @@ def hybrid_attention(
     if not k.shape[1] or H % k.shape[1]:
         raise ValueError(f"the query heads must be a multiple of the key/value heads, got H={H} and G={k.shape[1]}")
     if layout.total_length != T:
-        raise ValueError(f"layout must be of q's length {T}, got {layout.total_length}; build it for this batch")
+        raise ValueError(f"layout must have q's length {T}, got {layout.total_length}; build it for this batch")
     if layout.device != q.device:
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
     if scale is not None and not 0 < scale < float("inf"):
@@ -56,10 +65,10 @@ def hybrid_attention(
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
-    """The table of angles that `rope` turns by: made once a step, shared by all layers and heads.
+    """Return the cosines and sines that `rope` rotates by; computed once a step and shared by all layers and heads.
 
     Args:
-        positions: int [T], or [T, 2] for (row, column), which take turns over the frequencies.
+        positions: int [T], or [T, 2] for (row, column), which alternate over the frequencies.
         head_dim: D, even.
 
     Returns:
@@ -87,12 +96,14 @@ def rope(
     k_weight: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of q and k (pairs i and i + D/2), after an RMS norm of each head where weights are given.
+    """Rotate q and k by their positions (pairs i and i + D/2), after an RMS norm of each head if weights are given.
+
+    Source: RoFormer, arXiv 2104.09864; QK norm, arXiv 2302.05442.
 
     Args:
-        q: [T, H, D]. k: [T, G, D], D even; views of one fused projection are read where they lie.
-        positions: as `rotary` takes them, or the table that it made of them. A table has its own theta; this one is
-            then not used.
+        q: [T, H, D]. k: [T, G, D], D even; views of one fused projection are read without a copy.
+        positions: the positions that `rotary` takes, or the table that it returned. A table has its own theta, and the
+            argument `theta` is then ignored.
         q_weight, k_weight: [D], both or neither; the norm adds 1e-6 to the mean square.
 
     Raises:
@@ -119,10 +130,10 @@ def rope(
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
-    """silu(gate) * up.
+    """Return silu(gate) * up (arXiv 2002.05202).
 
     Args:
-        gate, up: of one shape and dtype; or `gate` alone, [.., 2F], with both in it, the gate first.
+        gate, up: two tensors of the same shape and dtype; or `gate` alone, [.., 2F], holding the gate and then up.
 
     Returns:
         [.., F] in gate's dtype.
@@ -132,7 +143,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     """
     _check_floating("swiglu", "gate", gate)
     if up is None and (not gate.ndim or gate.shape[-1] % 2):
-        raise ValueError(f"gate must be [.., 2F] where it holds up too, got {tuple(gate.shape)}; give up as well")
+        raise ValueError(f"gate must be [.., 2F] if up is not given, got {tuple(gate.shape)}; give up as well")
     if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device):
         raise ValueError(
             f"up must be like gate, {tuple(gate.shape)} {gate.dtype} on {gate.device}, "
@@ -142,13 +153,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
 
 
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Mean squared error of each image over packed patches.
+    """Return the mean squared error of each image over packed patches.
 
     Args:
         prediction, target: [P, C].
-        image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offset n, offset n + 1), not empty.
-            On a GPU, or under a compiler, that is not checked, which would wait for the device: patches of no image
-            then have undefined gradients.
+        image_offsets: int32 [N + 1], ascending from 0 to P; image n has the patches [offset n, offset n + 1), at least
+            one. On a GPU and under a compiler the offsets are not checked, as a check would wait for the device;
+            patches that belong to no image then have undefined gradients.
 
     Returns:
         fp32 [N].
@@ -169,12 +180,12 @@ def diffusion_mse_from_noise(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """`diffusion_mse` against an objective's target, which is formed on the fly: no target is in memory.
+    """Return `diffusion_mse` against an objective's target, which is computed on the fly and never stored.
 
     Args:
         prediction, x_0, eps: [P, C]: the model's output, the clean latents, the noise.
         image_offsets: as in `diffusion_mse`.
-        objective: "ddpm", whose target is eps, or "flow", whose target is eps - x_0, both whatever the timestep.
+        objective: "ddpm" with the target eps, or "flow" with the target eps - x_0, at every timestep.
 
     Returns:
         fp32 [N].
@@ -202,37 +213,33 @@ def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:
 
 def _check_floating(op: str, name: str, x: Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"{op}: {name} must be of a floating dtype, got {x.dtype}; convert it")
+        raise ValueError(f"{op}: {name} must have a floating dtype, got {x.dtype}; convert it")
 
 
 def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) -> None:
-    """`others` by name must be like prediction [P, C]; dtypes may differ."""
+    """Check that `others` have the shape [P, C] and the device of the prediction; dtypes may differ."""
     if prediction.ndim != 2 or not prediction.shape[1]:
         raise ValueError(f"prediction must be [P, C] with at least one value C, got {tuple(prediction.shape)}")
     for name, x in {"prediction": prediction, **others}.items():
         _check_floating("diffusion_mse", name, x)
         if x.shape != prediction.shape or x.device != prediction.device:
             raise ValueError(
-                f"{name} must be {list(prediction.shape)} on {prediction.device} as the prediction is, "
+                f"{name} must be {list(prediction.shape)} on {prediction.device} like the prediction, "
                 f"got {list(x.shape)} on {x.device}"
             )
     if image_offsets.ndim != 1 or not len(image_offsets) or image_offsets.dtype != torch.int32:
         raise ValueError(f"image_offsets must be int32 [N + 1], got {image_offsets.dtype} {tuple(image_offsets.shape)}")
     if image_offsets.device != prediction.device:
         raise ValueError(f"image_offsets must be on {prediction.device}, got {image_offsets.device}")
-    # Read where that waits for no device; a compiler cannot follow numbers.
+    # Only on a CPU, where reading them waits for no device, and not under a compiler, which cannot follow numbers.
     if image_offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets = image_offsets.tolist()
         if offsets[0] != 0 or offsets[-1] != len(prediction) or any(a >= b for a, b in pairwise(offsets)):
             raise ValueError(f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}")
 
 
-BACKENDS = ("auto", "torch", "triton", "reference")
-Backend = str | Mapping[Any, str]
-
-
 def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
-    """What computes `op` on tensors of `device`.
+    """Return the function that computes `op` on tensors of `device`.
 
     Raises:
         ValueError: an unknown backend. NotImplementedError: a package that the backend needs is missing.
@@ -248,7 +255,7 @@ def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
 
 
 def choose(op: str, device: torch.device, backend: Backend) -> str:
-    """The name of the backend that computes `op` on tensors of `device`; ValueError for an unknown one."""
+    """Return the name of the backend that computes `op` on tensors of `device`; ValueError for an unknown one."""
     if not isinstance(backend, str):
         unknown = set(backend) - set(IMPLEMENTATIONS["torch"])
         if unknown:
@@ -263,7 +270,7 @@ def choose(op: str, device: torch.device, backend: Backend) -> str:
 
 
 def describe(backend: Backend, device: torch.device) -> str:
-    """Which ops run on which backend for tensors of `device`, for people. Raises as `implementation`."""
+    """Describe which ops run on which backend for tensors of `device`. Raises the errors of `implementation`."""
     chosen = {}
     for op in IMPLEMENTATIONS["torch"]:
         implementation(op, device, backend)
@@ -286,7 +293,7 @@ def _torch_rope(
 
 
 def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    """The reference without its detour over fp32, which on a CPU costs more than the matmuls around it."""
+    """Compute the reference without its conversion to fp32, which on a CPU costs more than the matmuls around it."""
     gate, up = _halves(gate, up)
     return F.silu(gate) * up
 

@@ -1,11 +1,11 @@
-"""Documents of text and images, and the flat packed batch that the model is trained on.
+"""Documents of text and images, laid out as the flat packed batch that the model is trained on.
 
 Letters, here and in every file: T positions of a pack or micro-batch, D head dim, H query heads, G key/value heads,
 E model width, F feed-forward width, V vocabulary, N images, P patches, C values of a patch.
 
 A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The label of a position is the token after
-it, where both are text positions of one document; so text predicts <boi>, <boi> and the patches have no label, and
-<eoi> predicts what follows the image.
+it if both positions are text of one document. So text predicts <boi>, <boi> and the patches have no label, and <eoi>
+predicts what follows the image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from transfusion_fast.kernels.layout import AttentionLayout
 
 IGNORED_LABEL = -100
-TEXT = 0  # the kind of a text segment; an image of modality m is of kind 1 + m
+TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
 
 PositionScheme = Literal["sequential", "shared", "axial"]
 
@@ -53,29 +53,11 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """ids: int64 [n], text tokens without special ones."""
-
-    ids: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """latents: float [patches, C], or [rows, columns, C] where the grid of the patches matters (axial positions)."""
-
-    latents: Tensor
-    modality: int = 0
-
-
-Document = Sequence[Text | Image]
-
-
-@dataclass(frozen=True, eq=False)
 class Segments:
-    """S segments of documents, in order, as int64 columns [S]: what `frame` lays out.
+    """S segments of documents, in order, as int64 columns [S].
 
-    `document` counts from 0; `kind` is TEXT or 1 + modality; `length` is in ids or patches; `rows` and `columns` are
-    the patch grid of an image. `framed` [documents] is False for a document without <bos> and <eos>.
+    `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `rows` and `columns` are
+    the patch grid of an image. `delimited` [documents] is False for a document without <bos> and <eos>.
     """
 
     document: np.ndarray
@@ -83,15 +65,15 @@ class Segments:
     length: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    framed: np.ndarray
+    delimited: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Sequenced:
-    """Tokens with the places of documents and images, before labels and positions. All arrays are numpy, int64.
+class TokenSequence:
+    """Tokens, and the positions of documents and images among them. All arrays are numpy, int64.
 
-    tokens [length of all documents], document_lengths [documents]; for the N images in order: start, length, rows,
-    columns, modality, each [N].
+    tokens [length of all documents], zero at patches; document_lengths [documents]. For the N images in order: start,
+    length, rows, columns, modality, each [N].
     """
 
     tokens: np.ndarray
@@ -103,88 +85,91 @@ class Sequenced:
     modality: np.ndarray
 
 
-def frame(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> Sequenced:
-    """Lays segments out with their special tokens. `text_ids` are those of all text segments, in order."""
+def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> TokenSequence:
+    """Lay segments out with their special tokens. `text_ids` are the ids of all text segments, in order."""
     is_image = segments.kind != TEXT
     first, last = _first_and_last(segments.document)
-    framed = segments.framed[segments.document]
-    before = is_image.astype(np.int64) + (first & framed)  # <bos> and <boi>
-    extent = before + segments.length + is_image + (last & framed)  # ... <eoi> and <eos>
+    delimited = segments.delimited[segments.document]
+    before = is_image.astype(np.int64) + (first & delimited)  # <bos> and <boi>
+    extent = before + segments.length + is_image + (last & delimited)  # ... <eoi> and <eos>
     end = np.cumsum(extent)
     start = end - extent + before
 
     tokens = np.zeros(end[-1] if len(end) else 0, dtype=np.int64)
     text = ~is_image
     tokens[_ranges(start[text], segments.length[text])] = text_ids
-    tokens[(start - before)[first & framed]] = vocabulary.bos
-    tokens[(end - 1)[last & framed]] = vocabulary.eos
+    tokens[(start - before)[first & delimited]] = vocabulary.bos
+    tokens[(end - 1)[last & delimited]] = vocabulary.eos
     modality = segments.kind[is_image] - 1
     image_start, image_length = start[is_image], segments.length[is_image]
     tokens[image_start - 1] = vocabulary.boi() + 2 * modality
     tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
     document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
     rows, columns = segments.rows[is_image], segments.columns[is_image]
-    return Sequenced(tokens, document_lengths, image_start, image_length, rows, columns, modality)
+    return TokenSequence(tokens, document_lengths, image_start, image_length, rows, columns, modality)
 
 
-def patch_mask(sequenced: Sequenced) -> np.ndarray:
-    """bool [T]: the positions of patches."""
-    is_patch = np.zeros(len(sequenced.tokens), dtype=bool)
-    is_patch[_ranges(sequenced.start, sequenced.length)] = True
+def patch_mask(sequence: TokenSequence) -> np.ndarray:
+    """Return bool [T], True at the positions of patches."""
+    is_patch = np.zeros(len(sequence.tokens), dtype=bool)
+    is_patch[_ranges(sequence.start, sequence.length)] = True
     return is_patch
 
 
-def label(sequenced: Sequenced, is_patch: np.ndarray) -> np.ndarray:
-    """int64 [T]: the next token where this and the next position are text of one document, else IGNORED_LABEL."""
-    labels = np.full_like(sequenced.tokens, IGNORED_LABEL)
+def labels_of(sequence: TokenSequence, is_patch: np.ndarray) -> np.ndarray:
+    """Return int64 [T]: the next token where this and the next position are text of one document, else IGNORED_LABEL.
+
+    `is_patch` is what `patch_mask` returns.
+    """
+    labels = np.full_like(sequence.tokens, IGNORED_LABEL)
     predicts = ~is_patch[:-1] & ~is_patch[1:]
-    predicts[np.cumsum(sequenced.document_lengths)[:-1] - 1] = False
-    labels[:-1][predicts] = sequenced.tokens[1:][predicts]
+    predicts[np.cumsum(sequence.document_lengths)[:-1] - 1] = False
+    labels[:-1][predicts] = sequence.tokens[1:][predicts]
     return labels
 
 
-def position(sequenced: Sequenced, is_patch: np.ndarray, scheme: PositionScheme = "sequential") -> np.ndarray:
-    """int32 [T], or [T, 2] (row, column) for "axial"; positions count from 0 in every document.
+def positions_of(sequence: TokenSequence, is_patch: np.ndarray, scheme: PositionScheme = "sequential") -> np.ndarray:
+    """Return int32 [T], or [T, 2] (row, column) for "axial"; positions count from 0 in every document.
 
-    "sequential" gives every patch an index of its own; "shared" gives an image one index; "axial" gives the patch at
-    (row, column) the indices (first + row, first + column) and lets the text go on after the longer side.
+    "sequential" gives every patch an index of its own. "shared" gives an image one index. "axial" gives the patch at
+    (row, column) the indices (first + row, first + column), and the text after it continues after the longer side.
     """
-    total, lengths = len(sequenced.tokens), sequenced.document_lengths
+    total, lengths = len(sequence.tokens), sequence.document_lengths
     advance = np.ones(total, dtype=np.int64)
     if scheme != "sequential":
         advance[is_patch] = 0
-        advance[sequenced.start] = 1
-        after = sequenced.start + sequenced.length
-        taken = 1 if scheme == "shared" else np.maximum(sequenced.rows, sequenced.columns)
-        advance[after[after < total]] = np.broadcast_to(taken, after.shape)[after < total]
+        advance[sequence.start] = 1
+        after = sequence.start + sequence.length
+        used = 1 if scheme == "shared" else np.maximum(sequence.rows, sequence.columns)
+        advance[after[after < total]] = np.broadcast_to(used, after.shape)[after < total]
     index = np.cumsum(advance)
     document_start = np.cumsum(lengths) - lengths
     index -= np.repeat(index[document_start], lengths)
     if scheme != "axial":
         return index.astype(np.int32)
     both = np.stack([index, index], axis=1)
-    patch = _ranges(np.zeros_like(sequenced.start), sequenced.length)
-    columns = np.repeat(sequenced.columns, sequenced.length)
+    patch = _ranges(np.zeros_like(sequence.start), sequence.length)
+    columns = np.repeat(sequence.columns, sequence.length)
     both[is_patch] += np.stack([patch // columns, patch % columns], axis=1)
     return both.astype(np.int32)
 
 
-def precedes_text(sequenced: Sequenced, vocabulary: Vocabulary, is_patch: np.ndarray) -> np.ndarray:
-    """bool [N]: whether text (special tokens aside) comes after the image in its document; caps its timestep."""
-    is_text = ~is_patch & (sequenced.tokens < vocabulary.num_text_tokens)
+def precedes_text(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
+    """Return bool [N]: whether text other than special tokens follows the image in its document."""
+    is_text = ~patch_mask(sequence) & (sequence.tokens < vocabulary.num_text_tokens)
     count = np.concatenate([[0], np.cumsum(is_text)])
-    document_ends = np.cumsum(sequenced.document_lengths)
-    image_end = sequenced.start + sequenced.length
-    document_end = document_ends[np.searchsorted(document_ends, sequenced.start, side="right")]
+    document_ends = np.cumsum(sequence.document_lengths)
+    image_end = sequence.start + sequence.length
+    document_end = document_ends[np.searchsorted(document_ends, sequence.start, side="right")]
     return count[document_end] > count[image_end]
 
 
 @dataclass(frozen=True, eq=False)
 class ModalityBatch:
-    """The images of one modality in a packed batch, N images of P patches in all.
+    """The images of one modality in a packed batch: N images with P patches in total.
 
     latents: fp32 [P, C], clean; noise: fp32 [P, C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], where each patch stands in the sequence.
+    over the patches; sequence_index: int64 [P], the position of each patch in the sequence.
     """
 
     latents: Tensor
@@ -196,10 +181,10 @@ class ModalityBatch:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch, flat: documents one after another along one axis of constant length T, padding at its end.
+    """One micro-batch: documents one after another along one axis of constant length T, padding at its end.
 
     tokens, labels: int64 [T]; positions: int32 [T] or [T, 2]; supervised: int64 [S], the positions that have a label;
-    layout: the attention mask; modalities: the images, one entry a modality even where it has none.
+    layout: the attention mask; modalities: the images, one entry for every modality, even one without images.
     """
 
     tokens: Tensor
@@ -211,20 +196,20 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Positions that belong to a document."""
+        """Number of positions that belong to a document."""
         return int(self.layout.document_offsets[-1])
 
     @property
     def num_images(self) -> int:
-        """Images of all modalities."""
+        """Number of images of all modalities."""
         return sum(len(m.timesteps) for m in self.modalities)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The batch on `device`."""
+        """Return the batch on `device`."""
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
+        """Return the batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, move: Callable[[Any], Any]) -> PackedBatch:
@@ -235,52 +220,52 @@ class PackedBatch:
 
 
 def build_batch(
-    sequenced: Sequenced,
-    vocabulary: Vocabulary,
-    modalities: Sequence[tuple[Tensor, Tensor, Tensor]],
+    sequence: TokenSequence,
+    images: Sequence[tuple[Tensor, Tensor]],
+    timesteps: Tensor,
     scheme: PositionScheme = "sequential",
     total_length: int | None = None,
 ) -> PackedBatch:
-    """Puts labels, positions, layout and padding to a laid-out sequence.
+    """Add labels, positions, attention layout and padding to a sequence of tokens.
 
     Args:
-        modalities: (latents [P, C], noise [P, C], timesteps [N]) of each modality, images in sequence order.
-        total_length: T; the rest is padding. Default: none.
+        images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order.
+        timesteps: fp32 [N] of the images of all modalities, in sequence order.
+        total_length: T, of which the rest is padding; default: no padding.
     """
-    used = len(sequenced.tokens)
+    used = len(sequence.tokens)
     total = used if total_length is None else total_length
-    is_patch = patch_mask(sequenced)
-    labels = label(sequenced, is_patch)
-    spans = np.stack([sequenced.start, sequenced.length], axis=1)
+    is_patch = patch_mask(sequence)
+    labels = labels_of(sequence, is_patch)
+    spans = np.stack([sequence.start, sequence.length], axis=1)
 
     def padded(array: np.ndarray, value: int) -> Tensor:
         return torch.from_numpy(np.concatenate([array, np.full((total - used, *array.shape[1:]), value, array.dtype)]))
 
+    def modality_batch(modality: int, latents: Tensor, noise: Tensor) -> ModalityBatch:
+        own = sequence.modality == modality
+        index = torch.from_numpy(_ranges(sequence.start[own], sequence.length[own]))
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sequence.length[own])]).astype(np.int32))
+        return ModalityBatch(latents, noise, timesteps[torch.from_numpy(own)], offsets, index)
+
     return PackedBatch(
-        tokens=padded(sequenced.tokens, 0),
+        tokens=padded(sequence.tokens, 0),
         labels=padded(labels, IGNORED_LABEL),
-        positions=padded(position(sequenced, is_patch, scheme), 0),
+        positions=padded(positions_of(sequence, is_patch, scheme), 0),
         supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
-        layout=AttentionLayout.from_spans(sequenced.document_lengths, spans, total),
-        modalities=tuple(_modality_batch(sequenced, m, *tensors) for m, tensors in enumerate(modalities)),
+        layout=AttentionLayout.from_spans(sequence.document_lengths, spans, total),
+        modalities=tuple(modality_batch(m, *tensors) for m, tensors in enumerate(images)),
     )
 
 
-def _modality_batch(seq: Sequenced, modality: int, latents: Tensor, noise: Tensor, timesteps: Tensor) -> ModalityBatch:
-    own = seq.modality == modality
-    index = torch.from_numpy(_ranges(seq.start[own], seq.length[own]))
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(seq.length[own])]).astype(np.int32))
-    return ModalityBatch(latents, noise, timesteps, offsets, index)
-
-
 def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """bool [S] each: the segments that open and close their document."""
+    """Return bool [S] twice: the segments that open and that close their document."""
     change = np.diff(document) != 0
-    edge = np.ones(1 if len(document) else 0, dtype=bool)
-    return np.concatenate([edge, change]), np.concatenate([change, edge])
+    border = np.ones(1 if len(document) else 0, dtype=bool)
+    return np.concatenate([border, change]), np.concatenate([change, border])
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The integers of [start, start + length) for each pair, one after another."""
+    """Concatenate the integers of [start, start + length) of all pairs."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion_fast.config import ModelConfig, parse
-from transfusion_fast.model import inputs, ops
+from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.inputs import Document, pack_documents, pack_rows
 from transfusion_fast.model.layers import CHECKPOINTING, INIT_STD, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
-from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
 
 
 class LanguageHead(nn.Module):
-    """Vectors [S, E] to logits [S, V], or, given labels [S], straight to cross-entropies fp32 [S]."""
+    """A linear layer from vectors [S, E] to logits [S, V], or, given labels [S], to cross-entropies fp32 [S]."""
 
     def __init__(self, dim: int, vocabulary_size: int, tied: Tensor | None = None):
         super().__init__()
@@ -35,12 +36,15 @@ class Transfusion(nn.Module):
     """The model. Letters as in sequence.py.
 
         model = Transfusion(num_text_tokens=256, dim_latent=192, transformer=dict(dim=512, depth=8))
+        loss = model([[ids, latents, ids], [ids, (1, latents)]])                 # documents, see inputs.py
+        loss, losses = model(text_ids, modality_tokens, modality_positions)      # rows [B, T] that are laid out already
+        losses = model(packed_batch)                                             # the form that the trainer uses
 
     Args:
         config: every setting; or give the settings of `ModelConfig` by name.
 
     Raises:
-        InputError: an unknown or ill-valued setting.
+        InputError: an unknown setting, or a value out of its range.
     """
 
     sample: Callable[..., list[Any]]
@@ -61,43 +65,55 @@ class Transfusion(nn.Module):
         tied = self.embedding.weight if config.tie_embeddings else None
         self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
 
-    def forward(
+    @overload
+    def __call__(self, batch: PackedBatch, *, counts: Counts | None = None) -> Losses: ...
+
+    @overload
+    def __call__(self, batch: Sequence[Document], *, generator: torch.Generator | None = None) -> Tensor: ...
+
+    @overload
+    def __call__(
         self,
-        batch: PackedBatch | Tensor | Sequence[Sequence[Any]],
+        batch: Tensor,
+        modality_tokens: Sequence[Sequence[Tensor]] | None = None,
+        modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Losses]: ...
+
+    def __call__(
+        self,
+        batch: PackedBatch | Tensor | Sequence[Document],
         modality_tokens: Sequence[Sequence[Tensor]] | None = None,
         modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
         *,
         counts: Counts | None = None,
         generator: torch.Generator | None = None,
     ) -> Losses | Tensor | tuple[Tensor, Losses]:
-        """The training loss, of whichever of three inputs:
-
-            losses = model(packed_batch)                            # what the trainer calls
-            loss = model([[ids, latents, ids], [ids, (1, latents)]])        # documents; special tokens are added
-            loss, losses = model(text_ids, modality_tokens, modality_positions)     # rows [B, T], as they are
+        """Return the training loss of a packed batch, of documents, or of rows.
 
         Args:
-            counts: what the losses are divided by; default: the batch's own tokens and images.
-            generator: draws timesteps and noise where the batch does not carry them.
+            batch: a `PackedBatch`; documents as `inputs.pack_documents` takes them; or rows of ids, int64 [B, T].
+            modality_tokens, modality_positions: the images of rows, as `inputs.pack_rows` takes them.
+            counts: divisors of the losses; default: the tokens and images of this batch.
+            generator: source of the timesteps and noise of documents and rows.
 
         Raises:
             ValueError: naming the input that does not fit the model.
         """
         if isinstance(batch, PackedBatch):
-            return self._losses(batch, counts)
+            return super().__call__(batch, counts)
         if isinstance(batch, Tensor):
-            tokens = [()] * len(batch) if modality_tokens is None else modality_tokens
-            positions = [()] * len(batch) if modality_positions is None else modality_positions
-            packed = inputs.pack_rows(batch, tokens, positions, self.config, generator)
-            losses = self._losses(packed.to(self.device), counts)
+            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, generator)
+            losses = super().__call__(packed.to(self.device), counts)
             return losses.total, losses
         if modality_tokens is not None or modality_positions is not None:
             raise ValueError("modality_tokens go with text_ids [B, T]; in documents, images stand among the text")
-        documents = [inputs.as_document(d, self.config, i) for i, d in enumerate(batch)]
-        packed = inputs.pack_documents(documents, self.config, generator)
-        return self._losses(packed.to(self.device), counts).total
+        packed = pack_documents(batch, self.config, generator)
+        return super().__call__(packed.to(self.device), counts).total
 
-    def _losses(self, batch: PackedBatch, counts: Counts | None) -> Losses:
+    def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
+        """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
         x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
@@ -112,7 +128,7 @@ class Transfusion(nn.Module):
         return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
-        """The last layer's output [T, E], normed, for the tokens of `batch` and the noisy patches x_t [P, C] given."""
+        """Return the last layer's output after its norm, [T, E], for a batch whose patches are x_t [P, C], noisy."""
         x = self.embedding(batch.tokens)
         for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
             patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
@@ -125,7 +141,7 @@ class Transfusion(nn.Module):
         return self.norm(x)
 
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
-        """The diffusion head of one modality: [P, C] in the weights' dtype."""
+        """Return the diffusion head's output for one modality, [P, C] in the weights' dtype."""
         index = batch.modalities[modality].sequence_index
         return self._codec(modality).decode(hidden.index_select(0, index))
 
@@ -134,10 +150,10 @@ class Transfusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.norm.weight.device
 
 
-def _per_patch(timesteps: Tensor, images: Any) -> Tensor:
-    """[N] -> [P, 1], each image's timestep at its patches."""
+def _per_patch(timesteps: Tensor, images: ModalityBatch) -> Tensor:
+    """Repeat each image's timestep for its patches: [N] -> [P, 1]."""
     return timesteps.repeat_interleave(images.image_offsets.diff(), output_size=len(images.latents))[:, None]

@@ -1,1 +1,1 @@
-"""What makes data folders; run once."""
+"""The preparation of data folders, which is run once."""

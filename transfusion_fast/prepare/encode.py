@@ -1,111 +1,71 @@
-"""Raw documents to documents of token ids and patches, none longer than a pack."""
+"""The step from a source's documents to documents of token ids and image values, none longer than a pack."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, Segment
+from transfusion_fast.data.pack import (
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
+    MAX_LENGTH,
+    Document,
+    ImageSegment,
+    ModalityInfo,
+    Segment,
+    TextSegment,
+    segment_length,
+)
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.prepare.fitting import Fitting, Long
-from transfusion_fast.prepare.images import LatentRule, decode_image
-from transfusion_fast.prepare.sources.base import RawDocument
+from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces
+from transfusion_fast.prepare.images import ImageRule, LatentRule, decode_image
+from transfusion_fast.prepare.sources.base import Part, SourceDocument
 
-_BATCHES_TOGETHER = 16  # of images whose shapes may differ; the fuller the batches of each
+Long = Literal["split", "reject"]
+"""The treatment of documents that are longer than a pack: split into several, or rejected."""
+
+_BATCHES_TOGETHER = 16  # images have several shapes; the more wait, the fuller the batch of each shape
 _BYTES_TOGETHER = 64 << 20
-_MAX_PIXEL_BYTES = 1 << 30  # of a document: many small files may become as many large images
-
-
-@dataclass(frozen=True)
-class ImageRule:
-    """How an image becomes pixels [height, width, 3] whose sides are multiples of `multiple`.
-
-    `crop`: the shorter side is scaled to `size`, and the middle `size` x `size` kept. `native`: about its own shape,
-    scaled down to at most `size`^2 pixels where it has more; what is over a multiple is cut off evenly.
-    """
-
-    shape: Literal["crop", "native"]
-    size: int
-    multiple: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.multiple <= self.size or self.size % self.multiple:
-            raise InputError(
-                f"image size must be a positive multiple of {self.multiple}, got {self.size}; give such a size"
-            )
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [height, width, 3]; Rejected where an image is too thin for one patch."""
-        height, width = pixels.shape[:2]
-        if self.shape == "crop":
-            scale, target = self.size / min(height, width), (self.size, self.size)
-        else:
-            scale = min(1.0, self.size / (height * width) ** 0.5)
-            target = (self._multiple(height * scale), self._multiple(width * scale))
-            if not all(target):
-                raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
-        return scaled_middle(pixels, *target, scale)
-
-    def _multiple(self, length: float) -> int:
-        return int(length + 1e-9) // self.multiple * self.multiple
-
-
-def scaled_middle(pixels: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
-    """The middle of an image, uint8 [.., .., 3], that takes height x width pixels once it is scaled.
-
-    It is cut out first: a thin image scaled as a whole could be of any size.
-    """
-    sides = pixels.shape[:2]
-    kept = [min(float(length), side / scale) for length, side in zip(sides, (height, width), strict=True)]
-    top, left = ((length - side) // 2 for length, side in zip(sides, kept, strict=True))
-    if kept == [height, width]:
-        return pixels[int(top) : int(top) + height, int(left) : int(left) + width]
-    box = (left, top, left + kept[1], top + kept[0])
-    resample = Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box, reducing_gap=3.0))
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A raw document whose images are decoded: pixels, uint8 [height, width, 3]."""
-
-    where: str
-    parts: tuple[str | np.ndarray, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(part) if isinstance(part, str) else part.nbytes for part in self.parts)
+_MAX_PIXEL_BYTES = 1 << 30  # in one document: many small files may become as many large images
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes documents of raw ones. Picklable.
+    """The settings by which source documents become documents that fit packs. Picklable.
 
-    `long` says what becomes of a document that is longer than a pack: "split" into several, its texts where a reader
-    would pause, its images whole; or "reject". With `latents` images are stored as those, else as pixels.
+    A document that is longer than a pack is split, its texts where a reader would pause and its images never, or it is
+    rejected.
     """
 
     tokenizer: Tokenizer
     sequence_length: int
-    modality: ModalityInfo | None = None
+    modalities: tuple[ModalityInfo, ...] = ()
+    """Kinds of images. Image files become images of the first."""
     image: ImageRule | None = None
+    """Rule by which image files become pixels; without it, they are rejected."""
     long: Long = "split"
     latents: LatentRule | None = None
+    """Rule by which pixels become latents; without it, pixels are stored."""
 
     def __post_init__(self) -> None:
-        _ = self._fitting  # checks the length
+        if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
+            raise InputError(f"sequence length must be at least 5, got {self.sequence_length}; give a larger one")
+        if self.sequence_length > MAX_LENGTH:
+            raise InputError(
+                f"sequence length must be at most {MAX_LENGTH}, got {self.sequence_length}; give a smaller one"
+            )
 
     @property
-    def modalities(self) -> tuple[ModalityInfo, ...]:
-        return () if self.modality is None else (self.modality,)
+    def _capacity(self) -> int:
+        """Positions of a pack for the segments of a document."""
+        return self.sequence_length - DOCUMENT_TOKENS
 
     def describe(self) -> dict[str, Any]:
-        """As JSON: encoders of one description make the same documents."""
+        """Return the settings as JSON; encoders of equal settings make equal documents."""
         return {
             "tokenizer": self.tokenizer.describe(),
             "sequence_length": self.sequence_length,
@@ -115,73 +75,109 @@ class Encoder:
             "latents": None if self.latents is None else self.latents.describe(),
         }
 
-    def __call__(self, raw: RawDocument) -> list[Document]:
-        """One document, or its parts; Rejected where it cannot be used."""
-        [outcome] = self.encode([raw])
-        if isinstance(outcome, Rejected):
-            raise outcome
-        return outcome
+    def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+        """Yield for each source document, in order, one document or its parts, or why it cannot be used.
 
-    def encode(self, raws: Iterable[RawDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
-        """Of each raw document, in order, one document or its parts, or why it cannot be used.
-
-        Images become latents in batches: documents wait for those that follow, a bounded number and size of them.
+        Images become latents in batches: documents wait for later ones, up to a limit of their number and size.
         """
         together = 1 if self.latents is None else _BATCHES_TOGETHER * self.latents.batch
-        waiting: list[_Opened | Rejected] = []
+        waiting: list[SourceDocument | Rejected] = []
         size = 0
-        for raw in raws:
-            opened = raw if isinstance(raw, Rejected) else self._opened(raw)
-            waiting.append(opened)
-            size += 0 if isinstance(opened, Rejected) else opened.bytes
+        for document in documents:
+            waiting.append(document if isinstance(document, Rejected) else self._with_pixels(document))
+            size += _bytes(waiting[-1])
             if len(waiting) >= together or size >= _BYTES_TOGETHER:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
-    def _opened(self, raw: RawDocument) -> _Opened | Rejected:
-        parts: list[str | np.ndarray] = []
-        room = _MAX_PIXEL_BYTES
+    def _with_pixels(self, document: SourceDocument) -> SourceDocument | Rejected:
+        """Return the document with its image files decoded."""
+        parts: list[Part] = []
+        left = _MAX_PIXEL_BYTES
         try:
-            for part in raw.parts:
-                opened = part if isinstance(part, str) else self._pixels(part)
-                parts.append(opened)
-                room -= 0 if isinstance(opened, str) else opened.nbytes
-                if room < 0:
+            for part in document.parts:
+                parts.append(self._pixels(part) if isinstance(part, bytes) else part)
+                left -= parts[-1].nbytes if isinstance(parts[-1], np.ndarray) else 0
+                if left < 0:
                     raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
         except Rejected as rejected:
-            return rejected.at(raw.where)
-        return _Opened(raw.where, tuple(parts))
+            return rejected.at(document.where)
+        return replace(document, parts=tuple(parts))
 
-    def _pixels(self, data: bytes) -> np.ndarray:
-        if self.image is None or self.modality is None:
+    def _pixels(self, file: bytes) -> np.ndarray:
+        if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
-        pixels = np.ascontiguousarray(self.image(decode_image(data)))
-        patch = self.modality.patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
-        self._fitting.check_image((pixels.shape[0] // patch) * (pixels.shape[1] // patch))
+        pixels = np.ascontiguousarray(self.image(decode_image(file)))
+        patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
+        self._check_image((pixels.shape[0] // patch) * (pixels.shape[1] // patch))
         return pixels
 
-    def _encoded(self, waiting: Sequence[_Opened | Rejected]) -> Iterator[list[Document] | Rejected]:
-        opened = [entry for entry in waiting if isinstance(entry, _Opened)]
-        images = [part for entry in opened for part in entry.parts if isinstance(part, np.ndarray)]
+    def _check_image(self, patches: int) -> int:
+        """Return the positions that an image takes; Rejected if no pack has so many."""
+        length = patches + IMAGE_TOKENS
+        if length > self._capacity:
+            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+        return length
+
+    def _encoded(self, documents: Sequence[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+        parts = (part for document in documents if isinstance(document, SourceDocument) for part in document.parts)
+        images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
-        for entry in waiting:
-            if isinstance(entry, Rejected):
-                yield entry
-                continue
-            parts = [part if isinstance(part, str) else next(values) for part in entry.parts]
-            try:
-                yield self._fitting.documents(parts, self._segments)
-            except Rejected as rejected:
-                yield rejected.at(entry.where)
+        for document in documents:
+            found: list[Document] | Rejected
+            if isinstance(document, Rejected):
+                found = document
+            else:
+                encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
+                try:
+                    found = self._fitted(encoded)
+                except Rejected as rejected:
+                    found = rejected.at(document.where)
+            yield found
 
-    def _segments(self, piece: str | np.ndarray | Rejected, free: int) -> Sequence[Segment]:
-        if isinstance(piece, Rejected):
-            raise piece
-        if isinstance(piece, np.ndarray):
-            return [ImageSegment(piece)]
-        return self._fitting.texts(self.tokenizer, piece, free)
+    def _fitted(self, parts: Iterable[Part | Rejected]) -> list[Document]:
+        """Return one document of the parts, or several; Rejected for none, or for several if `long` says so."""
+        documents: list[list[Segment]] = [[]]
+        free = self._capacity
+        for part in parts:
+            for number, segment in enumerate(self._segments(part, free)):
+                length = segment_length(segment, self.modalities)
+                if isinstance(segment, ImageSegment):
+                    length = self._check_image(length)
+                if number or length > free:
+                    documents.append([])
+                    free = self._capacity
+                documents[-1].append(segment)
+                free -= length
+        found = [tuple(segments) for segments in documents if segments]
+        if not found:
+            raise Rejected("empty document", "nothing is left of it")
+        if len(found) > 1 and self.long == "reject":
+            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
+        return found
 
-    @property
-    def _fitting(self) -> Fitting:
-        return Fitting(self.sequence_length, self.modalities, self.long)
+    def _segments(self, part: Part | Rejected, free: int) -> Sequence[Segment]:
+        match part:
+            case Rejected():
+                raise part
+            case str(text):
+                return encode_in_pieces(self.tokenizer, text, free, self._capacity)
+            case np.ndarray():
+                return [ImageSegment(part)]
+            case TextSegment():
+                return cut_ids(self.tokenizer, part, free, self._capacity)
+            case ImageSegment():
+                return [part]
+        raise TypeError(f"image files are decoded before, got {type(part).__name__}")
+
+
+def _bytes(document: SourceDocument | Rejected) -> int:
+    """Return the size of a document's texts and pixels."""
+    if isinstance(document, Rejected):
+        return 0
+    return sum(
+        part.nbytes if isinstance(part, np.ndarray) else len(part)
+        for part in document.parts
+        if isinstance(part, str | np.ndarray)
+    )

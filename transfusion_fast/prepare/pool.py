@@ -1,4 +1,4 @@
-"""Processes that work on the tasks of one job, and end with the process in charge, however that ends."""
+"""A pool of processes that work on the tasks of one job, and end with the process in charge, however that ends."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ Result = TypeVar("Result")
 
 @contextmanager
 def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
-    """Gives `each(function, tasks)`: function(job, task) of every task, in any order, in so many processes.
+    """Provide `each(function, tasks)`, which yields function(job, task) of every task, in any order.
 
-    InputError where one of them ends early.
+    With one process, the calling process does the work. Tasks are taken from their iterable as processes become free.
+
+    Raises:
+        InputError: `processes` is below 1, or a process ended early.
     """
     if processes < 1:
-        raise InputError(f"processes must be 1 or more, got {processes}")
+        raise InputError(f"processes must be 1 or more, got {processes}; give a larger number")
     if processes == 1:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
     others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
-    with _interrupts_ignored():  # by its children too: Ctrl-C reaches all, and the process in charge ends the others
+    with _interrupts_ignored():  # Ctrl-C reaches all processes; the one in charge ends the others, which inherit this
         forkserver.ensure_running()
     with ProcessPoolExecutor(processes, context, _begin, (job, context.Value("i", 0))) as executor:
 
@@ -50,7 +53,8 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
             yield each
         except BrokenProcessPool as error:
             raise InputError(
-                f"one of {processes} processes ended early, perhaps for memory; run it again with fewer: it goes on"
+                f"{processes} processes must run to their end, got one that ended early, perhaps for lack of memory; "
+                "run it again with fewer: it resumes"
             ) from error
         except BaseException:
             for process in set(active_children()) - others:
@@ -60,12 +64,12 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
 
 
 def worker_number() -> int:
-    """Which of its pool's processes this is, counted from 0; 0 where there is no pool."""
+    """Return the number of this process in its pool, counted from 0; 0 without a pool."""
     return _Worker.number
 
 
 class _Worker:
-    """What a process of the pool was started with."""
+    """The state of a process of the pool."""
 
     job: ClassVar[Any]
     number: ClassVar[int] = 0
@@ -80,7 +84,7 @@ def _begin(job: object, begun: Synchronized[int]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Who killed that one may begin anew in the same folder."""
+    """End this process with its parent: after a kill, the user may start again in the same folder at once."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -94,7 +98,7 @@ def _run(function: Callable[[Any, Task], Result], task: Task) -> Result:
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # where no handler can be set, and no interrupt arrives
+        yield  # no handler can be set here, and no interrupt arrives
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,4 +1,4 @@
-"""Documents as a page of HTML that needs nothing beside itself: text, special tokens, and images where they stand."""
+"""Documents as a self-contained page of HTML: text, special tokens, and images in their order."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from transfusion_fast.config import Config, parse
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.images import unpatchify, unscale_pixels
-from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
-from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
+from transfusion_fast.data.loader import batch_builder
+from transfusion_fast.data.pack import KIND_TEXT
+from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
+from transfusion_fast.errors import InputError
+from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 
 _STYLE = """
 body { font: 15px/1.7 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -39,7 +43,7 @@ class Special:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Images uint8 [height, width, 1 or 3] side by side, and what they are."""
+    """Images uint8 [height, width, 1 or 3] side by side over a caption."""
 
     images: tuple[np.ndarray, ...]
     caption: str
@@ -47,12 +51,12 @@ class Picture:
 
 Piece = str | Special | Picture
 Decoder = Callable[[np.ndarray], np.ndarray]
-"""Latents [n, h, w, channels] to pixels, uint8 [n, height, width, 3]."""
+"""A function from latents [n, h, w, channels] to pixels, uint8 [n, height, width, 3]."""
 
 
 def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
-    """The HTML page of some documents. What they hold is shown, never run."""
-    sections = "\n".join(f"<section>{''.join(map(_piece, pieces))}</section>" for pieces in documents)
+    """Return the HTML page of some documents. Markup in them is shown as text."""
+    sections = "\n".join(f"<section>{''.join(map(_html, pieces))}</section>" for pieces in documents)
     name = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
@@ -60,90 +64,7 @@ def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
     )
 
 
-def pack_documents(
-    keyed: KeyedPack, builder: BatchBuilder, tokenizer: Tokenizer, decode: Decoder | None = None
-) -> list[list[Piece]]:
-    """A pack's documents as a run that draws with `builder` sees them: order, dropped captions, timesteps and noise.
-
-    Each image is shown clean and with its noise. Latents are decoded, or without `decode` their first channels shown,
-    scaled to fit.
-    """
-    batch = builder([keyed])
-    pictures = _pictures(keyed, builder, batch, decode)
-    ends = batch.layout.document_offsets.tolist()
-    tokens = batch.tokens.tolist()
-    walk = _Walk(tokens, pictures, builder.vocabulary, tokenizer)
-    return [list(walk(start, end)) for start, end in itertools.pairwise(ends)]
-
-
-@dataclass(frozen=True)
-class _Walk:
-    tokens: list[int]
-    pictures: dict[int, tuple[int, Picture]]
-    """By first position: how many positions it takes, and the picture."""
-    vocabulary: Vocabulary
-    tokenizer: Tokenizer
-
-    def __call__(self, at: int, end: int) -> Iterator[Piece]:
-        names = _special_names(self.vocabulary)
-        while at < end:
-            if at in self.pictures:
-                length, picture = self.pictures[at]
-                yield picture
-                at += length
-            elif self.tokens[at] in names:
-                yield Special(names[self.tokens[at]])
-                at += 1
-            else:
-                stop = at
-                while stop < end and stop not in self.pictures and self.tokens[stop] not in names:
-                    stop += 1
-                yield self.tokenizer.decode(self.tokens[at:stop])
-                at = stop
-
-
-def _special_names(vocabulary: Vocabulary) -> dict[int, str]:
-    names = {vocabulary.bos: "bos", vocabulary.eos: "eos"}
-    for modality in range(vocabulary.num_modalities):
-        names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
-    return names
-
-
-def _pictures(
-    keyed: KeyedPack, builder: BatchBuilder, batch: PackedBatch, decode: Decoder | None
-) -> dict[int, tuple[int, Picture]]:
-    rows = keyed.pack.segments[keyed.pack.segments[:, 1] != KIND_TEXT]  # a batch has the images in this order
-    found: dict[int, tuple[int, Picture]] = {}
-    for modality, (info, own) in enumerate(zip(builder.modalities, batch.modalities, strict=True)):
-        sizes = rows[rows[:, 1] == 1 + modality][:, 4:6].tolist()
-        latents = _false_colours if decode is None else decode
-        show = unscale_pixels if info.encoding == "pixels" else latents
-        found |= _of_modality(own, info, sizes, builder.objective.add_noise, show)
-    return found
-
-
-def _of_modality(
-    own: ModalityBatch, info: ModalityInfo, sizes: Sequence[tuple[int, int]], add_noise: Callable, show: Decoder
-) -> dict[int, tuple[int, Picture]]:
-    offsets = own.image_offsets.tolist()
-    found: dict[int, tuple[int, Picture]] = {}
-    for number, (height, width) in enumerate(sizes):
-        patches = slice(offsets[number], offsets[number + 1])
-        x_0, t = own.latents[patches], own.timesteps[number]
-        both = (x_0, add_noise(x_0, own.noise[patches], t))
-        images = [show(unpatchify(x.numpy(), height, width, info.patch_size))[0] for x in both]
-        caption = f"{info.name}, {width} x {height}, t = {t:.0f}"
-        found[int(own.sequence_index[patches.start])] = (patches.stop - patches.start, Picture(tuple(images), caption))
-    return found
-
-
-def _false_colours(values: np.ndarray) -> np.ndarray:
-    shown = values[..., : 3 if values.shape[-1] >= 3 else 1]
-    low, high = shown.min(), shown.max()
-    return np.rint((shown - low) * (255 / max(high - low, 1e-6))).astype(np.uint8)
-
-
-def _piece(piece: Piece) -> str:
+def _html(piece: Piece) -> str:
     match piece:
         case str(text):
             return f'<span class="text">{html.escape(text)}</span>'
@@ -156,6 +77,83 @@ def _piece(piece: Piece) -> str:
 
 def _png(image: np.ndarray) -> str:
     stream = io.BytesIO()
-    grey_or_rgb = image if image.shape[-1] == 3 else image[..., :1].squeeze(-1)
-    Image.fromarray(grey_or_rgb).save(stream, format="PNG")
+    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(stream, format="PNG")
     return base64.b64encode(stream.getvalue()).decode()
+
+
+def preview(reader: PackReader, number: int, epoch: int, seed: int, decode: Decoder | None = None) -> list[list[Piece]]:
+    """Return the documents of a pack as a run with the default settings sees them; InputError for a wrong number."""
+    index = reader.index
+    if not 0 <= number < len(reader):
+        raise InputError(f"--pack must be in 0..{len(reader) - 1}, got {number}; give another")
+    for name, value in (("epoch", epoch), ("seed", seed)):
+        if value < 0:
+            raise InputError(f"--{name} must be 0 or more, got {value}; give another")
+    widths = [info.channels * info.patch_size**2 for info in index.modalities]
+    model = {"num_text_tokens": index.num_text_tokens, "dim_latent": widths}
+    config = parse(Config, {"model": model, "train": {"seed": seed}}, str(reader.folder))
+    tokenizer = load_tokenizer(index.tokenizer, reader.folder)
+    keyed = KeyedPack(reader.read(number), epoch, number)
+    return pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer, decode)
+
+
+def pack_documents(
+    keyed: KeyedPack, builder: BatchBuilder, tokenizer: Tokenizer, decode: Decoder | None = None
+) -> list[list[Piece]]:
+    """Return a pack's documents as a run that draws with `builder` sees them: order, dropped captions and noise.
+
+    Each image is shown clean and with its noise. Latents are decoded, or without `decode` their first channels shown,
+    scaled to fit.
+    """
+    batch = builder([keyed])
+    marked: dict[int, Piece | None] = _pictures(keyed, builder, batch, decode)
+    names = _special_names(builder.vocabulary)
+    marked |= {i: names[token] for i, token in enumerate(batch.tokens.tolist()) if i not in marked and token in names}
+    ends = batch.layout.document_offsets.tolist()
+    tokens = batch.tokens.tolist()
+    return [list(_pieces(tokens, range(*span), marked, tokenizer)) for span in itertools.pairwise(ends)]
+
+
+def _pieces(
+    tokens: list[int], positions: range, marked: Mapping[int, Piece | None], tokenizer: Tokenizer
+) -> Iterator[Piece]:
+    """Yield the pieces of a document: positions that are not marked are text."""
+    for is_marked, run in itertools.groupby(positions, marked.__contains__):
+        if is_marked:
+            yield from (piece for position in run if (piece := marked[position]) is not None)
+        else:
+            yield tokenizer.decode([tokens[position] for position in run])
+
+
+def _special_names(vocabulary: Vocabulary) -> dict[int, Special]:
+    names = {vocabulary.bos: "bos", vocabulary.eos: "eos"}
+    for modality in range(vocabulary.num_modalities):
+        names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
+    return {token: Special(name) for token, name in names.items()}
+
+
+def _pictures(
+    keyed: KeyedPack, builder: BatchBuilder, batch: PackedBatch, decode: Decoder | None
+) -> dict[int, Piece | None]:
+    """Return the picture at the first position of each image, and None at its other positions."""
+    rows = keyed.pack.segments[keyed.pack.segments[:, 1] != KIND_TEXT]  # a batch has the images in this order
+    found: dict[int, Piece | None] = {}
+    for modality, (info, own) in enumerate(zip(builder.modalities, batch.modalities, strict=True)):
+        show = unscale_pixels if info.encoding == "pixels" else decode or _false_colours
+        sizes = rows[rows[:, 1] == 1 + modality][:, 4:6].tolist()
+        spans = itertools.pairwise(own.image_offsets.tolist())
+        for (height, width), span, t in zip(sizes, spans, own.timesteps, strict=True):
+            patches = slice(*span)
+            x_0 = own.latents[patches]
+            x_t = builder.objective.add_noise(x_0, own.noise[patches], t)
+            images = [show(unpatchify(x.numpy(), height, width, info.patch_size))[0] for x in (x_0, x_t)]
+            first, *others = own.sequence_index[patches].tolist()
+            found |= dict.fromkeys(others)
+            found[first] = Picture(tuple(images), f"{info.name}, {width} x {height}, t = {t:.0f}")
+    return found
+
+
+def _false_colours(values: np.ndarray) -> np.ndarray:
+    shown = values[..., : 3 if values.shape[-1] >= 3 else 1]
+    low, high = shown.min(), shown.max()
+    return np.rint((shown - low) * (255 / max(high - low, 1e-6))).astype(np.uint8)

@@ -1,12 +1,13 @@
-"""Where a data folder is made: OUT.partial, which keeps what is finished, of one recipe and for one process."""
+"""The staging folder OUT.partial of a data folder OUT: finished work of one recipe, in use by one process at a time."""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,41 @@ RECIPE = "recipe.json"
 LOCK, UNITS, SHARDS = ".lock", "units", "shards"
 
 
-def places(folder: Path) -> tuple[Path, Path]:
-    """The folder, and where it is made."""
+def output_and_staging(folder: Path) -> tuple[Path, Path]:
+    """Return the absolute paths of a data folder and of its staging folder; InputError if it has no name."""
     folder = Path(folder).resolve()
     if not folder.name:
         raise InputError(f"output folder must have a name, got {str(folder)!r}; choose another")
     return folder, folder.with_name(f"{folder.name}.partial")
 
 
-def check_ours(partial: Path) -> None:
-    """InputError where the folder has what no run puts there: its contents would be gone in the end."""
+def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> None:
+    """Check that neither OUT nor its staging folder lies in a folder of sources: the next run would read it.
+
+    Args:
+        given: files and folders that the user named.
+        files: all files found there.
+
+    Raises:
+        InputError: one of them does.
+    """
+    folders = {path for path in given if path.is_dir()}
+    for folder in {file.parent for file in files}:
+        parents = (folder, *folder.parents)
+        entered = list(itertools.takewhile(lambda parent: parent not in folders, parents))
+        if len(entered) < len(parents):  # else the file itself was given
+            folders.update(entered)
+    resolved = {folder.resolve(): folder for folder in folders}
+    for path in output_and_staging(out):
+        for parent in (path, *path.parents):
+            if parent in resolved:
+                raise InputError(
+                    f"output folder must lie outside of the sources, got {path} in {resolved[parent]}; choose another"
+                )
+
+
+def check_staging(partial: Path) -> None:
+    """Raise InputError if the folder holds files of somebody else: they would be deleted at the end."""
     if not partial.exists():
         return
     ours = {LOCK, partial_path(partial / RECIPE).name}
@@ -38,13 +64,17 @@ def check_ours(partial: Path) -> None:
     for path in partial.iterdir():
         if path.name not in ours:
             raise InputError(
-                f"{partial} must be free, as OUT is made there, and holds {path.name}; choose another OUT, or move that"
+                f"{partial} must be free for staging OUT, got a folder that holds {path.name}; "
+                "choose another OUT, or move that"
             )
 
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Its lock is in the folder, and goes with it: who has locked one that is gone looks again."""
+    """Hold the lock of the staging folder, which is made if need be; InputError if another process holds it.
+
+    The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
+    """
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,7 +85,9 @@ def locked(partial: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"{partial} must be made by one process, and another is at work in it") from error
+                raise InputError(
+                    f"{partial} must be in use by one process, got another at work; wait for it"
+                ) from error
             held = False
             with suppress(FileNotFoundError):
                 held = os.path.samestat(os.fstat(lock.fileno()), (partial / LOCK).stat())
@@ -64,16 +96,16 @@ def locked(partial: Path) -> Iterator[None]:
                 return
 
 
-def begin_or_go_on(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes the recipe and the tokenizer, or finds the recipe of what has begun in `partial` to be the same."""
+def begin_or_resume(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write the recipe and the tokenizer, or check that the work that is there has the same recipe."""
     before = read_json(partial / RECIPE)
-    if before is not None and has_begun(partial):
-        if change := differing(before, recipe):
+    if before is not None and has_units(partial):
+        if change := first_changes(before, recipe):
             raise InputError(
-                f"{partial} was begun otherwise: {change}; go on as it was begun, or remove it to begin anew"
+                f"{partial} must be of the same recipe, got other settings: {change}; keep them or remove it"
             )
     else:
-        for name in (UNITS, SHARDS):  # what has not begun may be of any
+        for name in (UNITS, SHARDS):  # without a finished unit, files there may be of any recipe
             shutil.rmtree(partial / name, ignore_errors=True)
         write_atomically(partial / RECIPE, json.dumps(recipe, indent=1))
         tokenizer.write(partial)
@@ -81,20 +113,20 @@ def begin_or_go_on(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) 
         (partial / name).mkdir(exist_ok=True)
 
 
-def has_begun(partial: Path) -> bool:
-    """Whether a unit is finished."""
+def has_units(partial: Path) -> bool:
+    """Return whether a unit is finished."""
     return any((partial / UNITS).glob("*.json"))
 
 
-def differing(before: object, now: dict[str, Any]) -> str:
-    """What is not the same in two recipes, of each part the first thing."""
+def first_changes(before: object, now: dict[str, Any]) -> str:
+    """Return the first change in each part of a recipe, as text; empty if there is none."""
     known = before if isinstance(before, dict) else {}
-    found = {name: next(changes(known.get(name), value, name), None) for name, value in now.items()}
-    return " and ".join(change for change in found.values() if change)
+    found = (next(changes(known.get(name), value, name), None) for name, value in now.items())
+    return " and ".join(change for change in found if change)
 
 
 def discard(partial: Path) -> None:
-    """Frees its name in one step, so that who begins anew meets nothing of it; what takes time is before that."""
+    """Delete the staging folder: large parts first, the rest in one step, so that no run finds half of it."""
     for name in (UNITS, SHARDS):
         if (partial / name).exists():
             shutil.rmtree(partial / name)

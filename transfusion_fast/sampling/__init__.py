@@ -1,1 +1,1 @@
-"""What a trained model produces, and how good it is."""
+"""Samples of a trained model, and their quality."""

@@ -9,26 +9,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from transfusion_fast.errors import InputError
-from transfusion_fast.model.inputs import as_document
-from transfusion_fast.model.sequence import Document, Image, PackedBatch, Sequenced, Text, build_batch
+from transfusion_fast.model.inputs import Document, Piece, check_document, flat_latents, place_images
+from transfusion_fast.model.sequence import TEXT, PackedBatch, build_batch
 from transfusion_fast.model.transfusion import Transfusion
 
-CLEAN_TIMESTEP = 1.0  # of images given as context: the least noise that training shows
+CLEAN_TIMESTEP = 1.0  # the least noise that training shows; for images that serve as context
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are drawn.
+    """Settings of image generation.
 
-    steps: model evaluations; guidance: weight w of pred_uncond + w (pred_cond - pred_uncond), 1 turns it off;
-    eta: 1 for DDPM sampling, 0 for DDIM; clip: bound of the predicted clean latents (1 for pixels), None for none.
+    steps: number of model evaluations; guidance: weight w of pred_uncond + w (pred_cond - pred_uncond), 1 turns it off;
+    eta: 1 for DDPM sampling, 0 for DDIM; clip: bound of the predicted clean latents (1 for pixels), None for no bound.
     """
 
     steps: int = 250
@@ -43,31 +42,42 @@ class ImageSettings:
             raise InputError(f"the guidance weight must be finite, got {self.guidance}; 1 turns guidance off")
 
 
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """An image in a stream: its offset among the tokens, and the latents [rows, columns, C] that the model sees."""
+
+    offset: int
+    modality: int
+    latents: Tensor
+    timestep: float
+
+
 @dataclass
 class _Stream:
-    """A sequence being decoded: token ids with zeros at patches, and where its images stand."""
+    """A sequence that is being decoded: token ids, with zeros at patches, and its images."""
 
     tokens: list[int]
-    images: list[tuple[int, Image, float]] = field(default_factory=list)  # start, latents as seen, timestep
+    images: list[_Image] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     written: int = 0
-    produced: list[Text | Image] = field(default_factory=list)
+    produced: list[Piece] = field(default_factory=list)
+    num_drawn: int = 0
     done: bool = False
 
-    def append_image(self, image: Image, timestep: float) -> None:
-        self.images.append((len(self.tokens), image, timestep))
-        self.tokens.extend([0] * image.latents[..., 0].numel())
+    def append_image(self, modality: int, latents: Tensor, timestep: float) -> None:
+        self.images.append(_Image(len(self.tokens), modality, latents, timestep))
+        self.tokens.extend([0] * latents[..., 0].numel())
 
     def close_text(self) -> None:
         if self.text:
-            self.produced.append(Text(torch.tensor(self.text)))
+            self.produced.append(torch.tensor(self.text))
             self.text = []
 
 
 @torch.no_grad()
 def sample(
     model: Transfusion,
-    prompts: Sequence[Sequence[Any]],
+    prompts: Sequence[Document],
     *,
     grids: Sequence[tuple[int, int]],
     max_text_tokens: int = 64,
@@ -75,17 +85,18 @@ def sample(
     temperature: float = 0.0,
     image: ImageSettings | None = None,
     generator: torch.Generator | None = None,
-) -> list[Document]:
-    """Continues each prompt until <eos>, `max_text_tokens` new ids, or one image more than `max_images`.
+) -> list[list[Piece]]:
+    """Continue each prompt until <eos>, `max_text_tokens` new ids, or the image after `max_images` of them.
 
     Args:
         prompts: documents as for training, [ids, latents, (modality, latents), ...]; may be empty.
         grids: (rows, columns) of patches of an image, for each modality.
-        temperature: of the text; 0 is greedy.
+        temperature: divisor of the text logits; 0 is greedy.
         generator: a CPU generator for text and noise.
 
     Returns:
-        What was produced after each prompt: `Text` and `Image` pieces in order, images [rows, columns, C].
+        The continuation of each prompt, a document of the same form: ids int64 [n], and images fp32
+        [rows, columns, C], alone for modality 0, else as (modality, latents).
 
     Raises:
         ValueError: a prompt that does not fit the model.
@@ -96,7 +107,7 @@ def sample(
         for modality in sorted(set(begun.values())):
             drawing = [s for s in active if begun.get(id(s)) == modality]
             for stream in drawing:
-                stream.done = sum(isinstance(p, Image) for p in stream.produced) >= max_images
+                stream.done = stream.num_drawn >= max_images
             drawing = [s for s in drawing if not s.done]
             if drawing:
                 _draw(model, drawing, modality, grids[modality], image or ImageSettings(), generator)
@@ -106,39 +117,39 @@ def sample(
 @torch.no_grad()
 def generate_images(
     model: Transfusion,
-    prompts: Sequence[Sequence[Any]],
+    prompts: Sequence[Document],
     grid: tuple[int, int],
     *,
     modality: int = 0,
     image: ImageSettings | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draws one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
+    """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
     if not prompts or not 0 <= modality < len(model.codecs):
         raise ValueError(f"needs a prompt and a modality below {len(model.codecs)}, got {len(prompts)} and {modality}")
     streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))
     _draw(model, streams, modality, grid, image or ImageSettings(), generator)
-    return torch.stack([s.images[-1][1].latents for s in streams])
+    return torch.stack([s.images[-1].latents for s in streams])
 
 
-def _open(model: Transfusion, prompt: Sequence[Any], number: int) -> _Stream:
+def _open(model: Transfusion, prompt: Document, number: int) -> _Stream:
     stream, vocabulary = _Stream([model.vocabulary.bos]), model.vocabulary
-    for piece in as_document(prompt, model.config, number):
-        if isinstance(piece, Text):
-            stream.tokens.extend(piece.ids.tolist())
+    for kind, tensor in check_document(prompt, model.config, number):
+        if kind == TEXT:
+            stream.tokens.extend(tensor.tolist())
         else:
-            stream.tokens.append(vocabulary.boi(piece.modality))
-            stream.append_image(piece, CLEAN_TIMESTEP)
-            stream.tokens.append(vocabulary.eoi(piece.modality))
+            stream.tokens.append(vocabulary.boi(kind - 1))
+            stream.append_image(kind - 1, tensor, CLEAN_TIMESTEP)
+            stream.tokens.append(vocabulary.eoi(kind - 1))
     return stream
 
 
 def _decode_text(
     model: Transfusion, streams: Sequence[_Stream], limit: int, temperature: float, generator: torch.Generator | None
 ) -> dict[int, int]:
-    """Appends tokens to each stream until it ends or begins an image; returns id(stream) -> modality of that image."""
+    """Append tokens to each stream until it ends or begins an image; return id(stream) -> modality of that image."""
     vocabulary, begun = model.vocabulary, {}
     for stream in streams:
         stream.done = stream.written >= limit
@@ -179,9 +190,9 @@ def _draw(
     settings: ImageSettings,
     generator: torch.Generator | None,
 ) -> None:
-    """Diffuses one image at the end of each stream, then closes it with <eoi>.
+    """Diffuse one image at the end of each stream, then close it with <eoi>.
 
-    The unconditional branch of guidance is the image alone after <boi>, as training shows it.
+    The unconditional branch of guidance is the image alone after <boi>, as in training.
     """
     width = model.config.dim_latent[modality]
     shape = (len(streams), *grid, width)
@@ -189,12 +200,10 @@ def _draw(
     objective = model.objective
     schedule = np.linspace(objective.first_timestep(), 0, settings.steps + 1).tolist()
     for t, t_next in pairwise(schedule):
-        drawing = [
-            _with_image(s.tokens, s.images, Image(image, modality), t) for s, image in zip(streams, x, strict=True)
-        ]
+        drawing = [_with_image(s, modality, latents, t) for s, latents in zip(streams, x, strict=True)]
         if settings.guidance != 1:
-            alone = [model.vocabulary.boi(modality)]
-            drawing += [_with_image(alone, [], Image(image, modality), t) for image in x]
+            alone = _Stream([model.vocabulary.boi(modality)])
+            drawing += [_with_image(alone, modality, latents, t) for latents in x]
         prediction = _predict_last(model, drawing, modality, grid)
         if settings.guidance != 1:
             conditional, unconditional = prediction.chunk(2)
@@ -202,54 +211,46 @@ def _draw(
         noise = torch.randn(shape, generator=generator) if settings.eta > 0 else None
         x = objective.step(x, prediction, t, t_next, eta=settings.eta, noise=noise, clip=settings.clip)
     for stream, latents in zip(streams, x, strict=True):
-        stream.append_image(Image(latents, modality), CLEAN_TIMESTEP)
+        stream.append_image(modality, latents, CLEAN_TIMESTEP)
         stream.tokens.append(model.vocabulary.eoi(modality))
-        stream.produced.append(Image(latents, modality))
+        stream.produced.append(latents if modality == 0 else (modality, latents))
+        stream.num_drawn += 1
 
 
-def _with_image(tokens: list[int], images: list, image: Image, timestep: float) -> _Stream:
-    stream = _Stream(list(tokens), list(images))
-    stream.append_image(image, timestep)
-    return stream
+def _with_image(stream: _Stream, modality: int, latents: Tensor, timestep: float) -> _Stream:
+    copy = _Stream(list(stream.tokens), list(stream.images))
+    copy.append_image(modality, latents, timestep)
+    return copy
 
 
 def _predict_last(model: Transfusion, streams: Sequence[_Stream], modality: int, grid: tuple[int, int]) -> Tensor:
-    """The model's prediction for the image at the end of each stream: fp32 [streams, rows, columns, C] on the CPU."""
+    """Return the prediction for the image at the end of each stream, fp32 [streams, rows, columns, C] on the CPU."""
     hidden, batch = _run(model, streams)
     prediction = model.prediction(hidden, batch, modality).float().cpu()
-    own = torch.tensor([image.modality == modality for s in streams for _, image, _ in s.images])
-    count = torch.tensor([len(s.images) for s in streams])
-    last_of_all = count.cumsum(0) - 1
-    last = own.long().cumsum(0)[last_of_all] - 1  # among the images of this modality
-    start = batch.modalities[modality].image_offsets.cpu()[last]
-    patches = start[:, None] + torch.arange(grid[0] * grid[1])
+    # Every stream ends in its image, so the image's last patch is the last position of the document.
+    patch_after_last = torch.searchsorted(
+        batch.modalities[modality].sequence_index.cpu(), batch.layout.document_offsets[1:]
+    )
+    patches = patch_after_last[:, None] + torch.arange(-grid[0] * grid[1], 0)
     return prediction[patches].unflatten(1, grid)
 
 
 def _run(model: Transfusion, streams: Sequence[_Stream]) -> tuple[Tensor, PackedBatch]:
-    """The last hidden states [T, E] of the streams, packed one after another, and the batch that they are packed in."""
+    """Run all streams in one packed batch; return the last hidden states [T, E] and the batch."""
     lengths = np.array([len(s.tokens) for s in streams], dtype=np.int64)
-    offsets = np.cumsum(lengths) - lengths
+    starts = (np.cumsum(lengths) - lengths).tolist()
     tokens = np.fromiter((t for s in streams for t in s.tokens), dtype=np.int64, count=int(lengths.sum()))
     images = [
-        (offset + start, image, timestep)
-        for offset, s in zip(offsets.tolist(), streams, strict=True)
-        for start, image, timestep in s.images
+        (start + image.offset, image.modality, image.latents)
+        for start, stream in zip(starts, streams, strict=True)
+        for image in stream.images
     ]
-    grids = [image.latents.shape[:2] if image.latents.ndim == 3 else (1, len(image.latents)) for _, image, _ in images]
-    columns = [
-        (start, rows * columns, rows, columns, image.modality)
-        for (start, image, _), (rows, columns) in zip(images, grids, strict=True)
-    ]
-    sequenced = Sequenced(tokens, lengths, *np.array(columns, dtype=np.int64).reshape(-1, 5).T)
-    modalities, x_t = [], []
-    for number, width in enumerate(model.config.dim_latent):
-        own = [(image.latents.float().reshape(-1, width), t) for _, image, t in images if image.modality == number]
-        latents = torch.cat([torch.zeros(0, width), *(x for x, _ in own)])
-        modalities.append((latents, torch.zeros_like(latents), torch.tensor([t for _, t in own])))
-        x_t.append(latents.to(model.device))
-    batch = build_batch(sequenced, model.vocabulary, modalities, model.config.positions).to(model.device)
-    return model.hidden(batch, x_t), batch
+    timesteps = torch.tensor([i.timestep for s in streams for i in s.images], dtype=torch.float32)
+    latents = flat_latents([(modality, x) for _, modality, x in images], model.config.dim_latent)
+    clean = [(x, torch.zeros_like(x)) for x in latents]
+    batch = build_batch(place_images(tokens, lengths, images), clean, timesteps, model.config.positions)
+    batch = batch.to(model.device)
+    return model.hidden(batch, [x.to(model.device) for x in latents]), batch
 
 
 Transfusion.sample = sample

@@ -1,7 +1,7 @@
-"""How good a run on captioned images is, measured on packs that training did not see.
+"""The quality of a model of captioned images, measured on data that training did not see.
 
-Three numbers: how many generated images a classifier, fitted to training images, takes for what the prompt said;
-how many held-out images get exactly their caption; the perplexity of held-out text.
+Three figures: the fraction of generated images that a classifier, fitted to training images, assigns to their prompt;
+the fraction of held-out images that get exactly their caption; and the perplexity of held-out text.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 
 from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
-from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
+from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
-from transfusion_fast.model.inputs import pack_documents
-from transfusion_fast.model.sequence import Text
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
-FITTED = 10_000
-"""Training images, at most, that the classifier is fitted to: its time grows with the square."""
-CAPTIONED = 1_000
-"""Held-out images, at most, that are captioned; packs have them in random order."""
+MAX_FITTED = 10_000
+"""Most training images that the classifier is fitted to, since its time grows with the square of their number."""
+MAX_CAPTIONED = 1_000
+"""Most held-out images that are captioned; packs hold images in random order."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images uint8 [n, height, width, channels] with their captions, and the texts that stand alone."""
+    """Images uint8 [n, height, width, channels] with n captions, and the texts of documents without an image."""
 
     images: np.ndarray
     captions: tuple[str, ...]
@@ -43,14 +40,16 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured: accuracies in [0, 1], perplexity per token with <eos>, and over how many."""
+    """The results of an evaluation; accuracies are in [0, 1]."""
 
     generated_accuracy: float
+    """Fraction of the generated images that the classifier assigns to their prompt."""
     caption_accuracy: float
+    """Fraction of the captioned images that get exactly their caption."""
     text_perplexity: float | None
-    """None where no held-out text stands alone."""
+    """Perplexity per token, <eos> included; None if no held-out document is text alone."""
     classifier_accuracy: float
-    """Of the classifier itself, on held-out real images: what a perfect generator would score."""
+    """Accuracy of the classifier on held-out real images, which a perfect generator would reach."""
     num_generated: int
     num_captioned: int
     num_texts: int
@@ -58,72 +57,29 @@ class Report:
 
 
 def read_captioned(folder: Path, tokenizer: Tokenizer) -> Captioned:
-    """Reads all packs of a folder; InputError where its images are not pixels of one size."""
+    """Read all packs of a data folder.
+
+    Raises:
+        InputError: a document is neither text nor one image and its caption, or images are not pixels of one size.
+    """
     reader = PackReader(folder)
     images: list[np.ndarray] = []
-    captions, texts = [], []
+    captions: list[str] = []
+    texts: list[str] = []
     for number in range(len(reader)):
         for document in reader.read(number).documents(reader.index.modalities):
-            words = "".join(tokenizer.decode(s.ids) for s in document if isinstance(s, TextSegment))
-            pictures = _pictures(document)
-            if pictures and len(document) != 2:
+            text = "".join(tokenizer.decode(s.ids) for s in document if isinstance(s, TextSegment))
+            own = [s.values for s in document if isinstance(s, ImageSegment)]
+            if own and len(document) != 2:
                 raise InputError(
-                    f"{folder}: evaluation needs documents of one image and its caption, got one of {len(pictures)} "
+                    f"{folder}: evaluation needs documents of one image and its caption, got one of {len(own)} "
                     f"images in {len(document)} parts; give --data of captioned images"
                 )
-            images.extend(pictures)
-            captions.extend([words] * len(pictures))
-            if not pictures:
-                texts.append(words)
+            images.extend(own)
+            (captions if own else texts).append(text)
     if not images or len({image.shape for image in images}) > 1 or images[0].dtype != np.uint8:
         raise InputError(f"{folder}: evaluation needs captioned pixel images of one size; give a folder of such")
     return Captioned(np.stack(images), tuple(captions), tuple(texts))
-
-
-def generated_accuracy(
-    model: Transfusion,
-    tokenizer: Tokenizer,
-    train: Captioned,
-    heldout: Captioned,
-    *,
-    each: int,
-    image: ImageSettings,
-    patch_size: int,
-    seed: int = 0,
-) -> tuple[float, float, dict[str, np.ndarray]]:
-    """Draws `each` images of every caption and classifies them.
-
-    Returns:
-        (accuracy on the drawn images, accuracy on held-out real ones, the drawn images of each caption in uint8).
-    """
-    classifier = SVC(gamma="scale").fit(_features(train.images[:FITTED]), train.captions[:FITTED])
-    captions = sorted(set(train.captions), key=train.captions.index)
-    prompts = [[torch.from_numpy(tokenizer.encode(caption)).long()] for caption in captions for _ in range(each)]
-    height, width = train.images.shape[1:3]
-    generator = torch.Generator().manual_seed(seed)
-    grid = (height // patch_size, width // patch_size)
-    drawn = generate_images(model, prompts, grid, image=image, generator=generator)
-    pixels = latents_to_pixels(drawn.numpy(), patch_size)
-    wanted = np.repeat(captions, each)
-    accuracy = float(np.mean(classifier.predict(_features(pixels)) == wanted))
-    real = float(classifier.score(_features(heldout.images), heldout.captions))
-    return accuracy, real, dict(zip(captions, pixels.reshape(len(captions), each, *pixels.shape[1:]), strict=True))
-
-
-def caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray, patch_size: int) -> list[str]:
-    """Greedy captions of uint8 images [n, height, width, channels]."""
-    prompts = [[latents] for latents in pixels_to_latents(images, patch_size)]
-    grid = prompts[0][0].shape[:2]
-    produced = sample(model, prompts, grids=[(grid[0], grid[1])], max_images=0)
-    return ["".join(tokenizer.decode(p.ids.numpy()) for p in pieces if isinstance(p, Text)) for pieces in produced]
-
-
-@torch.no_grad()
-def text_perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
-    documents = [[Text(torch.from_numpy(tokenizer.encode(text)).long())] for text in texts]
-    batch = pack_documents(documents, model.config).to(model.device)
-    return math.exp(model(batch).text.item())
 
 
 def evaluate(
@@ -135,28 +91,72 @@ def evaluate(
     each: int,
     image: ImageSettings,
     patch_size: int,
+    seed: int = 0,
 ) -> tuple[Report, dict[str, np.ndarray]]:
-    """All three measurements, and the images that were drawn for the first."""
-    began = time.perf_counter()
-    accuracy, real, drawn = generated_accuracy(
-        model, tokenizer, train, heldout, each=each, image=image, patch_size=patch_size
-    )
-    captions = caption_images(model, tokenizer, heldout.images[:CAPTIONED], patch_size)
+    """Measure a model.
+
+    Args:
+        each: images drawn of every caption of `train`.
+        image: how they are drawn, with noise from `seed`.
+
+    Returns:
+        (report, the drawn images of each caption, uint8 [each, height, width, channels]).
+    """
+    start = time.perf_counter()
+    drawn = _draw_images(model, tokenizer, train, each, image, patch_size, seed)
+    svm = optional_module("sklearn.svm", "examples")
+    classifier = svm.SVC(gamma="scale").fit(_features(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
+    hits = [classifier.predict(_features(images)) == caption for caption, images in drawn.items()]
+    captions = _caption_images(model, tokenizer, heldout.images[:MAX_CAPTIONED], patch_size)
     report = Report(
-        generated_accuracy=accuracy,
+        generated_accuracy=float(np.mean(hits)),
         caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=False)])),
-        text_perplexity=text_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
-        classifier_accuracy=real,
+        text_perplexity=_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
+        classifier_accuracy=float(classifier.score(_features(heldout.images), heldout.captions)),
         num_generated=each * len(drawn),
         num_captioned=len(captions),
         num_texts=len(heldout.texts),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
     )
     return report, drawn
 
 
-def _pictures(document: Document) -> list[np.ndarray]:
-    return [s.values for s in document if isinstance(s, ImageSegment)]
+def _draw_images(
+    model: Transfusion,
+    tokenizer: Tokenizer,
+    train: Captioned,
+    each: int,
+    image: ImageSettings,
+    patch_size: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Draw `each` images of every caption of `train`, in the size of its images."""
+    captions = list(dict.fromkeys(train.captions))
+    prompts = [[_ids(tokenizer, caption)] for caption in captions for _ in range(each)]
+    height, width = train.images.shape[1:3]
+    generator = torch.Generator().manual_seed(seed)
+    grid = (height // patch_size, width // patch_size)
+    latents = generate_images(model, prompts, grid, image=image, generator=generator)
+    pixels = latents_to_pixels(latents.numpy(), patch_size)
+    return dict(zip(captions, pixels.reshape(len(captions), each, *pixels.shape[1:]), strict=True))
+
+
+def _caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray, patch_size: int) -> list[str]:
+    """Return greedy captions of images uint8 [n, height, width, channels]."""
+    latents = pixels_to_latents(images, patch_size)
+    rows, columns = latents.shape[1:3]
+    produced = sample(model, [[one] for one in latents], grids=[(rows, columns)], max_images=0)
+    return ["".join(tokenizer.decode(p.numpy()) for p in pieces if isinstance(p, torch.Tensor)) for pieces in produced]
+
+
+@torch.no_grad()
+def _perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """Return exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
+    return math.exp(model([[_ids(tokenizer, text)] for text in texts]).item())  # without images, all loss is text loss
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> torch.Tensor:
+    return torch.from_numpy(tokenizer.encode(text)).long()
 
 
 def _features(images: np.ndarray) -> np.ndarray:

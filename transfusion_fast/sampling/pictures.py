@@ -1,4 +1,4 @@
-"""Pictures of images and their captions."""
+"""Pictures: grids of images with their captions."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 
-CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches: an image with its margin, between groups, captions, headings
+CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches for an image and its margin, between groups, captions, headings
 
 
 def check_picture(path: Path) -> None:
-    """Raises InputError where no PNG can be written; called before hours of drawing. Makes the folder."""
+    """Raise InputError if no PNG can be drawn and written to a path, before hours of drawing; make its folder."""
+    optional_module("matplotlib", "examples")
     if path.suffix.lower() not in (".png", ""):
-        raise InputError(f"picture must be a file NAME.png, got {path}; give such a name")
+        raise InputError(f"picture must be a file NAME.png, got {path}; change the name")
     check_writable(path)
 
 
 def check_writable(path: Path) -> None:
-    """Raises InputError where no file can be written; makes its folder."""
+    """Raise InputError if no file can be written to a path; make its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {path}: its folder cannot be made ({error}); give another path") from error
     if path.is_dir():
-        raise InputError(f"output {path}: is a folder; give the path of a file")
+        raise InputError(f"output must be a file, got the folder {path}; give the path of a file")
 
 
 Images = Sequence[np.ndarray] | np.ndarray
 
 
 def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings: Sequence[str] = ()) -> None:
-    """Writes a PNG: a row for each caption, with groups of images side by side.
+    """Write a PNG with a row for each caption, and groups of images side by side.
 
     Args:
-        rows: (caption, groups of images uint8 [height, width, 1 or 3]); as many groups in every row.
-        path: the file to write, always a PNG.
-        headings: of the groups.
+        rows: (caption, groups of images uint8 [height, width, 1 or 3]); every row has the same number of groups.
+        path: the file to write.
+        headings: a heading for each group, or none.
     """
     widths = [max(len(groups[g]) for _, groups in rows) for g in range(len(rows[0][1]))]
     starts = [LEFT + sum(widths[:g]) * CELL + g * GAP for g in range(len(widths))]
     top = TOP if headings else 0.05
     width, height = starts[-1] + widths[-1] * CELL + 0.05, top + len(rows) * CELL + 0.05
-    figure = Figure(figsize=(width, height), dpi=110)
+    figure = optional_module("matplotlib.figure", "examples").Figure(figsize=(width, height), dpi=110)
     for start, heading in zip(starts, headings, strict=False):
         figure.text(start / width, 1 - 0.8 * TOP / height, heading, ha="left", va="bottom", fontsize=10)
     for number, (caption, groups) in enumerate(rows):

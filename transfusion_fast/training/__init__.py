@@ -1,1 +1,1 @@
-"""Everything around the model: ranks, optimizer, steps, metrics, checkpoints."""
+"""Training of a model: ranks, optimizer, steps, metrics, checkpoints."""

@@ -1,10 +1,9 @@
-"""Model, optimizer and DeepSpeed engine of a run; every DeepSpeed setting is derived from the config, once."""
+"""The model, optimizer and DeepSpeed engine of a run. Every DeepSpeed setting derives from the config."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -15,16 +14,16 @@ from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.training.ranks import Ranks, computes_bf16
+from transfusion_fast.training.ranks import Ranks
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
-    """A DeepSpeed engine around a fresh model: ZeRO-3, so that no rank holds all weights, not even at the start."""
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and computes_bf16(ranks.device))
+    """Return a DeepSpeed engine around a new model; under ZeRO-3 no rank ever holds all weights, not even here."""
+    bf16 = uses_bf16(config.train.precision, ranks.device)
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel("WARNING")
     torch.manual_seed(config.train.seed)
-    # The dtype comes from the settings: given as an argument, DeepSpeed 0.19 makes it bf16 where fp16 is not supported.
+    # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
         model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
@@ -32,11 +31,20 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     return engine
 
 
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Return whether a run computes in bf16; "auto" does if the device has native bf16, else it would be slower."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) -> dict[str, Any]:
-    """The engine's settings: the derived ones, with the config's raw `deepspeed` section merged in.
+    """Return the settings derived from the config, with the config's raw `deepspeed` section merged in.
 
     Raises:
-        InputError: a raw setting that contradicts a derived one.
+        InputError: a raw setting contradicts a derived one.
     """
     derived = {
         "train_batch_size": share.global_batch,
@@ -50,7 +58,7 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
             "stage": 3,
             "overlap_comm": cuda,
             "contiguous_gradients": True,
-            "memory_efficient_linear": False,  # a linear layer in Python that saves nothing here
+            "memory_efficient_linear": False,  # a linear layer in Python, which saves no memory here
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -65,36 +73,26 @@ def _merge(derived: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[s
         if isinstance(value, Mapping) and isinstance(derived.get(key, {}), dict):
             merged[key] = _merge(derived.get(key, {}), value, name)
         elif key in derived and derived[key] != value:
-            raise InputError(f"config: {name} is derived to be {derived[key]!r}, got {value!r}; drop it")
+            raise InputError(f"config: {name} must be {derived[key]!r}, the derived value, got {value!r}; drop it")
         else:
             merged[key] = value
     return merged
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; vectors (norms, biases) are not decayed."""
+    """Return AdamW with two groups: matrices, which are decayed, and vectors (norms and biases), which are not."""
+    # ZeRO-3 leaves an empty parameter on each rank, and the full shape in ds_shape.
+    ndim = {parameter: len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for decay, parameters in ((config.weight_decay, _of(model, matrix=True)), (0.0, _of(model, matrix=False)))
+        {"params": [parameter for parameter in ndim if ndim[parameter] > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in ndim if ndim[parameter] <= 1], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-
-
-def _of(model: nn.Module, *, matrix: bool) -> list[nn.Parameter]:
-    # ZeRO-3 leaves an empty parameter behind on each rank; the whole one's shape is in ds_shape.
-    return [p for p in model.parameters() if (len(getattr(p, "ds_shape", p.shape)) > 1) == matrix]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Of the step (from 0): linear warm-up to lr, then a cosine that reaches min_lr at the last step."""
+    """Return the rate of a step, counted from 0: linear warm-up to lr, then cosine decay to min_lr at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Gives all parameter groups one learning rate."""
-    for group in groups:
-        group["lr"] = lr

@@ -1,51 +1,51 @@
-"""What a run says of itself: a line for people, a JSON line for programs, both from one row."""
+"""The metrics of a run: each row becomes a line for people and a JSON line for programs."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transfusion_fast.files import write_atomically
+
 
 @dataclass(frozen=True)
 class Row:
-    """One logged step. Losses are those of that step's global batch; rates are since the row before."""
+    """The metrics of one logged step. Losses are those of the step's global batch; rates are since the last row."""
 
     step: int
     packs: int
-    """Consumed since the beginning of training."""
+    """Packs consumed since the start of training."""
     loss: float
+    """Weighted sum of the two losses below."""
     text_loss: float
     """Cross-entropy per supervised token, in nats."""
     diffusion_loss: float
     """Squared error per image."""
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Global norm of the gradient before clipping."""
     tokens_per_second: float
-    """Without padding, over all ranks."""
+    """Tokens without padding, over all ranks."""
     skipped_steps: int
-    """Since the beginning of training: steps whose gradient was not finite."""
+    """Steps without a finite gradient since the start of training."""
     quarantined: int
-    """Since the beginning of training: packs left out because they could not be read."""
+    """Unreadable packs left out since the start of training."""
 
 
 class MetricsLog:
-    """Appends rows to a JSONL file; rows after the step that a run resumes from are dropped, as it makes them anew."""
+    """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            staged = path.with_suffix(".tmp")
-            staged.write_text("".join(f"{line}\n" for line in lines))
-            os.replace(staged, path)
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, row: Row) -> None:
-        """Adds one row; what is not finite is null, as JSON has no word for it."""
+        """Append a row; numbers that are not finite become null, since JSON cannot express them."""
         finite = {k: v if math.isfinite(v) else None for k, v in asdict(row).items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -55,38 +55,34 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a row torn by a kill
+        return math.inf  # an incomplete row of a run that was killed
 
 
 class Clock:
-    """Seconds and tokens between logged rows, and the time left."""
+    """A counter of tokens, steps and seconds between logged rows."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
-        self.tokens = 0
-        self.since = time.perf_counter()
-        self.steps_since = 0
+    def __init__(self) -> None:
+        self.tokens, self.steps, self.start = 0, 0, time.perf_counter()
 
     def add(self, tokens: float) -> None:
-        """Counts a finished step."""
+        """Count a finished step."""
         self.tokens += int(tokens)
-        self.steps_since += 1
+        self.steps += 1
 
     def lap(self) -> tuple[float, float]:
-        """(tokens/s, seconds/step) since the last lap."""
-        now = time.perf_counter()
-        elapsed, steps, tokens = now - self.since, max(1, self.steps_since), self.tokens
-        self.since, self.steps_since, self.tokens = now, 0, 0
+        """Return (tokens per second, seconds per step) since the last lap, and start a new one."""
+        tokens, steps, elapsed = self.tokens, max(1, self.steps), time.perf_counter() - self.start
+        self.tokens, self.steps, self.start = 0, 0, self.start + elapsed
         return tokens / elapsed, elapsed / steps
 
 
 def progress_line(row: Row, steps: int, seconds_per_step: float) -> str:
-    """The row for people."""
+    """Return a row as a line for people, with the time left of a run of `steps` steps."""
     left = int(seconds_per_step * (steps - row.step))
     skipped = f"  skipped {row.skipped_steps}" if row.skipped_steps else ""
-    skipped += f"  quarantined {row.quarantined}" if row.quarantined else ""
+    quarantined = f"  quarantined {row.quarantined}" if row.quarantined else ""
     return (
         f"step {row.step:>{len(str(steps))}}/{steps}  loss {row.loss:.4f}  text {row.text_loss:.4f}  "
         f"diffusion {row.diffusion_loss:.4f}  {row.tokens_per_second:,.0f} tokens/s  lr {row.lr:.2e}  "
-        f"norm {row.grad_norm:.2f}{skipped}  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        f"norm {row.grad_norm:.2f}{skipped}{quarantined}  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )

@@ -1,12 +1,12 @@
-"""A run folder, as everything after training reads it; needs neither ranks nor DeepSpeed.
+"""The files of a run folder, for everything that reads a run. Needs neither ranks nor DeepSpeed.
 
-RUN/config.yaml       the resolved config of its last start
-RUN/data.json         how to read and draw the run's data: tokenizer, modalities, image size
+RUN/config.yaml       the resolved config of the last start
+RUN/data.json         how to read and draw the run's data: tokenizer, modalities, image sizes
 RUN/metrics.jsonl     a row every `log_every` steps
 RUN/checkpoints/latest                  the name of the newest checkpoint
 RUN/checkpoints/step-00000500/
     meta.json                           step, packs consumed, model, data, world size
-    model.safetensors                   the weights, fp32, one whole tensor each
+    model.safetensors                   the full weights, fp32
     engine/                             DeepSpeed's sharded state, which training resumes from
     manifest.json                       size and sha256 of every other file
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ from safetensors.torch import load_file
 from transfusion_fast.config import Config, ModelConfig, changes, parse
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
-from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
 
-CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -47,7 +46,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint is of."""
+    """The state of a run at a checkpoint, and what the state depends on."""
 
     step: int
     packs_consumed: int
@@ -56,67 +55,58 @@ class Meta:
     precision: str
     global_batch: int
     data: str
-    """sha256 of the data folder's index, or of those of all folders."""
+    """sha256 of the data folder's index, or of the indexes of all folders."""
     data_path: str
     order: tuple[int, int]
-    """Seed and shuffle window: what the order of the packs depends on."""
+    """Seed and shuffle window, which the order of the packs depends on."""
     model: dict[str, Any]
     quarantined: int = 0
-    """Packs left out because they could not be read."""
+    """Unreadable packs left out so far."""
     shares: tuple[str, ...] = ("1",)
-    """The part of the tokens that each data folder gives."""
+    """Fraction of the tokens that each data folder gives."""
 
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What sampling must know of the training data."""
+    """The properties of the training data that sampling needs."""
 
     tokenizer: Tokenizer
     modalities: tuple[ModalityInfo, ...]
     image_sizes: tuple[tuple[int, int], ...]
-    """(height, width) in values of the first image of each modality: what is drawn unless asked otherwise."""
+    """(height, width) in values of the first image of each modality, the default size of drawn images."""
 
     def grid(self, modality: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of the usual size."""
+        """Return the rows and columns of patches of an image of the default size."""
         height, width = self.image_sizes[modality]
         patch = self.modalities[modality].patch_size
         return height // patch, width // patch
 
 
-def describe_data(data: Mixture, pass_over_unreadable: bool = False) -> DataDescription:
-    """Reads packs until every modality has shown an image; a modality that never does gets one patch."""
-    first = data.datasets[0]
-    sizes = _image_sizes(data, pass_over_unreadable)
-    return DataDescription(load_tokenizer(first.index.tokenizer, first.folder), data.modalities, sizes)
-
-
-def _image_sizes(data: Mixture, pass_over_unreadable: bool) -> tuple[tuple[int, int], ...]:
-    found: dict[int, tuple[int, int]] = {}
-    for pack in _packs_with_images(data, pass_over_unreadable):
-        for _, kind, _, _, height, width in pack.segments[pack.segments[:, 1] != KIND_TEXT].tolist():
-            found.setdefault(kind - 1, (height, width))
-        if len(found) == len(data.modalities):
+def describe_data(data: Mixture, skip_unreadable: bool = False) -> DataDescription:
+    """Read packs until every modality has shown an image; a modality without images gets the size of one patch."""
+    sizes: dict[int, tuple[int, int]] = {}
+    readers = [PackReader(d.folder, d.index) for d in data.datasets if d.index.modalities]
+    for reader, number in ((r, n) for r in readers for n in range(len(r))):
+        try:
+            segments = reader.read(number).segments
+        except InputError as error:
+            if isinstance(error, FetchError) or not skip_unreadable:
+                raise
+            continue
+        for _, kind, _, _, height, width in segments[segments[:, 1] != KIND_TEXT].tolist():
+            sizes.setdefault(kind - 1, (height, width))
+        if len(sizes) == len(data.modalities):
             break
-    return tuple(found.get(m, (info.patch_size, info.patch_size)) for m, info in enumerate(data.modalities))
-
-
-def _packs_with_images(data: Mixture, pass_over_unreadable: bool) -> Iterator[Pack]:
-    """The packs of every dataset that has modalities."""
-    for reader in (PackReader(d.folder, d.index) for d in data.datasets if d.index.modalities):
-        for position in range(len(reader)):
-            try:
-                pack = reader.read(position)
-            except FetchError:
-                raise
-            except InputError:
-                if pass_over_unreadable:
-                    continue
-                raise
-            yield pack
+    first = data.datasets[0]
+    return DataDescription(
+        tokenizer=load_tokenizer(first.index.tokenizer, first.folder),
+        modalities=data.modalities,
+        image_sizes=tuple(sizes.get(m, (info.patch_size,) * 2) for m, info in enumerate(data.modalities)),
+    )
 
 
 def write_data_description(run: Path, data: DataDescription) -> None:
-    """Puts data.json, and the tokenizer that it names, into the run folder."""
+    """Write data.json, and the tokenizer that it names, to the run folder."""
     data.tokenizer.write(run)
     record = {
         "tokenizer": data.tokenizer.describe(),
@@ -127,7 +117,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
 
 
 def read_data_description(run: Path) -> DataDescription:
-    """Reads data.json; InputError where the folder is no run."""
+    """Read data.json; raise InputError if the folder is not a run, or the file is damaged."""
     try:
         record = json.loads((run / DATA).read_text())
         modalities = tuple(ModalityInfo(**m) for m in record["modalities"])
@@ -136,33 +126,33 @@ def read_data_description(run: Path) -> DataDescription:
     except FileNotFoundError as error:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it anew") from error
+        raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it again") from error
 
 
 def write_config(run: Path, config: Config) -> list[str]:
-    """Puts config.yaml into the run folder; returns what differs from the one there, `NAME OLD -> NEW` each."""
-    path, now = run / CONFIG, config.model_dump(mode="json")
+    """Write config.yaml to the run folder, and return the changes from the previous one, each `NAME OLD -> NEW`."""
+    path, settings = run / "config.yaml", config.model_dump(mode="json")
     try:
-        before = yaml.safe_load(path.read_text()) if path.exists() else now
-        changed = list(changes(before, now))
+        previous = yaml.safe_load(path.read_text()) if path.exists() else settings
+        changed = list(changes(previous, settings))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        changed = [f"not known, as the {CONFIG} of before cannot be read ({' '.join(str(error).split()):.100})"]
-    write_atomically(path, yaml.safe_dump(now, sort_keys=False))
+        changed = [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
     return changed
 
 
 def check_output(run: Path) -> None:
-    """Raises InputError where training in that folder would write over what is not a run's."""
-    ours = (run / CHECKPOINTS).is_dir()
-    if not ours and (run / DATA).is_file():
-        read_data_description(run)
-        ours = True
-    if run.exists() and not ours and (not run.is_dir() or any(run.iterdir())):
+    """Raise InputError if training in a folder would overwrite anything but a run."""
+    if (run / CHECKPOINTS).is_dir() or not run.exists():
+        return
+    if (run / DATA).is_file():
+        read_data_description(run)  # fails unless a run wrote it
+    elif not run.is_dir() or any(run.iterdir()):
         raise InputError(f"train.output must be new, empty or the folder of a run, got {run}; give another")
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
-    """The checkpoint of that name, or the one that `latest` names; InputError where it is not there."""
+    """Return the checkpoint of a name, by default the one that `latest` names; InputError if it does not exist."""
     if name is None:
         pointer = run / CHECKPOINTS / LATEST
         if not pointer.is_file():
@@ -175,33 +165,31 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
 
 def load_model(checkpoint: Path) -> Transfusion:
-    """The model of a checkpoint, fp32, ready to sample from; on the GPU where there is one.
+    """Return the model of a checkpoint, fp32, in evaluation mode; on the GPU if there is one.
 
     Raises:
-        InputError: a damaged checkpoint, or weights that are not the model's.
+        InputError: the checkpoint is damaged, or its weights do not fit its model settings.
     """
     meta = read_meta(checkpoint)
-    for problem in damage(checkpoint, [Path(WEIGHTS), Path(META)]):
+    for problem in find_damage(checkpoint, lambda _: [WEIGHTS, META]):
         raise InputError(f"{checkpoint}: is damaged ({problem}); name another checkpoint, or resume training")
     model = Transfusion(parse(ModelConfig, meta.model, str(checkpoint / META)))
     weights = load_file(checkpoint / WEIGHTS)
     parameters = dict(model.named_parameters())
-    if weights.keys() != parameters.keys():
-        names = sorted(weights.keys() ^ parameters.keys())
+    found, shapes = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (weights, parameters))
+    for difference in changes(found, shapes):
+        file = checkpoint / WEIGHTS
         raise InputError(
-            f"{checkpoint / WEIGHTS}: does not hold the model's weights (differing: {', '.join(names[:3])})"
+            f"{file}: weights must have the shapes of the model, got {difference}; name another checkpoint"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
-                raise InputError(f"{checkpoint / WEIGHTS}: {name} is {shapes}; the checkpoint is of another model")
             parameter.copy_(weights[name])
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    """The description of a checkpoint; InputError where it is not one."""
+    """Read the meta of a checkpoint; raise InputError if the folder is not a checkpoint of this version."""
     try:
         fields = json.loads((checkpoint / META).read_text())
         tuples = {name: tuple(value) for name, value in fields.items() if name in ("order", "shares")}
@@ -210,31 +198,23 @@ def read_meta(checkpoint: Path) -> Meta:
         raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
 
 
-def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
-    """(bytes, sha256) of each file; ValueError or OSError where it cannot be read."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+def find_damage(checkpoint: Path, select: Callable[[list[str]], Iterable[str]] = list) -> list[str]:
+    """Return the problems of a checkpoint's files against its manifest; `select` picks the files to check."""
     try:
-        return {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"not a manifest: {error}") from error
-
-
-def damage(checkpoint: Path, files: Iterable[Path]) -> Iterator[str]:
-    """What is wrong with those files of a checkpoint, against its manifest."""
-    try:
-        expected = read_manifest(checkpoint)
-    except (OSError, ValueError) as error:
-        yield f"{MANIFEST}: {type(error).__name__}"
-        return
-    for file in files:
-        path = checkpoint / file
-        if not path.is_file():
-            yield f"{file}: missing"
-        elif measure(path) != expected.get(str(file)):
-            yield f"{file}: not as {MANIFEST} says"
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        expected = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {type(error).__name__}"]
+    problems = []
+    for file in select(sorted(expected)):
+        if not (checkpoint / file).is_file():
+            problems.append(f"{file}: missing")
+        elif measure(checkpoint / file) != expected.get(file):
+            problems.append(f"{file}: not as {MANIFEST} says")
+    return problems
 
 
 def measure(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a file."""
+    """Return the size in bytes and the sha256 of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,1 @@
-"""Example data sets, from digits to stories."""
+"""Example data sets: digits, Fashion-MNIST, and stories with its pictures."""

@@ -7,13 +7,12 @@ seven"). The split is fixed: 300 images and every tenth sum are held out.
 from typing import ClassVar
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.fitting import Long
+from transfusion_fast.errors import InputError, optional_module
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.sources.base import Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -21,23 +20,22 @@ MODALITY = ModalityInfo("digits", channels=1, patch_size=2, encoding="pixels")
 _TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SPLIT_SEED = 1797
-_LARGEST_VALUE = 16  # of a pixel, in scikit-learn's copy
-_HELDOUT_IMAGES = 6  # one in so many
-_HELDOUT_SUMS = 10
+_LARGEST_VALUE = 16  # of a pixel in scikit-learn's data
+_HELDOUT_IMAGES, _HELDOUT_SUMS = 6, 10  # one in so many
 
 
 class Digits:
-    """The digits, as a data set to prepare."""
+    """The digits and sums as a built-in data set."""
 
     modality = MODALITY
     long: ClassVar[Long] = "reject"
 
     def describe(self) -> dict[str, object]:
-        """As JSON: what the documents depend on."""
+        """Return everything that the documents depend on as JSON."""
         return {"data": "digits", "split": [_SPLIT_SEED, _HELDOUT_IMAGES, _HELDOUT_SUMS]}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
-        """(caption, image) pairs, then sums as text alone."""
+        """Return (caption, image) pairs, and then sums as text alone."""
         images, labels = load_split(split)
         captions = [TextSegment(tokenizer.encode(word)) for word in DIGIT_WORDS]
         pairs = zip(images[..., None], labels, strict=True)
@@ -46,8 +44,8 @@ class Digits:
 
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of a split: images uint8 [n, 8, 8] of 0..255, labels int64 [n] of 0..9."""
-    digits = load_digits()
+    """Return the images uint8 [n, 8, 8] of 0..255 and labels int64 [n] of 0..9 of a split."""
+    digits = optional_module("sklearn.datasets", "examples").load_digits()
     images = np.rint(digits.images * (255 / _LARGEST_VALUE)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
     shuffled = keyed_permutation(len(labels), _SPLIT_SEED, 0)
@@ -57,7 +55,7 @@ def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arithmetic_sentences(split: Split) -> list[str]:
-    """Sums, differences (never negative) and products of two digits, in words."""
+    """Return sums, differences (never negative) and products of two digits, in words."""
     digits = range(10)
     sentences = [_sentence(a, "plus", b, a + b) for a in digits for b in digits]
     sentences += [_sentence(a, "minus", b, a - b) for a in digits for b in digits if a >= b]
@@ -69,7 +67,7 @@ def arithmetic_sentences(split: Split) -> list[str]:
 def _select(items: np.ndarray, split: Split, every: int) -> np.ndarray:
     heldout = np.arange(len(items)) % every == 0
     if split not in ("train", "heldout"):
-        raise InputError(f"split must be train or heldout, got {split!r}")
+        raise InputError(f"split must be train or heldout, got {split!r}; give one of them")
     return items[heldout if split == "heldout" else ~heldout]
 
 

@@ -1,7 +1,7 @@
 """Fashion-MNIST: 70,000 grey pictures of clothes, 28 x 28, in ten classes (Xiao et al. 2017, arXiv 1708.07747).
 
-Its four files come from a folder, from Debian's package, which is unpacked without root, or from the web. Wherever they
-come from, their contents must have the checksums below.
+Its four files come from a folder, from Debian's package, which is unpacked without root, or from the web; their
+contents must have the checksums below.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import urllib.request
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.fitting import Long
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.sources.base import Split
 
 CLASSES = (
@@ -40,7 +40,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-"""Of the files as they are once gzip is undone."""
+"""Checksums of the files without gzip."""
 PACKAGE = "dataset-fashion-mnist"
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN, WEB = "debian", "web"
@@ -50,11 +50,11 @@ _TIMEOUT = 60  # seconds without an answer
 
 
 class FashionMnist:
-    """The pictures and their classes, fetched when they are first asked for.
+    """The pictures and their classes, downloaded when they are first needed.
 
     Args:
-        origin: a folder that holds the files somewhere below it, gzipped or not; a package file of Debian's; or
-            "debian" or "web", to fetch them from there.
+        origin: a folder that holds the files somewhere below it, gzipped or not; a Debian package file; or "debian" or
+            "web", to download them from there.
     """
 
     modality = MODALITY
@@ -64,32 +64,32 @@ class FashionMnist:
         self.origin = origin
 
     def describe(self) -> dict[str, object]:
-        """As JSON: what the documents depend on."""
+        """Return everything that the documents depend on as JSON."""
         return {"data": "fashion-mnist", "captions": CLASSES}
 
     @cached_property
     def splits(self) -> dict[Split, tuple[np.ndarray, np.ndarray]]:
-        """Images uint8 [n, 28, 28] and labels int64 [n] of each split; InputError where they cannot be had."""
+        """Images uint8 [n, 28, 28] and labels int64 [n] of each split; InputError if they cannot be read."""
         with tempfile.TemporaryDirectory() as scratch:
-            folder = _fetched(self.origin, Path(scratch))
+            folder = _folder_of(self.origin, Path(scratch))
             return {split: _load(folder, *names) for split, names in FILES.items()}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
-        """(caption, image) pairs; the ten thousand of the original test set are held out."""
+        """Return (caption, image) pairs; the ten thousand of the original test set are held out."""
         captions = [TextSegment(tokenizer.encode(name)) for name in CLASSES]
         images, labels = self.splits[split]
         return [(captions[label], ImageSegment(image)) for image, label in zip(images[..., None], labels, strict=True)]
 
 
-def _fetched(origin: str | Path, scratch: Path) -> Path:
-    """A folder that holds the files somewhere below it."""
+def _folder_of(origin: str | Path, scratch: Path) -> Path:
+    """Return a folder that holds the files somewhere below it."""
     path = Path(origin)
+    if origin == WEB:
+        _download(scratch)
+        return scratch
     if origin == DEBIAN:
         _run(["apt-get", "download", PACKAGE], scratch)
         path = next(scratch.glob(f"{PACKAGE}_*.deb"), scratch / f"{PACKAGE}.deb")
-    elif origin == WEB:
-        _download(scratch)
-        return scratch
     if path.is_dir():
         return path
     if not path.is_file() or path.suffix != ".deb":
@@ -115,13 +115,12 @@ def _download(folder: Path) -> None:
     for name in SHA256:
         try:
             with urllib.request.urlopen(f"{URL}{name}.gz", timeout=_TIMEOUT) as answer:
-                content = answer.read(_MAX_BYTES)
+                (folder / f"{name}.gz").write_bytes(answer.read(_MAX_BYTES))
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{URL}{name}.gz cannot be downloaded ({reason}); give --source {DEBIAN}, or a folder that holds it"
             ) from error
-        (folder / f"{name}.gz").write_bytes(content)
 
 
 def _load(folder: Path, images: str, labels: str) -> tuple[np.ndarray, np.ndarray]:
@@ -131,21 +130,17 @@ def _load(folder: Path, images: str, labels: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _content(folder: Path, name: str) -> bytes:
-    """The bytes of the one file of that name below `folder`."""
+    """Return the content of the one file of that name below `folder`."""
     path = next((path for suffix in (".gz", "") for path in sorted(folder.rglob(name + suffix))), None)
     if path is None:
-        raise InputError(f"folder {folder} must hold {name}.gz of Fashion-MNIST, and does not")
+        raise InputError(f"folder {folder} must hold {name}.gz of Fashion-MNIST, got none; give another")
     try:
-        with path.open("rb") as file:
-            content = _at_most(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MAX_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} must be a file of Fashion-MNIST, and cannot be read ({error})") from error
+        raise InputError(f"{path} must be a file of Fashion-MNIST, got {error}; fetch it again") from error
     if (sha256 := hashlib.sha256(content).hexdigest()) != SHA256[name]:
         raise InputError(
             f"contents of {path} must have the sha256 {SHA256[name]} of Fashion-MNIST, got {sha256}; fetch it again"
         )
     return content
-
-
-def _at_most(file: BinaryIO | gzip.GzipFile) -> bytes:
-    return file.read(_MAX_BYTES)

@@ -1,7 +1,7 @@
 """Short stories with pictures between their sentences: a worked example of interleaved documents.
 
 Somebody gets ready for an occasion and takes out a few pieces of clothing, each shown by a picture of Fashion-MNIST. A
-piece is either named before its picture, which must then be drawn as named, or after it, which must then be recognised.
+piece is named either before its picture, which must then be drawn to match, or after it, and must then be recognised.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from transfusion_fast.data.pack import Document, ImageSegment, Segment, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.encode import Long
 from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, FashionMnist
-from transfusion_fast.prepare.fitting import Long
 from transfusion_fast.prepare.sources.base import Split
 
 NAMES = ("Ada", "Ben", "Clara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Max", "Nora", "Omar")
@@ -54,7 +54,7 @@ _STREAM: dict[Split, int] = {"train": 0, "heldout": 1}
 
 
 class _Draws:
-    """Choices that depend on a key alone, in every release of numpy."""
+    """Choices that depend on a key alone, for every release of numpy."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
@@ -68,7 +68,7 @@ class _Draws:
 
 @dataclass(frozen=True)
 class Stories:
-    """So many stories of each split, with pictures of that split of `pictures`."""
+    """Stories of each split, with pictures of the same split."""
 
     pictures: FashionMnist
     seed: int = 0
@@ -77,16 +77,17 @@ class Stories:
     long: ClassVar[Long] = "split"
 
     def describe(self) -> dict[str, object]:
-        """As JSON: what the documents depend on."""
+        """Return everything that the documents depend on as JSON."""
         words = [NAMES, OCCASIONS, OPENINGS, NAMED, GUESSED, CLOSINGS]
         return {"data": "stories", "stories": STORIES, "seed": self.seed, "pieces": PIECES, "words": words}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
-        """Texts and images in turn, beginning and ending with a text."""
+        """Return texts and images in turn, beginning and ending with a text."""
         images, labels = self.pictures.splits[split]
         by_class = [np.flatnonzero(labels == label) for label in range(len(CLASSES))]
         if not all(map(len, by_class)):
-            raise InputError(f"pictures must be of all {len(CLASSES)} classes, got {sorted(set(labels.tolist()))}")
+            got = sorted(set(labels.tolist()))
+            raise InputError(f"pictures must be of all {len(CLASSES)} classes, got {got}; give the whole data set")
         return [
             tuple(self._segments((self.seed, _STREAM[split], number), images, by_class, tokenizer))
             for number in range(STORIES[split])
@@ -105,7 +106,7 @@ class Stories:
 
 
 def _story(draws: _Draws) -> Iterator[str | int]:
-    """Texts, and the classes of the pictures between them."""
+    """Yield texts, and the classes of the pictures between them."""
     fixed = {"name": draws.of(NAMES), "occasion": draws.of(OCCASIONS)}
     text = draws.of(OPENINGS).format(**fixed)
     for _ in range(draws.of(PIECES)):

@@ -1,1 +1,1 @@
-"""Where documents come from: each source cuts its files into units that several processes can read."""
+"""Sources of documents: captioned images, interleaved documents, text."""

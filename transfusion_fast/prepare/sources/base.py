@@ -1,84 +1,116 @@
-"""What every source of documents is: files cut into units, read in any order and by any process.
+"""The interface of a source of documents: files cut into units, which any process may read in any order.
 
-What cannot be used is yielded as `Rejected`, to be counted; the rest goes on.
+Entries that cannot be used are yielded as `Rejected`, to be counted; reading continues behind them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
+
+from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import InputError, Rejected
 
 Split = Literal["train", "heldout"]
+Part = str | bytes | np.ndarray | Segment
+"""A text, the bytes of an image file, its pixels uint8 [height, width, 3], or a segment that is encoded already."""
 
-MAX_BYTES = 64 << 20  # of a line, or of a file in an archive: more is no document
+MAX_BYTES = 64 << 20
+"""The largest line, and the largest file in an archive, that is read."""
 COMPRESSIONS = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
-class RawDocument:
-    """A document as its source has it."""
+class SourceDocument:
+    """A document as its source holds it."""
 
     where: str
-    """For messages: its place in the source."""
-    parts: tuple[str | bytes, ...]
-    """Texts, and images as the bytes of their files."""
+    """Its place in the source, for messages."""
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a file: what begins in [start, end), in bytes or whatever the source counts by."""
+    """The documents of a file that begin in [start, end), in bytes or in whatever the source counts by."""
 
     path: Path
     start: int
     end: int
 
 
-Raw_co = TypeVar("Raw_co", covariant=True)
+@dataclass(frozen=True)
+class Source(ABC):
+    """Files of documents. Picklable."""
 
+    files: tuple[Path, ...]
+    """All files that are read."""
 
-class Source(Protocol[Raw_co]):
-    """Where documents come from, `RawDocument`s mostly. Picklable."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Kinds of files that the source reads."""
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All that is read."""
+    @classmethod
+    def of(cls, paths: Sequence[Path], **settings: Any) -> Self:
+        """Return the source of some files, and of the files in some folders; InputError if there are none."""
+        return cls(tuple(existing_files(paths, cls.suffixes)), **settings)
 
+    @abstractmethod
     def units(self) -> list[Unit]:
-        """All of it, in the order of documents; InputError where there is nothing to read."""
+        """Return all units in the order of their documents."""
 
-    def documents(self, unit: Unit) -> Iterator[Raw_co | Rejected]:
-        """Those of a unit, in order."""
+    @abstractmethod
+    def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        """Yield the place and the content of each document of a unit; the content may be Rejected."""
 
+    @abstractmethod
+    def parts(self, entry: Any, unit: Unit) -> Iterable[Part]:
+        """Return the parts of the document that an entry holds; Rejected if it holds none."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The settings but for the files, as JSON: sources of one description and the same files are the same."""
+        """Return the settings except for the files as JSON; equal settings and files give equal documents."""
+
+    def documents(self, unit: Unit) -> Iterator[SourceDocument | Rejected]:
+        """Yield each document of a unit, or why it cannot be used and where it is, in order."""
+        for where, entry in self.entries(unit):
+            found: SourceDocument | Rejected
+            try:
+                if isinstance(entry, Rejected):
+                    raise entry
+                found = SourceDocument(where, tuple(self.parts(entry, unit)))
+            except Rejected as rejected:
+                found = rejected.at(where)
+            yield found
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
+    """Return the suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
 
 
 def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """The files given, and those of `suffixes` in the folders given, by name.
+    """Return the given files, and the files of `suffixes` below the given folders, by name.
 
-    InputError where there is none, and for a file that is there twice.
+    Raises:
+        InputError: a path or a link leads nowhere, a folder holds no such file, a file is of another kind or was given
+            twice.
     """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             found = _files_below(path, suffixes)
             if not found:
-                raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, and holds none")
+                raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, got none; give another")
             files += found
         elif not path.is_file():
-            raise InputError(f"source {path} must exist, and does not; give files or folders of them")
+            raise InputError(f"source {path} must exist, got no such file; give files or folders of files")
         elif kind_of(path) not in suffixes:
             raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
         else:
@@ -86,12 +118,12 @@ def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]
     names: dict[Path, Path] = {}
     for file in files:
         if (other := names.setdefault(file.resolve(), file)) is not file:
-            raise InputError(f"source must hold a file once, got {other} and {file}, which are one; leave one out")
+            raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
     return files
 
 
 def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """By name; links are followed, and no folder is entered twice."""
+    """Return the files of a folder by name. Links are followed, and no folder is entered twice."""
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
     waiting = [folder]
@@ -111,15 +143,21 @@ def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
             elif wanted and path.is_file():
                 found.append(path)
             elif wanted or (not path.suffix and entry.is_symlink() and not path.exists()):  # perhaps to a folder
-                raise InputError(f"source {path} must be a file, and is none or a link to nothing; mend or remove it")
+                raise InputError(f"source {path} must be a file, got something else or a broken link; remove it")
     return sorted(found)
 
 
-def parse_json(line: bytes | Rejected, where: str) -> Any:
-    """The value of a line, or why it is rejected."""
-    if isinstance(line, Rejected):
-        return line
+def parse_json(line: bytes) -> Any:
+    """Return the value of a line; Rejected if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Rejected("not JSON", f"{error}, {where}")
+        raise Rejected("not JSON", str(error)) from error
+
+
+def decode_utf8(content: bytes, encoding: Literal["utf-8", "utf-8-sig"] = "utf-8") -> str:
+    """Return a text; Rejected if it is not UTF-8. `utf-8-sig` drops the byte order mark."""
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Rejected("not UTF-8", f"{error.reason} at byte {error.start}") from error

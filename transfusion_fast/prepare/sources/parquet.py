@@ -10,41 +10,36 @@ from typing import Any
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Unit
 
-_ROWS_TOGETHER = 16  # each may be large once it is decompressed
+_ROWS_TOGETHER = 16  # few, as each row may be large once it is decompressed
 _MAX_GROUP_BYTES = 16 << 30
 
 
-def row_groups(path: Path, name: str) -> int:
-    """Of a file, one for a file that cannot be read.
+def count_row_groups(path: Path, column: str) -> int:
+    """Return the number of row groups of a file; 1 for a damaged file, whose damage is reported when it is read.
 
-    InputError where the column is not there, holds no texts, or is more than a process should read.
+    Raises:
+        InputError: the column is missing, holds no strings, or a row group is larger than a process should read.
     """
     try:
         with _parquet(path) as table:
-            _check_column(table, path, name)
+            _check_column(table, path, column)
             return table.num_row_groups
-    except Rejected:  # once more when its rows are asked for
+    except Rejected:
         return 1
 
 
-def rows(unit: Unit, name: str) -> Iterator[tuple[str, str | Rejected | None]]:
-    """(where, value) of each row; a row group that cannot be read is named once, and what follows in it is lost."""
+def read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected | None]]:
+    """Yield the place and the value of each row; if the rest of a row group cannot be read, Rejected once."""
     group = f"row group {unit.start} of {unit.path}"
     try:
-        yield from _rows(unit, name, group)
+        with _parquet(unit.path) as table:
+            info = table.metadata.row_group(unit.start)
+            if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
+                raise Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows")
+            for row, value in enumerate(_values(table, unit.start, column)):
+                yield f"row {row} of {group}", value
     except Rejected as rejected:
         yield group, rejected
-
-
-def _rows(unit: Unit, name: str, group: str) -> Iterator[tuple[str, str | Rejected | None]]:
-    with _parquet(unit.path) as table:
-        info = table.metadata.row_group(unit.start)
-        if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
-            yield group, Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows, {group}")
-            return
-        for row, value in enumerate(_column(table, unit.start, name)):
-            where = f"row {row} of {group}"
-            yield where, value.at(where) if isinstance(value, Rejected) else _decoded(value, where)
 
 
 @contextmanager
@@ -55,14 +50,13 @@ def _parquet(path: Path) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
     try:
-        # A name would be taken for a URI. With other settings a row group is in memory as a whole.
+        # A path may be taken for a URI, a stream may not. With other settings a whole row group is in memory.
         with path.open("rb") as file, ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             yield table
-    except (ArrowException, OSError, UnicodeDecodeError) as error:  # names in its schema need not be UTF-8
-        if getattr(error, "errno", None):  # the disk's, not the file's
+    except (ArrowException, OSError, UnicodeDecodeError) as error:  # names in the schema need not be UTF-8
+        if getattr(error, "errno", None):  # the disk's fault, not the file's
             raise
-        reason = " ".join(str(error).split())
-        raise Rejected("file damaged", f"it cannot be read as Parquet ({reason:.200}), {path}") from error
+        raise Rejected("file damaged", f"it cannot be read as Parquet ({' '.join(str(error).split()):.200})") from error
 
 
 def _check_column(table: Any, path: Path, name: str) -> None:
@@ -78,7 +72,7 @@ def _check_column(table: Any, path: Path, name: str) -> None:
     if not any(getattr(types, f"is_{test}")(values) for test in (*tests, "null")):
         raise InputError(f"column {name!r} of {path} must be of strings, got {kind}; name another with --field")
     for group in range(table.num_row_groups):
-        # Of all columns: to ask a damaged file for the size of one can end the process.
+        # The size of all columns: to ask a damaged file for the size of one can end the process.
         if (size := table.metadata.row_group(group).total_byte_size) > _MAX_GROUP_BYTES:
             raise InputError(
                 f"row group {group} of {path} must have at most {_MAX_GROUP_BYTES} bytes, got {size}; "
@@ -86,10 +80,10 @@ def _check_column(table: Any, path: Path, name: str) -> None:
             )
 
 
-def _column(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | None]:
-    """The values of a column in a row group, in order, and at last what is wrong if there should be more.
+def _values(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | None]:
+    """Yield the values of a column in a row group, and at the end what is wrong if there should be more.
 
-    As bytes: a string of Arrow need not be UTF-8, and its size is known before it is copied.
+    They are bytes: a string of Arrow need not be UTF-8, and the size of bytes is known before they are copied.
     """
     import pyarrow
     from pyarrow import compute
@@ -102,10 +96,3 @@ def _column(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | No
                 yield Rejected("row too large", f"{size} bytes") if too_large else value.as_py()
     except (pyarrow.ArrowException, OSError) as error:
         yield Rejected("parquet damaged", f"what follows is lost ({error})")
-
-
-def _decoded(value: bytes | None, where: str) -> str | Rejected | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError as error:
-        return Rejected("not UTF-8", f"{error.reason} at byte {error.start}, {where}")

@@ -1,0 +1,203 @@
+"""The correctness gate: a backend is timed only after its results were checked against a reference in high precision.
+
+In half precision, a result may differ from the reference by twice the error of plain PyTorch plus one rounding, both by
+root mean square and by the largest difference. In fp32, where two correct orders of summation differ by more than that,
+it may differ by 2e-6 of the reference, and a gradient by 1e-5.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from timing import NOT_MEASURED, Step, Timing, allocated_bytes, autograd_step, time_steps
+from torch import Tensor
+from torch.utils import benchmark
+from triton.errors import TritonError
+
+Forward = Callable[..., Tensor | tuple[Tensor, ...]]
+Results = Sequence[Tensor]
+Gate = Callable[[Results], str | None]
+
+# Errors that a backend may raise for a shape that it cannot do. NotImplementedError and running out of memory are
+# RuntimeErrors.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
+_OVER_BUDGET = f"{NOT_MEASURED}: time budget"
+_OUT_OF_MEMORY = "out of memory"
+
+
+class Size(NamedTuple):
+    """The size of a tensor, or of an error."""
+
+    rms: float
+    largest: float
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Size":
+        """Measure a tensor."""
+        return cls(float(x.square().mean().sqrt()), float(x.abs().max()))
+
+
+def make_gate(
+    names: Sequence[str], references: Results, plain: Results, select: Callable[[Results], Results] = lambda x: x
+) -> Gate:
+    """Return the function that checks the results of one problem: it returns what is wrong with them, or None.
+
+    Args:
+        names: of the outputs and gradients; those of outputs begin with "output".
+        references: the results in high precision. A shorter one is compared with the beginning of a result.
+        plain: the same results of plain PyTorch, in the dtypes that backends return.
+        select: picks what is compared out of a backend's results.
+
+    Raises:
+        RuntimeError: plain PyTorch is too far from the reference to serve as a yardstick.
+    """
+    sizes = [Size.of(reference) for reference in references]
+    plain_errors = [_error(got, reference) for got, reference in zip(plain, references, strict=True)]
+    for name, got, size, error in zip(names, plain, sizes, plain_errors, strict=True):
+        if not error.rms <= (limit := torch.finfo(got.dtype).eps ** 0.5 * size.rms):
+            raise RuntimeError(f"plain PyTorch's own error of {name} is {error.rms:.3g}, above {limit:.3g}")
+
+    def check(results: Results) -> str | None:
+        compared = zip(names, select(results), references, plain, sizes, plain_errors, strict=True)
+        for name, got, reference, rough, size, plain_error in compared:
+            for kind, value, of_plain, of_reference in zip(
+                Size._fields, _error(got, reference), plain_error, size, strict=True
+            ):
+                allowed = 2 * of_plain + torch.finfo(rough.dtype).eps / 2 * of_reference
+                if rough.dtype == torch.float32:
+                    allowed = (2e-6 if name.startswith("output") else 1e-5) * of_reference
+                if not value <= allowed:  # so that NaN fails
+                    return f"{kind} error of {name} is {value:.3g}, above {allowed:.3g} (plain PyTorch: {of_plain:.3g})"
+        return None
+
+    return check
+
+
+def _error(got: Tensor, reference: Tensor) -> Size:
+    return Size.of(got[: len(reference)].to(reference.dtype) - reference)
+
+
+def run(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of one pass, then the gradients of the inputs."""
+    outputs = forward(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, upstream))]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend on one problem."""
+
+    name: str
+    prepare: Callable[[], Forward]
+    """Do what a micro-batch needs once for all layers, and return the forward pass."""
+    is_ours: bool
+    """An error of this backend fails the benchmark."""
+    missing: str | None = None
+    """Why the backend cannot be measured here."""
+    ungated: str | None = None
+    """Why the results are not checked."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one backend on one problem. Without a timing, the status says why."""
+
+    status: str
+    timing: Timing | None = None
+    peak_mib: float | None = None
+    prepare_ms: float | None = None
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    gate: Callable[[], Gate],
+    seconds: float,
+    *,
+    deadline: float = float("inf"),
+    time_prepare: bool = False,
+    others: Mapping[str, Step] | None = None,
+) -> tuple[dict[str, Outcome], dict[str, Timing]]:
+    """Check each backend and then time it; one that fails never stops the rest.
+
+    Args:
+        gate: makes the gate, if any backend can be measured.
+        seconds: to time each backend for.
+        deadline: of time.monotonic(); no backend starts after it.
+        others: steps that are timed together with the backends, without a check.
+
+    Returns:
+        The outcome of each backend, in order, and the timing of the other steps.
+    """
+    device, others = inputs[0].device, others or {}
+    outcomes = {c.name: Outcome(f"{NOT_MEASURED}: {c.missing}") for c in candidates if c.missing}
+    if time.monotonic() > deadline:
+        outcomes = {c.name: Outcome(_OVER_BUDGET) for c in candidates}
+    able = [c for c in candidates if c.name not in outcomes]
+    held = gate() if able else None
+    timings: dict[str, Timing] = {}
+    # On a GPU each backend has the memory to itself; on a CPU the backends and the other steps take turns.
+    apart = device.type == "cuda"
+    for group in [[c] for c in able] if apart else [able]:
+        steps: dict[str, Step] = {}
+        for candidate in group:
+            late = time.monotonic() > deadline
+            checked = Outcome(_OVER_BUDGET) if late else _check(candidate, held, inputs, upstream)
+            if isinstance(checked, Outcome):
+                outcomes[candidate.name] = checked
+            else:
+                steps[candidate.name] = autograd_step(checked, inputs, upstream)
+        passed = [c for c in group if c.name in steps]
+        try:
+            timings |= time_steps(steps if apart else steps | others, device, seconds)
+        except FAILURES as error:
+            outcomes |= {c.name: _broken(c, error) for c in passed}
+            continue
+        outcomes |= {c.name: _finish(c, steps[c.name], timings[c.name], device, time_prepare) for c in passed}
+    timings |= time_steps({name: step for name, step in others.items() if name not in timings}, device, seconds)
+    return {c.name: outcomes[c.name] for c in candidates}, {name: timings[name] for name in others}
+
+
+def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> Forward | Outcome:
+    """Return the forward pass of a backend whose results are right, else what is wrong."""
+    try:
+        forward = candidate.prepare()
+        results = run(forward, inputs, upstream)
+        wrong = None if candidate.ungated else gate(results)
+    except FAILURES as error:
+        return _broken(candidate, error)
+    return Outcome(f"FAILED: {wrong}") if wrong else forward
+
+
+def _finish(candidate: Candidate, step: Step, timing: Timing, device: torch.device, time_prepare: bool) -> Outcome:
+    call = {"prepare": candidate.prepare}
+    timer = benchmark.Timer("prepare()", globals=call, num_threads=torch.get_num_threads())
+    try:
+        _, peak = allocated_bytes(lambda: step()(), device)
+        prepare_ms = 1e3 * timer.timeit(3).mean if time_prepare else None
+    except FAILURES as error:
+        return _broken(candidate, error)
+    return Outcome(f"ok: {candidate.ungated}" if candidate.ungated else "ok", timing, peak / 2**20, prepare_ms)
+
+
+def _broken(candidate: Candidate, error: Exception) -> Outcome:
+    """Return the outcome of an error: a failure of ours, but not for a missing kernel or too little memory."""
+    reason = failure_reason(error)
+    if isinstance(error, NotImplementedError) or reason == _OUT_OF_MEMORY or not candidate.is_ours:
+        return Outcome(f"{NOT_MEASURED}: {reason}")
+    return Outcome(f"FAILED: {reason}")
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return one line for a table."""
+    # The CPU allocator has no exception of its own.
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
+        return _OUT_OF_MEMORY
+    if isinstance(error, NotImplementedError):
+        return str(error)
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {first_line[:160]}"

@@ -1,0 +1,313 @@
+"""The memory-bound kernels in the kernel report: widths of their loads and stores, and bytes of global memory.
+
+The kernels are compiled as they are launched in training: the compiler knows which pointers, strides and row lengths
+are multiples of 16. q and k of rope are views of one projection; separate tensors run the same code. A pass is one step
+of autograd, forward or backward: one kernel, or two, or a kernel and a sum by PyTorch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import sass
+import triton
+from offline import ITEMSIZE, compile_kernel, spill_rule
+from sass import Access
+from tables import Row, list_broken, markdown_table
+
+from transfusion_fast.kernels import diffusion_mse, rope, swiglu
+
+WIDE = 128  # bits
+LARGE = 100  # a large tensor has at least one in so many of the least bytes
+RULES_HOLD_ON = (80, 90)
+PYTORCH = "by PyTorch"
+T, F = 16384, 4096
+HEADS = ((16, 16, 64), (16, 4, 128))  # H, G, D
+OFFSETS, C = range(0, 64 * 256 + 1, 256), 32  # 64 images of 256 patches: 2 x 2 pixels of 8 latent channels
+
+
+class Moved(NamedTuple):
+    """Bytes of one tensor, counted from shapes and grids. `name` is the kernel's argument, or PYTORCH."""
+
+    name: str
+    least: int
+    """Once in or once out, if the tensor is an input or output of the pass and no other kernel of it counts it."""
+    once: int
+    """What the kernel touches at all: what device memory moves if the L2 cache keeps all that is read again."""
+    moved: int
+    """What each program touches, added over programs: what device memory moves if the L2 cache keeps nothing."""
+
+
+def once_each(sizes: Mapping[str, int]) -> list[Moved]:
+    """Return inputs and outputs that no two programs share."""
+    return [Moved(name, size, size, size) for name, size in sizes.items()]
+
+
+def swiglu_bytes(kernel: str, values: int, itemsize: int) -> list[Moved]:
+    """Return the bytes of one pass for `values` numbers of the output."""
+    names = {"forward": ("gate", "up", "y"), "backward": ("dy", "gate", "up", "dgate", "dup")}[kernel]
+    return once_each({f"{name}_ptr": values * itemsize for name in names})
+
+
+def rope_bytes(T: int, H: int, G: int, D: int, itemsize: int, norm: bool, backward: bool = False) -> list[Moved]:
+    """Return the bytes of one pass; backward without a norm rotates by the opposite angle, like forward.
+
+    Every chunk of heads reads cos and sin, every program reads the norm's weights of its heads, and PyTorch adds up the
+    programs' sums of the weights' gradients.
+    """
+    through_norm = norm and backward
+    sizes, _ = rope.constants("backward" if through_norm else "forward", H, G, D)
+    steps = -(-T // (sizes["BLOCK_T"] * sizes.get("TILES", 1)))
+    chunks = {"q": -(-H // sizes["BLOCK_HEADS"]), "k": -(-G // sizes["BLOCK_HEADS"])}
+    names = ("d{}_out_ptr", "{}_ptr", "d{}_ptr") if through_norm else ("{}_ptr", "{}_out_ptr")
+    heads = {"q": H, "k": G}
+    found = once_each({name.format(x): T * heads[x] * D * itemsize for x in heads for name in names})
+    table, weight = T * D // 2 * 4, D * itemsize
+    found += [Moved(name, table, table, table * sum(chunks.values())) for name in ("cos_ptr", "sin_ptr")]
+    if norm:
+        found += [Moved(f"{x}_weight_ptr", weight, weight, weight * steps * count) for x, count in chunks.items()]
+    if through_norm:
+        sums = 4 * D * steps * sum(chunks.values())
+        total = sums + 2 * weight
+        found += [Moved("sums_ptr", 0, sums, sums), Moved(PYTORCH, 2 * weight, total, total)]
+    return found
+
+
+def mse_bytes(kernel: str, offsets: Sequence[int], C: int, itemsize: int, targets: Mapping[str, int]) -> list[Moved]:
+    """Return the bytes of the kernel "forward", "mean" or "backward" of the diffusion error.
+
+    Args:
+        targets: the tensors that the target is made of, and the bytes of their numbers.
+    """
+    images, (live, bounds) = len(offsets) - 1, _programs(offsets, C)
+    sums = Moved("sums_ptr", 0, 4 * live, 4 * live)
+    if kernel == "mean":  # one program per image; forward counts the least bytes of the offsets
+        read = Moved("offsets_ptr", 0, 4 * (images + 1) if images else 0, 8 * images)
+        return [sums, read, *once_each({"loss_ptr": 4 * images})]
+    outputs = ("dprediction_ptr",) if kernel == "backward" else ()
+    itemsizes = dict.fromkeys(("prediction_ptr", *outputs), itemsize) | dict(targets)
+    patches = once_each({name: offsets[-1] * C * size for name, size in itemsizes.items()})
+    dloss = Moved("dloss_ptr", 4 * images, 4 * sum(b > a for a, b in pairwise(offsets)), 4 * live)
+    return [*patches, bounds, dloss if kernel == "backward" else sums]
+
+
+def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
+    """Return how many programs find patches, and what all programs read of the offsets as they look for their image."""
+    block = diffusion_mse.constants("forward", C)[0]["BLOCK_P"]
+    images, patches = len(offsets) - 1, offsets[-1]
+    live, read, ever = 0, 0, set()
+    for piece in range(images + patches // block if images else 0):
+        low, high, seen = 0, images, set()
+        while high - low > 1:
+            middle = (low + high) // 2
+            seen.add(middle)
+            low, high = (middle, high) if offsets[middle] // block + middle <= piece else (low, middle)
+        seen |= {low, low + 1}
+        live += (piece - offsets[low] // block - low) * block < offsets[low + 1] - offsets[low]
+        read += len(seen)
+        ever |= seen
+    return live, Moved("offsets_ptr", 4 * len(offsets), 4 * len(ever), 4 * read)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel and one shape."""
+
+    shape: str
+    function: triton.JITFunction
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    tensors: Sequence[Moved]
+    rest: Sequence[Moved] = ()
+    """What other kernels of the pass touch."""
+    fp32: Sequence[str] = ()
+    """Targets of fp32, whatever the dtype of the other tensors."""
+    ragged: bool = False
+    """A row ends in a partial tile, on a branch of its own, and its length is no multiple of 16."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of a launch, in order, whose values the compiler does not know."""
+        return [name for name in self.function.arg_names if name not in self.constants]
+
+    @property
+    def aligned(self) -> set[str]:
+        """Arguments that the compiler knows to be multiples of 16."""
+        lengths = set() if self.ragged else {"F"}
+        return {n for n in self.arguments if n.endswith("_ptr") or n.startswith("stride") or n in lengths}
+
+    @property
+    def least(self) -> int:
+        """The least bytes of the pass."""
+        return sum(tensor.least for tensor in (*self.tensors, *self.rest))
+
+    def types(self, dtype: str) -> dict[str, str]:
+        """Return Triton's names of the types of `arguments`."""
+        fixed = {"cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr", *self.fp32}
+        kinds = {n: "*i32" if n == "offsets_ptr" else "*fp32" if n in fixed else f"*{dtype}" for n in self.arguments}
+        return {name: kind if name.endswith("_ptr") else "i32" for name, kind in kinds.items()}
+
+
+def _rope(itemsize: int, H: int, G: int, D: int, backward: bool, norm: bool) -> Case:
+    tensors = rope_bytes(T, H, G, D, itemsize, norm, backward)
+    if norm and backward:
+        sizes, options = rope.constants("backward", H, G, D)
+        return Case(f"T={T}", rope.rope_backward_kernel, sizes, options, tensors[:-1], tensors[-1:])
+    sizes, options = rope.constants("forward", H, G, D)
+    absent = {} if norm else {"q_weight_ptr": None, "k_weight_ptr": None}
+    return Case(f"T={T}", rope.rope_forward_kernel, sizes | absent | {"INVERSE": backward}, options, tensors)
+
+
+def _swiglu(itemsize: int, kernel: str, layout: str) -> Case:
+    """Return the case of two contiguous tensors, of "even" or "odd" length, or of the "halves" of one projection."""
+    shape = {"even": f"two {[T, F]}", "odd": f"two {[T * F + 1]}", "halves": f"one {[T, 2 * F]}"}[layout]
+    values = T * F + (layout == "odd")
+    function = getattr(swiglu, f"swiglu_{kernel}_kernel")
+    sizes, options = swiglu.constants(kernel, F if layout == "halves" else values)  # contiguous tensors are one row
+    return Case(shape, function, sizes, options, swiglu_bytes(kernel, values, itemsize), ragged=layout == "odd")
+
+
+def _mse(itemsize: int, kernel: str, target: str = "tensor") -> Case:
+    """Return the case of a target that is a "tensor", or is made from noise and x_0 of a dtype.
+
+    The dtype is the prediction's ("x_0"), or "fp32" as in training.
+    """
+    names = ("target_ptr",) if target == "tensor" else ("target_ptr", "x_0_ptr")
+    targets = dict.fromkeys(names, 4 if target == "fp32" else itemsize)
+    count = partial(mse_bytes, offsets=OFFSETS, C=C, itemsize=itemsize, targets=targets)
+    function = getattr(diffusion_mse, f"diffusion_mse_{kernel}_kernel")
+    sizes, options = diffusion_mse.constants(kernel, C)
+    # Contiguous rows are launched without a stride.
+    unused = [name for name in function.arg_names if name.startswith("stride") or name in {"x_0_ptr"} - set(names)]
+    rest = {"forward": "mean", "mean": "forward"}.get(kernel)
+    return Case(
+        f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}", function, sizes | dict.fromkeys(unused), options, count(kernel),
+        count(rest) if rest else (), names if target == "fp32" else (),
+    )  # fmt: skip
+
+
+def _cases() -> Iterator[tuple[str, Callable[[int], Case]]]:
+    passes = ("forward", "backward")
+    for H, G, D in HEADS:
+        for name, norm in (("rope", False), ("rope with norm", True)):
+            for kernel in passes:
+                case = partial(_rope, H=H, G=G, D=D, backward=kernel == "backward", norm=norm)
+                yield f"{name} {kernel}, H={H} G={G} D={D}", case
+    for kernel in passes:
+        for layout, words in {"even": "two tensors", "halves": "halves of one", "odd": "odd length"}.items():
+            yield f"swiglu {kernel}, {words}", partial(_swiglu, kernel=kernel, layout=layout)
+    for kernel in passes:
+        for target, words in {"tensor": "", "x_0": " with x_0", "fp32": " with x_0 in fp32"}.items():
+            yield f"diffusion_mse {kernel}{words}", partial(_mse, kernel=kernel, target=target)
+    yield "diffusion_mse mean", partial(_mse, kernel="mean")
+
+
+# The functions from an itemsize to a case, by name.
+CASES = dict(_cases())
+
+
+def variants(architectures: Sequence[int], rules_only: bool = False) -> list[tuple[str, int, str]]:
+    """Return (case, arch, dtype): bf16, and fp32 on sm_90; with `rules_only`, bf16 where the rules hold."""
+    dtypes = {arch: ("bf16", "fp32") if arch == 90 and not rules_only else ("bf16",) for arch in architectures}
+    chosen = [arch for arch in architectures if arch in RULES_HOLD_ON or not rules_only]
+    return [(name, arch, dtype) for arch in chosen for name in CASES for dtype in dtypes[arch]]
+
+
+def row_of(variant: tuple[str, int, str]) -> Row:
+    """Compile a case and return its row: resources, widths of loads and stores, bytes, broken rules.
+
+    `load_bits` and `store_bits` are the narrowest in full tiles of the large tensors, None where there are none. Small
+    tensors (offsets, weights of a norm, sums of programs) are listed apart. `wide_share` is the share of `moved_bytes`
+    that full tiles move by 16 bytes or more. Bytes are of the kernel; `least_bytes` and the two ratios, of its pass.
+    """
+    name, arch, dtype = variant
+    case = CASES[name](ITEMSIZE[dtype])
+    compiled = compile_kernel(case.function, case.types(dtype), case.constants, case.aligned, case.options, arch)
+    by_tensor = _accesses(case, compiled.cubin, compiled.instructions)
+    # Where the length of a row is no multiple of 16, the rules hold for its full tiles: for what one thread executes
+    # together with the widest access of the tensor, and not for the branch that ends the row.
+    full = {n: sass.with_widest(a, compiled.instructions) if case.ragged else a for n, a in by_tensor.items()}
+    large = {tensor.name: full[tensor.name] for tensor in case.tensors if tensor.once * LARGE >= case.least}
+    narrow = {n: bits for n, found in large.items() if (bits := _narrowest(found)) < WIDE}
+    moved = sum(tensor.moved for tensor in case.tensors)
+    in_pass = [*case.tensors, *case.rest]
+    every = [access for found in large.values() for access in found]
+    resources = compiled.columns(compiled.instructions)
+    too_narrow = [f"{n.removesuffix('_ptr')} moves by {bits} bits, not {WIDE}" for n, bits in narrow.items()]
+    return {
+        "name": f"{name} sm_{arch} {dtype}", "case": name, "arch": arch, "dtype": dtype, "shape": case.shape,
+        "warps": case.options["num_warps"], **resources,
+        "load_bits": _narrowest(a for a in every if not a.store),
+        "store_bits": _narrowest(a for a in every if a.store),
+        "narrow_at_ends": _widths({n: [a for a in by_tensor[n] if a not in full[n]] for n in large}),
+        "small_tensors": _widths({n: found for n, found in full.items() if n not in large}),
+        "wide_share": round(sum(x.moved for x in case.tensors if _narrowest(full[x.name]) >= WIDE) / moved, 4),
+        "moved_bytes": moved, "least_bytes": case.least,
+        "moved_by_least": round(sum(tensor.moved for tensor in in_pass) / case.least, 4),
+        "once_by_least": round(sum(tensor.once for tensor in in_pass) / case.least, 4),
+        "broken_rules": "; ".join(spill_rule(resources) + too_narrow),
+    }  # fmt: skip
+
+
+def _accesses(case: Case, cubin: bytes, instructions: Sequence[sass.Instruction]) -> dict[str, list[Access]]:
+    """Return the loads and stores of every tensor. A tensor without one must have been overlooked."""
+    arguments = sass.parse_argument_offsets(sass.run_tool("cuobjdump", "-elf", cubin), case.arguments)
+    pointers = {offset: name for offset, name in arguments.items() if name.endswith("_ptr")}
+    found = sass.accesses(instructions, pointers)
+    by_tensor = {tensor.name: [access for access in found if tensor.name in access.tensors] for tensor in case.tensors}
+    missing = [name for name, of_tensor in by_tensor.items() if not of_tensor]
+    assert not missing and by_tensor.keys() == set(pointers.values()), f"unread: {missing}, {pointers.values()}"
+    return by_tensor
+
+
+def _narrowest(found: Iterable[Access]) -> int | None:
+    return min((access.bits for access in found), default=None)
+
+
+def _widths(by_tensor: Mapping[str, Sequence[Access]]) -> str:
+    """Return the widths of each tensor, as in `offsets 32, weight 64 128`."""
+    bits = {name.removesuffix("_ptr"): sorted({access.bits for access in found}) for name, found in by_tensor.items()}
+    return ", ".join(f"{name} {' '.join(map(str, widths))}" for name, widths in bits.items() if widths)
+
+
+_LEGEND = """\
+The fused rotary embedding, SwiGLU and diffusion error move bytes and compute little. Registers are given for every
+target, one number where all agree. Loads and stores: bits that a thread moves at once, the narrowest of full tiles of
+the large tensors (at least 1 % of the least bytes), read off the machine code. At 16 bytes: the share of the bytes
+moved that goes at 128 bits or more. Narrower or smaller: widths of the tensors below 1 %, and of the ends of rows.
+
+Bytes are counted from the shape and the grid; they are no measurement. Least: every input read once, every output
+written once. Touched: what the pass touches at all, including its own scratch memory, divided by the least; device
+memory moves this much if the L2 cache keeps what is read again. Moved: the same if it keeps nothing and each program
+reads for itself, like the rotary table for each chunk of heads, though programs of the same tokens are neighbours. Both
+are of the whole pass: the mean of the diffusion error counts with its forward."""
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """Return the section of the kernel report, with one line for each kernel and dtype on all targets."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        ends = f"at ends: {row['narrow_at_ends']}" if row["narrow_at_ends"] else ""
+        small = ", ".join(filter(None, (row["small_tensors"], ends)))
+        shown = row | {"small": small, "wide": f"{row['wide_share']:.1%}", "mib": row["least_bytes"] / 2**20}
+        groups.setdefault((row["case"], row["dtype"]), []).append(shown)
+    lines = []
+    for group in groups.values():
+        values = {name: ["" if row[name] is None else str(row[name]) for row in group] for name in group[0]}
+        # One value if all targets share it, or one per target.
+        each = {name: words[0] if len(set(words)) == 1 else " / ".join(words) for name, words in values.items()}
+        lines.append(group[0] | {name: each[name] for name in (*_PER_TARGET, "small", "wide")})
+    targets = ", ".join(f"sm_{arch}" for arch in dict.fromkeys(row["arch"] for row in rows))
+    columns = {heading.format(targets=targets): form for heading, form in _COLUMNS.items()}
+    return ["## Memory-bound kernels", _LEGEND, list_broken(rows), markdown_table(lines, columns)]
+
+
+_PER_TARGET = ("warps", "registers", "spills", "load_bits", "store_bits")
+_COLUMNS = {
+    "kernel": "{case}", "shape": "{shape}", "type": "{dtype}", "warps": "{warps}",
+    "registers on {targets}": "{registers}", "spills": "{spills}", "loads": "{load_bits}", "stores": "{store_bits}",
+    "at 16 bytes": "{wide}", "narrower or smaller": "{small}", "touched / least": "{once_by_least:.4f}",
+    "moved / least": "{moved_by_least:.4f}", "least MiB": "{mib:.1f}",
+}  # fmt: skip

@@ -1,0 +1,128 @@
+"""The benchmark of the memory-bound ops runs as a command, holds every backend to the specification, counts bytes."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pointwise_bench
+import pytest
+import torch
+from gate import Outcome
+from pointwise_bench import COMPILED, PLAIN, Setting, measure_problem
+from pointwise_report import mse_bytes, rope_bytes, swiglu_bytes
+from timing import NOT_MEASURED, Quantiles, Timing
+
+from transfusion_fast.kernels import reference
+from transfusion_fast.model import ops
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"hardware": "a CPU", "torch": "2.13", "triton": "-", "flash_attn": "-", "git": "abc"}
+BF16 = Setting(torch.device("cpu"), torch.bfloat16, tiny=True)
+REPORTS = {"rope_swiglu": 6, "diffusion_mse": 4}  # problems
+
+
+def rows_in(out, name):
+    with (out / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_op_is_measured_on_a_cpu_and_what_needs_a_gpu_is_named(tmp_path):
+    options = ["--quick", "--device", "cpu", "--seconds", "0.01", "--backends", "triton", "torch", "plain"]
+    command = [sys.executable, "benchmarks/pointwise_bench.py", "--out", str(tmp_path), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name, problems in REPORTS.items():
+        rows = rows_in(tmp_path, name)
+        assert len(rows) == problems * 2 * 3  # dtypes, backends
+        for row in rows:
+            if row["backend"] == "triton":
+                assert row["status"] == "not measured: needs a CUDA device"
+                assert row["forward_p50"] == row["peak_mib"] == row["times_plain"] == NOT_MEASURED
+            else:
+                assert row["status"] == "ok"
+                assert float(row["forward_p20"]) <= float(row["forward_p50"]) <= float(row["forward_p80"])
+                assert float(row["peak_mib"]) > 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        text = (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+        assert "not measured: needs a CUDA device" in text
+
+
+@pytest.mark.parametrize("spoil", ["output", "gradient"])
+def test_a_wrong_backend_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, capsys, spoil):
+    def wrong(gate, up):
+        gate, up = (gate, up) if up is not None else gate.chunk(2, dim=-1)
+        if spoil == "gradient":
+            up = up.detach() + 1.1 * (up - up.detach())
+        out = reference.swiglu(gate, up)
+        return 1.05 * out if spoil == "output" else out
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "swiglu", wrong)
+    arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--backends", "torch", "--dtypes", "bf16"]
+    assert pointwise_bench.main([*arguments, "--seconds", "0", "--reports", "rope_swiglu"]) == 1
+    status = {row["op"]: row["status"] for row in rows_in(tmp_path, "rope_swiglu")}
+    assert status["rope"] == "ok"
+    expected = {"output": "FAILED: rms error of output 0", "gradient": "FAILED: rms error of the gradient of input 1"}
+    assert status["swiglu"].startswith(expected[spoil])
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_diffusion_error_that_is_off_by_a_hundredth_is_found_in_every_precision(monkeypatch, flow):
+    right = ops.IMPLEMENTATIONS["torch"]["diffusion_mse"]
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "diffusion_mse", lambda *tensors: 1.01 * right(*tensors))
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = pointwise_bench.diffusion_mse(Setting(BF16.device, dtype, tiny=True), ragged=True, flow=flow)
+        outcomes, _ = measure_problem(problem, ["torch"], 0)
+        assert outcomes["torch"].status.startswith("FAILED: rms error of output 0")
+
+
+def test_ours_that_breaks_fails_and_a_compiler_that_breaks_is_left_out(monkeypatch):
+    problem = pointwise_bench.swiglu(BF16, fused=False)
+
+    def broken(*arguments, **options):
+        raise RuntimeError("it fell over\nin its second line")
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS["torch"], "swiglu", broken)
+    monkeypatch.setattr(torch, "compile", broken)
+    outcomes, copies = measure_problem(problem, ["torch", PLAIN, COMPILED], 0)
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {
+        "torch": "FAILED: RuntimeError: it fell over",
+        PLAIN: "ok",
+        COMPILED: "not measured: RuntimeError: it fell over",
+    }
+    assert copies.total > 0
+
+
+def least(*passes):
+    return tuple(sum(tensor.least for tensor in tensors) for tensors in passes)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_bytes_of_rope_are_those_that_the_kernels_are_held_to(norm):
+    passes = (rope_bytes(64, 16, 4, 128, 2, norm, backward) for backward in (False, True))
+    assert pointwise_bench.rope(BF16, 16, 4, 128, norm=norm).least == least(*passes)
+
+
+def test_bytes_of_swiglu_and_of_the_diffusion_error_are_those_that_the_kernels_are_held_to():
+    swiglu = least(*(swiglu_bytes(kernel, 64 * 256, 2) for kernel in ("forward", "backward")))
+    assert all(pointwise_bench.swiglu(BF16, fused).least == swiglu for fused in (False, True))
+    offsets, targets = range(0, 4 * 256 + 1, 256), {"target_ptr": 4, "x_0_ptr": 4}
+    forward, mean, backward = (mse_bytes(k, offsets, 32, 2, targets) for k in ("forward", "mean", "backward"))
+    found = pointwise_bench.diffusion_mse(BF16, ragged=False, flow=True).least
+    assert found == least([*forward, *mean], backward)
+
+
+def test_a_row_holds_the_bytes_of_both_passes_to_the_copies():
+    problem = pointwise_bench.swiglu(BF16, fused=True)
+
+    def timing(forward, backward):
+        return Timing(Quantiles(forward, forward, forward), Quantiles(backward, backward, backward))
+
+    outcomes = {"torch": Outcome("ok", timing(2, 4), 2), PLAIN: Outcome("ok", timing(4, 8), 4)}
+    row, plain = pointwise_bench.make_rows(problem, outcomes, timing(1, 2), MACHINE)
+    half = 64 * 256 * 2  # bytes of one [T, F] tensor
+    assert (row["forward_least_bytes"], row["backward_least_bytes"]) == (3 * half, 5 * half)
+    assert row["forward_gbs"] == pytest.approx(3 * half / 2e-3 / 1e9)
+    assert row["backward_copy_gbs"] == pytest.approx(5 * half / 2e-3 / 1e9)
+    assert (row["forward_of_copy"], row["backward_of_copy"], row["peak_mib"]) == (0.5, 0.5, 2)
+    assert (row["times_plain"], plain["times_plain"]) == (2, 1)

@@ -1,0 +1,86 @@
+"""Draw a finished run on pixels: samples at each kept checkpoint, beside the attention mask of a pack of its data.
+
+python train/plot.py RUN [--prompt zero one two] [--pack 0] [--out overview.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from transfusion_fast.config import load_config
+from transfusion_fast.data.batch import KeyedPack
+from transfusion_fast.data.images import latents_to_pixels
+from transfusion_fast.data.loader import batch_builder, open_data
+from transfusion_fast.data.mixture import MixtureReader
+from transfusion_fast.data.pack import TextSegment
+from transfusion_fast.errors import InputError
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.sampling.overview import Samples, draw_overview
+from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.training.run_folder import CONFIG, find_checkpoint, load_model, read_data_description, read_meta
+
+MAX_COLUMNS, MAX_PROMPTS = 6, 10  # more would be too small to see
+
+
+def main() -> int:
+    """Draw what the command line asks for; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    parser.add_argument("--prompt", nargs="+", action="extend", help="captions to draw (default: those of the pack)")
+    parser.add_argument("--pack", type=int, default=0, help="number in the order of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="picture (default: RUN/overview.png)")
+    options = parser.parse_args()
+    try:
+        _plot(options)
+    except (InputError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> None:
+    path, run = options.out or options.run / "overview.png", options.run
+    data = read_data_description(run)
+    if not data.modalities or data.modalities[0].encoding != "pixels":
+        raise InputError(f"plot needs a run on pixels, got {run}, on latents or text alone; use train/sample.py")
+    if options.pack < 0:
+        raise InputError(f"--pack must be 0 or more, got {options.pack}")
+    check_picture(path)
+    find_checkpoint(run)
+    kept = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
+    checkpoints = [kept[i] for i in np.linspace(0, len(kept) - 1, min(len(kept), MAX_COLUMNS)).round().astype(int)]
+    config = load_config(run / CONFIG)
+    mixture, window = open_data(config), config.data.shuffle_window
+    epoch, number = mixture.order(config.train.seed, window)[options.pack]
+    keyed = KeyedPack(MixtureReader(mixture, window).read(number), epoch, number)
+
+    pairs = (document for document in keyed.pack.documents(mixture.modalities) if len(document) == 2)
+    captions = (data.tokenizer.decode(s.ids) for pair in pairs for s in pair if isinstance(s, TextSegment))
+    prompts = options.prompt or list(dict.fromkeys(captions))[:MAX_PROMPTS]
+    if not prompts:
+        raise InputError(f"pack {options.pack} of {mixture} must hold a captioned image, got none; give --prompt")
+    ids = [[torch.from_numpy(data.tokenizer.encode(prompt)).long()] for prompt in prompts]
+    settings, columns = ImageSettings(options.steps, clip=1.0), []
+    for checkpoint in checkpoints:
+        noise = torch.Generator().manual_seed(options.seed)
+        columns.append(generate_images(load_model(checkpoint), ids, data.grid(0), image=settings, generator=noise))
+    columns.insert(0, torch.randn(columns[0].shape, generator=torch.Generator().manual_seed(options.seed)))
+    pixels = np.stack([latents_to_pixels(column.numpy(), data.modalities[0].patch_size) for column in columns])
+    steps = [0, *(read_meta(checkpoint).step for checkpoint in checkpoints)]
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    losses = [(row["step"], row["loss"]) for row in rows if row["step"] <= steps[-1] and row["loss"] is not None]
+    samples = Samples(prompts, steps, pixels, losses)
+    draw_overview(path, samples, keyed, batch_builder(config, mixture, packs=1), data.tokenizer)
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
