@@ -157,7 +157,7 @@ def truncate(folder):
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (shutil.rmtree, "must be a folder with config.json, got "),
+        (shutil.rmtree, "must be a folder with config.json, got none"),
         (lambda folder: (folder / CONFIG).write_text("{"), "config.json must be JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), r"config.json must be an object, got \[\]"),
         (

@@ -243,6 +243,13 @@ def test_a_table_outside_of_its_shard_is_refused(folder, change, reason):
     assert f"{folder / INDEX_NAME}: table of shard-000000.tar {reason}" in refusal(read_index, folder)
 
 
+def test_an_index_without_the_fingerprint_of_an_autoencoder_is_refused(folder):
+    edit_index(folder, lambda entry: entry["modalities"][0].pop("autoencoder"))
+    assert "autoencoder of a modality must be given, got nothing" in refusal(read_index, folder)
+    edit_index(folder, lambda entry: entry["modalities"][0].update(autoencoder=5))
+    assert "modalities.0.autoencoder in " in refusal(read_index, folder)
+
+
 @pytest.mark.parametrize("field", ["format", "version", "tokenizer", "modalities", "documents", "shards"])
 def test_an_index_without_a_field_is_refused_naming_it(folder, field):
     edit_index(folder, lambda entry: entry.pop(field))
@@ -318,7 +325,7 @@ def test_a_modality_whose_name_could_forge_lines_is_refused(folder, name):
 )
 def test_packs_of_a_shard_with_another_schema_are_not_read(folder, change):
     edit_index(folder, lambda entry: entry.update(change))
-    assert "must have the tokenizer, modalities and pack length of its index" in refusal(PackReader(folder).read, 0)
+    assert "must be of the tokenizer, modalities and pack length of its index" in refusal(PackReader(folder).read, 0)
 
 
 def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):

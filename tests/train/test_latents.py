@@ -104,7 +104,7 @@ def test_a_missing_or_other_autoencoder_is_named_in_one_line(
         (["--vae", "VAE", "--image-size", 18], "image size must be a positive multiple of 4, got 18; give such a size"),
         (["--vae", "VAE", "--patch-size", 3], "image size must be a positive multiple of 6, got 16"),
         (["--vae", "VAE", "--vae-batch", 0], "images encoded together must be 1 or more, got 0"),
-        (["--vae", "nowhere"], "nowhere must be a folder with config.json, and is not"),
+        (["--vae", "nowhere"], "nowhere must be a folder with config.json"),
         (["--latents", "mean"], "--latents and --vae-batch must come with --vae"),
         (["--vae-batch", 2], "--latents and --vae-batch must come with --vae"),
     ],

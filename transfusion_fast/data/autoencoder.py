@@ -128,7 +128,7 @@ def read_autoencoder(folder: Path) -> Autoencoder:
 def _read_config(folder: Path) -> _Config:
     path = folder / CONFIG
     if not path.is_file():
-        raise InputError(f"autoencoder must be a folder with {CONFIG}, got {folder}; give MODEL/vae of a model")
+        raise InputError(f"autoencoder {folder} must be a folder with {CONFIG}, got none; give MODEL/vae of a model")
     return parse_json(_CONFIGS, path.read_bytes(), str(path), "give another autoencoder")
 
 

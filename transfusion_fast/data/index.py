@@ -19,7 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, TypeAdapter
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter
 
 from transfusion_fast.data.folder import Folder, as_folder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
@@ -42,6 +42,13 @@ _HEADER = _Header("transfusion_fast.packs", 3)
 _REMEDY = "prepare the data again"
 
 
+def _require_fingerprint(entry: object) -> object:
+    """Refuse a modality without its autoencoder, which only new ones may omit."""
+    if isinstance(entry, dict) and "autoencoder" not in entry:
+        raise InputError("autoencoder of a modality must be given, got nothing; prepare the data again")
+    return entry
+
+
 @dataclass(frozen=True)
 class Index:
     """Everything known about a data folder without reading a shard. Extra fields in the file are ignored."""
@@ -49,7 +56,7 @@ class Index:
     sequence_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     """Positions of a pack."""
     tokenizer: TokenizerDescription
-    modalities: tuple[ModalityInfo, ...]
+    modalities: tuple[Annotated[ModalityInfo, BeforeValidator(_require_fingerprint)], ...]
     documents: _Count
     tokens: _Count
     """Sequence positions that documents take in all packs, special tokens included."""
@@ -107,7 +114,7 @@ def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
     """Raise InputError for a shard that was made with other settings."""
     if table.schema != schema:
         raise InputError(
-            f"shard {path} must have the tokenizer, modalities and pack length of its index, got others; "
+            f"shard {path} must be of the tokenizer, modalities and pack length of its index, got others; "
             "prepare its documents again with those"
         )
 

@@ -132,5 +132,5 @@ def _read_table(descriptor: int, shard: ShardInfo, schema: bytes) -> PackTable |
     except InputError as error:
         return error
     if table.schema != schema:
-        return InputError("its shard must have the tokenizer, modalities and pack length of its index, got others")
+        return InputError("its shard must be of the tokenizer, modalities and pack length of its index, got others")
     return table
