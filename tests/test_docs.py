@@ -111,7 +111,8 @@ def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         path, *overrides = launched.user_args
         load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
     elif program == "pip":
-        assert {extra for word in words for extra in re.findall(r"\[(.+)\]", word)} <= extras().keys(), command
+        named = [extra for word in words for group in re.findall(r"\[(.+)\]", word) for extra in group.split(",")]
+        assert set(named) <= extras().keys(), command
     elif program == ".venv/bin/pytest":
         assert all((ROOT / word).exists() for word in words)
     else:
