@@ -238,7 +238,7 @@ def test_settings_that_leave_no_document_may_be_corrected(tmp_path, recipe):
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
-    with staging.locked(tmp_path / "out.partial"), pytest.raises(InputError, match="got another at work"):
+    with staging.locked(tmp_path / "out.partial"), pytest.raises(InputError, match="got another one using it"):
         build(recipe, tmp_path / "out")
 
 

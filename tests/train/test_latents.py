@@ -78,7 +78,7 @@ def test_pictures_are_captioned_through_the_autoencoder(folder, run, tmp_path, c
             ["sample", "RUN", "--prompt", "a"],
             "--vae must be given for",
         ),
-        (["sample", "RUN", "--caption", "a.png"], "give --vae FOLDER"),
+        (["sample", "RUN", "--caption", "a.png"], "give the autoencoder of its data"),
         (
             ["sample", "RUN", "--prompt", "a", "--vae", "OTHER"],
             "other; give the folder that its data was prepared",
