@@ -107,11 +107,10 @@ def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
             rotated.append(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
         return tuple(rotated)
 
-    inputs = tuple(x.detach().requires_grad_() for x in (q, k, *weights))
     return Problem(
-        "rope with norm" if norm else "rope",
-        f"T={T} H={H} G={G} D={D}",
-        inputs,
+        op="rope with norm" if norm else "rope",
+        shape=f"T={T} H={H} G={G} D={D}",
+        inputs=tuple(x.detach().requires_grad_() for x in (q, k, *weights)),
         specification=lambda q, k, *w: reference.rope(q, k, table, **named(w)),
         ours=lambda q, k, *w, backend: ops.rope(q, k, table, **named(w), backend=backend),
         plain=plain,
@@ -133,11 +132,10 @@ def swiglu(setting: Setting, fused: bool) -> Problem:
         gate, up = halves(*x)
         return F.silu(gate) * up
 
-    inputs = tuple(x.detach().requires_grad_() for x in tensors)
     return Problem(
-        "swiglu of one tensor" if fused else "swiglu",
-        f"T={T} F={width}",
-        inputs,
+        op="swiglu of one tensor" if fused else "swiglu",
+        shape=f"T={T} F={width}",
+        inputs=tuple(x.detach().requires_grad_() for x in tensors),
         specification=lambda *x: reference.swiglu(*halves(*x)),
         ours=ops.swiglu,
         plain=plain,
@@ -170,11 +168,10 @@ def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
         squared = (p.float() - target(torch.float32)).square().mean(dim=-1)
         return squared.new_zeros(count).index_add(0, images, squared) / lengths
 
-    inputs = (prediction.requires_grad_(),)
     return Problem(
-        "diffusion_mse from noise" if flow else "diffusion_mse",
-        f"{count} images of {'1 to 1024' if ragged else 256} patches, P={P}",
-        inputs,
+        op="diffusion_mse from noise" if flow else "diffusion_mse",
+        shape=f"{count} images of {'1 to 1024' if ragged else 256} patches, P={P}",
+        inputs=(prediction.requires_grad_(),),
         specification=lambda p: reference.diffusion_mse(p, target(p.dtype), offsets),
         ours=ours,
         plain=plain,
