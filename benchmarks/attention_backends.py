@@ -8,6 +8,7 @@ at padding is not defined.
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -47,11 +48,6 @@ class Problem:
     def lengths(self) -> list[int]:
         """The lengths of the documents."""
         return self.layout.document_offsets.diff().tolist()
-
-    @property
-    def causal_area(self) -> int:
-        """The number of visible pairs of the documents without their images."""
-        return sum(length * (length + 1) // 2 for length in self.lengths)
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Return q, k and v, and the gradient of the output: normal noise, the same for every backend."""
@@ -245,15 +241,10 @@ def _flash_varlen_causal(problem: Problem) -> Forward:
 @cache
 def _varlen_function() -> Callable[..., Any] | None:
     """Return the fastest varlen function that is installed."""
-    for module, name in (
-        ("flash_attn_interface", "flash_attn_varlen_func"),
-        ("flash_attn", "flash_attn_varlen_func"),
-        ("torch.nn.attention.varlen", "varlen_attn"),
-    ):
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ImportError:
-            continue
+    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+        with suppress(ImportError):
+            module = importlib.import_module(name)
+            return getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
     return None
 
 

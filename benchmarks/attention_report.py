@@ -2,19 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import product
 
 import mixes
+import offline
 import sass
-from offline import (
-    ITEMSIZE,
-    SHARED_LIMIT,
-    Compiled,
-    compile_kernel,
-    products_without_matrix_unit,
-    spill_rule,
-    transposed_products,
-)  # fmt: skip
 from tables import Row
 
 from transfusion_fast.kernels import attention_kernels, hybrid_attention
@@ -23,7 +15,6 @@ from transfusion_fast.kernels.work import tile_work
 
 ALL_HEAD_DIMS = (32, 64, 128, 256, 96)  # 96 runs with the configurations of 128
 HEAD_DIMS = (64, 128)  # of areas and estimates
-DIRECTIONS = (*KERNELS, "backward")
 # Matrix products of a step, each of 2 * rows * columns * D FLOPs.
 PRODUCTS = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
 # Per full block, max(issue, MUFU) / matrix cycles on sm_90 in 16 bits: above 1 the matrix units wait.
@@ -36,20 +27,12 @@ FULL = (*PARTIAL, "ratio", "serial_bound", "overlapped_bound", "exponentials", "
 MOST_COMPARES = 12
 
 
-class Gpu(NamedTuple):
-    """Published figures: multiprocessors, the boost clock of the published dense peak, and memory bandwidth."""
-
-    arch: int
-    multiprocessors: int
-    clock_ghz: float
-    bandwidth_gbs: float
-
-
+# Published figures: architecture, multiprocessors, boost clock of the published dense peak in GHz, memory GB/s.
 GPUS = {
-    "A100 80GB": Gpu(80, 108, 1.41, 2039),
-    "H100 SXM": Gpu(90, 132, 1.83, 3350),
-    "H200": Gpu(90, 132, 1.83, 4800),
-    "B200": Gpu(100, 148, 1.85, 8000),
+    "A100 80GB": (80, 108, 1.41, 2039),
+    "H100 SXM": (90, 132, 1.83, 3350),
+    "H200": (90, 132, 1.83, 4800),
+    "B200": (100, 148, 1.85, 8000),
 }
 
 
@@ -68,7 +51,7 @@ class Variant:
     @property
     def config(self) -> Config:
         """The shipped configuration."""
-        return config(self.kernel, self.arch, self.head_dim, ITEMSIZE[self.dtype], self.height)
+        return config(self.kernel, self.arch, self.head_dim, offline.ITEMSIZE[self.dtype], self.height)
 
     def __str__(self) -> str:
         heads = f"H={self.heads} G={self.kv_heads}"
@@ -80,22 +63,21 @@ def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: b
 
     With `distinct`, targets other than sm_90 get each configuration once, on the short tiles if both heights share it.
     """
-    for arch in architectures:
-        for kernel in KERNELS:
-            for head_dim in head_dims:
-                for height in (128, 64):
-                    found = Variant(kernel, arch, "bf16", head_dim, height)
-                    repeated = height == 128 and replace(found, height=64).config == found.config
-                    if arch == 90 or not distinct or not (repeated or head_dim == 96):
-                        yield found
-                    if kernel == "backward_dkdv" and head_dim != 96 and (arch == 90 or not distinct):
-                        yield replace(found, kv_heads=16)
-                if head_dim != 96:
-                    # Tiles of both heights run the same configuration in fp32; short ones compare more.
-                    yield Variant(kernel, arch, "fp32", head_dim, 64)
+    for arch, kernel, head_dim in product(architectures, KERNELS, head_dims):
+        everything = arch == 90 or not distinct
+        for height in (128, 64):
+            found = Variant(kernel, arch, "bf16", head_dim, height)
+            repeated = height == 128 and replace(found, height=64).config == found.config
+            if everything or not (repeated or head_dim == 96):
+                yield found
+            if kernel == "backward_dkdv" and head_dim != 96 and everything:
+                yield replace(found, kv_heads=16)
+        if head_dim != 96:
+            # Tiles of both heights run the same configuration in fp32; short ones compare more.
+            yield Variant(kernel, arch, "fp32", head_dim, 64)
 
 
-def compile_variant(variant: Variant) -> Compiled:
+def compile_variant(variant: Variant) -> offline.Compiled:
     """Compile with the options of a launch: aligned pointers and strides, everything else unknown."""
     c = variant.config
     function = getattr(attention_kernels, f"hybrid_attention_{variant.kernel}_kernel")
@@ -104,7 +86,7 @@ def compile_variant(variant: Variant) -> Compiled:
     types = {n: _type_of(n, variant, values["BLOCK_D"]) for n in function.arg_names if n not in values}
     values |= {name: None for name, kind in types.items() if kind is None}
     aligned = {name for name in types if name.endswith("_ptr") or name.startswith("stride")}
-    return compile_kernel(function, types, values, aligned, hybrid_attention.compiler_options(c), variant.arch)
+    return offline.compile_kernel(function, types, values, aligned, hybrid_attention.compiler_options(c), variant.arch)
 
 
 def _type_of(name: str, variant: Variant, width: int) -> str | None:
@@ -129,7 +111,7 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
     is a loop of its own, wide heads in fp32. With `rules_only`, loops are read on sm_90 alone; elsewhere `spills` is
     then not counted, but spilled registers still take `stack_bytes`.
     """
-    c, compiled, limit = variant.config, compile_variant(variant), SHARED_LIMIT[variant.arch]
+    c, compiled, limit = variant.config, compile_variant(variant), offline.SHARED_LIMIT[variant.arch]
     instructions = [] if rules_only and variant.arch != 90 else compiled.instructions
     row = {
         "name": str(variant), "kernel": variant.kernel, "arch": variant.arch, "dtype": variant.dtype,
@@ -143,12 +125,12 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
     row["blocks_per_multiprocessor"] = min(by_registers, by_memory, 2048 // (32 * c.warps))
     row["broken_rules"] = ""
     row |= _loop_columns(variant, instructions if c.chunk is None else [])
-    broken = spill_rule(row)
+    broken = offline.spill_rule(row)
     if compiled.shared_bytes > limit:
         broken.append(f"{compiled.shared_bytes} bytes of shared memory, of {limit}")
-    if products := products_without_matrix_unit(compiled.ttgir):
+    if products := offline.products_without_matrix_unit(compiled.ttgir):
         broken.append(f"{len(products)} products without matrix instructions")
-    if transposed := transposed_products(compiled.ttir):
+    if transposed := offline.transposed_products(compiled.ttir):
         broken.append(f"transposed: {transposed}")
     if row["full_order"] and variant.arch == 90 and variant.dtype != "fp32":
         if row["full_compares"] > MOST_COMPARES:
@@ -183,18 +165,17 @@ def area_rows(architectures: Sequence[int]) -> list[Row]:
 
     FlexAttention visits the 128 x 128 blocks of a grid that hold a visible pair.
     """
-    layouts = {mix: mixes.sample(mix, mixes.FIXED_LENGTH) for mix in mixes.NAMES}
-    keys = ((m, a, d, k) for m in layouts for a in architectures for d in HEAD_DIMS for k in DIRECTIONS)
-    flex_visited = {mix: mixes.flex_visited_area(layout) for mix, layout in layouts.items()}
     found = []
-    for mix, arch, head_dim, direction in keys:
-        layout, flex = layouts[mix], flex_visited[mix]
-        visited = layout.visited_area(direction, head_dim=head_dim, arch=arch)
-        found.append({
-            "mix": mix, "T": layout.total_length, "arch": arch, "head_dim": head_dim, "direction": direction,
-            "visible": layout.area, "flex_visited": flex, "visited": visited,
-            "visited_by_visible": round(visited / layout.area, 3), "visited_by_flex": round(visited / flex, 3),
-        })  # fmt: skip
+    for mix in mixes.NAMES:
+        layout = mixes.sample(mix, mixes.FIXED_LENGTH)
+        flex = mixes.flex_visited_area(layout)
+        for arch, head_dim, direction in product(architectures, HEAD_DIMS, (*KERNELS, "backward")):
+            visited = layout.visited_area(direction, head_dim=head_dim, arch=arch)
+            found.append({
+                "mix": mix, "T": layout.total_length, "arch": arch, "head_dim": head_dim, "direction": direction,
+                "visible": layout.area, "flex_visited": flex, "visited": visited,
+                "visited_by_visible": round(visited / layout.area, 3), "visited_by_flex": round(visited / flex, 3),
+            })  # fmt: skip
     return found
 
 
@@ -215,21 +196,20 @@ def estimate_rows(compiled: Sequence[Row]) -> list[Row]:
     chosen = [row for row in compiled if (row["dtype"], row["heads"]) == ("bf16", "16/4") and row["full_order"]]
     known = {(row["kernel"], row["arch"], row["head_dim"], row["height"]): row for row in chosen}
     found = []
-    for name, gpu in GPUS.items():
-        for kernel in KERNELS:
-            for head_dim in HEAD_DIMS:
-                heights = [known.get((kernel, gpu.arch, head_dim, height)) for height in (128, 64)]
-                if None not in heights:
-                    found += [_estimate(name, gpu, kernel, head_dim, mix, heights) for mix in mixes.NAMES]
+    for gpu, kernel, head_dim in product(GPUS, KERNELS, HEAD_DIMS):
+        heights = [known.get((kernel, GPUS[gpu][0], head_dim, height)) for height in (128, 64)]
+        if None not in heights:
+            found += [_estimate(gpu, kernel, head_dim, mix, heights) for mix in mixes.NAMES]
     return found
 
 
-def _estimate(name: str, gpu: Gpu, kernel: str, head_dim: int, mix: str, heights: Sequence[Row]) -> Row:
+def _estimate(gpu: str, kernel: str, head_dim: int, mix: str, heights: Sequence[Row]) -> Row:
     layout = mixes.sample(mix, mixes.FIXED_LENGTH)
+    arch, multiprocessors, clock_ghz, bandwidth_gbs = GPUS[gpu]
     T, H, G = layout.total_length, 16, 4
     best = worst = loaded = 0.0
     for (_, programs, *columns), row in zip(
-        tile_work(layout, kernel, head_dim=head_dim, arch=gpu.arch), heights, strict=True
+        tile_work(layout, kernel, head_dim=head_dim, arch=arch), heights, strict=True
     ):
         for loop, count, step in zip(("full", "partial"), columns, (row["step"], row["partial_step"]), strict=True):
             matrix, issue, mufu = (row[f"{loop}_{unit}_cycles"] for unit in ("matrix", "issue", "mufu"))
@@ -240,8 +220,8 @@ def _estimate(name: str, gpu: Gpu, kernel: str, head_dim: int, mix: str, heights
         loaded += programs * row["block"] * (G if kernel == "backward_dkdv" else H) * 2 * head_dim * 2
     flops = 2 * PRODUCTS[kernel] * H * head_dim * layout.area
     least = _least_bytes(kernel, T, H, G, head_dim)
-    memory_us = least / gpu.bandwidth_gbs / 1e3
-    best_us, worst_us = (max(cycles / gpu.multiprocessors / gpu.clock_ghz / 1e3, memory_us) for cycles in (best, worst))
+    memory_us = least / bandwidth_gbs / 1e3
+    best_us, worst_us = (max(cycles / multiprocessors / clock_ghz / 1e3, memory_us) for cycles in (best, worst))
     figures = {
         "estimated_us_best": best_us, "estimated_us_worst": worst_us,
         "estimated_visible_tflops_best": flops / best_us / 1e6,
@@ -249,7 +229,7 @@ def _estimate(name: str, gpu: Gpu, kernel: str, head_dim: int, mix: str, heights
         "memory_us": memory_us, "least_mib": least / 2**20, "loaded_mib": loaded / 2**20,
         "loaded_by_least": loaded / least,
     }  # fmt: skip
-    row = {"gpu": name, "kernel": kernel, "mix": mix, "T": T, "heads": f"{H}/{G}", "head_dim": head_dim}
+    row = {"gpu": gpu, "kernel": kernel, "mix": mix, "T": T, "heads": f"{H}/{G}", "head_dim": head_dim}
     return row | {"dtype": "bf16"} | {column: round(value, 1) for column, value in figures.items()}
 
 

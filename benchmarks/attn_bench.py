@@ -25,7 +25,7 @@ import tables
 import timing
 import torch
 from attention_backends import BACKENDS, Backend, Problem, attention_gate
-from gate import Candidate, Outcome, compare, failure_reason
+from gate import Candidate, compare, failure_reason
 from matplotlib import pyplot as plt
 from tables import Row
 from timing import DTYPES, NOT_MEASURED
@@ -36,9 +36,9 @@ LENGTHS = (1024, 4096, 16384, 65536, 131072)
 BASELINES = ("sdpa_dense", "sdpa_documents")
 PER_PAIR = {"forward": 4, "backward": 10}  # operations per head dimension and visible pair
 FIGURES = (
-    "prepare_ms", *(f"{name}_{quantile}" for name in timing.PASSES for quantile in ("p20", "p50", "p80")), "peak_mib",
-    "forward_tflops", "backward_tflops", "forward_percent_of_peak", "backward_percent_of_peak", "forward_gbs",
-    "forward_percent_of_bandwidth", "times_sdpa_dense", "times_sdpa_documents",
+    "prepare_ms", *timing.COLUMNS, "peak_mib", "forward_tflops", "backward_tflops", "forward_percent_of_peak",
+    "backward_percent_of_peak", "forward_gbs", "forward_percent_of_bandwidth", "times_sdpa_dense",
+    "times_sdpa_documents",
 )  # fmt: skip
 
 
@@ -101,8 +101,8 @@ def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
 
 def compare_backends(
     problem: Problem, backends: Mapping[str, Backend], device: torch.device, seconds: float, deadline: float
-) -> dict[str, Outcome]:
-    """Return the outcome of every backend on `device`; none starts after `deadline` of time.monotonic()."""
+) -> dict[str, Row]:
+    """Return the columns of every backend on `device`; none starts after `deadline` of time.monotonic()."""
     try:
         problem = replace(problem, layout=problem.layout.to(device))
         qkv, upstream = problem.inputs()
@@ -120,13 +120,14 @@ def compare_backends(
         return compare(candidates, qkv, (upstream,), gate, seconds, deadline=deadline, time_prepare=True)[0]
     except RuntimeError as error:
         # The reference does not fit or is wrong, or an earlier error has left the device unusable.
-        return dict.fromkeys(backends, Outcome(f"{NOT_MEASURED}: no reference: {failure_reason(error)}"))
+        status = f"{NOT_MEASURED}: no reference: {failure_reason(error)}"
+        return {name: {"status": status} for name in backends}
 
 
 def make_rows(
     mix: str,
     problem: Problem,
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, Row],
     backends: Mapping[str, Backend],
     machine: Mapping[str, str],
 ) -> list[Row]:
@@ -142,24 +143,24 @@ def make_rows(
         peak_tflops = None
     rows = []
     for name, outcome in outcomes.items():
-        area = problem.causal_area if backends[name].causal_only else problem.layout.area
+        area = problem.layout.area
+        if backends[name].causal_only:  # the documents without their images
+            area = sum(length * (length + 1) // 2 for length in problem.lengths)
         row = {
             "op": "attention", "mix": mix, "T": T, "H": H, "G": G, "D": D,
             "dtype": str(problem.dtype).removeprefix("torch."), "backend": name, **machine, "visible_area": area,
-            **dict.fromkeys(FIGURES, NOT_MEASURED), "status": outcome.status,
+            **dict.fromkeys(FIGURES, NOT_MEASURED), "status": "", **outcome,
         }  # fmt: skip
-        if times := outcome.timing:
-            row |= {"prepare_ms": outcome.prepare_ms, **times.columns(), "peak_mib": outcome.peak_mib}
+        if timing.COLUMNS[0] in outcome:
             for which, flops in PER_PAIR.items():
                 tflops = flops * H * D * area / row[f"{which}_p50"] / 1e9
-                row |= {
-                    f"{which}_tflops": tflops,
-                    f"{which}_percent_of_peak": peak_tflops and 100 * tflops / peak_tflops,
-                }
-            gbs = least_bytes / times.forward.p50 / 1e6
+                row[f"{which}_tflops"] = tflops
+                row[f"{which}_percent_of_peak"] = peak_tflops and 100 * tflops / peak_tflops
+            gbs = least_bytes / row["forward_p50"] / 1e6
             row |= {"forward_gbs": gbs, "forward_percent_of_bandwidth": peak_gbs and 100 * gbs / peak_gbs}
-            known = {name: outcomes[name].timing for name in BASELINES if name in outcomes}
-            row |= {f"times_{name}": base.total / times.total for name, base in known.items() if base}
+            for base in BASELINES:
+                if timing.COLUMNS[0] in outcomes.get(base, {}):
+                    row[f"times_{base}"] = timing.both_ms(outcomes[base]) / timing.both_ms(row)
         rows.append(row)
     return rows
 
@@ -177,8 +178,7 @@ operations for each head dimension and visible pair. The percent of peak is open
 this hardware and dtype. `x dense` and `x documents` say how many times as fast as dense and per-document SDPA a backend
 is in this run, forward and backward together. `prepare` is what a micro-batch needs once: ours builds its layout, and
 the others are given theirs. Every backend passed the correctness gate before it was timed, except flash_varlen_causal,
-which computes another mask: its rate, by the area of its own mask, is only a reference. Of the times of a CPU that
-others use too, only the ratios mean anything."""
+which computes another mask: its rate, by the area of its own mask, is only a reference."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

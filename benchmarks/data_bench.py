@@ -182,7 +182,7 @@ def time_group(stages: Sequence[Stage], seconds: float) -> list[Row]:
     machine = timing.describe_machine(device)
     rows = []
     for stage in stages:
-        p20, p50, p80 = timings[stage.name].forward
+        p20, p50, p80 = (timings[stage.name][f"forward_{quantile}"] for quantile in ("p20", "p50", "p80"))
         rows.append({
             "stage": stage.name, "unit": stage.unit, "count": stage.count, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
             "units_per_s": stage.count / p50 * 1e3,
@@ -200,8 +200,7 @@ NOTES = f"""\
 Times are medians (20th to 80th percentile). The loader's packs are of {CAPACITY:,} tokens, half of them patches of 32
 fp16 values. MB are those of the files read. In the mix, half of the documents are under 292 positions and one in twenty
 is above 1,107, clipped to the capacity; captioned images are of 256 patches and about 15 tokens. Preparing is one
-process, from JSON lines as bytes, or from JPEGs of 512 x 512 cut to 256 x 256, to a data folder in place. Of the times
-of a CPU that others use too, only the ratios mean anything."""
+process, from JSON lines as bytes, or from JPEGs of 512 x 512 cut to 256 x 256, to a data folder in place."""
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ it may differ by 2e-6 of the reference, and a gradient by 1e-5.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from timing import NOT_MEASURED, Step, Timing, allocated_bytes, autograd_step, time_steps
+from tables import Row
+from timing import NOT_MEASURED, Step, Times, allocated_bytes, autograd_step, time_steps
 from torch import Tensor
 from torch.utils import benchmark
 from triton.errors import TritonError
@@ -25,18 +25,6 @@ Gate = Callable[[Results], str | None]
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
 _OVER_BUDGET = f"{NOT_MEASURED}: time budget"
 _OUT_OF_MEMORY = "out of memory"
-
-
-class Size(NamedTuple):
-    """The size of a tensor, or of an error."""
-
-    rms: float
-    largest: float
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Size":
-        """Measure a tensor."""
-        return cls(float(x.square().mean().sqrt()), float(x.abs().max()))
 
 
 def make_gate(
@@ -53,30 +41,33 @@ def make_gate(
     Raises:
         RuntimeError: plain PyTorch is too far from the reference to serve as a yardstick.
     """
-    sizes = [Size.of(reference) for reference in references]
-    plain_errors = [_error(got, reference) for got, reference in zip(plain, references, strict=True)]
-    for name, got, size, error in zip(names, plain, sizes, plain_errors, strict=True):
-        if not error.rms <= (limit := torch.finfo(got.dtype).eps ** 0.5 * size.rms):
-            raise RuntimeError(f"plain PyTorch's own error of {name} is {error.rms:.3g}, above {limit:.3g}")
+    measured = []
+    for name, reference, rough in zip(names, references, plain, strict=True):
+        size, error, rounding = _size(reference), _error(rough, reference), torch.finfo(rough.dtype).eps
+        if not error[0] <= (limit := rounding**0.5 * size[0]):
+            raise RuntimeError(f"plain PyTorch's own error of {name} is {error[0]:.3g}, above {limit:.3g}")
+        allowed = 2 * error + rounding / 2 * size
+        if rough.dtype == torch.float32:
+            allowed = (2e-6 if name.startswith("output") else 1e-5) * size
+        measured.append((name, reference, error, allowed))
 
     def check(results: Results) -> str | None:
-        compared = zip(names, select(results), references, plain, sizes, plain_errors, strict=True)
-        for name, got, reference, rough, size, plain_error in compared:
-            for kind, value, of_plain, of_reference in zip(
-                Size._fields, _error(got, reference), plain_error, size, strict=True
-            ):
-                allowed = 2 * of_plain + torch.finfo(rough.dtype).eps / 2 * of_reference
-                if rough.dtype == torch.float32:
-                    allowed = (2e-6 if name.startswith("output") else 1e-5) * of_reference
-                if not value <= allowed:  # so that NaN fails
-                    return f"{kind} error of {name} is {value:.3g}, above {allowed:.3g} (plain PyTorch: {of_plain:.3g})"
+        for (name, reference, *known), got in zip(measured, select(results), strict=True):
+            for kind, error, plain, allowed in zip(("rms", "largest"), _error(got, reference), *known, strict=True):
+                if not error <= allowed:  # so that NaN fails
+                    return f"{kind} error of {name} is {error:.3g}, above {allowed:.3g} (plain PyTorch: {plain:.3g})"
         return None
 
     return check
 
 
-def _error(got: Tensor, reference: Tensor) -> Size:
-    return Size.of(got[: len(reference)].to(reference.dtype) - reference)
+def _error(got: Tensor, reference: Tensor) -> Tensor:
+    return _size(got[: len(reference)].to(reference.dtype) - reference)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Return the root mean square of a tensor, and its largest value."""
+    return torch.stack([x.square().mean().sqrt(), x.abs().max()]).double().cpu()
 
 
 def run(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
@@ -88,27 +79,16 @@ def run(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend on one problem."""
+    """A backend on one problem; `prepare` does what a micro-batch needs once for all layers."""
 
     name: str
     prepare: Callable[[], Forward]
-    """Do what a micro-batch needs once for all layers, and return the forward pass."""
     is_ours: bool
     """An error of this backend fails the benchmark."""
     missing: str | None = None
     """Why the backend cannot be measured here."""
     ungated: str | None = None
     """Why the results are not checked."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one backend on one problem. Without a timing, the status says why."""
-
-    status: str
-    timing: Timing | None = None
-    peak_mib: float | None = None
-    prepare_ms: float | None = None
 
 
 def compare(
@@ -121,7 +101,7 @@ def compare(
     deadline: float = float("inf"),
     time_prepare: bool = False,
     others: Mapping[str, Step] | None = None,
-) -> tuple[dict[str, Outcome], dict[str, Timing]]:
+) -> tuple[dict[str, Row], dict[str, Times]]:
     """Check each backend and then time it; one that fails never stops the rest.
 
     Args:
@@ -131,23 +111,24 @@ def compare(
         others: steps that are timed together with the backends, without a check.
 
     Returns:
-        The outcome of each backend, in order, and the timing of the other steps.
+        The columns of each backend, in order, and the times of the other steps. A backend that was not timed has the
+        column `status` alone, which says why; else it has those of `Times`, `peak_mib` and `prepare_ms` too.
     """
     device, others = inputs[0].device, others or {}
-    outcomes = {c.name: Outcome(f"{NOT_MEASURED}: {c.missing}") for c in candidates if c.missing}
+    outcomes = {c.name: {"status": f"{NOT_MEASURED}: {c.missing}"} for c in candidates if c.missing}
     if time.monotonic() > deadline:
-        outcomes = {c.name: Outcome(_OVER_BUDGET) for c in candidates}
+        outcomes = {c.name: {"status": _OVER_BUDGET} for c in candidates}
     able = [c for c in candidates if c.name not in outcomes]
     held = gate() if able else None
-    timings: dict[str, Timing] = {}
+    timings: dict[str, Times] = {}
     # On a GPU each backend has the memory to itself; on a CPU the backends and the other steps take turns.
     apart = device.type == "cuda"
     for group in [[c] for c in able] if apart else [able]:
         steps: dict[str, Step] = {}
         for candidate in group:
             late = time.monotonic() > deadline
-            checked = Outcome(_OVER_BUDGET) if late else _check(candidate, held, inputs, upstream)
-            if isinstance(checked, Outcome):
+            checked = {"status": _OVER_BUDGET} if late else _check(candidate, held, inputs, upstream)
+            if isinstance(checked, dict):
                 outcomes[candidate.name] = checked
             else:
                 steps[candidate.name] = autograd_step(checked, inputs, upstream)
@@ -162,7 +143,7 @@ def compare(
     return {c.name: outcomes[c.name] for c in candidates}, {name: timings[name] for name in others}
 
 
-def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> Forward | Outcome:
+def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> Forward | Row:
     """Return the forward pass of a backend whose results are right, else what is wrong."""
     try:
         forward = candidate.prepare()
@@ -170,10 +151,10 @@ def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream:
         wrong = None if candidate.ungated else gate(results)
     except FAILURES as error:
         return _broken(candidate, error)
-    return Outcome(f"FAILED: {wrong}") if wrong else forward
+    return {"status": f"FAILED: {wrong}"} if wrong else forward
 
 
-def _finish(candidate: Candidate, step: Step, timing: Timing, device: torch.device, time_prepare: bool) -> Outcome:
+def _finish(candidate: Candidate, step: Step, times: Times, device: torch.device, time_prepare: bool) -> Row:
     call = {"prepare": candidate.prepare}
     timer = benchmark.Timer("prepare()", globals=call, num_threads=torch.get_num_threads())
     try:
@@ -181,15 +162,15 @@ def _finish(candidate: Candidate, step: Step, timing: Timing, device: torch.devi
         prepare_ms = 1e3 * timer.timeit(3).mean if time_prepare else None
     except FAILURES as error:
         return _broken(candidate, error)
-    return Outcome(f"ok: {candidate.ungated}" if candidate.ungated else "ok", timing, peak / 2**20, prepare_ms)
+    status = f"ok: {candidate.ungated}" if candidate.ungated else "ok"
+    return {"status": status, **times, "peak_mib": peak / 2**20, "prepare_ms": prepare_ms}
 
 
-def _broken(candidate: Candidate, error: Exception) -> Outcome:
-    """Return the outcome of an error: a failure of ours, but not for a missing kernel or too little memory."""
+def _broken(candidate: Candidate, error: Exception) -> Row:
+    """Return the columns of an error: a failure of ours, but not for a missing kernel or too little memory."""
     reason = failure_reason(error)
-    if isinstance(error, NotImplementedError) or reason == _OUT_OF_MEMORY or not candidate.is_ours:
-        return Outcome(f"{NOT_MEASURED}: {reason}")
-    return Outcome(f"FAILED: {reason}")
+    excused = isinstance(error, NotImplementedError) or reason == _OUT_OF_MEMORY or not candidate.is_ours
+    return {"status": f"{NOT_MEASURED if excused else 'FAILED'}: {reason}"}
 
 
 def failure_reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ The rules of the memory-bound kernels:
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -29,13 +30,13 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kerne
 
 import attention_report
 import mixes
-import offline
 import pandas as pd
 import pointwise_report
 import tables
 import triton
 from matplotlib import pyplot as plt
 from tables import Row
+from triton.backends.nvidia.compiler import get_ptxas_version
 
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES
 
@@ -129,14 +130,14 @@ positions, in bf16. The first line is the least possible."""
 
 
 def _assembler(arch: int) -> str:
-    version = offline.ptxas_version(arch)
-    line = f"sm_{arch}: ptxas {version[0]}.{version[1]}."
-    if arch == 90 and version < PTXAS_WITHOUT_RACE:
-        line += (
-            " WARNING: before 13.3 it may misorder matrix instructions whose left operand is in registers;"
-            " name a newer one in TRITON_PTXAS_PATH and run `make test-gpu`."
-        )
-    return line
+    """Return the version of the assembler: TRITON_PTXAS_PATH, or the one in Triton's wheel."""
+    major, minor = map(int, re.findall(r"release (\d+)\.(\d+)", get_ptxas_version(arch))[0])
+    if arch != 90 or (major, minor) >= PTXAS_WITHOUT_RACE:
+        return f"sm_{arch}: ptxas {major}.{minor}."
+    return (
+        f"sm_{arch}: ptxas {major}.{minor}. WARNING: before 13.3 it may misorder matrix instructions whose left "
+        "operand is in registers; name a newer one in TRITON_PTXAS_PATH and run `make test-gpu`."
+    )
 
 
 def _area_table(areas: Sequence[Row]) -> str:

@@ -13,7 +13,6 @@ kind at any length.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,8 @@ _CAPTION_FIRST_SHARE = 0.84
 _IMAGE_SIZES, _IMAGE_SHARES = (256, 576, 1024), (0.1, 0.25, 0.65)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of text or one image."""
-
-    length: int
-    is_image: bool = False
-
-
-Document = list[Segment]
+# A document is a list of (length, is_image): runs of text, and images.
+Document = list[tuple[int, bool]]
 
 
 def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], list[tuple[int, int]]]:
@@ -63,7 +55,10 @@ def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], li
         remaining -= _length(fitting)
         if fitting is not document or not remaining:
             break
-    return _spans([d for d in documents if d])
+    segments = [segment for document in documents for segment in document]
+    starts = np.cumsum([0, *(length for length, _ in segments)]).tolist()
+    spans = [(start, length) for start, (length, is_image) in zip(starts, segments, strict=False) if is_image]
+    return [_length(document) for document in documents if document], spans
 
 
 def fixed(name: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -102,45 +97,39 @@ def _check_name(name: str) -> None:
 
 def _documents(name: str, total_length: int, rng: np.random.Generator) -> Iterator[Document]:
     while name != "long":
-        if name == "pairs":
+        if name == "pairs" or (name == "mixed" and rng.random() < _PAIR_SHARE):
             yield _pair(rng)
-        elif name == "mixed":
-            yield _pair(rng) if rng.random() < _PAIR_SHARE else [Segment(_text_length(rng))]
         elif name == "interleaved":
             yield _interleaved(rng)
         elif name == "tiny":
-            yield [Segment(int(rng.integers(5, 9))), Segment(16, is_image=True), Segment(_MARKERS)]
+            yield [(int(rng.integers(5, 9)), False), (16, True), (_MARKERS, False)]
         else:
-            yield [Segment(_text_length(rng))]
+            yield [(_text_length(rng), False)]
     yield _long(total_length, rng)
 
 
 def _pair(rng: np.random.Generator) -> Document:
-    caption = Segment(int(np.clip(rng.lognormal(np.log(33), 0.55), 8, 140)))
-    image = Segment(256, is_image=True)
-    if rng.random() < _CAPTION_FIRST_SHARE:
-        return [caption, image, Segment(_MARKERS)]
-    return [Segment(_MARKERS), image, caption]
+    caption = (int(np.clip(rng.lognormal(np.log(33), 0.55), 8, 140)), False)
+    document = [caption, (256, True), (_MARKERS, False)]
+    return document if rng.random() < _CAPTION_FIRST_SHARE else document[::-1]
 
 
 def _interleaved(rng: np.random.Generator) -> Document:
     document = []
     for patches in rng.choice(_IMAGE_SIZES, size=rng.integers(2, 5), p=_IMAGE_SHARES):
-        document += [Segment(int(rng.integers(50, 400))), Segment(int(patches), is_image=True)]
-    return [*document, Segment(int(rng.integers(4, 100)))]
+        document += [(int(rng.integers(50, 400)), False), (int(patches), True)]
+    return [*document, (int(rng.integers(4, 100)), False)]
 
 
 def _long(total_length: int, rng: np.random.Generator) -> Document:
     """Return images of the largest size of which several fit, each after text of 0.6 to 0.85 times its length."""
     patches = max((size for size in _IMAGE_SIZES if 8 * size <= total_length), default=_IMAGE_SIZES[0])
-    end = max(int(total_length * rng.uniform(0.955, 0.99)), 1)
+    left = max(int(total_length * rng.uniform(0.955, 0.99)), 1)
     document: Document = []
-    while True:
-        text = int(patches * rng.uniform(0.6, 0.85))
-        left = end - _length(document)
-        if text + patches >= left:
-            return [*document, Segment(left)]
-        document += [Segment(text), Segment(patches, is_image=True)]
+    while (text := int(patches * rng.uniform(0.6, 0.85))) + patches < left:
+        document += [(text, False), (patches, True)]
+        left -= text + patches
+    return [*document, (left, False)]
 
 
 def _text_length(rng: np.random.Generator) -> int:
@@ -156,24 +145,13 @@ def _last_document(name: str, document: Document, remaining: int) -> Document:
     if name in ("pairs", "tiny"):
         return []
     kept: Document = []
-    for segment in document:
-        if _length(kept) + segment.length > remaining:
-            break
-        kept.append(segment)
-    if not any(segment.is_image for segment in kept):
-        return [Segment(remaining)]
+    while _length(kept) + document[len(kept)][0] <= remaining:
+        kept.append(document[len(kept)])
+    if not any(is_image for _, is_image in kept):
+        return [(remaining, False)]
     left = remaining - _length(kept)
-    return [*kept, Segment(left)] if left else kept
+    return [*kept, (left, False)] if left else kept
 
 
 def _length(document: Document) -> int:
-    return sum(segment.length for segment in document)
-
-
-def _spans(documents: list[Document]) -> tuple[list[int], list[tuple[int, int]]]:
-    spans, position = [], 0
-    for segment in (segment for document in documents for segment in document):
-        if segment.is_image:
-            spans.append((position, segment.length))
-        position += segment.length
-    return [_length(document) for document in documents], spans
+    return sum(length for length, _ in document)

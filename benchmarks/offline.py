@@ -12,7 +12,6 @@ from typing import Any
 import sass
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -37,7 +36,7 @@ class Compiled:
         return sass.parse_sass(sass.run_tool("nvdisasm", "-c", self.cubin))
 
     def columns(self, instructions: list[sass.Instruction]) -> dict[str, Any]:
-        """Return registers, spills, stack and shared memory; spills are counted among the instructions given."""
+        """Return the columns of resources; spills are counted among the instructions given."""
         usage = sass.run_tool("cuobjdump", "-res-usage", self.cubin)
         return sass.parse_resources(usage, instructions) | {"shared_kib": round(self.shared_bytes / 1024, 1)}
 
@@ -73,12 +72,6 @@ def compile_kernel(
     source = ASTSource(function, signature, constexprs=values, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
     return Compiled(kernel.asm["cubin"], kernel.metadata.shared, kernel.asm["ttir"], kernel.asm["ttgir"])
-
-
-def ptxas_version(arch: int) -> tuple[int, int]:
-    """Return the version of the assembler for `arch`: TRITON_PTXAS_PATH, or the one in Triton's wheel."""
-    major, minor = re.findall(r"release (\d+)\.(\d+)", get_ptxas_version(arch))[0]
-    return int(major), int(minor)
 
 
 def products_without_matrix_unit(ttgir: str) -> list[str]:

@@ -27,10 +27,10 @@ import tables
 import timing
 import torch
 import torch.nn.functional as F
-from gate import Candidate, Forward, Gate, Outcome, compare, make_gate, run
+from gate import Candidate, Forward, Gate, compare, make_gate, run
 from matplotlib import pyplot as plt
 from tables import Row
-from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Timing
+from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Times
 from torch import Tensor
 
 from transfusion_fast.kernels import reference
@@ -225,8 +225,8 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
     return not failed
 
 
-def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -> tuple[dict[str, Outcome], Timing]:
-    """Return the outcome of every backend, and the time of copies of as many bytes as each pass moves at least."""
+def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -> tuple[dict[str, Row], Times]:
+    """Return the columns of every backend, and the times of copies of as many bytes as each pass moves at least."""
     inputs, device = problem.inputs, problem.inputs[0].device
     with torch.no_grad():
         outputs = problem.plain(*inputs)
@@ -262,28 +262,25 @@ def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -
     return outcomes, timings["copy"]
 
 
-def make_rows(
-    problem: Problem, outcomes: Mapping[str, Outcome], copies: Timing, machine: Mapping[str, str]
-) -> list[Row]:
+def make_rows(problem: Problem, outcomes: Mapping[str, Row], copies: Times, machine: Mapping[str, str]) -> list[Row]:
     """Return the rows of one problem: milliseconds, MiB, GB/s of the bytes that a pass needs at least.
 
     `times_plain` says how many times as fast as plain PyTorch a backend is, forward and backward together.
     """
-    plain = outcomes[PLAIN].timing if PLAIN in outcomes else None
-    rows = []
+    plain, rows = outcomes.get(PLAIN, {}), []
     for name, outcome in outcomes.items():
-        times, dtype = outcome.timing, str(problem.inputs[0].dtype).removeprefix("torch.")
+        timed, dtype = timing.COLUMNS[0] in outcome, str(problem.inputs[0].dtype).removeprefix("torch.")
         row: Row = {"op": problem.op, "shape": problem.shape, "dtype": dtype, "backend": name, **machine}
         row |= {f"{which}_least_bytes": count for which, count in zip(PASSES, problem.least, strict=True)}
-        row |= times.columns() if times else dict.fromkeys(copies.columns(), NOT_MEASURED)
-        row["peak_mib"] = outcome.peak_mib if times else NOT_MEASURED
+        row |= {column: outcome.get(column, NOT_MEASURED) for column in (*timing.COLUMNS, "peak_mib")}
         for which in PASSES:
             least, ms = row[f"{which}_least_bytes"], row[f"{which}_p50"]
-            row[f"{which}_gbs"] = least / ms / 1e6 if times else NOT_MEASURED
-            row[f"{which}_copy_gbs"] = least / getattr(copies, which).p50 / 1e6
-            row[f"{which}_of_copy"] = row[f"{which}_gbs"] / row[f"{which}_copy_gbs"] if times else NOT_MEASURED
-        row["times_plain"] = plain.total / times.total if times and plain else NOT_MEASURED
-        rows.append(row | {"status": outcome.status})
+            row[f"{which}_gbs"] = least / ms / 1e6 if timed else NOT_MEASURED
+            row[f"{which}_copy_gbs"] = least / copies[f"{which}_p50"] / 1e6
+            row[f"{which}_of_copy"] = row[f"{which}_gbs"] / row[f"{which}_copy_gbs"] if timed else NOT_MEASURED
+        known = timed and timing.COLUMNS[0] in plain
+        row["times_plain"] = timing.both_ms(plain) / timing.both_ms(row) if known else NOT_MEASURED
+        rows.append(row | {"status": outcome["status"]})
     return rows
 
 
@@ -298,8 +295,7 @@ NOTES = """\
 Medians (20th to 80th percentile). GB/s count each input and each output once. The yardstick is a copy of as many bytes,
 timed in the same run; it is not a limit, because a pass that reads more than it writes may be faster. `x plain`: how
 many times as fast as plain PyTorch, forward and backward together. Peak memory is that of one forward and backward
-beyond the inputs. Everything was checked against the specification in fp64 before it was timed. Of the times of a CPU
-that others use too, only the ratios mean anything, and not even those where the spread is wide."""
+beyond the inputs. Everything was checked against the specification in fp64 before it was timed."""
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:

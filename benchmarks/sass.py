@@ -7,20 +7,17 @@ least
 
 cycles: a multiprocessor has four schedulers, each issuing one instruction of one warp a cycle, and 16 lanes for special
 functions (CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"). Instructions are counted per
-warp, FLOPs per block. Latencies, memory and bank conflicts are left out, so these are bounds that rank kernels, not
-predictions of time.
+warp, FLOPs per block. Latencies, memory and bank conflicts are left out: these bounds rank kernels and predict no time.
 
-An access to global memory is attributed to a tensor by its address. Pointers are arguments, which lie in a constant
-bank at offsets that the cubin names. The registers that depend on each pointer are followed through the control-flow
-graph, until a load or store uses them as its address. Loaded values depend on no pointer, because the memory-bound
-kernels load no pointers from memory.
+Loads and stores are attributed to tensors by their addresses: from the pointers among the arguments, which lie in a
+constant bank at offsets that the cubin names, the registers that depend on them are followed through the control flow.
+Loaded values depend on no pointer, because the memory-bound kernels load no pointers from memory.
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +26,7 @@ import networkx as nx
 import triton
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction; `predicate` is like `!P0` or empty, and labels in `operands` are replaced by addresses."""
 
     address: int
@@ -45,7 +41,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address that a direct branch or call goes to, or None."""
+        """The address that a direct branch or call goes to."""
         target = re.search(r"(0x[0-9a-f]+)$", self.operands)
         return int(target[1], 16) if target and self.root in ("BRA", "JMP", "CALL") else None
 
@@ -132,7 +128,7 @@ def parse_sass(text: str) -> list[Instruction]:
     if any(later.address <= earlier.address for earlier, later in pairwise(parsed)):
         raise ValueError("the code must be of one function, got addresses that start again; compile one kernel a cubin")
     resolved = (re.sub(r"`\(([^)]*)\)", lambda label: labels.get(label[1], label[0]), i.operands) for i in parsed)
-    return [replace(i, operands=operands) for i, operands in zip(parsed, resolved, strict=True)]
+    return [i._replace(operands=operands) for i, operands in zip(parsed, resolved, strict=True)]
 
 
 def control_flow(instructions: Sequence[Instruction]) -> nx.DiGraph:
@@ -156,10 +152,9 @@ def control_flow(instructions: Sequence[Instruction]) -> nx.DiGraph:
 def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
     """Return every natural loop, including nested ones, by address of its header.
 
-    A backward branch alone makes no loop: ptxas puts the spin on an mbarrier behind the end of the kernel, and the
-    branch from there back into the code is no iteration. So loops come from the control-flow graph, and only what lies
-    between a loop's header and its last branch back to it is kept: code out of line (those spins) is taken not to run.
-    Both sides of a branch inside the loop count. Two loops with one header are taken as one.
+    Loops come from the control-flow graph, because a backward branch alone makes no loop: ptxas puts the spin on an
+    mbarrier behind the end of the kernel. Only what lies between a loop's header and its last branch back to it is
+    kept, so that code out of line (those spins) is taken not to run. Both sides of a branch inside the loop count.
 
     Not handled: indirect branches; loops whose header is not their lowest address, or that are entered elsewhere.
     """
@@ -224,11 +219,10 @@ def order(instructions: Iterable[Instruction]) -> str:
 
 
 def exponentials_in_flight(instructions: Sequence[Instruction]) -> int:
-    """Return how many exponentials of one iteration issue while a wgmma may still run; 0 means no overlap.
+    """Return how many exponentials of one iteration issue while a wgmma (sm_90) may still run; 0 means no overlap.
 
     A wgmma is in flight from its issue; `gsb0` among its operands closes a group, and `WARPGROUP.DEPBAR.LE gsb0, N`
-    waits until at most N closed groups are left. Only wgmma (sm_90) is asynchronous in this way: the count is 0 for
-    mma, and says nothing of tcgen05.
+    waits until at most N closed groups are left. The count is 0 for mma, and says nothing of tcgen05.
     """
     groups, group_open, in_flight = 0, False, 0
     # The first pass over the loop only finds what the iteration before leaves in flight.
@@ -264,7 +258,7 @@ def accesses(instructions: Sequence[Instruction], pointers: Mapping[int, str]) -
     for instruction, origins in zip(instructions, _origins(instructions, pointers), strict=True):
         if instruction.root in ("LDG", "STG"):
             address = instruction.operands[: instruction.operands.rindex("]")].rpartition("[")[2]
-            tensors = _depends_on([address], origins, pointers)
+            tensors = _depends_on(address, origins, pointers)
             if not tensors:
                 raise ValueError(f"no argument reaches the address of {instruction}; teach sass.py the code before it")
             found.append(Access(instruction.address, tensors, instruction.root == "STG", width(instruction.opcode)))
@@ -308,27 +302,24 @@ def _origins(instructions: Sequence[Instruction], pointers: Mapping[int, str]) -
 
 def _step(instruction: Instruction, before: Origins, pointers: Mapping[int, str]) -> Origins:
     """Return what the registers depend on after an instruction: results depend on what its operands depend on."""
+    root, modifiers = instruction.root, instruction.opcode.split(".")
     first, *operands = (operand.strip() for operand in instruction.operands.split(","))
-    words = max(1, width(instruction.opcode) // 32)
-    if instruction.root == "STL":  # a spill: the registers from `operands[0]` on go to the stack
-        return before | {_slot(first, i): before.get(_register(operands[0], i), _NOTHING) for i in range(words)}
+    if root == "STL":  # a spill: the registers from `operands[0]` on go to the stack
+        words = range(max(1, width(instruction.opcode) // 32))
+        return before | {_slot(first, i): before.get(_register(operands[0], i), _NOTHING) for i in words}
     if not re.fullmatch(r"(UR|R)\d+(\.\w+)*", first):
         return before
-    modifiers = instruction.opcode.split(".")
-    pairs = {"64", "WIDE"} & set(modifiers) or instruction.root in ("CS2R", "FADD2", "FMUL2", "FFMA2")
+    pairs = {"64", "WIDE"} & set(modifiers) or root in ("CS2R", "FADD2", "FMUL2", "FFMA2")
     constant = _CONSTANT.search(instruction.operands)
+    names = _NOTHING if root in ("LDG", "LDS") else _depends_on(", ".join(operands), before, pointers)
     after = dict(before)
     for i in range(4 if "128" in modifiers else 2 if pairs else 1):
-        register = _register(first, i)
-        if instruction.root in ("LDC", "ULDC", "LDCU") and constant:
+        if root in ("LDC", "ULDC", "LDCU") and constant:
             # A wide one loads several arguments at once, one word into each register.
             names = _argument(int(constant[1], 16) + 4 * i, pointers)
-        elif instruction.root == "LDL":
+        elif root == "LDL":
             names = before.get(_slot(operands[0], i), _NOTHING)
-        elif instruction.root in ("LDG", "LDS"):
-            names = _NOTHING
-        else:
-            names = _depends_on(operands, before, pointers)
+        register = _register(first, i)
         # A predicated instruction may leave the register as it was.
         after[register] = names | before.get(register, _NOTHING) if instruction.predicate else names
     return after
@@ -346,10 +337,9 @@ def _slot(address: str, offset: int) -> str:
     return f"stack {(int(found[1], 16) if found else 0) + 4 * offset}"
 
 
-def _depends_on(operands: Iterable[str], origins: Origins, pointers: Mapping[int, str]) -> frozenset[str]:
-    text = ", ".join(operands)
-    registers = (origins.get(kind + number, _NOTHING) for kind, number in _REGISTER.findall(text))
-    return frozenset().union(*registers, *(_argument(int(at, 16), pointers) for at in _CONSTANT.findall(text)))
+def _depends_on(operands: str, origins: Origins, pointers: Mapping[int, str]) -> frozenset[str]:
+    registers = (origins.get(kind + number, _NOTHING) for kind, number in _REGISTER.findall(operands))
+    return _NOTHING.union(*registers, *(_argument(int(at, 16), pointers) for at in _CONSTANT.findall(operands)))
 
 
 def _argument(offset: int, pointers: Mapping[int, str]) -> frozenset[str]:

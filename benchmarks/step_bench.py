@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from tables import Row
-from timing import Step, Timing, allocated_bytes
+from timing import Step, Times, allocated_bytes
 from torch import Tensor, nn
 from torch.utils import benchmark
 
@@ -122,10 +122,10 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
         print(f"{variant}: preparing", file=sys.stderr)
         steps[str(variant)], facts[str(variant)] = _prepare(variant, preset, documents, device)
     if options.peer:
-        name, step, peer_facts = prepare_peer(preset, documents, device)
-        steps[name], facts[name] = step, peer_facts
+        name, *prepared = prepare_peer(preset, documents, device)
+        steps[name], facts[name] = prepared
     timings = timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
-    rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timings[dtype].total / 1e6 for dtype in DTYPES}
+    rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timing.both_ms(timings[dtype]) / 1e6 for dtype in DTYPES}
     machine = timing.describe_machine(device)
     rows = [make_row({"name": name, "preset": preset, **facts[name]}, timings[name], rates, machine) for name in steps]
     draw(rows, options.out / "step.png")
@@ -156,18 +156,18 @@ def mix_documents(mix: str, length: int) -> Documents:
     """Return the documents of a mix; their special tokens take positions that the mix gives to text."""
     lengths, spans = mixes.fixed(mix) if length == mixes.FIXED_LENGTH else mixes.generate(mix, length)
     generator = torch.Generator().manual_seed(0)
-    documents, start = [], 0
+    documents: Documents = []
+    start = 0
     for size in lengths:
         own = [(at, patches) for at, patches in spans if start <= at < start + size]
         # Text lies between images; each of its ends stands for a special token.
         edges = [start, *(edge for at, patches in own for edge in (at, at + patches)), start + size]
-        document: list[Tensor] = []
+        documents.append([])
         for number, (first, end) in enumerate(pairwise(edges)):
             if number % 2:
-                document.append(torch.randn(end - first, CHANNELS, generator=generator))
+                documents[-1].append(torch.randn(end - first, CHANNELS, generator=generator))
             elif end - first > 2:
-                document.append(torch.randint(0, TEXT_TOKENS, (end - first - 2,), generator=generator))
-        documents.append(document)
+                documents[-1].append(torch.randint(0, TEXT_TOKENS, (end - first - 2,), generator=generator))
         start += size
     return documents
 
@@ -204,8 +204,7 @@ def _forward(model: Transfusion, variant: Variant, batch: PackedBatch) -> Losses
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
     """Compute one scaled_dot_product_attention under a dense mask that all layers share."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # without a batch, torch takes no fused kernel
     return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale)[0].transpose(0, 1)
 
@@ -278,14 +277,8 @@ def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.
 
 def kept_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
     """Return the bytes that `forward` allocates and that live as long as its result: what backward needs."""
-
-    def collected() -> Tensor:
-        out = forward()
-        gc.collect()
-        return out
-
-    gc.collect()
-    return allocated_bytes(collected, device)[0]
+    gc.collect()  # frees what only cycles of references keep alive
+    return allocated_bytes(lambda: [forward(), gc.collect()], device)[0]
 
 
 def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tuple[str, Step, Row]:
@@ -312,12 +305,8 @@ def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tup
     moved = [[piece.to(device) for piece in document] for document in documents]
     step = _train_step(model, lambda: model(moved))
     facts = {"dtype": "fp32", "parameters": _count(model), "tokens": make_batch(ours, documents).num_tokens}
-    unknown = {"flops": None, "kept_bytes": None, "compile_s": None}
-    return (
-        f"fp32 {PEER}, depth {depth}",
-        step,
-        {**facts, **unknown, "peak_bytes": allocated_bytes(lambda: step()(), device)[1]},
-    )
+    facts |= {"flops": None, "peak_bytes": allocated_bytes(lambda: step()(), device)[1], "kept_bytes": None}
+    return f"fp32 {PEER}, depth {depth}", step, facts | {"compile_s": None}
 
 
 def _matmuls(device: torch.device) -> dict[str, Step]:
@@ -345,7 +334,7 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def make_row(facts: Row, times: Timing, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
+def make_row(facts: Row, times: Times, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
     """Return the row of a step, with None for what was not measured or does not apply.
 
     `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly.
@@ -353,14 +342,15 @@ def make_row(facts: Row, times: Timing, rates: Mapping[str, float], machine: Map
     Args:
         rates: the GFLOP/s of matrix products, by dtype.
     """
-    seconds, tokens, dtype = times.total / 1e3, facts["tokens"], facts["dtype"]
+    seconds, tokens, dtype = timing.both_ms(times) / 1e3, facts["tokens"], facts["dtype"]
     weight_gflops = 6 * facts["parameters"] * tokens / seconds / 1e9
     peak_tflops, _ = timing.peaks_of(machine["hardware"])
     peak_gflops = peak_tflops * 1e3 if peak_tflops and dtype != "fp32" else rates[dtype]
     flops, kept = facts["flops"], facts["kept_bytes"]
     return {
         "op": "step", **{name: facts[name] for name in ("name", "preset", "dtype", "parameters", "tokens")},
-        **times.columns("_ms"), "tokens_per_s": tokens / seconds, "weight_gflops": weight_gflops,
+        **{f"{column}_ms": ms for column, ms in times.items()}, "tokens_per_s": tokens / seconds,
+        "weight_gflops": weight_gflops,
         "matmul_gflops": rates[dtype], "share_of_matmul": weight_gflops / rates[dtype],
         "share_of_fp32_matmul": weight_gflops / rates["fp32"],
         "mfu": None if flops is None else flops / seconds / 1e9 / peak_gflops,
@@ -382,8 +372,7 @@ dash stands for what was not measured. The matmul rate is that of a linear layer
 [{1}, {2}] in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each visible
 pair, as a share of the GPU's peak or, where that is unknown, of the matmul rate. Peak memory is what a step takes
 beyond weights and the optimizer's state. Compilation starts without a cache; the first row that compiles also pays for
-starting the compiler. Of the times of a CPU that others use too, only the ratios mean anything, and not even those
-where the spread is wide."""
+starting the compiler."""
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

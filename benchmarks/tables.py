@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+_CPU_NOTE = "Times of a CPU that others use too mean nothing where their spread is wide; else only their ratios do."
 
 
 class _Cells(string.Formatter):
@@ -68,7 +69,7 @@ def write_report(path: Path, title: str, rows: Sequence[Row], columns: Mapping[s
     measured = [row for row in rows if row.get("status", "ok").startswith("ok")]
     table = markdown_table(measured, columns) if measured else "Nothing was measured."
     picture = f"![{title}]({path.name}.png)" if path.with_suffix(".png").exists() else ""
-    write_markdown(path.with_suffix(".md"), f"# {title}", machine, picture, table, *notes)
+    write_markdown(path.with_suffix(".md"), f"# {title}", machine, picture, table, *notes, _CPU_NOTE)
 
 
 def write_markdown(path: Path, *parts: str) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages about its own start and end
 
@@ -33,6 +33,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES = ("forward", "backward")
 
 Step = Callable[[], Callable[[], object]]
+Times = dict[str, float]
+"""Milliseconds of both passes by column: forward_p20, forward_p50, forward_p80 and the same of backward."""
+COLUMNS = tuple(f"{name}_{quantile}" for name in PASSES for quantile in ("p20", "p50", "p80"))
 
 _MIN_REPEATS = 3
 # Dense 16-bit TFLOP/s and memory GB/s from the data sheets, by the first name that is part of the GPU's own name.
@@ -46,30 +49,6 @@ _PEAKS = {
     "A100 80GB": (312.0, 1935.0),
     "A100": (312.0, 1555.0),
 }
-
-
-class Quantiles(NamedTuple):
-    """Quantiles of one pass over its repeats, in milliseconds."""
-
-    p20: float
-    p50: float
-    p80: float
-
-
-class Timing(NamedTuple):
-    """The times of a step's two passes over the same repeats."""
-
-    forward: Quantiles
-    backward: Quantiles
-
-    @property
-    def total(self) -> float:
-        """The sum of both medians, in milliseconds."""
-        return self.forward.p50 + self.backward.p50
-
-    def columns(self, suffix: str = "") -> dict[str, float]:
-        """Return the six quantiles under the names of their columns, as in `forward_p20`."""
-        return {f"{name}_{q}{suffix}": ms for name in PASSES for q, ms in getattr(self, name)._asdict().items()}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -110,7 +89,7 @@ def autograd_step(
 
 def time_steps(
     steps: Mapping[str, Step], device: torch.device, seconds: float, rehearse: bool = False
-) -> dict[str, Timing]:
+) -> dict[str, Times]:
     """Time each step for about `seconds`, and at least three times.
 
     With `rehearse`, a step on a CPU also runs untimed right before each timed run, because in training a step follows
@@ -120,8 +99,13 @@ def time_steps(
         samples = {name: _time_on_gpu(step, seconds) for name, step in steps.items()}
     else:
         samples = _time_in_turns(steps, seconds, rehearse)
-    quantiles = {name: np.quantile(pairs, (0.2, 0.5, 0.8), axis=0).T.tolist() for name, pairs in samples.items()}
-    return {name: Timing(*(Quantiles(*passes) for passes in both)) for name, both in quantiles.items()}
+    quantiles = {name: np.quantile(pairs, (0.2, 0.5, 0.8), axis=0) for name, pairs in samples.items()}
+    return {name: dict(zip(COLUMNS, found.T.flatten().tolist(), strict=True)) for name, found in quantiles.items()}
+
+
+def both_ms(times: Times) -> float:
+    """Return the sum of both medians, in milliseconds."""
+    return times["forward_p50"] + times["backward_p50"]
 
 
 def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:

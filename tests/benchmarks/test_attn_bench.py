@@ -13,8 +13,9 @@ import attn_bench
 import pytest
 import torch
 from attention_backends import BACKENDS, Backend, Problem, attention_gate
-from gate import Forward, Outcome, run
-from timing import NOT_MEASURED, Quantiles, Timing
+from gate import Forward, run
+from timing import COLUMNS as TIMES
+from timing import NOT_MEASURED
 
 from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.layout import AttentionLayout
@@ -113,13 +114,13 @@ def test_a_missing_kernel_and_too_little_memory_do_not_fail_the_run() -> None:
     errors = {"a": NotImplementedError("no kernel yet"), "b": torch.cuda.OutOfMemoryError("tried to allocate")}
     backends = {name: raises(error) for name, error in errors.items()}
     outcomes = attn_bench.compare_backends(make_problem(), backends, CPU, 0, time.monotonic() + 60)
-    assert [o.status for o in outcomes.values()] == ["not measured: no kernel yet", "not measured: out of memory"]
+    assert [o["status"] for o in outcomes.values()] == ["not measured: no kernel yet", "not measured: out of memory"]
 
 
 def test_nothing_starts_after_the_deadline() -> None:
     backends = {name: BACKENDS[name] for name in ("torch", "triton")}
     outcomes = attn_bench.compare_backends(make_problem(), backends, CPU, 0, time.monotonic() - 1)
-    assert {o.status for o in outcomes.values()} == {"not measured: time budget"}
+    assert {o["status"] for o in outcomes.values()} == {"not measured: time budget"}
 
 
 def test_masks_that_do_not_fit_are_left_out_with_their_size() -> None:
@@ -203,12 +204,15 @@ def test_preparing_again_builds_the_plans_that_the_passes_needed() -> None:
 
 def test_rates_count_the_visible_area_against_the_peak_of_the_gpu(tmp_path: Path) -> None:
     problem = make_problem(kv_heads=2, dtype=torch.bfloat16)
-    timing = Timing(Quantiles(1, 2, 3), Quantiles(3, 4, 5))
+
+    def outcome(status: str, *times: float) -> dict[str, object]:
+        return {"status": status, **dict(zip(TIMES, times, strict=True)), "peak_mib": 10.0, "prepare_ms": 1.0}
+
     outcomes = {
-        "sdpa_dense": Outcome("ok", timing, 10.0, 1.0),
-        "torch": Outcome("ok", Timing(Quantiles(1, 1, 1), Quantiles(2, 2, 2)), 10.0, 1.0),
-        "flash_varlen_causal": Outcome("ok: reference rate of a causal mask, not gated", timing, 10.0, 1.0),
-        "flex": Outcome("not measured: out of memory"),
+        "sdpa_dense": outcome("ok", 1, 2, 3, 3, 4, 5),
+        "torch": outcome("ok", 1, 1, 1, 2, 2, 2),
+        "flash_varlen_causal": outcome("ok: reference rate of a causal mask, not gated", 1, 2, 3, 3, 4, 5),
+        "flex": {"status": "not measured: out of memory"},
     }
     rows = attn_bench.make_rows("mixed", problem, outcomes, BACKENDS, H100)
     dense, ours, causal, flex = rows

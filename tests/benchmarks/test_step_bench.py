@@ -7,7 +7,7 @@ import pytest
 import step_bench
 import torch
 from step_bench import MasterAdamW, Variant
-from timing import Quantiles, Timing
+from timing import COLUMNS
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import ModelConfig, TransformerConfig
@@ -82,13 +82,13 @@ def test_a_row_counts_tokens_and_flops_by_the_time_of_both_passes():
         "name": "bf16 torch", "preset": "mini", "dtype": "bf16", "parameters": 5_000_000, "tokens": 2000,
         "flops": 40 * 10**9, "peak_bytes": 2**21, "kept_bytes": 8000, "compile_s": None,
     }  # fmt: skip
-    timing = Timing(Quantiles(90, 100, 110), Quantiles(280, 300, 320))
-    row = step_bench.make_row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "a CPU"})
+    times = dict(zip(COLUMNS, (90, 100, 110, 280, 300, 320), strict=True))
+    row = step_bench.make_row(facts, times, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "a CPU"})
     assert row["tokens_per_s"] == 5000
     assert (row["weight_gflops"], row["share_of_matmul"], row["share_of_fp32_matmul"]) == (150, 0.15, 0.75)
     assert (row["mfu"], row["peak_mib"], row["kept_bytes_per_token"]) == (0.1, 2, 4)
     assert (row["forward_p20_ms"], row["backward_p80_ms"]) == (90, 320)
-    on_gpu = step_bench.make_row(facts, timing, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "NVIDIA H200"})
+    on_gpu = step_bench.make_row(facts, times, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "NVIDIA H200"})
     assert on_gpu["mfu"] == pytest.approx(0.1 / 989.4)
 
 
