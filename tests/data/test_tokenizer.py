@@ -138,6 +138,7 @@ def numbered(*tokens):
 
 UNKNOWING = {
     "bpe": (built(models.BPE(numbered("a", "b", "ab"), [("a", "b")])), "ab", "abzzab", "'z'"),
+    "bpe with spaces": (built(models.BPE(numbered("a", " "), [])), "a a", "z ", "'z'"),
     "words": (
         built(models.WordLevel(numbered("ab", "cd")), None, pre_tokenizers.Whitespace()),
         "ab  cd\n",

@@ -55,7 +55,7 @@ class Folder(ABC):
 
     @abstractmethod
     def open_shard(self, shard: ShardInfo) -> int:
-        """Return a descriptor of a shard of the right size, which the caller closes.
+        """Return a descriptor of a shard, which the caller closes.
 
         Raises:
             FetchError: The shard cannot be fetched or cached.
@@ -238,10 +238,6 @@ class ShardCache:
         try:
             descriptor = os.open(self._path_of(shard), os.O_RDONLY)
         except FileNotFoundError:
-            return None
-        if os.fstat(descriptor).st_size != shard.bytes:
-            self.remove(descriptor, shard)
-            os.close(descriptor)
             return None
         os.utime(descriptor)  # the time of last use, by which shards are evicted
         return descriptor

@@ -174,11 +174,9 @@ def decode_table(payload: bytes, packs: int, end: int) -> PackTable:
     if members.keys() != {TABLE} or len(members[TABLE]) != SCHEMA_BYTES + packs * _ROW_BYTES:
         raise InputError(f"table must be one file {TABLE} of {packs} packs, got {sorted(members)!r:.80}")
     rows = np.frombuffer(members[TABLE][SCHEMA_BYTES:], "<i8").reshape(packs, 2)
-    ends, crc32 = rows.T
+    ends = rows[:, 0]
     if not (ends[0] > 0 and (ends[1:] > ends[:-1]).all() and ends[-1] == end):
         raise InputError(f"offsets in the table must increase and end at byte {end}, got {ends.tolist()!r:.60}")
-    if ((crc32 < 0) | (crc32 >> 32 > 0)).any():
-        raise InputError(f"checksums in the table must have 32 bits, got {crc32.max()} and {crc32.min()}")
     return PackTable(bytes(members[TABLE][:SCHEMA_BYTES]), rows)
 
 
