@@ -141,7 +141,12 @@ def run_command(name: str, *arguments: object) -> tuple[int | None, str]:
 def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> Launched:
     """Start the ranks of a run, as a launcher would, without waiting for them; `setup` runs in each rank first."""
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+    }
     environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return _launch(PRETRAIN, arguments, environments, setup)
 

@@ -43,7 +43,7 @@ def captioned(*pairs: tuple[str, np.ndarray], texts: tuple[str, ...] = ()) -> Ca
 
 def test_every_figure_is_that_of_the_known_mapping(model: Transfusion) -> None:
     train = captioned(*[("a", BLACK), ("b", WHITE), ("c", GREY)] * 4)
-    heldout = captioned(("a", BLACK), ("b", WHITE), ("b", BLACK), ("c", WHITE), ("c", GREY), texts=("ab", "c"))
+    heldout = captioned(("a", BLACK), ("b", WHITE), ("b", BLACK), ("bb", WHITE), ("c", GREY), texts=("ab", "c"))
     report, drawn = evaluate(model, TOKENIZER, train, heldout, **SETTINGS)
     assert {c: images.mean() for c, images in drawn.items()} == pytest.approx({"a": 0, "b": 255, "c": 255}, abs=30)
     assert (report.num_generated, report.num_captioned, report.num_texts) == (9, 5, 2)
