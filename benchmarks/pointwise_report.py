@@ -35,9 +35,9 @@ class Moved(NamedTuple):
     least: int
     """Once in or once out, if the tensor is an input or output of the pass and no other kernel of it counts it."""
     once: int
-    """What the kernel touches at all: what device memory moves if the L2 cache keeps all that is read again."""
+    """Bytes that the kernel touches at all: the traffic of device memory if the L2 cache keeps all that is reread."""
     moved: int
-    """What each program touches, added over programs: what device memory moves if the L2 cache keeps nothing."""
+    """Bytes that each program touches, summed: the traffic of device memory if the L2 cache keeps nothing."""
 
 
 def once_each(sizes: Mapping[str, int]) -> list[Moved]:
@@ -121,7 +121,7 @@ class Case:
     options: dict[str, Any]
     tensors: Sequence[Moved]
     rest: Sequence[Moved] = ()
-    """What other kernels of the pass touch."""
+    """Bytes that the other kernels of the pass touch."""
     fp32: Sequence[str] = ()
     """Targets of fp32, whatever the dtype of the other tensors."""
     ragged: bool = False

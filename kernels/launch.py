@@ -1,4 +1,4 @@
-"""What the kernels share: the interpreter switch, the architecture of a device, and the addressing of tensors."""
+"""Helpers of the kernels: the interpreter switch, the architecture of a device, and the addressing of tensors."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import fsspec
@@ -114,6 +116,19 @@ def test_a_missing_shard_does_not_count_as_damaged(source, folder, tmp_path, wai
     assert_reads(reader, source, [0])
 
 
+def test_a_mistake_of_the_program_is_neither_retried_nor_called_a_fault_of_the_network(
+    source, tmp_path, monkeypatch, waits
+):
+    def fetch(name, really_open):
+        raise TypeError("a mistake")
+
+    intercept_fetches(monkeypatch, fetch)
+    reader = PackReader(at(source, tmp_path / "cache"))
+    with pytest.raises(TypeError, match="a mistake"):
+        reader.read(0)
+    assert waits == []
+
+
 class BotoCoreError(Exception):
     """An error of a file system's package that is no OSError."""
 
@@ -121,6 +136,8 @@ class BotoCoreError(Exception):
 @pytest.mark.parametrize("fault", [ConnectionResetError("reset by\npeer"), BotoCoreError("reset by\npeer")])
 @pytest.mark.parametrize("faults", [1, 3, 4])
 def test_a_fault_of_the_network_is_retried_three_times(source, tmp_path, monkeypatch, waits, faults, fault):
+    errors = types.SimpleNamespace(BotoCoreError=BotoCoreError, ClientError=BotoCoreError)
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", errors)
     left = [fault] * faults
 
     def fetch(name, really_open):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,14 @@ _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _POLL = 0.2  # seconds
 _DOWNLOADS = 2  # of a shard that arrives damaged
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # not worth a retry
+_CLIENT_ERRORS = {  # of the packages behind file systems; most do not derive from OSError
+    "aiohttp": ("ClientError",),
+    "azure.core.exceptions": ("AzureError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "httpx": ("HTTPError",),
+}
 _T = TypeVar("_T")
 
 
@@ -363,7 +372,7 @@ def _retry(url: str, action: Callable[[], _T]) -> _T:
             return action()
         except ImportError as error:
             raise InputError(f"{url} needs a package that is missing ({error}); install it") from error
-        except Exception as error:  # each file system has errors of its own
+        except _transport_errors() as error:
             wait = None if isinstance(error, _PERMANENT) else next(waits, None)
             if wait is None:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -372,3 +381,9 @@ def _retry(url: str, action: Callable[[], _T]) -> _T:
                     "check the URL, the network, the credentials and the disk of data.cache"
                 ) from error
             time.sleep(wait)
+
+
+def _transport_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors that a file system may raise; a package that raises its own has been imported by then."""
+    loaded = [(sys.modules[name], names) for name, names in _CLIENT_ERRORS.items() if name in sys.modules]
+    return (OSError, *(getattr(module, name) for module, names in loaded for name in names))
