@@ -232,6 +232,10 @@ class TrainConfig(_Settings):
     """Packs per forward pass on one rank."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 where the device computes it natively, else fp32."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What DeepSpeed divides among the ranks: the optimizer's state (1), gradients as well (2), weights as well (3)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory, and take its steps on the CPU."""
     checkpoint_every: Positive = 1000
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: Positive = 2

@@ -18,13 +18,14 @@ from transfusion_fast.training.ranks import Ranks
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
-    """Return a DeepSpeed engine around a new model; under ZeRO-3 no rank ever holds all weights, not even here."""
+    """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     bf16 = uses_bf16(config.train.precision, ranks.device)
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     deepspeed.utils.logger.setLevel("WARNING")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
-    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+    sharded = config.train.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False, enabled=sharded):
         model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
@@ -46,7 +47,8 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     Raises:
         InputError: a raw setting contradicts a derived one.
     """
-    derived = {
+    train = config.train
+    derived: dict[str, Any] = {
         "train_batch_size": share.global_batch,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,
@@ -55,7 +57,7 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": 3,
+            "stage": train.zero_stage,
             "overlap_comm": cuda,
             "contiguous_gradients": True,
             "memory_efficient_linear": False,  # a linear layer in Python, which saves no memory here
@@ -63,6 +65,9 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
+    if train.offload_optimizer:
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        derived["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled, and its state has other names
     return _merge(derived, config.deepspeed, "deepspeed")
 
 
