@@ -1,7 +1,8 @@
 """Checkpoints of a run, each complete or absent; run_folder.py describes their files.
 
-A checkpoint is written to a staging folder, hashed, synced to disk, renamed, and only then named by `latest`. On
-resume, a checkpoint whose files do not match its manifest is skipped in favor of the one before it.
+Saving copies this rank's slices to host memory, and a thread writes them to a staging folder while training goes on.
+Once all ranks have written, the folder is renamed, and only then named by `latest`. On resume, a checkpoint whose files
+do not match its manifest is skipped in favor of the one before it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
-
-from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import save_file
 
 from transfusion_fast.config import changes
 from transfusion_fast.errors import InputError
@@ -26,63 +26,104 @@ from transfusion_fast.training.run_folder import (
     LATEST,
     MANIFEST,
     META,
-    WEIGHTS,
     Meta,
     find_damage,
     measure,
+    meta_json,
+    open_slices,
     read_meta,
 )
+from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices, write_slices
 
-_ENGINE = "engine"
-_MUST_MATCH = {
+_HINTS = {
     "model": "give the model settings of the run, or another train.output",
     "data": "give the run's data.path, or another train.output",
     "shares": "give the run's weights in data.path, or another train.output",
     "order": "give the run's train.seed and data.shuffle_window, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
-    "world_size": "start as many ranks as the run had, or give another train.output",
 }
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A save in progress; `measured` will hold the size and sha256 of this rank's file."""
+
+    meta: Meta
+    staging: Path
+    file: str
+    measured: Future[tuple[int, str]]
+
+
 class Checkpoints:
-    """The checkpoints of one run folder, shared by all ranks. The public methods are collective."""
+    """The checkpoints of one run folder, shared by all ranks."""
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = run / CHECKPOINTS, ranks, keep
+        self._save: _Save | None = None
 
     def save(self, engine: Any, meta: Meta) -> None:
-        """Write a checkpoint, and delete all but the newest `keep`."""
-        name = f"step-{meta.step:08d}"
-        staging = self.folder / f".staging-{name}"
-        if self.ranks.is_main:
-            for incomplete in self.folder.glob(".staging-*"):  # left by a save that was killed
-                shutil.rmtree(incomplete)
-            staging.mkdir(parents=True)
-        self.ranks.barrier()
-        engine.save_checkpoint(str(staging), tag=_ENGINE, save_latest=False)
-        # Every rank takes part in gathering each full weight, and only the main rank keeps them.
-        gathered = ((key, safe_get_full_fp32_param(p)) for key, p in engine.module.named_parameters())
-        weights = {key: weight.float().cpu().clone() for key, weight in gathered if self.ranks.is_main}
-        if self.ranks.is_main:
-            save_file(weights, staging / WEIGHTS)
-            (staging / META).write_text(json.dumps(asdict(meta), indent=1))
-        self.ranks.barrier()
-        files = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
-        hashes = self.ranks.gather([(file, *measure(staging / file)) for file in self._own_share(files)])
-        if self.ranks.is_main:
-            manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(hashes)}
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            sync(*staging.rglob("*"), staging)
-            # A checkpoint of this step exists only if it was damaged and skipped on resume.
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            os.rename(staging, self.folder / name)
-            write_durably(self.folder / LATEST, name + "\n")
-            self._delete_all_but_newest(name)
-        self.ranks.barrier()
+        """Begin to write a checkpoint; finish the one before first. Collective."""
+        self.finish()
+        staging, file = self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors"
+        slices = local_slices(engine)
+        tensors = copy_to_host(slices, engine.optimizer.optimizer)
+
+        def write() -> None:
+            try:
+                staging.mkdir(parents=True, exist_ok=True)
+                write_slices(staging / file, slices, tensors)
+                sync(staging / file)
+                measured.set_result(measure(staging / file))
+            except Exception as error:  # `finish` raises it
+                measured.set_exception(error)
+
+        measured: Future[tuple[int, str]] = Future()
+        Thread(target=write, daemon=True).start()  # as a daemon it does not delay the exit on a second Ctrl-C
+        self._save = _Save(meta, staging, file, measured)
+
+    @property
+    def in_progress(self) -> bool:
+        """True from `save` to the publication of its checkpoint; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def written(self) -> bool:
+        """True if this rank has written its part of the save in progress, or failed to."""
+        return self._save is not None and self._save.measured.done()
+
+    def finish(self) -> None:
+        """Publish the checkpoint in progress, if there is one, as soon as all ranks have written it. Collective.
+
+        Raises:
+            InputError: on all ranks, if any rank could not write its part.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return
+        measured: list[tuple[str, int, str]] = []
+        self.ranks.together(lambda: measured.append((save.file, *save.measured.result())))
+        files = self.ranks.gather(measured)
+        self.ranks.together(lambda: self._publish(save, files))
+
+    def _publish(self, save: _Save, files: list[tuple[str, int, str]]) -> None:
+        if not self.ranks.is_main:
+            return
+        (save.staging / META).write_text(meta_json(save.meta))
+        files = [*files, (META, *measure(save.staging / META))]
+        manifest = {file: {"bytes": size, "sha256": digest} for file, size, digest in sorted(files)}
+        (save.staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        sync(save.staging / META, save.staging / MANIFEST, save.staging)
+        name = _name(save.meta)
+        self._delete(name)  # it exists only if it was damaged and skipped on resume
+        os.rename(save.staging, self.folder / name)
+        write_durably(self.folder / LATEST, name + "\n")
+        names = self._names()
+        for other in {*names} - {*[other for other in names if other <= name][-self.keep :]}:
+            self._delete(other)  # those of later steps were damaged and skipped on resume
 
     def newest_intact(self) -> Path | None:
-        """Return the newest checkpoint whose files match its manifest; None for a run without checkpoints.
+        """Return the newest checkpoint whose files match its manifest; None for a run without checkpoints. Collective.
 
         Raises:
             InputError: all checkpoints are damaged.
@@ -101,34 +142,53 @@ class Checkpoints:
         return None
 
     def restore(self, engine: Any, checkpoint: Path, expected: Meta) -> Meta:
-        """Load a checkpoint into the engine, and return its meta; `expected` describes this run at step 0.
+        """Load a checkpoint of any number of ranks and any ZeRO stage into the engine. Collective.
+
+        Args:
+            expected: the meta of this run before its first step.
+
+        Returns:
+            `expected` with the progress of the checkpoint.
 
         Raises:
-            InputError: the checkpoint has another model, data, batch size, precision or number of ranks.
+            InputError: the checkpoint has another model, data, batch size or precision.
         """
         meta = read_meta(checkpoint)
-        for name, hint in _MUST_MATCH.items():
-            saved, wanted = getattr(meta, name), getattr(expected, name)
-            if saved == wanted:
+        for name, saved in meta.dependencies.items():
+            if (wanted := expected.dependencies[name]) == saved:
                 continue
             difference = ", ".join(changes(saved, wanted, name))
             if name == "data":  # paths too long for `changes`, and fingerprints, since the folder may be the same
                 difference = " -> ".join(f"{m.data_path} (index {m.data[:12]})" for m in (meta, expected))
-            raise InputError(f"{checkpoint}: settings must be those of the run, got {difference}; {hint}")
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE)
-        if path is None:
-            raise InputError(f"{checkpoint}: DeepSpeed found no state in it; remove it to use the one before")
-        return meta
+            raise InputError(f"{checkpoint}: settings must be those of the run, got {difference}; {_HINTS[name]}")
+        restore_slices(engine, open_slices(checkpoint), meta.step - meta.skipped_steps)
+        engine.global_steps, engine.skipped_steps = meta.step, meta.skipped_steps
+        progress = ("step", "packs_consumed", "skipped_steps", "quarantined")
+        return replace(expected, **{name: getattr(meta, name) for name in progress})
+
+    def repair(self, newest: Path | None) -> None:
+        """Remove what killed saves left behind, and make `latest` name the newest intact checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        latest = self.folder / LATEST
+        if newest is not None and (not latest.is_file() or latest.read_text().strip() != newest.name):
+            write_durably(latest, newest.name + "\n")
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir() if CHECKPOINT_NAME.fullmatch(path.name))
 
-    def _delete_all_but_newest(self, newest: str) -> None:
-        """Keep the last checkpoints up to `newest`; those of later steps were damaged and skipped on resume."""
-        names = self._names()
-        for name in {*names} - {*[name for name in names if name <= newest][-self.keep :]}:
-            shutil.rmtree(self.folder / name)
+    def _delete(self, name: str) -> None:
+        """Remove a checkpoint under another name, so that one that is half removed is not taken for damaged."""
+        if (self.folder / name).exists():
+            hidden = self.folder / f".deleted-{name}"
+            os.rename(self.folder / name, hidden)
+            shutil.rmtree(hidden)
 
     def _own_share(self, files: list[str]) -> list[str]:
         """Return the files that this rank hashes."""
         return files[self.ranks.rank :: self.ranks.world_size]
+
+
+def _name(meta: Meta) -> str:
+    return f"step-{meta.step:08d}"

@@ -15,6 +15,7 @@ from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.slices import init_adam_state
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
@@ -29,6 +30,7 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
         model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    init_adam_state(engine)
     return engine
 
 
@@ -67,7 +69,9 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     }
     if train.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-        derived["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would be compiled, and its state has other names
+        derived["zero_force_ds_cpu_optimizer"] = (
+            False  # DeepSpeed's own would be compiled, and its state has other names
+        )
     return _merge(derived, config.deepspeed, "deepspeed")
 
 

@@ -5,9 +5,8 @@ RUN/data.json         how to read and draw the run's data: tokenizer, modalities
 RUN/metrics.jsonl     a row every `log_every` steps
 RUN/checkpoints/latest                  the name of the newest checkpoint
 RUN/checkpoints/step-00000500/
-    meta.json                           step, packs consumed, model, data, world size
-    model.safetensors                   the full weights, fp32
-    engine/                             DeepSpeed's sharded state, which training resumes from
+    meta.json                           step, packs consumed, config, data, versions
+    rank-00000.safetensors, ...         each rank's slices of weights and optimizer state, fp32; see slices.py
     manifest.json                       size and sha256 of every other file
 """
 
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from transfusion_fast.config import Config, ModelConfig, changes, parse
+from transfusion_fast.config import Config, changes, parse
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
@@ -34,15 +32,18 @@ from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.training.slices import WEIGHT, StoredSlices
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 MANIFEST = "manifest.json"
 META = "meta.json"
-WEIGHTS = "model.safetensors"
 DATA = "data.json"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
+
+
+_FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # model settings that change the computation, not the model
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,31 @@ class Meta:
     step: int
     packs_consumed: int
     skipped_steps: int
-    world_size: int
+    quarantined: int
+    """Unreadable packs left out so far."""
     precision: str
-    global_batch: int
     data: str
     """sha256 of the data folder's index, or of the indexes of all folders."""
     data_path: str
-    order: tuple[int, int]
-    """Seed and shuffle window, which the order of the packs depends on."""
-    model: dict[str, Any]
-    quarantined: int = 0
-    """Unreadable packs left out so far."""
-    shares: tuple[str, ...] = ("1",)
+    shares: tuple[str, ...]
     """Fraction of the tokens that each data folder gives."""
+    world_size: int
+    config: Config
+    versions: dict[str, str]
+    """Versions of the packages that wrote it."""
+
+    @property
+    def dependencies(self) -> dict[str, Any]:
+        """Everything that must be the same for the run to continue."""
+        train, data = self.config.train, self.config.data
+        return {
+            "model": self.config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
+            "data": self.data,
+            "shares": self.shares,
+            "order": (train.seed, data.shuffle_window),
+            "global_batch": train.global_batch,
+            "precision": self.precision,
+        }
 
 
 @dataclass(frozen=True)
@@ -172,31 +185,42 @@ def load_model(checkpoint: Path) -> Transfusion:
         InputError: the checkpoint is damaged, or its weights do not fit its model settings.
     """
     meta = read_meta(checkpoint)
-    for problem in find_damage(checkpoint, lambda _: [WEIGHTS, META]):
+    for problem in find_damage(checkpoint):
         raise InputError(f"{checkpoint}: is damaged ({problem}); name another checkpoint, or resume training")
-    model = Transfusion(parse(ModelConfig, meta.model, str(checkpoint / META)))
-    weights = load_file(checkpoint / WEIGHTS)
+    stored, model = open_slices(checkpoint), Transfusion(meta.config.model)
     parameters = dict(model.named_parameters())
-    found, shapes = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (weights, parameters))
-    for difference in changes(found, shapes):
-        file = checkpoint / WEIGHTS
+    for difference in changes(stored.shapes, {name: tuple(x.shape) for name, x in parameters.items()}):
         raise InputError(
-            f"{file}: weights must have the shapes of the model, got {difference}; name another checkpoint"
+            f"{checkpoint}: weights must have the shapes of the model, got {difference}; name another checkpoint"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(stored.read(WEIGHT, name).view(parameter.shape))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def open_slices(checkpoint: Path) -> StoredSlices:
+    """Open the slices of all ranks that the manifest lists; InputError if they are not complete."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+        return StoredSlices(checkpoint / file for file in files if file != META)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{checkpoint}: {error}; name another checkpoint") from error
 
 
 def read_meta(checkpoint: Path) -> Meta:
     """Read the meta of a checkpoint; raise InputError if the folder is not a checkpoint of this version."""
     try:
         fields = json.loads((checkpoint / META).read_text())
-        tuples = {name: tuple(value) for name, value in fields.items() if name in ("order", "shares")}
-        return Meta(**{**fields, **tuples})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = parse(Config, fields["config"], str(checkpoint / META))
+        return Meta(**{**fields, "config": config, "shares": tuple(fields["shares"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
+
+
+def meta_json(meta: Meta) -> str:
+    """Return the contents of meta.json."""
+    return json.dumps({**vars(meta), "config": meta.config.model_dump(mode="json")}, indent=1)
 
 
 def find_damage(checkpoint: Path, select: Callable[[list[str]], Iterable[str]] = list) -> list[str]:

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHT, *MOMENTS)
-"""What is kept of each parameter, fp32: the weight, and Adam's averages of the gradient and of its square."""
+"""The kind of a tensor of fp32 weights. The other kinds are the names of torch's optimizer state, such as exp_avg."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +37,17 @@ class Slice:
     start: int
     """Index in `partition` of the slice's first element."""
 
-    def view(self, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
-        """Return the memory of one of `KINDS`, fp32 [length]."""
-        flat = self.partition if kind == WEIGHT else optimizer.state[self.partition][kind]
-        return flat.detach().narrow(0, self.start, self.length)
+    def views(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the memory of the weights and of the optimizer's state, fp32 [length], by kind."""
+        state = {kind: x for kind, x in optimizer.state[self.partition].items() if x.shape == self.partition.shape}
+        flat = {WEIGHT: self.partition, **state}
+        return {kind: x.detach().narrow(0, self.start, self.length) for kind, x in flat.items()}
 
 
 def local_slices(engine: Any) -> list[Slice]:
     """Return this rank's slices of a DeepSpeed engine at ZeRO stage 1, 2 or 3, in the order of the parameters.
 
-    DeepSpeed's public functions for slices cover stage 3 alone; the attributes that are read here are those behind them.
+    DeepSpeed's public functions for slices cover stage 3 alone. This reads the attributes behind them.
     """
     zero, found = engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
@@ -69,13 +68,22 @@ def local_slices(engine: Any) -> list[Slice]:
     return found
 
 
-def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer, *, pin: bool) -> dict[str, Tensor]:
-    """Return copies of all kinds of all slices on the host, by `KIND/NAME`; waits for the device once if `pin`."""
-    copies = {}
+def init_adam_state(engine: Any) -> None:
+    """Make the state that torch's AdamW would make at its first step, so that it is there to be saved or filled."""
+    optimizer = engine.optimizer.optimizer
+    for one in local_slices(engine):
+        if not optimizer.state.get(one.partition):
+            moments = {kind: torch.zeros_like(one.partition) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[one.partition] = {"step": torch.zeros((), device=one.partition.device), **moments}
+
+
+def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return host copies of the views of all slices, fp32, by `KIND/NAME`; waits for the device once."""
+    copies, pin = {}, torch.cuda.is_available()
     for one in slices:
-        for kind in KINDS:
+        for kind, view in one.views(optimizer).items():
             copy = torch.empty(one.length, dtype=torch.float32, pin_memory=pin)
-            copies[f"{kind}/{one.name}"] = copy.copy_(one.view(optimizer, kind), non_blocking=pin)
+            copies[f"{kind}/{one.name}"] = copy.copy_(view, non_blocking=pin)
     if pin:
         torch.cuda.synchronize()
     return copies
@@ -83,8 +91,11 @@ def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer, *, p
 
 def write_slices(path: Path, slices: Iterable[Slice], tensors: Mapping[str, Tensor]) -> None:
     """Write what `copy_to_host` returned, with each slice's offset and its parameter's shape in the metadata."""
-    places = {one.name: {"offset": one.offset, "length": one.length, "shape": one.shape} for one in slices}
-    save_file(dict(tensors), path, {"slices": json.dumps(places)})
+    spans = {one.name: {"offset": one.offset, "length": one.length, "shape": one.shape} for one in slices}
+    try:
+        save_file(dict(tensors), path, {"slices": json.dumps(spans)})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 class StoredSlices:
@@ -101,9 +112,9 @@ class StoredSlices:
         self._slices: dict[str, list[tuple[int, int, Any]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            for name, place, opened in _read_header(file):
-                self._slices.setdefault(name, []).append((place["offset"], place["length"], opened))
-                self.shapes[name] = tuple(place["shape"])
+            for name, offset, length, shape, opened in _read_header(file):
+                self._slices.setdefault(name, []).append((offset, length, opened))
+                self.shapes[name] = shape
         for name, slices in self._slices.items():
             slices.sort(key=lambda one: one[0])
             covered = 0
@@ -125,36 +136,30 @@ class StoredSlices:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, dict[str, Any], Any]]:
+def _read_header(file: Path) -> Iterator[tuple[str, int, int, tuple[int, ...], Any]]:
+    """Yield name, offset, length and shape of the slices of a file, and the open file."""
     try:
         opened = safe_open(file, framework="pt")
-        for name, place in json.loads(opened.metadata()["slices"]).items():
-            yield name, place, opened
+        for name, span in json.loads(opened.metadata()["slices"]).items():
+            yield name, int(span["offset"]), int(span["length"]), tuple(map(int, span["shape"])), opened
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
 
 
 def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
-    """Copy stored state into this rank's slices, of any division; `step` is the number of steps that Adam has taken."""
+    """Copy stored state into the weights and this rank's slices; `step` is the number of steps that Adam has taken."""
     zero = engine.optimizer
     if hasattr(zero, "checkpoint_event_prologue"):
-        zero.checkpoint_event_prologue()  # small parameters that ZeRO-3 holds gathered are divided again
-    with torch.no_grad():
-        for one in local_slices(engine):
-            _fill_state(zero.optimizer.state, one.partition, step)
-            for kind in KINDS:
-                one.view(zero.optimizer, kind).copy_(stored.read(kind, one.name, one.offset, one.length))
-            if hasattr(one.parameter, "ds_tensor"):  # the weights that ZeRO-3 gathers, in half precision or the same
-                one.parameter.ds_tensor.data[: one.length].copy_(one.view(zero.optimizer, WEIGHT))
-        for name, parameter in engine.module.named_parameters():
-            if not hasattr(parameter, "ds_tensor"):
-                parameter.data.copy_(stored.read(WEIGHT, name).view(parameter.shape))
+        zero.checkpoint_event_prologue()  # divides the small parameters that stage 3 keeps gathered
+    for one in local_slices(engine):
+        zero.optimizer.state[one.partition]["step"].fill_(step)
+        views = one.views(zero.optimizer)
+        for kind, view in views.items():
+            view.copy_(stored.read(kind, one.name, one.offset, one.length))
+        if hasattr(one.parameter, "ds_tensor"):  # what stage 3 gathers: half precision, or the same memory
+            one.parameter.ds_tensor.data[: one.length].copy_(views[WEIGHT])
+    for name, parameter in engine.module.named_parameters():
+        if not hasattr(parameter, "ds_tensor"):
+            parameter.data.copy_(stored.read(WEIGHT, name).view(parameter.shape))
     if hasattr(zero, "checkpoint_event_epilogue"):
         zero.checkpoint_event_epilogue()
-
-
-def _fill_state(state: dict[Tensor, Any], partition: Tensor, step: int) -> None:
-    """Give a partition the state that torch's AdamW makes at its first step."""
-    if not state.get(partition):
-        state[partition] = {"step": torch.tensor(0.0), **{kind: torch.zeros_like(partition) for kind in MOMENTS}}
-    state[partition]["step"].fill_(float(step))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -22,8 +23,6 @@ from transfusion_fast.training.engine import learning_rate, make_engine
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
-
-_FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # model settings that change the computation, not the model
 
 
 class Trainer:
@@ -45,7 +44,7 @@ class Trainer:
         self.meta = initial_meta(config, data, ranks.world_size, bf16=self.engine.bfloat16_enabled())
         if checkpoint is not None:
             self.meta = self.checkpoints.restore(self.engine, checkpoint, self.meta)
-        ranks.together(self._announce)
+        ranks.together(lambda: self._announce(checkpoint) if ranks.is_main else None)
         self.skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -63,13 +62,13 @@ class Trainer:
         self.clock = Clock()
         while self.meta.step < settings.steps:
             stopping = self._step(stop.requested or self.ranks.abandoned)
-            due = stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0
-            if due and not self.skipped_in_a_row:  # a streak of NaN must not push out a good checkpoint
+            if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 self.checkpoints.save(self.engine, self.meta)
             if stopping:
-                if self.ranks.is_main:
-                    print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
-                return
+                break
+        self.checkpoints.finish()
+        if self.meta.step < settings.steps and self.ranks.is_main:
+            print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
 
     def _step(self, stop_requested: bool) -> bool:
         """Take one optimizer step; return whether any rank was asked to stop."""
@@ -103,8 +102,11 @@ class Trainer:
         unreadable = [error for one in loaded for error in one.unreadable]
         unfetched = [error for one in loaded for error in one.unfetched]
         own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
-        flags = (stop_requested, len(unreadable), len(unfetched))
-        supervised, images, tokens, stop, left_out, failed = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        flags = (stop_requested, self.checkpoints.written, len(unreadable), len(unfetched))
+        sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
+        supervised, images, tokens, stop, written, left_out, failed = sums
+        if self.checkpoints.in_progress and written == self.ranks.world_size:
+            self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
             raise InputError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
@@ -159,15 +161,13 @@ class Trainer:
         self.log.write(row)
         print(progress_line(row, self.config.train.steps, seconds_per_step), flush=True)
 
-    def _announce(self) -> None:
-        """Write the config and the description of the data to the run folder, and print what is about to run."""
-        if not self.ranks.is_main:
-            return
+    def _announce(self, checkpoint: Path | None) -> None:
+        """Prepare the run folder, which holds this checkpoint, and print what is about to run."""
         config, data, meta, steps = self.config, self.data, self.meta, self.config.train.steps
+        self.checkpoints.repair(checkpoint)  # its folder comes first, since it marks the run folder as one
         if meta.step >= steps:
             print(f"{self.folder}: trained to step {meta.step} already; raise train.steps, or change train.output")
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_data_description(self.folder, describe_data(data, config.data.quarantine > 0))
         changed = write_config(self.folder, config)
         if meta.step and changed:
@@ -175,7 +175,7 @@ class Trainer:
         parameters = sum(p.ds_numel for p in self.engine.module.parameters())
         print(
             f"{self.folder}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {meta.world_size} x "
-            f"{self.ranks.device.type}, {meta.global_batch} packs of {data.sequence_length} a step in "
+            f"{self.ranks.device.type}, {config.train.global_batch} packs of {data.sequence_length} a step in "
             f"{self.share.accumulation_steps} accumulation steps"
         )
         if config.optimizer.warmup_steps >= steps:
@@ -211,12 +211,12 @@ def initial_meta(config: Config, data: Mixture, world_size: int, *, bf16: bool) 
         step=0,
         packs_consumed=0,
         skipped_steps=0,
-        world_size=world_size,
+        quarantined=0,
         precision="bf16" if bf16 else "fp32",
-        global_batch=config.train.global_batch,
         data=data.fingerprint,
         data_path=str(data),
-        order=(config.train.seed, config.data.shuffle_window),
         shares=data.shares,
-        model=config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
+        world_size=world_size,
+        config=config,
+        versions={name: version(name) for name in ("torch", "deepspeed")},
     )
