@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and heldout/ (default: the run's own)")
     parser.add_argument("--checkpoint", help="name, such as step-00000500 (default: the latest)")
+    parser.add_argument("--raw", action="store_true", help="use the weights of the last step, not their average")
     parser.add_argument("--each", type=int, default=8, help="images drawn of every caption (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight (default: %(default)s)")
@@ -52,7 +53,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not data.modalities:
         raise InputError(f"evaluation needs a run on captioned images, got {options.run}, on text alone")
     check_picture(picture)
-    model = load_model(find_checkpoint(options.run, options.checkpoint))
+    model = load_model(find_checkpoint(options.run, options.checkpoint), raw=options.raw)
     folder = options.data or _data_of(options.run)
     if not (folder / "heldout").is_dir() or not (folder / "train").is_dir():
         raise InputError(

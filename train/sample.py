@@ -46,7 +46,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Help that keeps the lines of the description and names every default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of text and noise")
     add("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")
     add("--checkpoint", help="name of a checkpoint, such as step-00000500 (default: the latest)")
+    add("--raw", action="store_true", help="use the weights of the last step, not their average")
     return parser
 
 
@@ -82,7 +83,7 @@ def _sample(options: argparse.Namespace) -> None:
     is_page = options.out.suffix == ".html" and options.text
     (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
-    model = load_model(find_checkpoint(options.run, options.checkpoint))
+    model = load_model(find_checkpoint(options.run, options.checkpoint), raw=options.raw)
     if not data.modalities and not options.text:
         raise InputError(
             f"--prompt and --caption need a run on images, got {options.run}, a run on text alone; give --text"

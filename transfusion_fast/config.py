@@ -197,7 +197,7 @@ class DataConfig(_Settings):
 
 
 class OptimizerConfig(_Settings):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and a schedule."""
 
     lr: PositiveFloat = 3e-4
     """Learning rate after the warm-up."""
@@ -205,6 +205,11 @@ class OptimizerConfig(_Settings):
     """Learning rate of the last step."""
     warmup_steps: Count = 4000
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay to min_lr over all steps; stable at lr, then linear decay over the last steps,
+    which lets a run be extended; or no decay."""
+    decay_steps: Positive | None = None
+    """Steps of the decay of wsd; default: a tenth of train.steps."""
     beta1: Beta = 0.9
     """Decay of the gradient's mean."""
     beta2: Beta = 0.95
@@ -232,6 +237,8 @@ class TrainConfig(_Settings):
     """Packs per forward pass on one rank."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 where the device computes it natively, else fp32."""
+    ema_decay: Beta = 0.9999
+    """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
     """What DeepSpeed divides among the ranks: the optimizer's state (1), gradients as well (2), weights as well (3)."""
     offload_optimizer: bool = False

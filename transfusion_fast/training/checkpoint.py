@@ -75,7 +75,7 @@ class Checkpoints:
                 write_slices(staging / file, slices, tensors)
                 sync(staging / file)
                 measured.set_result(measure(staging / file))
-            except Exception as error:  # `finish` raises it
+            except Exception as error:  # noqa: BLE001 (`finish` raises it)
                 measured.set_exception(error)
 
         measured: Future[tuple[int, str]] = Future()

@@ -15,7 +15,7 @@ from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.slices import init_adam_state
+from transfusion_fast.training.slices import init_state
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
@@ -30,7 +30,7 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
         model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    init_adam_state(engine)
+    init_state(engine, ema=config.train.ema_decay > 0)
     return engine
 
 
@@ -100,8 +100,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up to lr, then cosine decay to min_lr at the last step."""
+    """Return the rate of a step, counted from 0: linear warm-up to lr, then the schedule, to min_lr at the last step.
+
+    The schedules are cosine decay; warm-up, stable, decay ("wsd", arXiv 2404.06395), linear here; and no decay.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        decay_steps = config.decay_steps or max(1, steps // 10)
+        left = min(1.0, (steps - 1 - step) / decay_steps)
+    else:
+        left = (
+            1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)))
+        ) / 2
+    return config.min_lr + (config.lr - config.min_lr) * left

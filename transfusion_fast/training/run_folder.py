@@ -32,7 +32,7 @@ from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.training.slices import WEIGHT, StoredSlices
+from transfusion_fast.training.slices import EMA, WEIGHT, StoredSlices
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -178,8 +178,11 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     return checkpoint
 
 
-def load_model(checkpoint: Path) -> Transfusion:
+def load_model(checkpoint: Path, *, raw: bool = False) -> Transfusion:
     """Return the model of a checkpoint, fp32, in evaluation mode; on the GPU if there is one.
+
+    Args:
+        raw: take the weights of the last step, even if the run keeps an average of the weights.
 
     Raises:
         InputError: the checkpoint is damaged, or its weights do not fit its model settings.
@@ -193,9 +196,10 @@ def load_model(checkpoint: Path) -> Transfusion:
         raise InputError(
             f"{checkpoint}: weights must have the shapes of the model, got {difference}; name another checkpoint"
         )
+    kind = EMA if EMA in stored.kinds and not raw else WEIGHT
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(stored.read(WEIGHT, name).view(parameter.shape))
+            parameter.copy_(stored.read(kind, name).view(parameter.shape))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WEIGHT = "weight"
-"""The kind of a tensor of fp32 weights. The other kinds are the names of torch's optimizer state, such as exp_avg."""
+"""The kind of a tensor of fp32 weights. The other kinds are the names of optimizer state: exp_avg, exp_avg_sq, ema."""
+EMA = "ema"
+"""The kind of the average of the weights over steps, which is kept as one more state of the optimizer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +70,28 @@ def local_slices(engine: Any) -> list[Slice]:
     return found
 
 
-def init_adam_state(engine: Any) -> None:
-    """Make the state that torch's AdamW would make at its first step, so that it is there to be saved or filled."""
+def init_state(engine: Any, *, ema: bool) -> None:
+    """Make the state that torch's AdamW would make at its first step, and the average of the weights."""
     optimizer = engine.optimizer.optimizer
-    for one in local_slices(engine):
-        if not optimizer.state.get(one.partition):
-            moments = {kind: torch.zeros_like(one.partition) for kind in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[one.partition] = {"step": torch.zeros((), device=one.partition.device), **moments}
+    for partition in _partitions(engine):
+        moments = {kind: torch.zeros_like(partition) for kind in ("exp_avg", "exp_avg_sq")}
+        average = {EMA: partition.detach().clone()} if ema else {}
+        optimizer.state[partition] = {"step": torch.zeros((), device=partition.device), **moments, **average}
+
+
+@torch.no_grad()
+def update_ema(engine: Any, decay: float, step: int) -> None:
+    """Move the average of the weights towards the weights after a step, counted from 1.
+
+    The decay is at most (1 + step) / (10 + step), so that early weights are soon forgotten.
+    """
+    partitions = _partitions(engine)
+    averages = [engine.optimizer.optimizer.state[partition][EMA] for partition in partitions]
+    torch._foreach_lerp_(averages, partitions, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def _partitions(engine: Any) -> list[Tensor]:
+    return list({id(one.partition): one.partition for one in local_slices(engine)}.values())
 
 
 def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -103,6 +120,7 @@ class StoredSlices:
 
     Attributes:
         shapes: the shape of every parameter.
+        kinds: the kinds of tensors that are stored.
 
     Raises:
         ValueError: a file is no file of slices, or elements of a parameter are missing.
@@ -111,10 +129,14 @@ class StoredSlices:
     def __init__(self, files: Iterable[Path]):
         self._slices: dict[str, list[tuple[int, int, Any]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kinds: set[str] = set()
         for file in files:
-            for name, offset, length, shape, opened in _read_header(file):
+            opened, spans = _read_header(file)
+            keys: list[str] = opened.keys()
+            self.kinds.update(key.partition("/")[0] for key in keys)
+            for name, (offset, length, shape) in spans.items():
                 self._slices.setdefault(name, []).append((offset, length, opened))
-                self.shapes[name] = shape
+                self.shapes[name] = tuple(shape)
         for name, slices in self._slices.items():
             slices.sort(key=lambda one: one[0])
             covered = 0
@@ -136,12 +158,14 @@ class StoredSlices:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, int, int, tuple[int, ...], Any]]:
-    """Yield name, offset, length and shape of the slices of a file, and the open file."""
+def _read_header(file: Path) -> tuple[Any, dict[str, tuple[int, int, list[int]]]]:
+    """Return the open file, and offset, length and shape of the slice of each parameter."""
     try:
         opened = safe_open(file, framework="pt")
-        for name, span in json.loads(opened.metadata()["slices"]).items():
-            yield name, int(span["offset"]), int(span["length"]), tuple(map(int, span["shape"])), opened
+        return opened, {
+            name: (span["offset"], span["length"], span["shape"])
+            for name, span in json.loads(opened.metadata()["slices"]).items()
+        }
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
 
@@ -155,7 +179,8 @@ def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
         zero.optimizer.state[one.partition]["step"].fill_(step)
         views = one.views(zero.optimizer)
         for kind, view in views.items():
-            view.copy_(stored.read(kind, one.name, one.offset, one.length))
+            missing = kind == EMA and EMA not in stored.kinds  # the run was saved without it: begin with the weights
+            view.copy_(stored.read(WEIGHT if missing else kind, one.name, one.offset, one.length))
         if hasattr(one.parameter, "ds_tensor"):  # what stage 3 gathers: half precision, or the same memory
             one.parameter.ds_tensor.data[: one.length].copy_(views[WEIGHT])
     for name, parameter in engine.module.named_parameters():

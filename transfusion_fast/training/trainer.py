@@ -23,6 +23,7 @@ from transfusion_fast.training.engine import learning_rate, make_engine
 from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
+from transfusion_fast.training.slices import update_ema
 
 
 class Trainer:
@@ -85,6 +86,8 @@ class Trainer:
             skipped_steps=self.engine.skipped_steps,
             quarantined=quarantined,
         )
+        if self.config.train.ema_decay and not self.skipped_in_a_row:
+            update_ema(self.engine, self.config.train.ema_decay, self.meta.step - self.meta.skipped_steps)
         self.clock.add(tokens)
         if self.meta.step % self.config.train.log_every == 0 or self.meta.step == self.config.train.steps:
             self._report(losses, lr)
