@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from transfusion_fast.config import load_config
+from transfusion_fast.config import Config, load_config
 from transfusion_fast.data.loader import complete_config, open_data
-from transfusion_fast.errors import InputError
+from transfusion_fast.data.mixture import Mixture
+from transfusion_fast.errors import EXIT_STOPPED, InputError
 from transfusion_fast.model import ops
 from transfusion_fast.training.run_folder import check_output
 
@@ -40,21 +41,29 @@ def main() -> int:
         config = complete_config(config, data)
         check_output(Path(config.train.output))
         ops.describe(config.model.backend, torch.device("cpu"))  # fails if it cannot run here
-        from transfusion_fast.training.ranks import join_ranks
-        from transfusion_fast.training.trainer import Trainer
-
-        Trainer(config, data, join_ranks(config.train)).run()
-        code = 0
-    except OSError as error:
+        code = _train(config, data)
+    except (InputError, NotImplementedError, OSError) as error:
         _report(error)
-        return 2
-    except (InputError, NotImplementedError) as error:
-        _report(error)
-        code = 2
+        code = error.exit_code if isinstance(error, InputError) else 2
+        if isinstance(error, OSError):  # the other ranks may not have it, so waiting for them would be in vain
+            return code
     # If a gloo thread still held the last collective when Python exits, it would abort the process.
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
+
+
+def _train(config: Config, data: Mixture) -> int:
+    """Train, and return the exit code."""
+    # These imports take seconds, which an error in the settings should not wait for.
+    from transfusion_fast.training.heartbeat import heartbeat
+    from transfusion_fast.training.ranks import join_ranks
+    from transfusion_fast.training.run_lock import lock_run
+    from transfusion_fast.training.trainer import Trainer
+
+    ranks = join_ranks(config.train)
+    with heartbeat(ranks, config.train.heartbeat), lock_run(Path(config.train.output), ranks):
+        return 0 if Trainer(config, data, ranks).run() else EXIT_STOPPED
 
 
 def _report(error: Exception) -> None:

@@ -251,6 +251,10 @@ class TrainConfig(_Settings):
     """Steps between progress lines and metrics."""
     max_skipped_steps: Positive = 10
     """Number of consecutive steps without a finite gradient after which training stops."""
+    stop_after: PositiveFloat | None = None
+    """Hours after which the run saves and stops, for clusters that end jobs; default: no limit."""
+    heartbeat: PositiveFloat = 45.0
+    """Seconds without an answer from a rank after which the run ends and names it."""
     cpu_threads: Positive | None = None
     """Threads per rank on a CPU; default: cores divided by ranks. Results depend on it in the last bits."""
 

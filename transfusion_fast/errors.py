@@ -5,9 +5,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+EXIT_STOPPED = 5
+"""Exit code of a training run that was asked to stop before its end, and can be resumed."""
+EXIT_LOST_RANK = 6
+"""Exit code of a training run of which one rank no longer answers."""
+
 
 class InputError(ValueError):
     """Unusable input. The message names the thing, its rule, the value found, and a remedy."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """Data that cannot be read while training."""
+
+    exit_code = 3
+
+
+class DivergedError(InputError):
+    """Training whose gradients are not finite."""
+
+    exit_code = 4
 
 
 class Rejected(ValueError):

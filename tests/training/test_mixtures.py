@@ -39,7 +39,7 @@ def mixed(folders: Sequence[object], *weights: float) -> str:
 
 
 def weights_of(run: Path) -> bytes:
-    return (run / "checkpoints" / "step-00000004" ).read_bytes()
+    return (run / "checkpoints" / "step-00000004").read_bytes()
 
 
 def test_a_run_on_a_mixture_resumes_bit_for_bit(folders: tuple[Path, Path], run: Path, tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import OBJECTIVES
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 
+STOP_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+"""Signals by which terminals, launchers and clusters ask a job to end."""
 _MAX_POSITIONS = 2**31 - 1  # layouts are int32
 
 
@@ -148,8 +154,8 @@ def training_batches(
 
 
 def _ignore_signals(_: int) -> None:
-    """Ignore Ctrl-C and a launcher's SIGTERM in a worker: its rank finishes a step first, then ends the worker."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore requests to stop in a worker: its rank finishes a step first, then ends the worker."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.launch import read_launch
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -59,15 +60,15 @@ class Ranks:
         dist.all_gather_object(gathered, items, group=self.control)
         return [item for part in gathered for item in part]
 
-    def together(self, action: Callable[[], None]) -> None:
-        """Run an action on every rank; raise an InputError or OSError of any rank as an InputError on all ranks."""
+    def together(self, action: Callable[[], None], error: type[InputError] = InputError) -> None:
+        """Run an action on every rank; raise an InputError or OSError of any rank as an `error` on all ranks."""
         errors = []
         try:
             action()
-        except (InputError, OSError) as error:
-            errors.append(str(error))
+        except (InputError, OSError) as own:
+            errors.append(str(own))
         if errors := self.gather(errors):
-            raise InputError(errors[0])
+            raise error(errors[0])
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -84,32 +85,31 @@ class Ranks:
 
 
 def join_ranks(config: TrainConfig) -> Ranks:
-    """Join the process group of the launcher (deepspeed, torchrun); without a launcher, a group of one process."""
-    launched = "RANK" in os.environ
-    if launched and sys.platform == "linux":  # without this signal, ranks outlive a launcher that is killed
+    """Join the process group of the launcher; without a launcher, a group of one process.
+
+    Raises:
+        InputError: several processes were started without an agreed rank.
+    """
+    launched, launch = "RANK" in os.environ, read_launch(os.environ)
+    if launch.world_size > 1 and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
     # The shared-memory all-reduce that DeepSpeed would compile for the CPU needs a C++ compiler and minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    # deepspeed sets LOCAL_SIZE, and torchrun LOCAL_WORLD_SIZE.
-    ranks_on_node = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank)
+        # A launcher may show each process the one GPU that it is to use.
+        torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(config.cpu_threads or max(1, cores // ranks_on_node))
+        torch.set_num_threads(config.cpu_threads or max(1, cores // launch.local_size))
         keep_freed_memory()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         control=dist.new_group(backend="gloo"),
-        on_node=(local_rank % ranks_on_node, ranks_on_node),
+        on_node=(launch.local_rank % launch.local_size, launch.local_size),
         command=_deepspeed_command() if launched else None,
     )
 

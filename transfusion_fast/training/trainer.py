@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,9 @@ from types import FrameType
 from torch import Tensor
 
 from transfusion_fast.config import Config
-from transfusion_fast.data.loader import Share, training_batches
+from transfusion_fast.data.loader import STOP_SIGNALS, Share, training_batches
 from transfusion_fast.data.mixture import Mixture
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import DataError, DivergedError
 from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
@@ -36,9 +37,10 @@ class Trainer:
             InputError: a shard is missing, all checkpoints are damaged, or the checkpoint is of another run.
         """
         self.config, self.data, self.ranks, self.folder = config, data, ranks, Path(config.train.output)
+        self.started = time.monotonic()
         self.share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
-            ranks.together(lambda: data.check_shards(*ranks.on_node))  # each node may have its own disks
+            ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
         self.engine = make_engine(config, ranks, self.share)
@@ -48,28 +50,37 @@ class Trainer:
         ranks.together(lambda: self._announce(checkpoint) if ranks.is_main else None)
         self.skipped_in_a_row = 0
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Take steps until `train.steps`, or until some rank is asked to stop; save a checkpoint in either case.
+
+        Returns:
+            whether the run has reached `train.steps`.
 
         Raises:
             InputError: on every rank, if any rank cannot read its data, or if gradients stay non-finite.
         """
         settings, first_pack = self.config.train, self.meta.packs_consumed
         if self.meta.step >= settings.steps:
-            return
+            return True
         stop, pin_memory = StopRequest(), self.ranks.device.type == "cuda"
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.meta.step) if self.ranks.is_main else None
         self.clock = Clock()
         while self.meta.step < settings.steps:
-            stopping = self._step(stop.requested or self.ranks.abandoned)
+            stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 self.checkpoints.save(self.engine, self.meta)
             if stopping:
                 break
         self.checkpoints.finish()
-        if self.meta.step < settings.steps and self.ranks.is_main:
+        finished = self.meta.step >= settings.steps
+        if not finished and self.ranks.is_main:
             print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
+        return finished
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.train.stop_after
+        return limit is not None and time.monotonic() - self.started > 3600 * limit
 
     def _step(self, stop_requested: bool) -> bool:
         """Take one optimizer step; return whether any rank was asked to stop."""
@@ -111,7 +122,7 @@ class Trainer:
         if self.checkpoints.in_progress and written == self.ranks.world_size:
             self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
-            raise InputError(self.ranks.gather(unfetched)[0])
+            raise DataError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
@@ -122,7 +133,7 @@ class Trainer:
         allowed = self.config.data.quarantine
         if quarantined > allowed:
             beyond = f" ({quarantined} such packs, data.quarantine allows {allowed})" if allowed else ""
-            raise InputError(errors[0] + beyond)
+            raise DataError(errors[0] + beyond)
         if self.ranks.is_main:
             for error in errors:
                 print(f"quarantined: {error}", flush=True)
@@ -139,7 +150,7 @@ class Trainer:
         skipped = self.engine.skipped_steps > self.meta.skipped_steps
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise InputError(
+            raise DivergedError(
                 f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a row "
                 f"up to step {self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
             )
@@ -190,7 +201,7 @@ class Trainer:
 
 
 class StopRequest:
-    """A handler that turns SIGTERM and SIGINT into a request to stop after the step; a second SIGINT exits at once.
+    """A handler that turns the signals that end jobs into a request to stop; a second SIGINT exits at once.
 
     A launcher answers Ctrl-C with a SIGTERM of its own, so that signal never counts as the second.
     """
@@ -198,8 +209,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.interrupts = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
