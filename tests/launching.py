@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from transfusion_fast.config import Config, load_config
@@ -45,6 +47,7 @@ SMALL = (
     "train.log_every=1",
     "train.checkpoint_every=2",
     "train.keep_checkpoints=5",
+    "train.heartbeat=30",
 )
 
 Setup = Callable[[], None] | None
@@ -89,6 +92,15 @@ class Launched:
         for process in self.processes:
             process.kill()
         return codes, self.output.read_text()
+
+    def wait_for_launcher(self, rank: int) -> int | None:
+        """Wait for a rank to end, end the others as DeepSpeed's launcher does, and return its exit code."""
+        self.processes[rank].join(240)
+        for process in self.processes:
+            process.join(2)
+            process.kill()
+            process.join()
+        return self.processes[rank].exitcode
 
     def signal_when(self, condition: Callable[[], bool], number: int) -> None:
         """Send a signal to all ranks once the condition holds."""
@@ -158,11 +170,11 @@ def train(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Se
     return printed
 
 
-def refusal(launched: Launched) -> str:
-    """Return the one line that all ranks together print when they refuse to run."""
+def refusal(launched: Launched, code: int = 2) -> str:
+    """Return the one line that all ranks together print when they end with this exit code."""
     codes, printed = launched.wait()
     lines = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
-    assert codes == [2] * len(codes) and len(lines) == 1 and "Traceback" not in printed, printed
+    assert codes == [code] * len(codes) and len(lines) == 1 and "Traceback" not in printed, printed
     return lines[0]
 
 
@@ -188,6 +200,31 @@ def run_in_child() -> None:
         signal.pause()
 
 
+def kill_at_event(rank: int, number: int) -> None:
+    """Make a rank kill itself just before the given one of the operations that change files of the run."""
+    from transfusion_fast.training import slices
+
+    if os.environ["RANK"] != str(rank):
+        return
+    count = itertools.count(1)
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            if torch.distributed.is_initialized() and next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(owner, name, watched)
+
+    for owner, names in ((os, ("mkdir", "fsync", "rename", "replace")), (Path, ("write_text", "write_bytes"))):
+        for name in names:
+            watch(owner, name)
+    watch(shutil, "rmtree")
+    watch(slices, "save_file")
+
+
 def spoil_second_backward() -> None:
     """Make the gradient of the second micro-batch NaN."""
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -204,6 +241,21 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     """Return the logged rows of a run, without the times, which differ."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def state_of(output: Path, step: int) -> dict[str, bytes]:
+    """Return the weights and the optimizer's state at a step, as the files of all ranks."""
+    files = (output / "checkpoints" / f"step-{step:08d}").glob("rank-*.safetensors")
+    return {file.name: file.read_bytes() for file in files}
+
+
+def assert_same_course(one: list[dict], other: list[dict], relative: float = 2e-5) -> None:
+    """Compare the rows of two runs."""
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=relative), (a["step"], name)
 
 
 def last_step(output: Path) -> int:

@@ -1,19 +1,28 @@
 """A run that was stopped, killed or damaged continues as if nothing had happened."""
 
 import json
+import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from launching import last_step, metrics, refusal, spoil_second_backward, start, train
+from launching import (
+    assert_same_course,
+    kill_at_event,
+    last_step,
+    metrics,
+    refusal,
+    spoil_second_backward,
+    start,
+    state_of,
+    train,
+)
 
-from transfusion_fast.training.run_folder import load_model, read_meta
-
-
-def weights_of(run: Path, step: int) -> bytes:
-    return (run / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
+from transfusion_fast.errors import EXIT_STOPPED
+from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_meta
 
 
 def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weights_bit_for_bit(
@@ -23,7 +32,7 @@ def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weight
     stopped = start(2, digits, run, "train.checkpoint_every=100")
     stopped.signal_when(lambda: last_step(run) >= 1, signal.SIGTERM)
     codes, printed = stopped.wait()
-    assert codes == [0, 0] and "stopped at step" in printed
+    assert codes == [EXIT_STOPPED] * 2 and "stopped at step" in printed
     at = last_step(run)
     assert 1 <= at < 6
 
@@ -36,7 +45,7 @@ def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weight
     assert "resuming at step" in printed
     assert "settings changed since the run was last started: train.checkpoint_every 1 -> 100\n" in printed
     assert metrics(run) == metrics(uninterrupted)
-    assert weights_of(run, 6) == weights_of(uninterrupted, 6)
+    assert state_of(run, 6) == state_of(uninterrupted, 6)
 
 
 def test_damaged_checkpoints_are_skipped_and_training_arrives_at_the_same_bits(
@@ -45,43 +54,79 @@ def test_damaged_checkpoints_are_skipped_and_training_arrives_at_the_same_bits(
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     checkpoints = run / "checkpoints"
-    flipped = next((checkpoints / "step-00000006" / "engine").glob("*optim_states.pt"))
+    flipped = checkpoints / "step-00000006" / "rank-00001.safetensors"
     data = bytearray(flipped.read_bytes())
     data[len(data) // 2] ^= 0xFF
     flipped.write_bytes(data)
-    next((checkpoints / "step-00000004" / "engine").glob("*model_states.pt")).unlink()
+    (checkpoints / "step-00000004" / "rank-00000.safetensors").unlink()
 
     printed = train(2, digits, run)
-    assert "step-00000006 is damaged (engine/" in printed
-    assert "step-00000004 is damaged (engine/" in printed
+    assert "step-00000006 is damaged (rank-00001.safetensors: not as" in printed
+    assert "step-00000004 is damaged (rank-00000.safetensors: missing" in printed
     assert "resuming at step 2" in printed
     assert metrics(run) == metrics(uninterrupted)
-    assert weights_of(run, 6) == weights_of(uninterrupted, 6)
+    assert state_of(run, 6) == state_of(uninterrupted, 6)
 
 
 def test_a_checkpoint_of_another_run_is_refused_in_one_line_and_left_alone(digits: Path, uninterrupted: Path) -> None:
     """test_checkpoints.py lists all the settings that are compared."""
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    assert "got world_size 2 -> 1; start as many" in refusal(start(1, digits, uninterrupted, "train.steps=8"))
+    assert "got order (3, 16) -> (4, 16); give the run's train.seed" in refusal(
+        start(1, digits, uninterrupted, "train.seed=4")
+    )
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
-def test_saved_weights_are_the_fp32_weights_of_the_engine_bit_for_bit(uninterrupted: Path) -> None:
-    checkpoint = uninterrupted / "checkpoints" / "step-00000006"
-    ours = load_model(checkpoint).cpu().state_dict()
-    theirs = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="engine")
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert weight.dtype == torch.float32 and torch.equal(weight, theirs[name]), name
+def test_a_run_goes_on_at_other_numbers_of_ranks_and_stages(digits: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    changes = (
+        (2, 1, "train.zero_stage=3", "train.micro_batch=4"),
+        (3, 4, "train.zero_stage=1"),
+        (4, 2, "train.zero_stage=2", "train.offload_optimizer=true"),
+        (5, 2, "train.zero_stage=3"),
+    )
+    for step, ranks, *settings in changes:
+        for later in range(step + 1, 7):
+            shutil.rmtree(run / "checkpoints" / f"step-{later:08d}", ignore_errors=True)
+        printed = train(ranks, digits, run, "train.checkpoint_every=1", *settings)
+        assert f"resuming at step {step}," in printed
+    assert_same_course(metrics(run), metrics(uninterrupted), relative=1e-5)
+    for raw in (True, False):  # the average of the weights as well
+        ours, theirs = (load_model(find_checkpoint(folder), raw=raw).state_dict() for folder in (run, uninterrupted))
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+POINTS = [(0, number) for number in range(1, 33)] + [(1, number) for number in range(1, 7)]
+QUICK = {(0, 9), (0, 16), (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("rank", "number"), [pytest.param(*p, marks=[] if p in QUICK else pytest.mark.slow) for p in POINTS]
+)
+def test_a_run_killed_at_any_change_of_its_files_ends_with_the_same_bits(
+    digits: Path, uninterrupted: Path, tmp_path: Path, rank: int, number: int
+) -> None:
+    run, settings = tmp_path / "run", ("train.checkpoint_every=1", "train.keep_checkpoints=2", "train.heartbeat=6")
+    killed = start(2, digits, run, *settings, setup=partial(kill_at_event, rank, number))
+    assert killed.wait_for_launcher(rank) == -signal.SIGKILL
+    train(2, digits, run, *settings)
+    assert metrics(run) == metrics(uninterrupted)
+    assert state_of(run, 6) == state_of(uninterrupted, 6)
+    assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step-00000005", "step-00000006"]
+    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "data.json", "metrics.jsonl"]
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered_by_a_resume(
     digits: Path, tmp_path: Path
 ) -> None:
-    settings = ("train.micro_batch=4", "train.checkpoint_every=1")
+    settings = ("train.micro_batch=4", "train.checkpoint_every=1", "optimizer.schedule=constant")
     train(1, digits, tmp_path, *settings, "train.steps=3", setup=spoil_second_backward)
     checkpoints = sorted((tmp_path / "checkpoints").glob("step-*"))
-    assert [read_meta(checkpoint).step for checkpoint in checkpoints] == [1, 3]  # none of a step that was skipped
+    assert [read_meta(checkpoint).skipped_steps for checkpoint in checkpoints] == [0, 1, 1]
+    states = [state_of(tmp_path, step) for step in (1, 2, 3)]
+    assert states[0] == states[1] != states[2]  # a due checkpoint holds the weights as they are
     assert "skipped 1" in train(1, digits, tmp_path, *settings, "train.steps=4")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import metrics, picture, refusal, small_config, start, text, train, write_packs
+from launching import assert_same_course, metrics, picture, refusal, small_config, start, text, train, write_packs
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
@@ -14,15 +14,9 @@ from transfusion_fast.data.loader import Share, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import read_table
+from transfusion_fast.errors import DataError, DivergedError
 from transfusion_fast.training.engine import learning_rate, make_optimizer
-
-
-def assert_same_course(one: list[dict], other: list[dict], relative: float = 2e-5) -> None:
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=relative), (a["step"], name)
+from transfusion_fast.training.run_folder import find_checkpoint
 
 
 def plain_course(config: Config) -> list[dict]:
@@ -65,8 +59,9 @@ TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.po
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (1, ["model.objective=flow", "model.transformer.kv_heads=1", "model.diffusion_weight=2"]),
+        (1, ["model.objective=flow", "model.transformer.kv_heads=1", "model.diffusion_weight=2", "train.zero_stage=1"]),
         (2, [*TIED, "model.activation_checkpointing=selective"]),
+        (2, ["train.zero_stage=2", "optimizer.schedule=wsd"]),
     ],
 )
 def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(
@@ -91,8 +86,10 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
 ) -> None:
     rates = ("optimizer.lr=1e38", "optimizer.warmup_steps=0", "train.precision=bf16")
     run = start(1, digits, tmp_path / "run", *rates, "train.max_skipped_steps=2", "train.checkpoint_every=1")
-    assert "the gradient must be finite, got NaN or infinity in 2 steps in a row up to step 3" in refusal(run)
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert "the gradient must be finite, got NaN or infinity in 2 steps in a row up to step 3" in refusal(
+        run, DivergedError.exit_code
+    )
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
 def damage_packs(digits: Path, data: Path, *positions: int) -> str:
@@ -114,13 +111,14 @@ def damage_packs(digits: Path, data: Path, *positions: int) -> str:
 def test_a_shard_that_one_rank_finds_missing_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "data")
     (tmp_path / "data" / "shard-000001.tar").unlink()
-    assert "shard-000001.tar must exist" in refusal(start(2, tmp_path / "data", tmp_path / "run"))
+    assert "shard-000001.tar must exist" in refusal(start(2, tmp_path / "data", tmp_path / "run"), DataError.exit_code)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_pack_that_one_rank_cannot_read_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
     shard = damage_packs(digits, tmp_path / "data", 1)
-    assert shard in refusal(start(2, tmp_path / "data", tmp_path / "run", "data.workers=1"))
+    run = start(2, tmp_path / "data", tmp_path / "run", "data.workers=1")
+    assert shard in refusal(run, DataError.exit_code)
 
 
 def test_unreadable_packs_in_quarantine_are_left_out_and_counted_alike_on_any_number_of_ranks(
@@ -130,7 +128,7 @@ def test_unreadable_packs_in_quarantine_are_left_out_and_counted_alike_on_any_nu
     data = tmp_path / "data"
     size = small_config(digits).train.global_batch
     shard = damage_packs(digits, data, 2 * size + 1, 1, size)
-    settings = ("train.steps=2", "data.quarantine=2")
+    settings = ("train.steps=2", "data.quarantine=2", "optimizer.schedule=constant")
     shapes = {2: "train.micro_batch=1", 1: f"train.micro_batch={size}"}
     courses = []
     for ranks, shape in shapes.items():
@@ -140,5 +138,8 @@ def test_unreadable_packs_in_quarantine_are_left_out_and_counted_alike_on_any_nu
         courses.append(metrics(output))
         assert [row["quarantined"] for row in courses[-1]] == [1, 2]
     assert_same_course(*courses)
-    line = refusal(start(2, data, tmp_path / "2", *settings, shapes[2], "train.steps=3"))
+    line = refusal(
+        start(2, data, tmp_path / "2", *settings, shapes[2], "train.steps=3", "optimizer.schedule=constant"),
+        DataError.exit_code,
+    )
     assert shard in line and "(3 such packs, data.quarantine allows 2)" in line

@@ -79,7 +79,7 @@ class Checkpoints:
                 measured.set_exception(error)
 
         measured: Future[tuple[int, str]] = Future()
-        Thread(target=write, daemon=True).start()  # as a daemon it does not delay the exit on a second Ctrl-C
+        Thread(target=write).start()
         self._save = _Save(meta, staging, file, measured)
 
     @property

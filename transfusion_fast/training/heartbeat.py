@@ -39,11 +39,13 @@ def heartbeat(ranks: Ranks, limit: float) -> Iterator[None]:
     monitor = _Monitor(ranks, limit, dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
     try:
         yield
+        monitor.stop()
+        ranks.barrier()  # rank 0 holds the store, so it ends last
     except RuntimeError:  # a collective operation fails when another rank exits, and that rank may know more
         monitor.ended.wait(limit / 3)
         raise
     finally:
-        monitor.ended.set()
+        monitor.stop()
 
 
 class _Monitor:
@@ -56,8 +58,15 @@ class _Monitor:
         self.heard = {str(rank): (b"0 an-unknown-host 0", time.monotonic()) for rank in others}
         """The last message of each rank that this one listens to, `COUNT HOST PROCESS`, and when it arrived."""
         # A thread that speaks to the store waits for ever if the process of rank 0 is stopped, so another one watches.
-        for task in (self._speak, self._watch):
-            threading.Thread(target=task, daemon=True).start()
+        self.threads = [threading.Thread(target=task, daemon=True) for task in (self._speak, self._watch)]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads: Python aborts when it exits while one of them speaks to the store."""
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(self.limit / 3)
 
     def _speak(self) -> None:
         count = 0

@@ -186,7 +186,7 @@ class Trainer:
         changed = write_config(self.folder, config)
         if meta.step and changed:
             print(f"settings changed since the run was last started: {', '.join(changed)}")
-        parameters = sum(p.ds_numel for p in self.engine.module.parameters())
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         print(
             f"{self.folder}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {meta.world_size} x "
             f"{self.ranks.device.type}, {config.train.global_batch} packs of {data.sequence_length} a step in "
