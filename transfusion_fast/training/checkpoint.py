@@ -42,6 +42,7 @@ _HINTS = {
     "order": "give the run's train.seed and data.shuffle_window, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
+    "steps": "the cosine schedule depends on train.steps; give the run's, or extend it with optimizer.schedule=wsd",
 }
 
 
@@ -155,7 +156,8 @@ class Checkpoints:
         """
         meta = read_meta(checkpoint)
         for name, saved in meta.dependencies.items():
-            if (wanted := expected.dependencies[name]) == saved:
+            wanted = expected.dependencies[name]
+            if wanted == saved or (name == "steps" and None in (wanted, saved)):
                 continue
             difference = ", ".join(changes(saved, wanted, name))
             if name == "data":  # paths too long for `changes`, and fingerprints, since the folder may be the same

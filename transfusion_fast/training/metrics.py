@@ -36,13 +36,23 @@ class Row:
 
 
 class MetricsLog:
-    """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them."""
+    """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them.
+
+    A file with anything else than rows, but for an incomplete last one, is kept under another name.
+    """
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        steps = [_step_of(line) for line in lines]
+        if None in steps[:-1]:
+            damaged = path.with_suffix(f".damaged-{time.time_ns()}.jsonl")
+            path.rename(damaged)
+            print(f"{path}: is damaged; it is now {damaged.name}, and its intact rows are kept", flush=True)
+        kept = [
+            line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= first_step
+        ]
+        write_atomically(path, b"".join(kept))
 
     def write(self, row: Row) -> None:
         """Append a row; numbers that are not finite become null, since JSON cannot express them."""
@@ -51,11 +61,13 @@ class MetricsLog:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a row; None for a line that is no row, such as the last one of a run that was killed."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # an incomplete row of a run that was killed
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class Clock:

@@ -69,7 +69,7 @@ class Meta:
     @property
     def dependencies(self) -> dict[str, Any]:
         """Everything that must be the same for the run to continue."""
-        train, data = self.config.train, self.config.data
+        train, data, optimizer = self.config.train, self.config.data, self.config.optimizer
         return {
             "model": self.config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
             "data": self.data,
@@ -77,6 +77,7 @@ class Meta:
             "order": (train.seed, data.shuffle_window),
             "global_batch": train.global_batch,
             "precision": self.precision,
+            "steps": train.steps if optimizer.schedule == "cosine" else None,
         }
 
 
