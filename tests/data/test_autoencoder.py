@@ -137,7 +137,7 @@ def test_pickled_weights_are_refused_and_never_read(tmp_path, suffix):
     save_autoencoder(folder)
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).with_suffix(suffix).write_bytes(pickle.dumps(Bomb(written)))
-    with pytest.raises(InputError, match="never a pickle.*convert them" if suffix == ".bin" else "cannot be read"):
+    with pytest.raises(InputError, match="never a pickle.*convert them" if suffix == ".bin" else "must be readable"):
         read_autoencoder(folder)
     assert not written.exists()
     pickle.loads(pickle.dumps(Bomb(written)))
@@ -167,13 +167,13 @@ def truncate(folder):
         (lambda folder: edit(folder, latents_mean=[0.5] * 4), "latents_mean in .* must be null"),
         (lambda folder: edit(folder, in_channels=1), "in_channels in .* must be 3, got 1"),
         (lambda folder: edit(folder, block_out_channels=5), "block_out_channels in .* must be a valid array, got 5"),
-        (lambda folder: edit(folder, block_out_channels=[8, 16]), "cannot be read"),
+        (lambda folder: edit(folder, block_out_channels=[8, 16]), "must be readable, got"),
         (lambda folder: edit(folder, latent_channels="4"), "latent_channels in .* must be a valid integer, got '4'"),
         (lambda folder: edit(folder, scaling_factor=0), "scaling_factor in .* must be greater than 0, got 0"),
         (lambda folder: edit(folder, shift_factor="x"), "shift_factor in .* must be a valid number, got 'x'"),
-        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must lie in one file"),
+        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must be one file"),
         (remove_a_weight, "must be those of its config, got a difference in encoder.conv_in.bias"),
-        (truncate, "cannot be read"),
+        (truncate, "must be readable, got"),
     ],
 )
 def test_an_invalid_autoencoder_gets_one_line(folder, damage, complaint, caplog, monkeypatch):
@@ -188,7 +188,7 @@ def test_an_invalid_autoencoder_gets_one_line(folder, damage, complaint, caplog,
 def test_without_diffusers_there_is_one_line_that_names_it(tmp_path, monkeypatch):
     save_autoencoder(tmp_path, seed=2)  # a model that no other test has read
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(InputError, match=r"needs the package diffusers .*; install it"):
+    with pytest.raises(InputError, match=r"package diffusers must be installed .*; pip install '.\[vae\]'"):
         read_autoencoder(tmp_path)
 
 

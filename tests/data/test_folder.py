@@ -111,7 +111,7 @@ def test_a_missing_shard_does_not_count_as_damaged(source, folder, tmp_path, wai
     reader = PackReader(at(folder, tmp_path / "cache"))
     (folder / "shard-000002.tar").unlink()
     message = refusal(reader.read, 7, kind=FetchError)
-    assert f"file://{folder}/shard-000002.tar must be fetched, and cannot be (FileNotFoundError" in message
+    assert f"file://{folder}/shard-000002.tar must be fetched, got FileNotFoundError" in message
     assert waits == [], "waiting brings no file back"
     assert_reads(reader, source, [0])
 

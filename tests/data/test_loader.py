@@ -220,8 +220,9 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(folder: Path, override: str, complaint: str) -> None:
+    config = config_of(folder, override)
     with pytest.raises(InputError, match=complaint):
-        open_data(config_of(folder, override))
+        complete_config(config, open_data(config))
 
 
 def test_settings_that_the_data_knows_need_not_be_given(folder: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from transfusion_fast.data.pack import document_length
+from transfusion_fast.data.pack import make_pack
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.digits import DIGIT_WORDS, MODALITY, Digits, arithmetic_sentences, load_split
@@ -49,7 +49,7 @@ def test_documents_are_captioned_digits_then_sums(split):
 
 def test_a_captioned_digit_takes_sixteen_patches():
     caption, image = Digits().documents("heldout", TOKENIZER)[0]
-    assert document_length((caption, image), (MODALITY,)) == 1 + len(caption.ids) + 1 + 16 + 1 + 1
+    assert make_pack([(caption, image)], (MODALITY,)).num_positions == 1 + len(caption.ids) + 1 + 16 + 1 + 1
 
 
 def test_sums_are_right_and_split_nine_to_one():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from image_files import picture, saved
 from PIL import Image
 
-from transfusion_fast.data.pack import TextSegment, document_length
+from transfusion_fast.data.pack import TextSegment, make_pack
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare import encode as encoding
@@ -51,7 +51,7 @@ def test_documents_fit_and_hold_every_part(parts, sequence_length):
             encode(parts, sequence_length)
         return
     documents = encode(parts, sequence_length)
-    assert all(document_length(document, (RGB,)) <= sequence_length for document in documents)
+    assert all(make_pack([document], (RGB,)).num_positions <= sequence_length for document in documents)
     found = [entry for document in documents for entry in content(document)]
     assert "".join(entry for entry in found if isinstance(entry, str)) == "".join(p for p in expected if p != png(8))
     assert found.count((8, 8)) == expected.count(png(8))

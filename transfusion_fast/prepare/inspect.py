@@ -16,13 +16,11 @@ from transfusion_fast.data.index import (
     Index,
     IndexedShard,
     check_different,
-    check_schema,
     file_sha256,
     is_plain_name,
     make_index,
     parse_index,
     read_packs,
-    table_location,
     write_index,
 )
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, KIND_TEXT, ModalityInfo, Pack
@@ -71,13 +69,11 @@ def _read_shard(path: Path, index: Index, expected: ShardInfo | None = None) -> 
         if expected and not intact:
             found.findings.append(f"sha256 of shard {path} must be {expected.sha256}, got {sha256}; copy it again")
         table = read_table(path)
-        check_schema(path, table, index.schema)
-        info = ShardInfo(path.name, path.stat().st_size, sha256, len(table.rows), *table_location(path, table))
+        info = ShardInfo(path.name, path.stat().st_size, sha256, len(table.rows), *table.location)
         if expected and replace(info, sha256=expected.sha256) != expected:
             cure = "rebuild the index" if intact else "copy it again"
             found.findings.append(f"table of shard {path} must be as its index says, got another; {cure}")
-        packs = read_packs(path, table, index.sequence_length, index.num_text_tokens, index.modalities)
-        for place, pack in enumerate(packs):
+        for place, pack in enumerate(read_packs(path, table, index)):
             if isinstance(pack, InputError):
                 found.findings.append(f"pack {place} of shard {path} cannot be used: {pack}; copy it again")
             else:
