@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,16 @@ from transfusion_fast.prepare.inspect import verify
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 SCHEMA = schema_of(64, ByteTokenizer().describe(), (GREY,))
 SHARD = "shard-000001.tar"
+
+
+class Planted:
+    """A pickle that creates a file when it is read."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
 
 
 def documents(seed):

@@ -2,7 +2,6 @@
 
 import pickle
 import shutil
-from pathlib import Path
 
 import pytest
 from shard_damage import (
@@ -10,6 +9,7 @@ from shard_damage import (
     ELSEWHERE,
     IN_PACKS,
     SHARD,
+    Planted,
     assert_same_pack,
     edit_index,
     findings_of,
@@ -66,16 +66,6 @@ def test_no_reader_returns_damaged_packs_or_loses_those_of_other_shards(folder, 
             else:
                 assert_same_pack(got, pack)
         assert bad <= set(range(5, 10)) and (bad or reader is opened or name in ELSEWHERE)
-
-
-class Planted:
-    """A pickle that creates a file when it is read."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
 
 
 def test_nothing_planted_in_a_folder_is_run(folder, tmp_path, monkeypatch):

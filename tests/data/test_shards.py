@@ -4,7 +4,6 @@ import hashlib
 import io
 import pickle
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recording import record_durability
 from remote_cases import refusal
-from shard_damage import GREY, assert_same_pack, small_pack, tar_members
+from shard_damage import GREY, Planted, assert_same_pack, small_pack, tar_members
 
 from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack
 from transfusion_fast.data.shards import decode_pack, read_table, write_shard
@@ -93,19 +92,9 @@ def test_a_pack_is_decoded_into_arrays_of_its_own(pack):
     assert all(getattr(decoded, field).flags.writeable for field in FIELDS)
 
 
-class Trap:
-    """A pickle that creates a file when it is read."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_a_pickle_is_refused_and_not_run(tmp_path):
     sprung = tmp_path / "sprung"
-    for bait in (npy(np.array([Trap(sprung)], dtype=object)), pickle.dumps(Trap(sprung))):
+    for bait in (npy(np.array([Planted(sprung)], dtype=object)), pickle.dumps(Planted(sprung))):
         assert "tokens.npy must hold <i4" in refusal(decode_pack, payload(PACKS[0], tokens=bait))
     assert not sprung.exists()
 
