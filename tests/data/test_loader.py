@@ -98,14 +98,6 @@ def stream(path: str) -> dict[int, list[PackedBatch]]:
     return {micro: batches(path, 0, 1, micro, 0, TOTAL // micro) for micro in (1, 2)}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_any_number_of_ranks_sees_the_same_global_batches(path: str, stream: dict, ranks: int) -> None:
-    for rank in range(ranks):
-        own = batches(path, rank, ranks, 1, 0, TOTAL // ranks)
-        for found, expected in zip(own, stream[1][rank::ranks], strict=True):
-            assert_same(found, expected)
-
-
 @pytest.mark.parametrize(("ranks", "workers", "prefetch"), [(1, 2, 1), (2, 1, 4), (4, 2, 2)])
 def test_workers_and_prefetch_change_nothing_after_a_resume(
     path: str, stream: dict, ranks: int, workers: int, prefetch: int
@@ -129,12 +121,6 @@ def test_a_stream_resumed_after_any_step_on_any_ranks_is_the_rest_of_it(path, st
         first = 8 * step + (turn * ranks + rank) * micro
         assert [order[position] for position in own] == ids[first : first + micro]
         assert_same(found, stream[micro][first // micro])
-
-
-def test_one_folder_in_a_mapping_is_that_folder(folder: Path) -> None:
-    mapped = batches(f"{{{folder}: 7}}", 0, 1, 2, 0, 15)
-    for found, expected in zip(mapped, batches(folder, 0, 1, 2, 0, 15), strict=True):
-        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
