@@ -13,7 +13,7 @@ from shard_damage import GREY, assert_same_pack, change_table, small_pack
 from transfusion_fast.data.index import INDEX_NAME, decode_index, parse_shard, read_index, schema_of, write_index
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import read_table, write_shard
+from transfusion_fast.data.shards import write_shard
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.inspect import build_index
 
@@ -44,6 +44,9 @@ def folder(intact, tmp_path):
 def many(tmp_path_factory):
     """A folder of 50 shards of one pack."""
     return write_folder(tmp_path_factory.mktemp("many") / "data", num_packs=50, packs_per_shard=1)
+
+
+FIELDS = ("format", "version", "tokenizer", "modalities", "documents", "shards")
 
 
 def set_field(folder, path, value):
@@ -151,6 +154,7 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
 @pytest.mark.parametrize(
     ("path", "values", "rule"),
     [
+        *((field, [...], "must be given, got nothing") for field in FIELDS),
         ("format", [None, "safetensors"], "must be 'transfusion_fast.packs', got "),
         ("version", [1, 4, "3", True], "must be 3, got "),
         ("sequence_length", [None, True, 16.0, "16"], "must be a valid integer, got "),
@@ -170,11 +174,7 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
         ("shards", [[]], "must have at least 1 item"),
         ("shards", [{}, None], "must be "),
         ("shards.0", [5], "must be "),
-        (
-            "shards.0.file",
-            ["../data/a.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".hidden"],
-            "must match pattern ",
-        ),
+        ("shards.0.file", ["../a.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".x"], "must match pattern "),
         ("shards.0.bytes", ["x", None, True], "must be a valid integer, got "),
         ("shards.0.bytes", [2**63], "must be less than 9223372036854775808, got "),
         ("shards.0.sha256", ["A" * 64, "a" * 63, "a" * 64 + "\n", "../" + "a" * 61], "must match pattern "),
@@ -192,12 +192,6 @@ def test_a_wrong_field_of_an_index_is_refused_naming_it(folder, path, values, ru
         message = refusal(read_index, folder)
         assert message.startswith(f"{path} in {folder / INDEX_NAME} {rule}")
         assert message.endswith("; prepare the data again")
-
-
-@pytest.mark.parametrize("field", ["format", "version", "tokenizer", "modalities", "documents", "shards"])
-def test_an_index_without_a_field_is_refused_naming_it(folder, field):
-    set_field(folder, field, ...)
-    assert f"{field} in {folder / INDEX_NAME} must be given, got nothing" in refusal(read_index, folder)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +237,6 @@ def test_a_truncated_or_missing_shard_is_found_before_reading_and_while_reading(
     shard.unlink()
     assert "shard-000001.tar must exist" in refusal(read_index, folder)
     assert "pack 0 of shard" in refusal(reader.read, 3)
-
-
-def test_a_shard_truncated_while_it_is_open_costs_the_packs_that_it_lacks(folder):
-    reader = PackReader(folder)
-    assert_holds(reader.read(3), 3)
-    os.truncate(folder / "shard-000001.tar", read_table(folder / "shard-000001.tar").span(1)[0] + 600)
-    assert_holds(reader.read(3), 3)
-    assert "got 600" in refusal(reader.read, 4) and "got 0" in refusal(reader.read, 5)
 
 
 @pytest.mark.parametrize(

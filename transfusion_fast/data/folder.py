@@ -40,14 +40,15 @@ _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _POLL = 0.2  # seconds
 _DOWNLOADS = 2  # of a shard that arrives damaged
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # not worth a retry
-_CLIENT_ERRORS = {  # of the packages behind file systems; most do not derive from OSError
-    "aiohttp": ("ClientError",),
-    "azure.core.exceptions": ("AzureError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-    "httpx": ("HTTPError",),
-}
+_CLIENT_ERRORS = (  # of the packages behind file systems; most do not derive from OSError
+    ("aiohttp", "ClientError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("httpx", "HTTPError"),
+)
 _T = TypeVar("_T")
 
 
@@ -345,5 +346,4 @@ def _fetch(url: str, read: Callable[[BinaryIO], _T]) -> _T:
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
     """Return the errors that a file system may raise; a package that raises its own has been imported by then."""
-    loaded = [(sys.modules[name], names) for name, names in _CLIENT_ERRORS.items() if name in sys.modules]
-    return (OSError, *(getattr(module, name) for module, names in loaded for name in names))
+    return (OSError, *(getattr(sys.modules[name], error) for name, error in _CLIENT_ERRORS if name in sys.modules))

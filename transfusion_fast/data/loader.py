@@ -100,11 +100,7 @@ def open_data(config: Config) -> Mixture:
 
 
 def complete_config(config: Config, mixture: Mixture) -> Config:
-    """Return the config with the vocabulary and latent widths of the data.
-
-    Raises:
-        InputError: The config gives others, or a batch has too many positions.
-    """
+    """Return the config with the vocabulary and latent widths of the data; raise InputError if it gives others."""
     known = {
         "num_text_tokens": mixture.num_text_tokens,
         "dim_latent": tuple(m.channels * m.patch_size**2 for m in mixture.modalities),

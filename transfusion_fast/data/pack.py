@@ -122,13 +122,7 @@ def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
         return ids.size
     if not 0 <= segment.modality < len(modalities):
         raise InputError(f"modality of an image must be in 0..{len(modalities) - 1}, got {segment.modality}")
-    modality = modalities[segment.modality]
-    _check_image(segment.values, modality)
-    height, width, _ = segment.values.shape
-    return (height // modality.patch_size) * (width // modality.patch_size)
-
-
-def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
+    modality, values = modalities[segment.modality], segment.values
     what, patch, dtype = f"image of modality {modality.name!r}", modality.patch_size, _STORED_AS[modality.encoding]
     if values.ndim != 3 or values.shape[2] != modality.channels or values.dtype != dtype:
         raise InputError(
@@ -143,6 +137,7 @@ def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
         )
     if not np.isfinite(values).all():
         raise InputError(f"{what} must have finite values, got infinity or NaN; scale it to fit {dtype}")
+    return (height // patch) * (width // patch)
 
 
 def segment_row(

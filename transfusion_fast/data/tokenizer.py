@@ -51,11 +51,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids, and the index of the character at which each begins, int64 [n], ascending.
-
-        Raises:
-            Rejected: The ids would not represent all of the text.
-        """
+        """Return the ids, and the ascending index of each's first character, int64 [n]; Rejected if text is lost."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
