@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
         self.faults: list[str] = [""]
         self.ended = Event()
         self.requests: list[str] = []
+        self.endless_blocks = 0
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -57,7 +58,8 @@ class Handler(SimpleHTTPRequestHandler):
             self.server.ended.wait(30)
         while fault == "endless":
             try:
-                self.wfile.write(bytes(1 << 16))
+                self.wfile.write(bytes(1 << 20))
+                self.server.endless_blocks += 1
             except ConnectionError:
                 break
 
@@ -153,4 +155,5 @@ def test_an_endless_download_is_stopped(source, tmp_path, served):
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = ["endless", "endless", ""]
     assert "as its index says, got more" in refusal(reader.read, 0)
+    assert server.endless_blocks < 200
     assert_reads(reader, source, [3])
