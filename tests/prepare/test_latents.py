@@ -241,7 +241,7 @@ def test_an_index_of_latents_names_their_autoencoder(tmp_path, recipe):
         path.write_text(json.dumps(fields))
         with pytest.raises(InputError, match="autoencoder"):
             parse_index(tmp_path / "out")
-    with pytest.raises(InputError, match=r"64 hexadecimal digits for latents, or empty, got 'a+' for pixels"):
+    with pytest.raises(InputError, match=r"64 hexadecimal digits for latents, or empty, got 'a+'"):
         ModalityInfo("images", 3, 4, "pixels", "a" * 64)
 
 

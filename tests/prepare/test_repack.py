@@ -150,7 +150,7 @@ def test_the_command_repacks_and_refuses_in_one_line(folder, tmp_path, capsys):
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
     assert command.main(["repack", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
-    assert "must exist" in capsys.readouterr().err
+    assert "must hold a readable index.json" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least 5"):
         PacksSource.open(folder).encoder(4, "split")
 
