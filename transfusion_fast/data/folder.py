@@ -245,11 +245,11 @@ class ShardCache:
         return FileLock(self.folder / ".lock", fallback_to_soft=False)
 
     def _reserve(self, path: Path, size: int) -> BinaryIO | None:
-        """Return a locked file of `size` bytes; None while another process fetches the shard or too much else."""
+        """Return a locked file of `size` bytes; None while this shard is being fetched, or others leave too little space."""
         assert size <= self.max_bytes, "check_cache compares them before training"
         free = self.max_bytes
         for other in self.folder.glob(".*.partial"):
-            with other.open("rb") as stream:
+            with other.open("r+b") as stream:  # network file systems lock only what may be written
                 if _lock(stream):
                     other.unlink()  # its process has died
                 elif other == path:
