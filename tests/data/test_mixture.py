@@ -71,12 +71,12 @@ def test_each_dataset_gives_each_pack_once_an_epoch(pack_counts, seed):
 def test_equal_datasets_have_different_orders_that_depend_on_the_seed_and_the_first_has_that_of_a_single_one():
     seen = set()
     for seed in range(4):
-        order = MixtureOrder(seed, [[10] * 4, [10] * 4], HALVES, window=2)
-        stream = [order[position][1] for position in range(80)]
-        first = [number for number in stream if number < 40]
-        assert first == [PackOrder(seed, [10] * 4, window=2)[position][1] for position in range(40)]
-        seen |= {tuple(first), tuple(number - 40 for number in stream if number >= 40)}
-    assert len(seen) == 8
+        order = MixtureOrder(seed, [[10] * 4] * 3, [Fraction(1)] * 3, window=2)
+        stream = [order[position][1] for position in range(120)]
+        own = [tuple(number - first for number in stream if first <= number < first + 40) for first in (0, 40, 80)]
+        assert list(own[0]) == [PackOrder(seed, [10] * 4, window=2)[position][1] for position in range(40)]
+        seen.update(own)
+    assert len(seen) == 12
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 2**70), st.integers(0, 10**15))

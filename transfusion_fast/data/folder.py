@@ -245,7 +245,7 @@ class ShardCache:
         return FileLock(self.folder / ".lock", fallback_to_soft=False)
 
     def _reserve(self, path: Path, size: int) -> BinaryIO | None:
-        """Return a locked file of `size` bytes; None while this shard is being fetched, or others leave too little space."""
+        """Return a locked file of `size` bytes; None while others fetch this shard or leave too little space."""
         assert size <= self.max_bytes, "check_cache compares them before training"
         free = self.max_bytes
         for other in self.folder.glob(".*.partial"):
