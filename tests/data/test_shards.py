@@ -84,6 +84,14 @@ def test_the_table_of_a_shard_locates_its_packs(tmp_path):
     assert table.span(4)[1] == info.table and content[info.table_span[1] :].strip(b"\0") == b""
 
 
+def test_a_shard_that_does_not_end_as_it_was_written_is_refused(tmp_path):
+    path = tmp_path / write_shard([small_pack(1)], tmp_path, 0, SCHEMA).file
+    content = path.read_bytes()
+    for other in (content[:-512], content + b"x", content[:-1] + b"x"):
+        path.write_bytes(other)
+        assert f"shard {path} cannot be used: it must end in " in refusal(read_table, path)
+
+
 @pytest.mark.parametrize("pack", PACKS, ids=["both", "text", "image"])
 def test_a_pack_is_decoded_into_arrays_of_its_own(pack):
     decoded = decode_pack(payload(pack))
