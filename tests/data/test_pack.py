@@ -168,6 +168,7 @@ def test_a_changed_number_of_a_segment_is_found(row, column, value, reason):
         ("latents", lambda a: np.append(a, a), "end to end"),
         ("latents", lambda a: a[:-1], "cover its 7 latents end to end, got 8"),
         ("segments", lambda a: a[:0], "must be one row or more"),
+        ("segments", lambda a: a + np.array([1, 0, 0, 0, 0, 0], np.int32), "number its documents"),
     ],
 )
 def test_a_changed_array_is_found(field, change, reason):
@@ -184,3 +185,10 @@ def test_validation_of_any_numbers_ends_in_a_pack_that_can_be_read_or_an_input_e
     except InputError:
         return
     pack.documents(MODALITIES)
+
+
+def test_a_size_that_is_zero_modulo_2_to_the_64_is_found():
+    huge = ModalityInfo("huge", channels=2**15, patch_size=2**15, encoding="pixels")
+    rows = np.array([[0, 1, 0, 2**19, 2**25, 2**24]], np.int32)
+    with pytest.raises(InputError, match="cover its 0 latents end to end, got 18446744073709551616"):
+        validate_pack(Pack(np.empty(0, np.int32), rows, np.empty(0, np.uint8)), (huge,), 256, 2**24)
