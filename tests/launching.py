@@ -1,4 +1,4 @@
-"""Runs of the commands of train/ in processes of their own, small enough to take seconds."""
+"""Runs of train/pretrain.py in processes of their own, small enough to take seconds."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ def small_config(data: Path | str, *overrides: str) -> Config:
     return load_config(DEFAULT_CONFIG, [*SMALL, f"data.path={data}", *overrides])
 
 
-def _become(script: Path, arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
-    """Run a script in this process as `python SCRIPT ARGUMENTS` would, printing to a file."""
+def _become(arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
+    """Run train/pretrain.py in this process, printing to a file."""
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    sys.argv = [str(script), *arguments]
+    sys.argv = [str(PRETRAIN), *arguments]
     if setup is not None:
         setup()
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 
 @dataclass
@@ -114,17 +114,6 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _launch(script: Path, arguments: Sequence[str], environments: Sequence[dict[str, str]], setup: Setup) -> Launched:
-    descriptor, output = tempfile.mkstemp(suffix=".printed")
-    os.close(descriptor)
-    processes: list[BaseProcess] = []
-    for environment in environments:
-        arguments_of_process = (script, arguments, {**os.environ, **environment}, output, setup)
-        processes.append(_FORKSERVER.Process(target=_become, args=arguments_of_process))
-        processes[-1].start()
-    return Launched(processes, Path(output))
-
-
 def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     """Return `deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
@@ -132,14 +121,10 @@ def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     return [*launcher, "--master_port", free_port(), str(PRETRAIN), *arguments]
 
 
-def run_command(name: str, *arguments: object) -> tuple[int | None, str]:
-    """Run train/NAME.py to its end; return the exit code, and what was printed."""
-    codes, printed = _launch(ROOT / "train" / f"{name}.py", [*map(str, arguments)], [{}], None).wait()
-    return codes[0], printed
-
-
 def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> Launched:
     """Start the ranks of a run, as a launcher would, without waiting for them; `setup` runs in each rank first."""
+    descriptor, printed = tempfile.mkstemp(suffix=".printed")
+    os.close(descriptor)
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -147,8 +132,12 @@ def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Se
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(ranks),
     }
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return _launch(PRETRAIN, arguments, environments, setup)
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_FORKSERVER.Process(target=_become, args=(arguments, environment, printed, setup)))
+        processes[-1].start()
+    return Launched(processes, Path(printed))
 
 
 def train(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> str:

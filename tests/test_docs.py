@@ -4,12 +4,12 @@ import argparse
 import glob
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset as wds
@@ -62,25 +62,18 @@ COMMANDS = list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in LINES))
 INLINE = [s for page in TEXTS for s in spans(page) if re.match(r"(make|python|deepspeed|pip|\.venv/bin/pytest) ", s)]
 
 
-def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run train/X.py in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
-def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_parses(line: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand a command to the parser of its program, which exits where it does not understand it."""
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(line)
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert {word for word in words if "=" not in word} <= {*targets}, command
+        assert {word for word in words if "=" not in word} <= {*targets}, line
     elif program == "python":
         parse = argparse.ArgumentParser.parse_args
         parsed_only = "argparse.ArgumentParser.parse_args"
         monkeypatch.setattr(parsed_only, lambda *given, **settings: (parse(*given, **settings), sys.exit(UNDERSTOOD)))
-        assert run_script(words, monkeypatch) == UNDERSTOOD
+        code, _, err = command(Path(words[0]).stem, *words[1:])
+        assert code == UNDERSTOOD, err
     elif program == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
@@ -90,16 +83,16 @@ def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
     elif program == "pip":
         setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-        extras = [extra for group in re.findall(r"\[(.+)\]", command) for extra in group.split(",")]
-        assert all(f'"{extra}": [' in setup for extra in extras), command
+        extras = [extra for group in re.findall(r"\[(.+)\]", line) for extra in group.split(",")]
+        assert all(f'"{extra}": [' in setup for extra in extras), line
     elif program == ".venv/bin/pytest":
         assert all((ROOT / word).exists() for word in words)
     else:
-        assert command in NOT_RUN, f"no check for {command}"
+        assert line in NOT_RUN, f"no check for {line}"
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Path:
     """A folder with small sources under the names that the pages use, and a short run on the digits."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("corpus", "laion", "articles"):
@@ -119,25 +112,26 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "config.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert run_script(["train/prepare.py", "digits", "data/digits"], patch) == 0
-        train(1, folder / "data/digits/train", folder / "runs/digits", "train.steps=2", "train.log_every=2")
-    yield folder
+        assert command("prepare", "digits", "data/digits")[0] == 0
+    train(1, folder / "data/digits/train", folder / "runs/digits", "train.steps=2", "train.log_every=2")
+    return folder
 
 
-@pytest.mark.parametrize("command", dict.fromkeys([*COMMANDS, *INLINE]))
+@pytest.mark.parametrize("line", dict.fromkeys([*COMMANDS, *INLINE]))
 def test_a_command_parses_and_runs_where_it_takes_seconds(
-    command: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, workspace: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commands run in the order of the pages, as some need the folders of those before them; those in prose do not."""
     monkeypatch.chdir(workspace)
-    if command not in COMMANDS or any(command.startswith(beginning) for beginning in NOT_RUN):
-        check_parses(command, monkeypatch)
+    if line not in COMMANDS or any(line.startswith(beginning) for beginning in NOT_RUN):
+        check_parses(line, command, monkeypatch)
         return
-    program, *words = shlex.split(command)
-    assert program == "python", f"no check for {command}"
+    program, *words = shlex.split(line)
+    assert program == "python", f"no check for {line}"
     script, *words = [found for word in words for found in (sorted(glob.glob(word)) or [word])]
     shorter = [] if words[0] in ("digits", "preview", "info") else SHORTER[Path(script).name]
-    assert run_script([script, *words, *shorter], monkeypatch) == 0
+    code, _, err = command(Path(script).stem, *words, *shorter)
+    assert code == 0, err
 
 
 def test_every_reason_not_to_run_a_command_concerns_one() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fashion_files
 import pytest
-from launching import metrics, run_command, train
+from launching import metrics, train
 
 from transfusion_fast.prepare.examples import stories
 from transfusion_fast.prepare.examples.built_in import prepare_splits
@@ -12,7 +12,7 @@ from transfusion_fast.prepare.examples.fashion import FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
 
 
-def test_stories_are_trained_on_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stories_are_trained_on_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command) -> None:
     monkeypatch.setattr(stories, "STORIES", {"train": 40, "heldout": 4})
     pictures = FashionMnist(fashion_files.write(tmp_path / "files", monkeypatch))
     prepare_splits(Stories(pictures), tmp_path / "data", sequence_length=600, packs_per_shard=4)
@@ -22,6 +22,6 @@ def test_stories_are_trained_on_and_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < rows[-1]["diffusion_loss"] < rows[0]["diffusion_loss"]
     page = tmp_path / "story.html"
     options = ("--text", "Ada", "--max-tokens", 8, "--max-images", 2, "--out", page)
-    code, printed = run_command("sample", tmp_path / "run", "--steps", 2, *options)
-    assert code == 0 and f"page: {page}" in printed, printed
+    code, out, err = command("sample", tmp_path / "run", "--steps", 2, *options)
+    assert code == 0 and f"page: {page}" in out, err
     assert '<section><span class="text">Ada</span>' in page.read_text()

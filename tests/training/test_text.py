@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from launching import metrics, run_command, train
+from launching import metrics, train
 
 from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.prepare.build import Recipe, build
@@ -12,7 +12,7 @@ from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.sources.text import TextSource
 
 
-def test_prepared_text_is_trained_on_and_continued(tmp_path: Path) -> None:
+def test_prepared_text_is_trained_on_and_continued(tmp_path: Path, command) -> None:
     lines = [json.dumps({"text": f"{i} plus {i} is {2 * i}. " * 5}) for i in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tokenizer = train_bpe([json.loads(line)["text"] for line in lines], 280)
@@ -22,7 +22,7 @@ def test_prepared_text_is_trained_on_and_continued(tmp_path: Path) -> None:
     rows = metrics(tmp_path / "run")
     assert rows[-1]["text_loss"] < rows[0]["text_loss"] and rows[-1]["diffusion_loss"] == 0
     shutil.rmtree(tmp_path / "data")  # the run has what it needs
-    code, printed = run_command("sample", tmp_path / "run", "--text", "7 plus", "--max-tokens", 4)
-    assert code == 0 and printed.startswith("7 plus"), printed
-    code, printed = run_command("sample", tmp_path / "run", "--prompt", "seven")
-    assert code == 2 and "need a run on images" in printed and printed.count("\n") == 1
+    code, out, _ = command("sample", tmp_path / "run", "--text", "7 plus", "--max-tokens", 4)
+    assert code == 0 and out.startswith("7 plus")
+    code, _, err = command("sample", tmp_path / "run", "--prompt", "seven")
+    assert code == 2 and "need a run on images" in err and err.count("\n") == 1
