@@ -78,7 +78,6 @@ def test_capped_flow_timesteps_are_those_below_the_cap(shift):
 def test_each_image_has_its_own_cap():
     u, caps = torch.full((3,), ALMOST_ONE), torch.tensor([1000.0, 500.0, 20.0])
     assert DDPM.timesteps(u, caps).tolist() == [1000, 500, 20]
-    assert DDPM.timesteps(u).tolist() == [1000] * 3
     assert (FlowMatching().timesteps(u, caps) <= caps).all()
 
 

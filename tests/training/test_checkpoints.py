@@ -167,3 +167,6 @@ def test_a_run_is_described_by_all_settings_but_those_that_are_free_to_change(di
     assert {**asdict(described), "model": None} == {**asdict(META), **known, "model": None}
     assert described.model.keys() == ModelConfig.model_fields.keys() - {"backend", "activation_checkpointing"}
     assert described.model["transformer"]["dim"] == 32
+    mixed = small_config(f"{{{digits}: 1, {digits.parent / 'heldout'}: 3}}")
+    other = initial_meta(mixed, open_data(mixed), 2, bf16=True)
+    assert other.shares == ("1/4", "3/4") and other.data != described.data
