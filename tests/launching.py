@@ -195,6 +195,10 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
+def weights_of(output: Path, step: int) -> bytes:
+    return (output / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
+
+
 def last_step(output: Path) -> int:
     """Return the last step that a run in progress has logged, 0 before the first."""
     path = output / "metrics.jsonl"

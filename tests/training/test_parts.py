@@ -90,7 +90,6 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
     [
         ({"train_batch_size": 7}, "deepspeed.train_batch_size must be 16, the derived value, got 7; drop it"),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage must be 3"),
-        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled must be False"),
         ({"bf16": False}, "deepspeed.bf16 must be {'enabled': True}"),
     ],
 )
