@@ -34,17 +34,9 @@ PRETRAIN = ROOT / "train" / "pretrain.py"
 DEFAULT_CONFIG = ROOT / "train" / "configs" / "digits.yaml"
 SMALL = (
     "model.transformer={dim: 32, depth: 2, heads: 2, ffn_dim: 64}",
-    "optimizer.lr=0.003",
-    "optimizer.warmup_steps=2",
-    "train.seed=3",
-    "train.precision=fp32",
-    "train.cpu_threads=1",
-    "train.steps=6",
-    "train.global_batch=4",
-    "train.micro_batch=1",
-    "train.log_every=1",
-    "train.checkpoint_every=2",
-    "train.keep_checkpoints=5",
+    "optimizer={lr: 0.003, warmup_steps: 2}",
+    "train={seed: 3, precision: fp32, cpu_threads: 1, steps: 6, global_batch: 4, micro_batch: 1, log_every: 1, "
+    "checkpoint_every: 2, keep_checkpoints: 5}",
 )
 
 Setup = Callable[[], None] | None
@@ -62,9 +54,8 @@ def small_config(data: Path | str, *overrides: str) -> Config:
 
 def _become(arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
     """Run train/pretrain.py in this process, printing to a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     sys.argv = [str(PRETRAIN), *arguments]
@@ -95,7 +86,6 @@ class Launched:
         await_until(lambda: condition() or not all(p.is_alive() for p in self.processes))
         assert all(p.is_alive() for p in self.processes), "the run ended before that point"
         for process in self.processes:
-            assert process.pid is not None
             os.kill(process.pid, number)
 
 

@@ -151,8 +151,6 @@ def test_kernels_are_reached_by_a_committed_symlink_alone() -> None:
         ("data.loader", "from ..sampling import decoder", 1),
         ("config", "from transfusion_fast import Transfusion", 1),
         ("model.ops", "def f():\n    import transfusion_fast.data.pack", 1),
-        ("kernels.rope", "from transfusion_fast.model.ops import rope", 1),
-        ("training.trainer", "from transfusion_fast.prepare.build import build", 1),
         ("sampling.decoder", "from transfusion_fast.training.run_folder import load_model", 1),
         ("model.sequence", "from transfusion_fast.kernels.layout import AttentionLayout", 0),
         ("data.pack", "from .index import Index\nimport numpy", 0),

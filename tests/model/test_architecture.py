@@ -91,7 +91,7 @@ def reference_forward(model, tokens, positions, images, qk_norm):
 
 
 @pytest.mark.parametrize(("scheme", "qk_norm"), [("sequential", False), ("shared", True), ("axial", False)])
-def test_the_model_computes_the_published_equations(scheme, qk_norm):
+def test_the_model_computes_the_published_equations_and_their_gradients(scheme, qk_norm):
     """On one document with a grid of patches of modality 1, and a row of them of modality 0."""
     settings = TRANSFORMER | {"norm_eps": EPS, "rope_theta": THETA, "qk_norm": qk_norm}
     model = small_model(num_text_tokens=16, dim_latent=(4, 6), positions=scheme, transformer=settings).double()
@@ -101,11 +101,12 @@ def test_the_model_computes_the_published_equations(scheme, qk_norm):
     x_t = [torch.randn(m.latents.shape, generator=generator, dtype=torch.float64) for m in batch.modalities]
     images = [(first, x, m.timesteps.item()) for first, x, m in zip((13, 4), x_t, batch.modalities, strict=True)]
     positions = [pair if scheme == "axial" else [pair] * 2 for pair in batch.positions.tolist()]
-    with torch.no_grad():
-        hidden = model.hidden(batch, x_t)
-        got = (model.head(hidden), model.prediction(hidden, batch, 0), model.prediction(hidden, batch, 1))
-        expected = reference_forward(model, batch.tokens, positions, images, qk_norm)
+    hidden = model.hidden(batch, x_t)
+    got = (model.head(hidden), model.prediction(hidden, batch, 0), model.prediction(hidden, batch, 1))
+    expected = reference_forward(model, batch.tokens, positions, images, qk_norm)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)  # rotary table and timesteps are fp32
+    slopes = [torch.autograd.grad(sum(x.square().mean() for x in xs), [*model.parameters()]) for xs in (got, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_start_with_their_standard_deviations():

@@ -95,15 +95,6 @@ def test_flow_noise_is_the_straight_line_and_its_target_the_slope_and_ddpm_predi
     assert DDPM.target(x_0, eps, torch.tensor(250.0)).tolist() == [-4.0, 3.0]
 
 
-@each_objective
-def test_each_patch_takes_the_noise_of_its_own_timestep(objective):
-    x_0, eps, t = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([[1.0], [400.0], [1000.0]])
-    together = objective.add_noise(x_0, eps, t)
-    assert together.dtype == torch.float32
-    for row in range(3):
-        torch.testing.assert_close(together[row], objective.add_noise(x_0[row], eps[row], t[row]))
-
-
 def oracle(objective, x_0, x_t, t):
     """Return what a perfect model predicts where x_0 is the only image there is."""
     if isinstance(objective, FlowMatching):

@@ -30,22 +30,17 @@ DOCUMENTS = [[ids(1, 2), A, ids(3), (1, B)], [C, ids(4, 5), (1, D)]]
 IN_ROWS = ([[A, B], [D, C]], [[(4, 3), (1, 10, 2)], [(1, 10, 2), (0, 2, 4)]])  # spans of a row in any order
 
 
-def test_documents_are_packed_with_their_special_tokens():
-    batch = packed(*DOCUMENTS)
-    assert batch.tokens.tolist() == ROWS.flatten().tolist()
-    assert batch.layout.document_offsets.tolist() == [0, 14, 28]
-    assert batch.layout.image_spans.tolist() == [[4, 3], [10, 2], [16, 4], [24, 2]]
-    assert torch.equal(batch.modalities[0].latents, torch.cat([A, C]))
-    assert torch.equal(batch.modalities[1].latents, torch.cat([B, D]))
-
-
 @pytest.mark.parametrize("ids_in_images", [0, -1])
-def test_rows_are_packed_as_documents_and_ids_in_their_images_are_ignored(ids_in_images):
+def test_documents_and_rows_of_one_content_are_one_batch_and_ids_in_images_are_ignored(ids_in_images):
     rows = ROWS.clone()
     rows[0, 4:7] = ids_in_images
     given = rows.clone()
     batch, expected = pack_rows(rows, *IN_ROWS, CONFIG, seeded()), packed(*DOCUMENTS)
     assert torch.equal(rows, given), "the caller keeps its tensor"
+    assert batch.tokens.tolist() == ROWS.flatten().tolist()
+    assert batch.layout.document_offsets.tolist() == [0, 14, 28]
+    assert batch.layout.image_spans.tolist() == [[4, 3], [10, 2], [16, 4], [24, 2]]
+    assert torch.equal(batch.modalities[0].latents, torch.cat([A, C]))
     for name in ("tokens", "labels", "positions", "supervised"):
         assert torch.equal(getattr(batch, name), getattr(expected, name))
     for one, other in zip(batch.modalities, expected.modalities, strict=True):

@@ -45,11 +45,6 @@ def batch_of(*documents, total_length=None, scheme="sequential"):
     return build_batch(laid, images, torch.arange(1.0, 1 + len(laid.start)), scheme, total_length)
 
 
-def test_special_tokens_follow_the_text_ids():
-    assert (VOCABULARY.bos, VOCABULARY.eos, VOCABULARY.boi(0), VOCABULARY.eoi(0)) == (10, 11, 12, 13)
-    assert (VOCABULARY.boi(1), VOCABULARY.eoi(1), VOCABULARY.size) == (14, 15, 16)
-
-
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [

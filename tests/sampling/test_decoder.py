@@ -226,13 +226,6 @@ def test_images_after_unequal_prompts_are_those_drawn_one_by_one(objective, moda
         torch.testing.assert_close(image, alone, **tolerance["fp32"])
 
 
-def test_text_after_unequal_prompts_is_that_decoded_one_by_one():
-    model = make()
-    at_once = produced_by(model, PROMPTS, max_text_tokens=6, max_images=0)
-    assert at_once == [produced_by(model, [prompt], max_text_tokens=6, max_images=0)[0] for prompt in PROMPTS]
-    assert len({str(text) for text in at_once}) > 1
-
-
 def test_what_was_sampled_can_be_a_prompt_and_a_training_document():
     model = chain({1: 2, 2: BOI1, EOI1: 3, 3: EOS})
     [document] = model.sample([[ids(1)]], grids=GRIDS, image=ONE_STEP, generator=seeded())
