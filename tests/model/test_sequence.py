@@ -10,14 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import laid_out
 
-from transfusion_fast.model.sequence import (
-    Vocabulary,
-    build_batch,
-    labels_of,
-    patch_mask,
-    positions_of,
-    precedes_text,
-)
+from transfusion_fast.model.sequence import Vocabulary, build_batch, labels_of, patch_mask, positions_of, precedes_text
 
 VOCABULARY = Vocabulary(num_text_tokens=10, num_modalities=2)
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
@@ -28,13 +21,8 @@ def described(documents, scheme, delimited=None):
     """Return tokens, labels, positions, and which images text follows."""
     laid = laid_out(documents, VOCABULARY, delimited)
     is_patch = patch_mask(laid)
-    arrays = (
-        laid.tokens,
-        labels_of(laid, is_patch),
-        positions_of(laid, is_patch, scheme),
-        precedes_text(laid, VOCABULARY),
-    )
-    return tuple(array.tolist() for array in arrays)
+    arrays = laid.tokens, labels_of(laid, is_patch), positions_of(laid, is_patch, scheme)
+    return *(array.tolist() for array in arrays), precedes_text(laid, VOCABULARY).tolist()
 
 
 def batch_of(*documents, total_length=None, scheme="sequential"):
@@ -52,11 +40,7 @@ def batch_of(*documents, total_length=None, scheme="sequential"):
         ("shared", [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 5, 6]),
         (
             "axial",
-            [
-                *([0, 0], [1, 1], [2, 2], [3, 3]),
-                *([4, 4], [4, 5], [4, 6], [5, 4], [5, 5], [5, 6]),
-                *([7, 7], [8, 8]),
-            ],
+            [*([0, 0], [1, 1], [2, 2], [3, 3]), *([4, 4], [4, 5], [4, 6], [5, 4], [5, 5], [5, 6]), *([7, 7], [8, 8])],
         ),
     ],
 )

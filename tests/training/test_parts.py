@@ -164,7 +164,6 @@ def test_an_error_of_one_rank_is_an_error_of_all_ranks() -> None:
     def fail(error: Exception) -> None:
         raise error
 
-    OneRank().together(lambda: None)
     with pytest.raises(InputError, match="of the first"):
         Second().together(lambda: None)
     for error in (InputError("its own"), OSError("its own")):
