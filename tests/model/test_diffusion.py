@@ -13,7 +13,6 @@ from transfusion_fast.model.diffusion import NUM_TIMESTEPS, OBJECTIVES, CosineDD
 DDPM = CosineDDPM()
 ALMOST_ONE = 1 - 2**-24  # the largest fp32 number that torch.rand gives
 uniforms = st.one_of(st.floats(0, ALMOST_ONE, width=32), st.sampled_from([0.0, 2**-24, ALMOST_ONE]))
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
 
 def fp64(*values):
@@ -107,7 +106,7 @@ def steps_back(objective, count):
     return pairwise(torch.linspace(objective.first_timestep(), 0, count + 1).tolist())
 
 
-@each_objective
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 @pytest.mark.parametrize("count", [1, 2, 50])
 def test_with_a_perfect_prediction_any_start_stays_on_the_path_of_its_noise_to_the_image(objective, count):
     torch.manual_seed(0)

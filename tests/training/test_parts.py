@@ -134,10 +134,11 @@ def test_the_progress_line_names_what_a_person_watches() -> None:
 
 def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:
     first = Config(data={"path": "a"}, deepspeed={"wall_clock_breakdown": True})
-    second = Config(data={"path": {"a": 1, "b": 2}, "caption_first": 0.5})
+    second = Config(data={"path": {"a": 1, "b": 2}, "cache": "c" * 80, "caption_first": 0.5})
     assert write_config(tmp_path, first) == write_config(tmp_path, first) == []
     assert write_config(tmp_path, second) == [
         "data.path a -> {'a': 1.0, 'b': 2.0}",
+        f"data.cache ~/.cache/transfusion_fast -> {'c' * 57}...",
         "data.caption_first 0.8 -> 0.5",
         "deepspeed.wall_clock_breakdown True -> None",
     ]
