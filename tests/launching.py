@@ -1,4 +1,4 @@
-"""Runs of the commands of train/ in processes of their own, small enough to take seconds."""
+"""Runs of train/pretrain.py in processes of their own, small enough to take seconds."""
 
 from __future__ import annotations
 
@@ -34,17 +34,9 @@ PRETRAIN = ROOT / "train" / "pretrain.py"
 DEFAULT_CONFIG = ROOT / "train" / "configs" / "digits.yaml"
 SMALL = (
     "model.transformer={dim: 32, depth: 2, heads: 2, ffn_dim: 64}",
-    "optimizer.lr=0.003",
-    "optimizer.warmup_steps=2",
-    "train.seed=3",
-    "train.precision=fp32",
-    "train.cpu_threads=1",
-    "train.steps=6",
-    "train.global_batch=4",
-    "train.micro_batch=1",
-    "train.log_every=1",
-    "train.checkpoint_every=2",
-    "train.keep_checkpoints=5",
+    "optimizer={lr: 0.003, warmup_steps: 2}",
+    "train={seed: 3, precision: fp32, cpu_threads: 1, steps: 6, global_batch: 4, micro_batch: 1, log_every: 1, "
+    "checkpoint_every: 2, keep_checkpoints: 5}",
 )
 
 Setup = Callable[[], None] | None
@@ -60,17 +52,16 @@ def small_config(data: Path | str, *overrides: str) -> Config:
     return load_config(DEFAULT_CONFIG, [*SMALL, f"data.path={data}", *overrides])
 
 
-def _become(script: Path, arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
-    """Run a script in this process as `python SCRIPT ARGUMENTS` would, printing to a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _become(arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
+    """Run train/pretrain.py in this process, printing to a file."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    sys.argv = [str(script), *arguments]
+    sys.argv = [str(PRETRAIN), *arguments]
     if setup is not None:
         setup()
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 
 @dataclass
@@ -95,7 +86,6 @@ class Launched:
         await_until(lambda: condition() or not all(p.is_alive() for p in self.processes))
         assert all(p.is_alive() for p in self.processes), "the run ended before that point"
         for process in self.processes:
-            assert process.pid is not None
             os.kill(process.pid, number)
 
 
@@ -114,17 +104,6 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _launch(script: Path, arguments: Sequence[str], environments: Sequence[dict[str, str]], setup: Setup) -> Launched:
-    descriptor, output = tempfile.mkstemp(suffix=".printed")
-    os.close(descriptor)
-    processes: list[BaseProcess] = []
-    for environment in environments:
-        arguments_of_process = (script, arguments, {**os.environ, **environment}, output, setup)
-        processes.append(_FORKSERVER.Process(target=_become, args=arguments_of_process))
-        processes[-1].start()
-    return Launched(processes, Path(output))
-
-
 def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     """Return `deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
@@ -132,14 +111,10 @@ def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     return [*launcher, "--master_port", free_port(), str(PRETRAIN), *arguments]
 
 
-def run_command(name: str, *arguments: object) -> tuple[int | None, str]:
-    """Run train/NAME.py to its end; return the exit code, and what was printed."""
-    codes, printed = _launch(ROOT / "train" / f"{name}.py", [*map(str, arguments)], [{}], None).wait()
-    return codes[0], printed
-
-
 def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> Launched:
     """Start the ranks of a run, as a launcher would, without waiting for them; `setup` runs in each rank first."""
+    descriptor, printed = tempfile.mkstemp(suffix=".printed")
+    os.close(descriptor)
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -147,8 +122,12 @@ def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Se
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(ranks),
     }
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return _launch(PRETRAIN, arguments, environments, setup)
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_FORKSERVER.Process(target=_become, args=(arguments, environment, printed, setup)))
+        processes[-1].start()
+    return Launched(processes, Path(printed))
 
 
 def train(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> str:
@@ -204,6 +183,10 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     """Return the logged rows of a run, without the times, which differ."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def weights_of(output: Path, step: int) -> bytes:
+    return (output / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
 
 
 def last_step(output: Path) -> int:

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from launching import last_step, metrics, refusal, spoil_second_backward, start, train
+from launching import last_step, metrics, refusal, spoil_second_backward, start, train, weights_of
 
 from transfusion_fast.training.run_folder import load_model, read_meta
-
-
-def weights_of(run: Path, step: int) -> bytes:
-    return (run / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
 
 
 def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weights_bit_for_bit(
