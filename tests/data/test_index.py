@@ -15,6 +15,7 @@ from shard_damage import GREY, assert_same_pack, small_pack
 
 from transfusion_fast.data.index import (
     INDEX_NAME,
+    Index,
     decode_index,
     parse_shard,
     read_index,
@@ -29,6 +30,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.inspect import build_index
 
 SCHEMA = schema_of(16, ByteTokenizer().describe(), (GREY,))
+SETTINGS = Index(16, ByteTokenizer().describe(), (GREY,), documents=0, tokens=0, shards=())
 NUM_PACKS = 7
 
 
@@ -37,7 +39,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=3):
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
     files = [write_shard(map(small_pack, own), folder, shard, SCHEMA).file for shard, own in enumerate(numbers)]
-    write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
+    write_index(folder, build_index(folder, files, SETTINGS))
     return folder
 
 
@@ -71,7 +73,7 @@ def assert_holds(pack, number):
 def test_an_index_is_read_as_it_was_written(folder):
     index = read_index(folder)
     files = [shard.file for shard in index.shards]
-    assert index == build_index(folder, files, 16, ByteTokenizer(), (GREY,))
+    assert index == build_index(folder, files, SETTINGS)
     assert index.pack_counts == [3, 3, 1]
     assert (index.num_packs, index.documents, index.tokens) == (7, 7, 7 * 9)
     assert index.waste == pytest.approx(1 - 9 / 16)
@@ -339,4 +341,4 @@ def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
     file = write_shard([small_pack(254)], tmp_path, 0, SCHEMA).file
-    assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))
+    assert "in 0..255" in refusal(build_index, tmp_path, [file], SETTINGS)

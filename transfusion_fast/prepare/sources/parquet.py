@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, optional_module
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Unit
 
 _ROWS_TOGETHER = 16  # few, as each row may be large once it is decompressed
 _MAX_GROUP_BYTES = 16 << 30
+_STRINGS = (
+    "string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary", "null",
+)  # fmt: skip
 
 
-def count_row_groups(path: Path, column: str) -> int:
-    """Return the number of row groups of a file; 1 for a damaged file, whose damage is reported when it is read.
+def row_groups(path: Path, column: str) -> list[Unit]:
+    """Return the row groups of a file; one for a damaged file, whose damage is reported when it is read.
 
     Raises:
         InputError: the column is missing, holds no strings, or a row group is larger than a process should read.
@@ -23,9 +26,9 @@ def count_row_groups(path: Path, column: str) -> int:
     try:
         with _parquet(path) as table:
             _check_column(table, path, column)
-            return table.num_row_groups
+            return [Unit(path, group, group + 1) for group in range(table.num_row_groups)]
     except Rejected:
-        return 1
+        return [Unit(path, 0, 1)]
 
 
 def read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected | None]]:
@@ -44,32 +47,25 @@ def read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected |
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
+    arrow, parquet = (optional_module(name, "data") for name in ("pyarrow", "pyarrow.parquet"))
     try:
         # A path may be taken for a URI, a stream may not. With other settings a whole row group is in memory.
-        with path.open("rb") as file, ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+        with path.open("rb") as file, parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             yield table
-    except (ArrowException, OSError, UnicodeDecodeError) as error:  # names in the schema need not be UTF-8
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names in the schema need not be UTF-8
         if getattr(error, "errno", None):  # the disk's fault, not the file's
             raise
         raise Rejected("file damaged", f"it cannot be read as Parquet ({' '.join(str(error).split()):.200})") from error
 
 
 def _check_column(table: Any, path: Path, name: str) -> None:
-    from pyarrow import types
-
     schema = table.schema_arrow
     if name not in schema.names:
         names = ", ".join(schema.names)
         raise InputError(f"column of {path} must be of {names}, got {name!r}; name one with --field")
     kind = schema.types[schema.names.index(name)]
-    values = kind.value_type if types.is_dictionary(kind) else kind
-    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
-    if not any(getattr(types, f"is_{test}")(values) for test in (*tests, "null")):
+    values = kind.value_type if str(kind).startswith("dictionary") else kind
+    if str(values).partition("[")[0] not in _STRINGS:
         raise InputError(f"column {name!r} of {path} must be of strings, got {kind}; name another with --field")
     for group in range(table.num_row_groups):
         # The size of all columns: to ask a damaged file for the size of one can end the process.

@@ -8,8 +8,8 @@ from typing import Any
 
 from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, kind_of, parse_json
-from transfusion_fast.prepare.sources.lines import JSON_LINES, line_entries, line_units
-from transfusion_fast.prepare.sources.parquet import count_row_groups, read_rows
+from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
+from transfusion_fast.prepare.sources.parquet import read_rows, row_groups
 
 FILES_TOGETHER = 256
 """A unit of .txt is at most so many consecutive files, by their numbers."""
@@ -27,30 +27,29 @@ class TextSource(Source):
         units: list[Unit] = []
         for number, file in enumerate(self.files):
             last = units[-1] if units else None
-            if kind_of(file) == ".parquet":
-                units += [Unit(file, group, group + 1) for group in range(count_row_groups(file, self.field))]
-            elif kind_of(file) != ".txt":
-                units += line_units(file)
-            elif last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
-                units[-1] = replace(last, end=number + 1)
-            else:
-                units.append(Unit(file, number, number + 1))
+            match kind_of(file):
+                case ".parquet":
+                    units += row_groups(file, self.field)
+                case ".txt":
+                    if last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
+                        units[-1] = replace(last, end=number + 1)
+                    else:
+                        units.append(Unit(file, number, number + 1))
+                case _:
+                    units += line_units(file)
         return units
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | Rejected | None]]:
         match kind_of(unit.path):
             case ".txt":
-                return self._text_files(unit)
+                for file in self.files[unit.start : unit.end]:
+                    too_large = file.stat().st_size > MAX_BYTES
+                    rejected = Rejected("file too large", f"more than {MAX_BYTES} bytes")
+                    yield str(file), rejected if too_large else file.read_bytes()
             case ".parquet":
-                return read_rows(unit, self.field)
-        return line_entries(unit)
-
-    def _text_files(self, unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
-        for file in self.files[unit.start : unit.end]:
-            if file.stat().st_size > MAX_BYTES:
-                yield str(file), Rejected("file too large", f"more than {MAX_BYTES} bytes")
-            else:
-                yield str(file), file.read_bytes()
+                yield from read_rows(unit, self.field)
+            case _:
+                yield from read_lines(unit)
 
     def parts(self, entry: bytes | None, unit: Unit) -> tuple[str]:
         value: Any = entry
@@ -61,20 +60,17 @@ class TextSource(Source):
                 case ".parquet":
                     value = decode_utf8(entry)
                 case _:
-                    value = self._field_of(parse_json(entry))
+                    value = parse_json(entry)
+        if isinstance(value, dict):
+            if self.field not in value:
+                names = ", ".join(list(value)[:8])
+                raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
+            value = value[self.field]
         if not isinstance(value, str):
             raise Rejected("no text", f"{self.field} is {type(value).__name__}")
         if not value.strip():
             raise Rejected("empty text", "")
         return (value,)
-
-    def _field_of(self, entry: Any) -> Any:
-        if not isinstance(entry, dict):
-            return entry
-        if self.field not in entry:
-            names = ", ".join(list(entry)[:8])
-            raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
-        return entry[self.field]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field}
