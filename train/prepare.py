@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,22 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, **defaults)
 
     help = "scikit-learn's 1797 handwritten digits, and sums in words"
-    add("digits", _built_in(lambda _: Digits(), 16), help, "out", "--seq-len", seq_len=512)
-    fashion, help = _built_in(lambda o: FashionMnist(o.source), 64), "70,000 pictures of clothes and their names"
+    digits = partial(_built_in, lambda _: Digits(), packs_per_shard=16)
+    add("digits", digits, help, "out", "--seq-len", seq_len=512)
+    fashion = partial(_built_in, lambda options: FashionMnist(options.source), packs_per_shard=64)
+    help = "70,000 pictures of clothes and their names"
     add("fashion-mnist", fashion, help, "out", "--seq-len", "--source", seq_len=2048)
+    stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
-    stories = _built_in(lambda o: Stories(FashionMnist(o.source)), 32)
     add("stories", stories, help, "out", "--seq-len", "--source")
     help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
     add("text", _text, help, *SOURCE, "--field")
     help = "captioned images: WebDataset tars of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption"
-    add("pairs", _pairs, help, *SOURCE, *IMAGES)
+    pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
+    add("pairs", pairs, help, *SOURCE, *IMAGES)
     content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
     help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
-    add("interleaved", _interleaved, help, *SOURCE, *IMAGES)
+    add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
     add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
@@ -158,13 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _built_in(make: Callable[[argparse.Namespace], BuiltIn], packs_per_shard: int) -> Callable[..., None]:
-    def run(options: argparse.Namespace) -> None:
-        data = make(options)
-        for split, built in prepare_splits(data, options.out, options.seq_len, packs_per_shard).items():
-            _print_built(options.out / split, built)
-
-    return run
+def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.Namespace, packs_per_shard: int) -> None:
+    for split, built in prepare_splits(make(options), options.out, options.seq_len, packs_per_shard).items():
+        _print_built(options.out / split, built)
 
 
 def _text(options: argparse.Namespace) -> None:
@@ -172,16 +172,8 @@ def _text(options: argparse.Namespace) -> None:
     _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split"))
 
 
-def _pairs(options: argparse.Namespace) -> None:
-    _images(options, PairsSource.of(options.files), "reject")  # a caption without its image is useless
-
-
-def _interleaved(options: argparse.Namespace) -> None:
-    _images(options, InterleavedSource.of(options.files), "split")
-
-
-def _images(options: argparse.Namespace, source: Source, long: Long) -> None:
-    size, patch, latents = options.image_size, options.patch_size, None
+def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
+    source, size, patch, latents = kind.of(options.files), options.image_size, options.patch_size, None
     if options.vae is None:
         if options.latents is not None or options.vae_batch is not None:
             raise InputError("--latents and --vae-batch must come with --vae, got none; give the autoencoder's folder")

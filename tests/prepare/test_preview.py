@@ -50,9 +50,8 @@ def picture(*arguments, **settings):
     ],
 )
 def test_order_and_drop_are_those_that_the_run_draws(tmp_path, settings, expected):
-    assert [
-        shape(pieces) for pieces in preview(tmp_path / "out", (CAT, ImageSegment(GRADIENT)), **settings)
-    ] == expected
+    documents = preview(tmp_path / "out", (CAT, ImageSegment(GRADIENT)), **settings)
+    assert [shape(pieces) for pieces in documents] == expected
 
 
 def test_an_image_is_shown_as_it_is_and_with_its_noise(tmp_path):

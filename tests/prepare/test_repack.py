@@ -37,10 +37,10 @@ def made(folder, documents, tokenizer=BPE, modalities=(), length=8192):
 def documents():
     """Texts with a picture of one of two kinds between them, of many lengths."""
     generator, made = np.random.default_rng(0), []
-    for number, words in enumerate(SENTENCES):
+    for number, text in enumerate(SENTENCES):
         shape = (4, 6, 3) if number % 2 else (3, 3, 1)
         image = ImageSegment(generator.integers(0, 256, shape, dtype=np.uint8), modality=1 - number % 2)
-        made.append((TextSegment(TOKENIZER.encode(words)), image, TextSegment(TOKENIZER.encode(words.upper()))))
+        made.append((TextSegment(TOKENIZER.encode(text)), image, TextSegment(TOKENIZER.encode(text.upper()))))
     return made
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from autoencoders import random_pixels, save_autoencoder
-from build_cases import make_tar
+from build_cases import make_pairs
 from image_files import png, saved
 from launching import metrics, train
 from PIL import Image
@@ -19,11 +19,9 @@ SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tar of captioned pictures, and autoencoders."""
-    folder, members = tmp_path_factory.mktemp("latents"), []
-    for i in range(24):
-        image = saved(Image.fromarray(random_pixels(20, 24, 3, seed=i)), "JPEG")
-        members += [(f"{i:03d}.jpg", image), (f"{i:03d}.txt", f"picture {i}".encode())]
-    make_tar(folder / "pairs.tar", members)
+    folder = tmp_path_factory.mktemp("latents")
+    images = [saved(Image.fromarray(random_pixels(20, 24, 3, seed=i)), "JPEG") for i in range(24)]
+    make_pairs(folder / "pairs.tar", {f"{i:03d}": (image, f"picture {i}") for i, image in enumerate(images)})
     save_autoencoder(folder / "vae")
     save_autoencoder(folder / "other", seed=1)
     return folder

@@ -2,14 +2,12 @@
 
 import json
 import os
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from build_cases import content, documents_in, make_tar, words
+from build_cases import documents_in, make_tar, words
 from fashion_files import write as write_fashion
 from image_files import png, saved
 from PIL import Image
@@ -65,19 +63,11 @@ def test_built_in_data_is_prepared_once(tmp_path, run, monkeypatch):
     assert "source.data fashion-mnist -> stories" in run("stories", tmp_path / "fashion-mnist", "--source", files)[2]
 
 
-def test_what_the_digits_command_cannot_use_is_one_line_each(tmp_path, run):
-    (tmp_path / "mine" / "train").mkdir(parents=True)
-    (tmp_path / "mine" / "train" / "notes.txt").write_text("mine")
-    before = content(tmp_path)
-    for arguments in (["mine"], ["mine/train/notes.txt"], ["out", "--seq-len", 4]):
-        assert run("digits", tmp_path / arguments[0], *arguments[1:])[0] == 2
-    assert content(tmp_path) == before
-
-
 def test_text_is_bytes_by_default_or_of_a_tokenizer_that_is_trained_or_given(stories, tmp_path, run):
-    code, out, err = run("text", stories, "--out", tmp_path / "bytes")
+    plain = tmp_path / os.fsdecode(b"\xff")  # a name that is no text
+    code, out, err = run("text", stories, "--out", plain)
     assert (code, err) == (0, "") and "12 documents" in out
-    assert read_index(tmp_path / "bytes").num_text_tokens == 256
+    assert read_index(plain).num_text_tokens == 256
     for said in ("written", "already there"):
         assert said in run("text", stories, "--out", tmp_path / "trained", "--train-bpe", 290)[1]
     index = read_index(tmp_path / "trained")
@@ -87,7 +77,7 @@ def test_text_is_bytes_by_default_or_of_a_tokenizer_that_is_trained_or_given(sto
     assert run("text", stories, "--out", tmp_path / "given", "--tokenizer", file)[0] == 0
     assert read_index(tmp_path / "given").tokenizer == read_tokenizer(file).describe() == index.tokenizer
     assert (tmp_path / "given" / "tokenizer.json").read_bytes() == file.read_bytes()
-    assert words(tmp_path / "bytes") == words(tmp_path / "trained") == words(tmp_path / "given") == STORIES
+    assert words(plain) == words(tmp_path / "trained") == words(tmp_path / "given") == STORIES
 
 
 def test_documents_that_are_left_out_or_split_are_counted_and_named(tmp_path, run):
@@ -143,28 +133,6 @@ def test_a_folder_is_not_made_where_links_of_its_source_lead(stories, tmp_path, 
     assert run("text", disk, "--out", partial / ".." / "other")[0] == 0
     disk.rename(partial)
     assert "must lie outside of the sources" in run("text", partial, "--out", disk)[2]
-
-
-@pytest.mark.parametrize("option", ["--out", "--tokenizer"])
-def test_no_url_is_taken_for_a_folder(stories, tmp_path, run, capsys, monkeypatch, option):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run("text", stories, "--out", tmp_path / "out", option, "s3://bucket/data")
-    assert ended.value.code == 2 and "must be local, got 's3://bucket/data'" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["stories.jsonl"]
-
-
-def test_many_small_files_become_a_folder_whose_name_is_no_text_with_few_files_open(tmp_path):
-    (tmp_path / "in").mkdir()
-    for number in range(150):
-        (tmp_path / "in" / f"{number}.jsonl").write_text(json.dumps(f"story {number}"))
-    out = tmp_path / os.fsdecode(b"\xff")
-    command = [sys.executable, prepare.__file__, "text", tmp_path / "in", "--out", out, "--processes", "1"]
-    printed = subprocess.run(
-        command, check=True, capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)),
-    ).stdout  # fmt: skip
-    assert b"150 documents" in printed and len(words(out)) == 150
 
 
 def test_pairs_become_images_with_a_tokenizer_of_their_captions_and_damage_is_named(tmp_path, run):

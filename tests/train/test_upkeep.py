@@ -134,10 +134,16 @@ def test_a_folder_without_an_index_gets_one_line_and_code_2(command, tmp_path, r
     assert err.startswith("prepare: ") and err.count("\n") == 1 and INDEX_NAME in err
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "index", "preview", "repack"])
-def test_commands_of_local_folders_take_no_url(command, capsys):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "info URL", "verify URL", "index URL", "preview URL", "repack URL --out x", "digits URL", "text URL --out x",
+        "text x --out URL", "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
+    ],
+)  # fmt: skip
+def test_no_url_is_taken_for_a_file_or_folder(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
-        prepare.main([command, "https://host/data"])
+        prepare.main(arguments.replace("URL", "https://host/data").split())
     assert ended.value.code == 2
     assert "files and folders must be local, got 'https://host/data'" in capsys.readouterr().err
 

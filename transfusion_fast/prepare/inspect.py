@@ -72,15 +72,8 @@ def read_shard(path: Path, settings: Index, expected: ShardInfo | None = None) -
     return found
 
 
-def _read_shards(
-    folder: Path, settings: Index, shards: Sequence[ShardInfo | str], processes: int
-) -> Iterator[FoundShard]:
-    """Yield what is found of each shard, in any order; those of an index are compared with their entries."""
-    with worker_pool((folder, replace(settings, shards=())), processes) as each:
-        yield from each(_read_one, shards)
-
-
 def _read_one(job: tuple[Path, Index], shard: ShardInfo | str) -> FoundShard:
+    """Read a shard of a folder; one of an index is compared with its entry."""
     folder, settings = job
     if isinstance(shard, str):
         return read_shard(folder / shard, settings)
@@ -93,10 +86,11 @@ def verify(folder: Path, index: Index, processes: int = 1) -> Iterator[list[str]
     Every byte of the shards is read: sizes, sha256 and crc32 are compared, tars parsed, packs decoded and validated.
     """
     documents, tokens, intact = 0, 0, True
-    for found in _read_shards(folder, index, index.shards, processes):
-        documents, tokens = documents + found.documents, tokens + found.tokens
-        intact = intact and not found.findings
-        yield found.findings
+    with worker_pool((folder, replace(index, shards=())), processes) as each:
+        for found in each(_read_one, index.shards):
+            documents, tokens = documents + found.documents, tokens + found.tokens
+            intact = intact and not found.findings
+            yield found.findings
     findings = []
     if intact and (documents, tokens) != (index.documents, index.tokens):
         findings.append(
@@ -153,12 +147,12 @@ def build_index(folder: Path, files: Sequence[str], settings: Index, processes: 
         InputError: a shard cannot be used, or is there twice.
     """
     shards, documents, tokens = [], 0, 0
-    read = _read_shards(folder, settings, files, processes)
-    for found in tqdm(read, "indexing", len(files), unit="shard", disable=None):
-        if found.info is None or found.findings:
-            raise InputError(found.findings[0])
-        shards.append(found.info)
-        documents, tokens = documents + found.documents, tokens + found.tokens
+    with worker_pool((folder, replace(settings, shards=())), processes) as each:
+        for found in tqdm(each(_read_one, files), "indexing", len(files), unit="shard", disable=None):
+            if found.info is None or found.findings:
+                raise InputError(found.findings[0])
+            shards.append(found.info)
+            documents, tokens = documents + found.documents, tokens + found.tokens
     shards.sort(key=lambda info: info.file)
     check_different(shards, str(folder))
     return replace(settings, documents=documents, tokens=tokens, shards=tuple(shards))

@@ -49,6 +49,7 @@ PIECES = (2, 3, 4)
 STORIES: dict[Split, int] = {"train": 20_000, "heldout": 1_000}
 _T = TypeVar("_T")
 _ARTICLES = {"trousers": "a pair of trousers", "ankle boot": "an ankle boot"}
+_SEED = 0
 _STREAM: dict[Split, int] = {"train": 0, "heldout": 1}
 
 
@@ -67,14 +68,12 @@ class Stories(BuiltIn):
     """Stories of each split, with pictures of the same split."""
 
     pictures: FashionMnist
-    seed: int = 0
-
     modality = MODALITY
     long = "split"
 
     def describe(self) -> dict[str, object]:
         words = [NAMES, OCCASIONS, OPENINGS, NAMED, GUESSED, CLOSINGS]
-        return {"data": "stories", "stories": STORIES, "seed": self.seed, "pieces": PIECES, "words": words}
+        return {"data": "stories", "stories": STORIES, "seed": _SEED, "pieces": PIECES, "words": words}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
         """Return texts and images in turn, beginning and ending with a text."""
@@ -91,7 +90,7 @@ class Stories(BuiltIn):
                 else:
                     yield ImageSegment(draws.of(by_class[part]))
 
-        return [tuple(segments(_Draws(self.seed, _STREAM[split], number))) for number in range(STORIES[split])]
+        return [tuple(segments(_Draws(_SEED, _STREAM[split], number))) for number in range(STORIES[split])]
 
 
 def _story(draws: _Draws) -> Iterator[str | int]:
