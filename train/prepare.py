@@ -117,7 +117,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--pack": {"type": int, "default": 0, "metavar": "N", "help": "number of the pack (default: %(default)s)"},
     "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
-    "--html": {"type": _local, "default": Path("preview.html"), "metavar": "HTML", "help": "(default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
 SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe")
@@ -128,11 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any):
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         for option in options:
-            command.add_argument("--out" if option == "--html" else option, **OPTIONS[option])
+            command.add_argument(option, **OPTIONS[option])
         command.set_defaults(run=run, **defaults)
+        return command
 
     help = "scikit-learn's 1797 handwritten digits, and sums in words"
     digits = partial(_built_in, lambda _: Digits(), packs_per_shard=16)
@@ -158,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     help = "rebuild index.json for the shards that are in a folder"
     add("index", _index, help, "folder", "--like", "--accept", "--processes")
     help = "a pack as a page of HTML: text and images as a model with the default settings sees them"
-    add("preview", _preview, help, "folder", "--pack", "--vae", "--epoch", "--seed", "--html")
+    view = add("preview", _preview, help, "folder", "--pack", "--vae", "--epoch", "--seed")
+    view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
     return parser
 
 

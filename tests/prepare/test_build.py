@@ -1,18 +1,14 @@
 """Data folders from sources: every good document, every bad one named, the same bytes for any number of processes."""
 
-import io
 import json
 import os
 import resource
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import webdataset as wds
-from build_cases import IMAGES, TOKENIZER, content, documents_in, make_pairs, text_recipe, words, words_of
-from image_files import picture, png_with_header, saved
-from PIL import Image
+from build_cases import IMAGES, content, documents_in, text_recipe, words, words_of
 
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
@@ -20,8 +16,6 @@ from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
-from transfusion_fast.prepare.images import ImageRule
-from transfusion_fast.prepare.sources.pairs import PairsSource
 
 
 def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path, recipe):
@@ -40,41 +34,6 @@ def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path,
     samples = list(wds.WebDataset(files, shardshuffle=False, empty_check=False))
     assert len(samples) == built.index.num_packs
     assert all({"tokens.npy", "segments.npy", "latents.npy"} <= sample.keys() for sample in samples)
-
-
-def test_images_of_every_kind_are_prepared_or_reported(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    rgb = Image.fromarray(picture(16, 16))
-    good = {
-        "cmyk": saved(rgb.convert("CMYK"), "JPEG"),
-        "sixteen bits": saved(Image.fromarray(picture(16, 16)[..., 0].astype(np.uint16) * 257), "PNG"),
-        "palette": saved(rgb.convert("P"), "PNG"),
-        "turned": saved(rgb, "JPEG", exif=exif),
-        "thin": saved(Image.new("RGB", (20_000, 1)), "PNG"),
-        "plain": saved(rgb, "WEBP"),
-    }
-    bad = {
-        "bomb": (saved(Image.new("L", (9000, 9000)), "PNG"), "image too large"),
-        "header": (png_with_header(100_000, 100_000), "image too large"),
-        "truncated": (saved(rgb, "JPEG")[:200], "image damaged"),
-        "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
-        "script": (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
-    }
-    files = good | {name: data for name, (data, _) in bad.items()}
-    source = PairsSource.of([make_pairs(tmp_path / "zoo.tar", {name: (data, name) for name, data in files.items()})])
-    built = build(Recipe(source, replace(IMAGES, image=ImageRule("crop", 16, 4))), tmp_path / "out")
-    assert built.rejected == Counter(reason for _, reason in bad.values())
-    found = {TOKENIZER.decode(text.ids): image.values for text, image in documents_in(tmp_path / "out")}
-    assert found.keys() == good.keys()
-    assert np.array_equal(found["sixteen bits"][..., 0], picture(16, 16)[..., 0]) and np.ptp(found["cmyk"]) > 100
-    assert np.array_equal(found["turned"], np.rot90(np.asarray(Image.open(io.BytesIO(good["turned"]))), -1))
-
-
-def test_the_number_of_processes_changes_no_byte(tmp_path, recipe):
-    for processes in (1, 3):
-        build(recipe, tmp_path / str(processes), processes)
-    assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
 def test_the_bytes_of_a_folder_do_not_change_between_versions(tmp_path):
@@ -111,12 +70,6 @@ def test_thousands_of_small_files_need_few_open_ones(tmp_path, kind, count, unit
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert words(tmp_path / "out") == sorted(f"file {n}" for n in range(count))
     assert not (tmp_path / "out" / "left_out.jsonl").exists()
-
-
-def test_a_document_that_becomes_two_is_counted_as_split(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 100)
-    built = build(text_recipe(tmp_path / "a.txt"), tmp_path / "out")
-    assert (built.cut, built.index.documents) == (1, 2)
 
 
 def test_what_cannot_be_built_makes_no_folder(tmp_path, recipe):

@@ -31,6 +31,7 @@ def test_pieces_fit_and_are_the_text(text, limit, first):
     [
         ("one two.", ["one two."]),
         ("aa bb.\n\ncccc.dd ee\nff gg", ["aa bb.\n\n", "cccc.dd ee\n", "ff gg"]),
+        ("aaaa\n\nbb\ncc dd", ["aaaa\n\n", "bb\ncc dd"]),
         ("aa bb\ncc. dd ee ff", ["aa bb\n", "cc. dd ee ff"]),
         ("aa bb? cc dd ee ff", ["aa bb? ", "cc dd ee ff"]),
         ('a "bb." cc dd ee ff', ['a "bb." ', "cc dd ee ff"]),
