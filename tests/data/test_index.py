@@ -10,7 +10,14 @@ import pytest
 from remote_cases import refusal, run_forked
 from shard_damage import GREY, assert_same_pack, change_table, small_pack
 
-from transfusion_fast.data.index import INDEX_NAME, decode_index, parse_shard, read_index, schema_of, write_index
+from transfusion_fast.data.index import (
+    INDEX_NAME,
+    Index,
+    decode_index,
+    read_index,
+    schema_of,
+    write_index,
+)
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import write_shard
@@ -18,6 +25,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.inspect import build_index
 
 SCHEMA = schema_of(16, ByteTokenizer().describe(), (GREY,))
+SETTINGS = Index(16, ByteTokenizer().describe(), (GREY,), documents=0, tokens=0, shards=())
 NUM_PACKS = 7
 
 
@@ -26,7 +34,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=3):
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
     files = [write_shard(map(small_pack, own), folder, shard, SCHEMA).file for shard, own in enumerate(numbers)]
-    write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
+    write_index(folder, build_index(folder, files, SETTINGS))
     return folder
 
 
@@ -69,7 +77,8 @@ def assert_holds(pack, number):
 
 def test_an_index_is_read_as_it_was_written_with_a_line_a_shard(folder):
     index = read_index(folder)
-    assert index == build_index(folder, [shard.file for shard in index.shards], 16, ByteTokenizer(), (GREY,))
+    files = [shard.file for shard in index.shards]
+    assert index == build_index(folder, files, SETTINGS)
     assert index.pack_counts == [3, 3, 1]
     assert (index.num_packs, index.documents, index.tokens) == (7, 7, 7 * 9)
     assert index.waste == pytest.approx(1 - 9 / 16)
@@ -218,13 +227,6 @@ def test_unknown_fields_of_an_index_are_ignored(folder, intact):
     assert read_index(folder) == read_index(intact)
 
 
-def test_a_single_shard_is_parsed_as_strictly_as_an_index(intact):
-    entry = json.loads((intact / INDEX_NAME).read_text())["shards"][1]
-    assert parse_shard(entry, "here") == read_index(intact).shards[1]
-    assert "packs in here must be a valid integer" in refusal(parse_shard, entry | {"packs": True}, "here")
-    assert "here must be an object, got []" in refusal(parse_shard, [], "here")
-
-
 def test_a_truncated_or_missing_shard_is_found_before_reading_and_while_reading(folder):
     reader, shard = PackReader(folder), folder / "shard-000001.tar"
     rule = f"shard {shard} must have {shard.stat().st_size} bytes as its index says, got 3000"
@@ -265,4 +267,4 @@ def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
     file = write_shard([small_pack(254)], tmp_path, 0, SCHEMA).file
-    assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))
+    assert "in 0..255" in refusal(build_index, tmp_path, [file], SETTINGS)

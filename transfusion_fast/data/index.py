@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +21,7 @@ from pydantic import Field, PositiveInt, TypeAdapter
 from transfusion_fast.data.folder import Folder, as_folder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
 from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo
-from transfusion_fast.data.tokenizer import Tokenizer, TokenizerDescription
+from transfusion_fast.data.tokenizer import TokenizerDescription
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import parse_json, write_atomically
 
@@ -88,16 +88,7 @@ class Index:
         return pack
 
 
-_HEADERS, _INDEXES, _SHARDS = TypeAdapter(_Header), TypeAdapter(Index), TypeAdapter(ShardInfo)
-
-
-@dataclass(frozen=True)
-class IndexedShard:
-    """A shard, and the documents and tokens in its packs."""
-
-    info: ShardInfo
-    documents: int
-    tokens: int
+_HEADERS, _INDEXES = TypeAdapter(_Header), TypeAdapter(Index)
 
 
 def schema_of(sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]) -> bytes:
@@ -121,20 +112,6 @@ def read_packs(path: Path, table: PackTable, index: Index) -> Iterator[Pack | In
                 yield index.decode(table, number, payload)
             except InputError as error:
                 yield error
-
-
-def make_index(
-    shards: Sequence[IndexedShard], sequence_length: int, tokenizer: Tokenizer, modalities: Sequence[ModalityInfo]
-) -> Index:
-    """Return the index of these shards, in their order."""
-    return Index(
-        sequence_length=sequence_length,
-        tokenizer=tokenizer.describe(),
-        modalities=tuple(modalities),
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        shards=tuple(shard.info for shard in shards),
-    )
 
 
 def file_sha256(path: Path) -> str:
@@ -176,11 +153,6 @@ def decode_index(content: bytes, where: str) -> Index:
     index = parse_json(_INDEXES, content, where, _REMEDY)
     check_different(index.shards, where)
     return index
-
-
-def parse_shard(entry: Mapping[str, object], where: str) -> ShardInfo:
-    """Return one shard of an index from its JSON object; raise InputError naming `where` if it is invalid."""
-    return parse_json(_SHARDS, json.dumps(entry).encode(), where, _REMEDY)
 
 
 def check_different(shards: Sequence[ShardInfo], where: str) -> None:
