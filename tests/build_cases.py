@@ -2,17 +2,21 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
-import webdataset as wds
+from image_files import saved
 from PIL import Image
 
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
+from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
@@ -25,32 +29,65 @@ IMAGES = Encoder(TOKENIZER, 64, (RGB,), ImageRule("native", 16, 4))
 PER_SHARD = 5
 
 
-def jpeg(seed):
-    generator = np.random.default_rng(seed)
-    file = io.BytesIO()
-    pixels = generator.integers(0, 256, (*generator.integers(8, 30, 2), 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+def make_tar(path, members, ending=True):
+    """Write a tar of (name, data)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        end = archive.offset
+    if not ending:
+        os.truncate(path, end)
+    return path
+
+
+def make_pairs(path, pairs, kind="jpg"):
+    """Write a tar of (image file, caption) by key."""
+    files = (((f"{key}.{kind}", image), (f"{key}.txt", caption.encode())) for key, (image, caption) in pairs.items())
+    return make_tar(path, itertools.chain.from_iterable(files))
 
 
 def write_tars(folder):
     """Three tars of 20 captioned pictures, of which one in each is broken."""
     for number in range(3):
-        with wds.TarWriter(str(folder / f"{number:05d}.tar")) as writer:
-            for i in range(20):
-                image = jpeg(100 * number + i)
-                broken = image[:80] if i == 7 else image
-                writer.write({"__key__": f"{number:05d}{i:04d}", "jpg": broken, "txt": f"picture {number} {i}"})
+        pairs = {}
+        for i in range(20):
+            generator = np.random.default_rng(100 * number + i)
+            pixels = generator.integers(0, 256, (*generator.integers(8, 30, 2), 3), dtype=np.uint8)
+            image = saved(Image.fromarray(pixels), "JPEG")
+            pairs[f"{number:05d}{i:04d}"] = image[:80] if i == 7 else image, f"picture {number} {i}"
+        make_pairs(folder / f"{number:05d}.tar", pairs)
     return folder
-
-
-def recipe_of(tars):
-    return Recipe(PairsSource.of([tars]), IMAGES, packs_per_shard=PER_SHARD)
 
 
 def texts(path, name, count=50):
     path.write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)))
-    return Recipe(TextSource.of([path]), Encoder(TOKENIZER, 64), packs_per_shard=PER_SHARD)
+    return text_recipe(path, packs_per_shard=PER_SHARD)
+
+
+def text_recipe(path, length=64, **settings):
+    return Recipe(TextSource.of([path]), Encoder(TOKENIZER, length), **settings)
+
+
+def found_in(source):
+    """Every document and rejection."""
+    found = [entry for unit in source.units() for entry in source.documents(unit)]
+    assert all("\n" not in str(entry) for entry in found if isinstance(entry, Rejected))
+    return found
+
+
+def read(source):
+    """(parts of every document, reasons of what was rejected)."""
+    found = found_in(source)
+    documents = [entry.parts for entry in found if not isinstance(entry, Rejected)]
+    return documents, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
+
+
+def texts_of(paths, **options):
+    """(texts, reasons of what was rejected)."""
+    documents, rejected = read(TextSource.of(paths, **options))
+    return [text for (text,) in documents], rejected
 
 
 def content(folder):
@@ -64,11 +101,15 @@ def documents_in(folder):
     return [d for number in range(len(reader)) for d in reader.read(number).documents(reader.index.modalities)]
 
 
+def words_of(document, tokenizer=TOKENIZER):
+    """The texts of a document."""
+    return "".join(tokenizer.decode(segment.ids) for segment in document if isinstance(segment, TextSegment))
+
+
 def words(folder):
     """The text of each document, sorted."""
     tokenizer = load_tokenizer(PackReader(folder).index.tokenizer, folder)
-    found = ([s.ids for s in document if isinstance(s, TextSegment)] for document in documents_in(folder))
-    return sorted("".join(map(tokenizer.decode, ids)) for ids in found)
+    return sorted(words_of(document, tokenizer) for document in documents_in(folder))
 
 
 def fingerprint(document):
@@ -99,22 +140,5 @@ def path_of(descriptor):
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def record_disk(monkeypatch):
-    """Record each fsync as ("sync", inode) and each rename as ("rename", inode, new name), in order."""
-    events, fsync = [], os.fsync
-
-    def synced(descriptor):
-        events.append(("sync", os.fstat(descriptor).st_ino))
-        fsync(descriptor)
-
-    def renamed(rename):
-        def call(old, new):
-            events.append(("rename", os.stat(old).st_ino, os.path.basename(new)))
-            rename(old, new)
-
-        return call
-
-    monkeypatch.setattr("os.fsync", synced)
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(f"os.{name}", renamed(getattr(os, name)))
-    return events
+def pairs_recipe(*tars):
+    return Recipe(PairsSource.of(tars), IMAGES, packs_per_shard=PER_SHARD)

@@ -1,6 +1,11 @@
-"""What every test shares: one thread, so that sums round alike, and the same examples in every run."""
+"""What every test shares: one thread, so that sums round alike, the same examples in every run, and the commands."""
 
 import os
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 # Before torch is imported, and inherited by the ranks that tests start: the number of threads changes the order of
 # sums, and with it the sixth digit.
@@ -29,3 +34,19 @@ def tolerance():
 def on_the_cpu(monkeypatch):
     """As on a machine without a GPU, whose bits differ."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Return a function that runs train/NAME.py and returns (exit code, standard output, standard error)."""
+
+    def run_command(name: str, *arguments: object) -> tuple[int, str, str]:
+        script = str(Path(__file__).resolve().parents[1] / "train" / f"{name}.py")
+        out, err = (TextIOWrapper(BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(script, run_name="__main__")
+        return int(ended.value.code or 0), *(stream.buffer.getvalue().decode() for stream in (out, err))
+
+    return run_command

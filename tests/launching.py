@@ -1,4 +1,4 @@
-"""Runs of the commands of train/ in processes of their own, small enough to take seconds."""
+"""Runs of train/pretrain.py in processes of their own, small enough to take seconds."""
 
 from __future__ import annotations
 
@@ -36,18 +36,9 @@ PRETRAIN = ROOT / "train" / "pretrain.py"
 DEFAULT_CONFIG = ROOT / "train" / "configs" / "digits.yaml"
 SMALL = (
     "model.transformer={dim: 32, depth: 2, heads: 2, ffn_dim: 64}",
-    "optimizer.lr=0.003",
-    "optimizer.warmup_steps=2",
-    "train.seed=3",
-    "train.precision=fp32",
-    "train.cpu_threads=1",
-    "train.steps=6",
-    "train.global_batch=4",
-    "train.micro_batch=1",
-    "train.log_every=1",
-    "train.checkpoint_every=2",
-    "train.keep_checkpoints=5",
-    "train.heartbeat=30",
+    "optimizer={lr: 0.003, warmup_steps: 2}",
+    "train={seed: 3, precision: fp32, cpu_threads: 1, steps: 6, global_batch: 4, micro_batch: 1, log_every: 1, "
+    "checkpoint_every: 2, keep_checkpoints: 5, heartbeat: 30}",
 )
 
 Setup = Callable[[], None] | None
@@ -63,17 +54,16 @@ def small_config(data: Path | str, *overrides: str) -> Config:
     return load_config(DEFAULT_CONFIG, [*SMALL, f"data.path={data}", *overrides])
 
 
-def _become(script: Path, arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
-    """Run a script in this process as `python SCRIPT ARGUMENTS` would, printing to a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def _become(arguments: Sequence[str], environment: dict[str, str], output: str, setup: Setup) -> None:
+    """Run train/pretrain.py in this process, printing to a file."""
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    sys.argv = [str(script), *arguments]
+    sys.argv = [str(PRETRAIN), *arguments]
     if setup is not None:
         setup()
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 
 @dataclass
@@ -107,7 +97,6 @@ class Launched:
         await_until(lambda: condition() or not all(p.is_alive() for p in self.processes))
         assert all(p.is_alive() for p in self.processes), "the run ended before that point"
         for process in self.processes:
-            assert process.pid is not None
             os.kill(process.pid, number)
 
 
@@ -126,17 +115,6 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _launch(script: Path, arguments: Sequence[str], environments: Sequence[dict[str, str]], setup: Setup) -> Launched:
-    descriptor, output = tempfile.mkstemp(suffix=".printed")
-    os.close(descriptor)
-    processes: list[BaseProcess] = []
-    for environment in environments:
-        arguments_of_process = (script, arguments, {**os.environ, **environment}, output, setup)
-        processes.append(_FORKSERVER.Process(target=_become, args=arguments_of_process))
-        processes[-1].start()
-    return Launched(processes, Path(output))
-
-
 def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     """Return `deepspeed --num_gpus 2 train/pretrain.py ...` with the small settings."""
     launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
@@ -144,14 +122,10 @@ def deepspeed_command(data: Path, output: Path, *overrides: str) -> list[str]:
     return [*launcher, "--master_port", free_port(), str(PRETRAIN), *arguments]
 
 
-def run_command(name: str, *arguments: object) -> tuple[int | None, str]:
-    """Run train/NAME.py to its end; return the exit code, and what was printed."""
-    codes, printed = _launch(ROOT / "train" / f"{name}.py", [*map(str, arguments)], [{}], None).wait()
-    return codes[0], printed
-
-
 def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> Launched:
     """Start the ranks of a run, as a launcher would, without waiting for them; `setup` runs in each rank first."""
+    descriptor, printed = tempfile.mkstemp(suffix=".printed")
+    os.close(descriptor)
     arguments = [*SMALL, f"data.path={data}", f"train.output={output}", *overrides]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -159,8 +133,12 @@ def start(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Se
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(ranks),
     }
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return _launch(PRETRAIN, arguments, environments, setup)
+    processes: list[BaseProcess] = []
+    for rank in range(ranks):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(_FORKSERVER.Process(target=_become, args=(arguments, environment, printed, setup)))
+        processes[-1].start()
+    return Launched(processes, Path(printed))
 
 
 def train(ranks: int, data: Path | str, output: Path, *overrides: str, setup: Setup = None) -> str:
@@ -251,11 +229,7 @@ def state_of(output: Path, step: int) -> dict[str, bytes]:
 
 def assert_same_course(one: list[dict], other: list[dict], relative: float = 2e-5) -> None:
     """Compare the rows of two runs."""
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=relative), (a["step"], name)
+    assert one and one == [pytest.approx(row, rel=relative) for row in other]
 
 
 def last_step(output: Path) -> int:

@@ -13,4 +13,6 @@ def slowly(job, task):
 
 
 def refuse(job, task):
+    """Fail at once for task 0; take a minute for others."""
+    time.sleep(60 if task else 0)
     raise InputError(f"refused {task}")

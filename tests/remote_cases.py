@@ -11,7 +11,6 @@ from fsspec.implementations.local import LocalFileSystem
 from shard_damage import GREY, assert_same_pack
 
 from transfusion_fast.data.folder import Folder, ShardCache, as_folder
-from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import train_bpe
@@ -50,23 +49,6 @@ def intercept_fetches(patch: pytest.MonkeyPatch, fetch: Callable[[str, Callable[
     patch.setattr(LocalFileSystem, "open", opened)
 
 
-def log_fetches(log: Path, patch: pytest.MonkeyPatch) -> Path:
-    """Append to `log` the name of every shard that any process opens at its file:// URL, a line each."""
-    log.touch()
-
-    def logged(name, really_open):
-        with log.open("a") as lines:
-            lines.write(f"{name}\n")
-        return really_open()
-
-    intercept_fetches(patch, logged)
-    return log
-
-
-def lines_of(log: Path) -> list[str]:
-    return log.read_text().split()
-
-
 def run_forked(*actions: Callable[[], None], timeout: float = 60) -> None:
     """Run each action in a forked process, all at once; fail if one fails or hangs."""
     processes = [FORK.Process(target=action, daemon=True) for action in actions]
@@ -93,8 +75,3 @@ def assert_reads(reader: PackReader, source: Path, numbers=None) -> None:
     local = PackReader(source)
     for number in range(len(local)) if numbers is None else numbers:
         assert_same_pack(reader.read(number), local.read(number))
-
-
-def shard_bytes(folder: Path) -> int:
-    (size,) = {shard.bytes for shard in parse_index(folder).shards}
-    return size

@@ -1,23 +1,20 @@
 """README.md, CONTRIBUTING.md and docs/: commands run, links lead somewhere, named files, settings and options exist."""
 
 import argparse
-import ast
-import functools
 import glob
-import io
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+import webdataset as wds
 import yaml
+from image_files import picture, saved
 from launching import train
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -27,12 +24,11 @@ from transfusion_fast.config import Config, load_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
-SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "train").glob("*.py")}
-LIBRARY = "".join(
-    path.read_text(encoding="utf-8")
-    for folder in ("kernels", "transfusion_fast", "train", "benchmarks")
-    for path in (ROOT / folder).rglob("*.py")
+LIBRARY, COMMAND_LINES = (
+    "".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train",))
 )
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Commands that are parsed and not run, with the reason.
 NOT_RUN = {
@@ -48,61 +44,36 @@ SHORTER = {
     "plot.py": ["--steps", "2"],
     "prepare.py": ["--processes", "1"],  # of the subcommands that have it
 }
+UNDERSTOOD = 99  # exit code of a command that was parsed only
 
 
 def blocks(page: str, language: str) -> list[str]:
     """Return the fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return [block for found, block in FENCED.findall(TEXTS[page]) if found == language]
 
 
 def spans(page: str) -> list[str]:
     """Return the inline code of a page."""
-    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", prose)
+    return re.findall(r"`([^`\n]+)`", FENCED.sub("", TEXTS[page]))
 
 
-def commands() -> list[str]:
-    """Return every command line of the fenced blocks, without its comment."""
-    lines = [line for page in TEXTS for block in blocks(page, "sh") for line in block.splitlines()]
-    return list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in lines if line.strip()))
+LINES = [line for page in TEXTS for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+COMMANDS = list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in LINES))
+INLINE = [s for page in TEXTS for s in spans(page) if re.match(r"(make|python|deepspeed|pip|\.venv/bin/pytest) ", s)]
 
 
-def inline_commands() -> list[str]:
-    """Return every command line in prose; words in capitals stand for something."""
-    found = [span for page in TEXTS for span in spans(page)]
-    return list(
-        dict.fromkeys(span for span in found if re.match(r"(make|python|deepspeed|pip|\.venv/bin/pytest) ", span))
-    )
-
-
-class Parsed(Exception):
-    """The arguments of a script were understood."""
-
-
-def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run train/X.py in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
-def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_parses(line: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand a command to the parser of its program, which exits where it does not understand it."""
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(line)
     if program == "make":
-        assert {word for word in words if "=" not in word} <= targets(), command
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words if "=" not in word} <= {*targets}, line
     elif program == "python":
         parse = argparse.ArgumentParser.parse_args
-
-        def parse_only(*arguments: object, **settings: object) -> None:
-            parse(*arguments, **settings)
-            raise Parsed
-
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
-        with pytest.raises(Parsed):
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        parsed_only = "argparse.ArgumentParser.parse_args"
+        monkeypatch.setattr(parsed_only, lambda *given, **settings: (parse(*given, **settings), sys.exit(UNDERSTOOD)))
+        code, _, err = command(Path(words[0]).stem, *words[1:])
+        assert code == UNDERSTOOD, err
     elif program == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
@@ -111,36 +82,17 @@ def check_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         path, *overrides = launched.user_args
         load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
     elif program == "pip":
-        named = [extra for word in words for group in re.findall(r"\[(.+)\]", word) for extra in group.split(",")]
-        assert set(named) <= extras().keys(), command
+        setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+        extras = [extra for group in re.findall(r"\[(.+)\]", line) for extra in group.split(",")]
+        assert all(f'"{extra}": [' in setup for extra in extras), line
     elif program == ".venv/bin/pytest":
         assert all((ROOT / word).exists() for word in words)
     else:
-        assert command in NOT_RUN, f"no check for {command}"
-
-
-def targets() -> set[str]:
-    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-
-
-@functools.cache
-def packaging() -> dict[str, object]:
-    """Return what setup.py gives to setup(), as far as it is literal."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-
-
-def packages(requirements: list[str]) -> set[str]:
-    return {re.split("[>=<]", requirement)[0] for requirement in requirements}
-
-
-def extras() -> dict[str, set[str]]:
-    return {name: packages(requirements) for name, requirements in packaging()["extras_require"].items()}
+        assert line in NOT_RUN, f"no check for {line}"
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Path:
     """A folder with small sources under the names that the pages use, and a short run on the digits."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("corpus", "laion", "articles"):
@@ -149,68 +101,55 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     words = Tokenizer(models.WordLevel({"once": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(folder / "tokenizer.json"))
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(file, "PNG")
-    with tarfile.open(folder / "laion" / "00000.tar", "w") as tar:
+    png = saved(Image.fromarray(picture(64, 80)), "PNG")
+    with wds.TarWriter(str(folder / "laion" / "00000.tar")) as tar:
         for key in range(50):  # several packs
-            for suffix, content in (("png", file.getvalue()), ("txt", b"a cat")):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    (folder / "articles" / "cat.png").write_bytes(file.getvalue())
+            tar.write({"__key__": str(key), "png": png, "txt": "a cat"})
+    (folder / "articles" / "cat.png").write_bytes(png)
     (folder / "articles" / "a.jsonl").write_text(json.dumps({"content": ["a cat", {"image": "cat.png"}]}))
-    (folder / "picture.png").write_bytes(file.getvalue())
+    (folder / "picture.png").write_bytes(png)
     [block] = blocks("docs/train.md", "yaml")
     (folder / "config.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert run_script(["train/prepare.py", "digits", "data/digits"], patch) == 0
-        train(1, folder / "data/digits/train", folder / "runs/digits", "train.steps=2", "train.log_every=2")
-    yield folder
+        assert command("prepare", "digits", "data/digits")[0] == 0
+    train(1, folder / "data/digits/train", folder / "runs/digits", "train.steps=2", "train.log_every=2")
+    return folder
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("line", dict.fromkeys([*COMMANDS, *INLINE]))
 def test_a_command_parses_and_runs_where_it_takes_seconds(
-    command: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    line: str, workspace: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Commands run in the order of the pages, as some need the folders of those before them."""
+    """Commands run in the order of the pages, as some need the folders of those before them; those in prose do not."""
     monkeypatch.chdir(workspace)
-    if any(command.startswith(beginning) for beginning in NOT_RUN):
-        check_parses(command, monkeypatch)
+    if line not in COMMANDS or any(line.startswith(beginning) for beginning in NOT_RUN):
+        check_parses(line, command, monkeypatch)
         return
-    program, *words = shlex.split(command)
-    assert program == "python", f"no check for {command}"
+    program, *words = shlex.split(line)
+    assert program == "python", f"no check for {line}"
     script, *words = [found for word in words for found in (sorted(glob.glob(word)) or [word])]
     shorter = [] if words[0] in ("digits", "preview", "info") else SHORTER[Path(script).name]
-    assert run_script([script, *words, *shorter], monkeypatch) == 0
-
-
-@pytest.mark.parametrize("command", inline_commands())
-def test_a_command_in_prose_parses(command: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workspace)
-    check_parses(command, monkeypatch)
+    code, _, err = command(Path(script).stem, *words, *shorter)
+    assert code == 0, err
 
 
 def test_every_reason_not_to_run_a_command_concerns_one() -> None:
-    assert [beginning for beginning in NOT_RUN if not any(c.startswith(beginning) for c in commands())] == []
+    assert [beginning for beginning in NOT_RUN if not any(c.startswith(beginning) for c in COMMANDS)] == []
 
 
-@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
-def test_python_blocks_run(page: str) -> None:
+@pytest.mark.parametrize("page", TEXTS)
+def test_python_blocks_run_and_yaml_blocks_are_configs(page: str) -> None:
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), names)
-
-
-@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "yaml")])
-def test_yaml_blocks_are_configs(page: str) -> None:
     for block in blocks(page, "yaml"):
         Config.model_validate(yaml.safe_load(block))
 
 
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -225,38 +164,23 @@ def test_relative_links_and_anchors_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_files_settings_and_options_that_a_page_names_exist(page: str) -> None:
+def test_files_settings_options_and_functions_that_a_page_names_exist(page: str) -> None:
     roots = (ROOT, ROOT / "transfusion_fast", ROOT / "transfusion_fast" / "prepare", ROOT / "train")
-    known = set(re.findall(r'"(--[a-z-]+)"', "".join(SCRIPTS.values()))) | {"--num_gpus", "--help"}
+    options = {*re.findall(r'"(--[a-z-]+)"', COMMAND_LINES), "--num_gpus", "--help"}
     for span in spans(page):
-        if re.fullmatch(r"[\w./]+\.py", span) and "NAME" not in span:
-            found = [root for root in roots if (root / span).exists()]
-            assert found or "/" not in span, f"{page} names {span}"
+        if re.fullmatch(r"[\w./]+\.py", span) and "NAME" not in span and "/" in span:
+            assert any((root / span).exists() for root in roots), f"{page} names {span}"
         if setting := re.match(r"(model|data|optimizer|train)\.(\w+)(?:=|$)", span):
-            section = Config.model_fields[setting[1]].annotation
-            assert setting[2] in section.model_fields or setting[2] in ("json", "sample"), f"{page} names {span}"
-        assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= known, f"{page} names {span}"
-
-
-@pytest.mark.parametrize("page", TEXTS)
-def test_classes_and_functions_that_a_page_names_exist(page: str) -> None:
-    for span in spans(page):
+            known = {*Config.model_fields[setting[1]].annotation.model_fields, "json", "sample"}
+            assert setting[2] in known, f"{page} names {span}"
+        assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= options, f"{page} names {span}"
         name = span.partition("(")[0].rpartition(".")[2]
         if re.fullmatch(r"[A-Z][a-z]\w+|[a-z]+_[a-z_]+", name):
             assert re.search(rf"\b{name}\b", LIBRARY), f"{page} names {span}"
 
 
-def test_extras_hold_what_only_some_users_need() -> None:
-    needed, optional = packages(packaging()["install_requires"]), extras()
-    assert optional["gpu"] == {"triton"}  # which has wheels: nothing compiles
-    assert optional["flash-attn"] == {"flash-attn"}
-    for name in ("examples", "data", "vae", "bench"):
-        assert optional[name] <= optional["test"], f"tests use the extra {name}"
-    assert not needed & set().union(*optional.values())
-
-
 def test_the_library_and_its_commands_need_no_optional_package(workspace: Path) -> None:
-    script = """
+    script = f"""
 import runpy, sys
 for name in ("matplotlib", "sklearn", "pandas", "tokenizers", "pyarrow", "diffusers", "triton"):
     sys.modules[name] = None
@@ -264,15 +188,13 @@ import transfusion_fast
 transfusion_fast.Transfusion
 for arguments in (["pretrain", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["plot", "--help"],
                   ["prepare", "digits", "new"], ["sample", "nowhere", "--prompt", "one"], ["plot", "runs/digits"]):
-    sys.argv = [f"train/{arguments[0]}.py", *arguments[1:]]
+    sys.argv = [f"train/{{arguments[0]}}.py", *arguments[1:]]
     try:
-        runpy.run_path(f"{ROOT}/train/{arguments[0]}.py", run_name="__main__")
+        runpy.run_path(f"{ROOT}/train/{{arguments[0]}}.py", run_name="__main__")
     except SystemExit as ended:
         print(" ".join(arguments), ended.code or 0, file=sys.stderr)
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", script.replace("{ROOT}", str(ROOT))], cwd=workspace, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=workspace, capture_output=True, text=True)
     assert ran.stderr.splitlines() == [
         "pretrain --help 0",
         "sample --help 0",

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Built, Recipe, build, train_tokenizer
-from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
@@ -57,81 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_built_in_commands(commands)
-    text = commands.add_parser("text", help="text: JSON lines, plain text files, Parquet")
-    _add_files(text, ".jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)")
-    text.add_argument("--field", default="text", help="field of JSON lines, column of Parquet (default: %(default)s)")
-    text.set_defaults(run=_text)
-    pairs = commands.add_parser("pairs", help="captioned images: WebDataset tars as img2dataset writes them")
-    _add_files(pairs, ".tar, of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption")
-    _add_images(pairs)
-    # A caption without its image is useless, so pairs are not split.
-    pairs.set_defaults(run=lambda options: _images(options, PairsSource.of(options.files)), long="reject")
-    interleaved = commands.add_parser("interleaved", help="texts and images in turn: JSON lines beside their images")
-    content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
-    _add_files(interleaved, f".jsonl (also .gz, .zst), a line a document: {content}")
-    _add_images(interleaved)
-    interleaved.set_defaults(run=lambda options: _images(options, InterleavedSource.of(options.files)))
-    repack = commands.add_parser("repack", help="the documents of a data folder in packs of another length")
-    repack.add_argument("folder", type=_local, metavar="FOLDER", help="data folder; stays as it is")
-    _add_packing(repack)
-    repack.set_defaults(run=_repack, long=None, train_bpe=None)
-    _add_inspection(commands)
-    return parser
-
-
-def _add_built_in_commands(commands: Any) -> None:
-    def add(name: str, make: Callable[[argparse.Namespace], BuiltIn], length: int, packs: int, help: str) -> None:
-        command = commands.add_parser(name, help=help)
-        command.add_argument("out", type=_local, metavar="OUT", help="folder to make; gets train/ and heldout/")
-        command.add_argument("--seq-len", type=int, default=length, help="positions of a pack (default: %(default)s)")
-        command.set_defaults(run=_built_in, make=make, packs_per_shard=packs)
-        if name != "digits":
-            command.add_argument(
-                "--source", default=DEBIAN if shutil.which("apt-get") else WEB, metavar=f"{DEBIAN}|{WEB}|PATH",
-                help=f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a "
-                "folder of the files, or a .deb (default here: %(default)s)",
-            )  # fmt: skip
-
-    add("digits", lambda _: Digits(), 512, 16, "scikit-learn's 1797 handwritten digits, and sums in words")
-    add("fashion-mnist", lambda o: FashionMnist(o.source), 2048, 64, "70,000 pictures of clothes and their names")
-    help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
-    add("stories", lambda o: Stories(FashionMnist(o.source)), 4096, 32, help)
-
-
-def _add_inspection(commands: Any) -> None:
-    checks = commands.add_parser("verify", help="compare every byte of a data folder with its index")
-    checks.set_defaults(run=_verify)
-    info = commands.add_parser("info", help="print what a data folder holds, and the waste at other pack lengths")
-    info.add_argument("--picture", type=_local, metavar="PNG", help="draw the lengths of its documents")
-    info.set_defaults(run=_info)
-    index = commands.add_parser("index", help="rebuild index.json for the shards that are in a folder")
-    index.add_argument(
-        "--like", type=_local, metavar="OTHER",
-        help="data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
-    )  # fmt: skip
-    index.add_argument("--accept", action="store_true", help="accept shards that differ from the old index")
-    index.set_defaults(run=_index)
-    view = commands.add_parser(
-        "preview", help="a pack as a page of HTML: text and images as a model with the default settings sees them"
-    )
-    view.add_argument("--pack", type=int, default=0, metavar="N", help="number of the pack (default: %(default)s)")
-    view.add_argument("--vae", type=_local, metavar="FOLDER", help="show latents as this autoencoder decodes them")
-    view.add_argument(
-        "--epoch", type=int, default=0, help="epoch whose order and noise are shown (default: %(default)s)"
-    )
-    view.add_argument("--seed", type=int, default=0, help="train.seed of the run (default: %(default)s)")
-    view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
-    view.set_defaults(run=_preview)
-    for command in (checks, info, index, view):
-        command.add_argument("folder", type=_local, metavar="FOLDER", help="data folder, local")
-    for command in (checks, index):
-        _add_processes(command)
-
-
 def _local(text: str) -> Path:
     """Return a local path; Path would silently drop one of the slashes of a URL."""
     if "://" in text:
@@ -139,79 +65,130 @@ def _local(text: str) -> Path:
     return Path(text)
 
 
-def _add_files(parser: argparse.ArgumentParser, kinds: str) -> None:
-    parser.add_argument("files", type=_local, nargs="+", metavar="FILE", help=f"files, or folders of them: {kinds}")
-    _add_packing(parser)
-    parser.add_argument("--tokenizer", type=_local, metavar="JSON", help="a tokenizer.json (default: bytes)")
-    parser.add_argument("--train-bpe", type=int, metavar="VOCAB", help="train a tokenizer on these texts")
-
-
-def _add_packing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=_local, required=True, metavar="OUT", help="folder to make; run again to resume")
-    parser.add_argument("--seq-len", type=int, default=4096, help="positions of a pack (default: %(default)s)")
-    parser.add_argument(
-        "--long", choices=("split", "reject"), default="split",
-        help="split documents longer than a pack where a reader pauses, or leave them out (default: split; for pairs "
-        "reject; for repack the setting of FOLDER)",
-    )  # fmt: skip
-    parser.add_argument("--packs-per-shard", type=int, default=PACKS_PER_SHARD, help="(default: %(default)s)")
-    _add_processes(parser)
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="(default: every core)")
-
-
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-size", type=int, default=256, help="side of an image in pixels (default: %(default)s)")
-    parser.add_argument(
-        "--patch-size", type=int, help="side of a patch: in pixels (default: 16), with --vae in latents (default: 2)"
-    )
-    parser.add_argument(
-        "--shape", choices=("crop", "native"), default="crop",
-        help="the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vae", type=_local, metavar="FOLDER",
-        help="store latents of the AutoencoderKL in this local folder (diffusers' format, safetensors); every "
-        "process loads its own copy, and processes share the GPUs if there are any",
-    )  # fmt: skip
-    parser.add_argument(
-        "--latents", choices=("sampled", "mean"),
-        help="with --vae: sampled draws from the posterior with noise keyed by the image, as in the training of the "
+OPTIONS: dict[str, dict[str, Any]] = {
+    "files": {"type": _local, "nargs": "+", "metavar": "FILE", "help": "files, or folders of them"},
+    "folder": {"type": _local, "metavar": "FOLDER", "help": "data folder, local"},
+    "out": {"type": _local, "metavar": "OUT", "help": "folder to make; gets train/ and heldout/"},
+    "--out": {"type": _local, "required": True, "metavar": "OUT", "help": "folder to make; run again to resume"},
+    "--seq-len": {"type": int, "default": 4096, "help": "positions of a pack (default: %(default)s)"},
+    "--long": {
+        "choices": ("split", "reject"),
+        "help": "split documents longer than a pack where a reader pauses, or leave them out (default: split; for "
+        "pairs reject; for repack the setting of FOLDER)",
+    },
+    "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
+    "--processes": {"type": int, "default": os.cpu_count() or 1, "help": "(default: every core)"},
+    "--source": {
+        "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
+        "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
+        "of the files, or a .deb (default here: %(default)s)",
+    },
+    "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
+    "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
+    "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
+    "--image-size": {"type": int, "default": 256, "help": "side of an image in pixels (default: %(default)s)"},
+    "--patch-size": {
+        "type": int, "help": "side of a patch: in pixels (default: 16), with --vae in latents (default: 2)",
+    },
+    "--shape": {
+        "choices": ("crop", "native"), "default": "crop",
+        "help": "the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
+    },
+    "--vae": {
+        "type": _local, "metavar": "FOLDER",
+        "help": "autoencoder of the latents to store or to show: the folder of an AutoencoderKL (diffusers' format, "
+        "safetensors); every process loads its own copy, and processes share the GPUs if there are any",
+    },
+    "--latents": {
+        "choices": ("sampled", "mean"),
+        "help": "with --vae: sampled draws from the posterior with noise keyed by the image, as in the training of the "
         "decoder; mean takes its mean (default: sampled)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--vae-batch", type=int, metavar="N",
-        help=f"with --vae: images at a time; on a CPU one is as fast and takes less memory (default: {BATCH})",
-    )  # fmt: skip
+    },
+    "--vae-batch": {
+        "type": int, "metavar": "N",
+        "help": f"with --vae: images at a time; on a CPU one is as fast and takes less memory (default: {BATCH})",
+    },
+    "--picture": {"type": _local, "metavar": "PNG", "help": "draw the lengths of its documents"},
+    "--like": {
+        "type": _local, "metavar": "OTHER",
+        "help": "data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
+    },
+    "--accept": {"action": "store_true", "help": "accept shards that differ from the old index"},
+    "--pack": {"type": int, "default": 0, "metavar": "N", "help": "number of the pack (default: %(default)s)"},
+    "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
+    "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
+}  # fmt: skip
+PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
+SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe")
+IMAGES = ("--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch")
 
 
-def _built_in(options: argparse.Namespace) -> None:
-    built = prepare_splits(options.make(options), options.out, options.seq_len, options.packs_per_shard)
-    for split, one in built.items():
-        _print_built(options.out / split, one)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        for option in options:
+            command.add_argument(option, **OPTIONS[option])
+        command.set_defaults(run=run, **defaults)
+        return command
+
+    help = "scikit-learn's 1797 handwritten digits, and sums in words"
+    digits = partial(_built_in, lambda _: Digits(), packs_per_shard=16)
+    add("digits", digits, help, "out", "--seq-len", seq_len=512)
+    fashion = partial(_built_in, lambda options: FashionMnist(options.source), packs_per_shard=64)
+    help = "70,000 pictures of clothes and their names"
+    add("fashion-mnist", fashion, help, "out", "--seq-len", "--source", seq_len=2048)
+    stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
+    help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
+    add("stories", stories, help, "out", "--seq-len", "--source")
+    help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
+    add("text", _text, help, *SOURCE, "--field")
+    help = "captioned images: WebDataset tars of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption"
+    pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
+    add("pairs", pairs, help, *SOURCE, *IMAGES)
+    content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
+    help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
+    add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
+    help = "the documents of a data folder, which stays as it is, in packs of another length"
+    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
+    add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
+    add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
+    help = "rebuild index.json for the shards that are in a folder"
+    add("index", _index, help, "folder", "--like", "--accept", "--processes")
+    help = "a pack as a page of HTML: text and images as a model with the default settings sees them"
+    view = add("preview", _preview, help, "folder", "--pack", "--vae", "--epoch", "--seed")
+    view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
+    return parser
+
+
+def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.Namespace, packs_per_shard: int) -> None:
+    for split, built in prepare_splits(make(options), options.out, options.seq_len, packs_per_shard).items():
+        _print_built(options.out / split, built)
 
 
 def _text(options: argparse.Namespace) -> None:
     source = TextSource.of(options.files, field=options.field)
-    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long))
+    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split"))
 
 
-def _images(options: argparse.Namespace, source: Source) -> None:
+def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
+    source, size, patch, latents = kind.of(options.files), options.image_size, options.patch_size, None
     if options.vae is None:
         if options.latents is not None or options.vae_batch is not None:
             raise InputError("--latents and --vae-batch must come with --vae, got none; give the autoencoder's folder")
-        latents, stride, patch = None, 1, 16
+        modality = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels")
+        rule = ImageRule(options.shape, size, modality.patch_size)
     else:
         batch = BATCH if options.vae_batch is None else options.vae_batch
         latents = LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
-        stride, patch = latents.autoencoder.stride, 2
-    patch = patch if options.patch_size is None else options.patch_size
-    modality = latents.modality("images", patch) if latents else ModalityInfo("images", 3, patch, "pixels")
-    rule = ImageRule(options.shape, options.image_size, patch * stride)
+        modality = latents.modality("images", 2 if patch is None else patch)
+        rule = ImageRule(options.shape, size, modality.patch_size * latents.autoencoder.stride)
     tokenizer = _tokenizer(options, source)
-    _build(options, source, Encoder(tokenizer, options.seq_len, (modality,), rule, options.long, latents))
+    _build(options, source, Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents))
 
 
 def _repack(options: argparse.Namespace) -> None:
@@ -263,7 +240,7 @@ def _info(options: argparse.Namespace) -> None:
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
     print(f"{options.folder}: {summary(reader.index)}")
-    print(f"text: {found.text} ids, {100 * found.text_share:.1f} % of ids and patches")
+    print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
     print(f"images: {found.images} of {found.patches} patches")
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
     print(f"waste if packed again, longer documents cut anywhere: {wastes}")

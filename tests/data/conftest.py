@@ -1,10 +1,11 @@
 """Fixtures of remote data folders."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from remote_cases import log_fetches, write_source
+from remote_cases import intercept_fetches, write_source
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +20,18 @@ def folder(source, tmp_path) -> Path:
 
 
 @pytest.fixture
-def fetches(tmp_path, monkeypatch) -> Path:
-    return log_fetches(tmp_path / "fetches", monkeypatch)
+def fetches(tmp_path, monkeypatch) -> Callable[[], list[str]]:
+    """A function that returns the names of all shards that any process has opened at file:// URLs."""
+    log = tmp_path / "fetches"
+    log.touch()
+
+    def logged(name, really_open):
+        with log.open("a") as lines:
+            lines.write(f"{name}\n")
+        return really_open()
+
+    intercept_fetches(monkeypatch, logged)
+    return lambda: log.read_text().split()
 
 
 @pytest.fixture

@@ -2,17 +2,18 @@
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from autoencoders import random_pixels, save_autoencoder
 from safetensors.torch import load_file, save_file
+from shard_damage import Planted
 
 from transfusion_fast.data.autoencoder import CONFIG, WEIGHTS, read_autoencoder
 from transfusion_fast.errors import InputError
@@ -104,30 +105,13 @@ def test_the_fingerprint_depends_on_settings_and_weights_alone(tmp_path):
     assert same == {"copy": True, "weights": False, "scale": False}
 
 
-def test_a_folder_that_has_changed_is_read_anew(tmp_path):
-    save_autoencoder(tmp_path)
-    before = read_autoencoder(tmp_path).encode(PIXELS)
-    save_autoencoder(tmp_path, seed=1)
-    assert not np.array_equal(read_autoencoder(tmp_path).encode(PIXELS), before)
-
-
-class Bomb:
-    """A pickle that creates a file when it is read."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
-def test_a_process_that_reads_the_weights_later_notices_that_they_have_changed(tmp_path):
+def test_a_folder_that_has_changed_is_read_anew_but_not_while_it_is_in_use(tmp_path):
     save_autoencoder(tmp_path / "vae")
     autoencoder = read_autoencoder(tmp_path / "vae")
+    before = autoencoder.encode(PIXELS)
     save_autoencoder(tmp_path / "vae", seed=1)
-    save_autoencoder(tmp_path / "other")
-    read_autoencoder(tmp_path / "other")  # the one model that a process keeps
-    with pytest.raises(InputError, match="must not change while it is in use"):
+    assert not np.array_equal(read_autoencoder(tmp_path / "vae").encode(PIXELS), before)
+    with pytest.raises(InputError, match="must not change while it is in use"):  # a process keeps one model
         autoencoder.encode(PIXELS)
 
 
@@ -136,11 +120,11 @@ def test_pickled_weights_are_refused_and_never_read(tmp_path, suffix):
     folder, written = tmp_path / "vae", tmp_path / "written"
     save_autoencoder(folder)
     (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).with_suffix(suffix).write_bytes(pickle.dumps(Bomb(written)))
-    with pytest.raises(InputError, match="never a pickle.*convert them" if suffix == ".bin" else "cannot be read"):
+    (folder / WEIGHTS).with_suffix(suffix).write_bytes(pickle.dumps(Planted(written)))
+    with pytest.raises(InputError, match="never a pickle.*convert them" if suffix == ".bin" else "must be readable"):
         read_autoencoder(folder)
     assert not written.exists()
-    pickle.loads(pickle.dumps(Bomb(written)))
+    pickle.loads(pickle.dumps(Planted(written)))
     assert written.exists()  # it is one
 
 
@@ -150,8 +134,16 @@ def remove_a_weight(folder):
     save_file(weights, folder / WEIGHTS)
 
 
-def truncate(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
+INVALID = (  # settings, and what is said of them
+    ({"_class_name": "VQModel"}, "_class_name in .* must be 'AutoencoderKL', got 'VQ"),
+    ({"latents_mean": [0.5] * 4}, "latents_mean in .* must be null"),
+    ({"in_channels": 1}, "in_channels in .* must be 3, got 1"),
+    ({"block_out_channels": 5}, "block_out_channels in .* must be a valid array, got 5"),
+    ({"block_out_channels": [8, 16]}, "must be readable, got"),
+    ({"latent_channels": "4"}, "latent_channels in .* must be a valid integer, got '4'"),
+    ({"scaling_factor": 0}, "scaling_factor in .* must be greater than 0, got 0"),
+    ({"shift_factor": "x"}, "shift_factor in .* must be a valid number, got 'x'"),
+)
 
 
 @pytest.mark.parametrize(
@@ -160,20 +152,10 @@ def truncate(folder):
         (shutil.rmtree, "must be a folder with config.json, got none"),
         (lambda folder: (folder / CONFIG).write_text("{"), "config.json must be JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), r"config.json must be an object, got \[\]"),
-        (
-            lambda folder: edit(folder, _class_name="VQModel"),
-            "_class_name in .* must be 'AutoencoderKL', got 'VQ",
-        ),
-        (lambda folder: edit(folder, latents_mean=[0.5] * 4), "latents_mean in .* must be null"),
-        (lambda folder: edit(folder, in_channels=1), "in_channels in .* must be 3, got 1"),
-        (lambda folder: edit(folder, block_out_channels=5), "block_out_channels in .* must be a valid array, got 5"),
-        (lambda folder: edit(folder, block_out_channels=[8, 16]), "cannot be read"),
-        (lambda folder: edit(folder, latent_channels="4"), "latent_channels in .* must be a valid integer, got '4'"),
-        (lambda folder: edit(folder, scaling_factor=0), "scaling_factor in .* must be greater than 0, got 0"),
-        (lambda folder: edit(folder, shift_factor="x"), "shift_factor in .* must be a valid number, got 'x'"),
-        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must lie in one file"),
+        *((lambda folder, changed=changed: edit(folder, **changed), complaint) for changed, complaint in INVALID),
+        (lambda folder: (folder / f"{WEIGHTS}.index.json").write_text("{}"), "must be one file"),
         (remove_a_weight, "must be those of its config, got a difference in encoder.conv_in.bias"),
-        (truncate, "cannot be read"),
+        (lambda folder: os.truncate(folder / WEIGHTS, 1000), "must be readable, got"),
     ],
 )
 def test_an_invalid_autoencoder_gets_one_line(folder, damage, complaint, caplog, monkeypatch):
@@ -188,7 +170,7 @@ def test_an_invalid_autoencoder_gets_one_line(folder, damage, complaint, caplog,
 def test_without_diffusers_there_is_one_line_that_names_it(tmp_path, monkeypatch):
     save_autoencoder(tmp_path, seed=2)  # a model that no other test has read
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(InputError, match=r"needs the package diffusers .*; install it"):
+    with pytest.raises(InputError, match=r"package diffusers must be installed .*; pip install '.\[vae\]'"):
         read_autoencoder(tmp_path)
 
 

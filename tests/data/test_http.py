@@ -1,6 +1,5 @@
 """Data folders on a web server: what the server must support, and which of its faults are retried."""
 
-import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -26,9 +25,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.faults: list[str] = [""]
-        self.ranges = False
         self.ended = Event()
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[str] = []
+        self.endless_blocks = 0
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -37,27 +36,19 @@ class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.server.requests.append(("HEAD", self.path))
-        super().do_HEAD()
+    def parse_request(self) -> bool:
+        found = super().parse_request()
+        self.server.requests.append(f"{self.command} {self.path}")
+        return found
 
     def do_GET(self) -> None:
-        self.server.requests.append(("GET", self.path))
         faults = self.server.faults if self.path.endswith(".tar") else [""]
         fault = faults[0] if len(faults) == 1 else faults.pop(0)
-        if fault.isdigit():
-            return self.send_error(int(fault))
         content = Path(self.translate_path(self.path))
-        if not content.exists():
-            return self.send_error(404)
-        data, asked = content.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked and self.server.ranges:
-            start, end = int(asked[1]), min(int(asked[2]) + 1, len(data))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-            data = data[start:end]
-        else:
-            self.send_response(200)
+        if fault.isdigit() or not content.exists():
+            return self.send_error(int(fault or 404))
+        data = content.read_bytes()
+        self.send_response(200)
         if fault != "endless":
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -67,7 +58,8 @@ class Handler(SimpleHTTPRequestHandler):
             self.server.ended.wait(30)
         while fault == "endless":
             try:
-                self.wfile.write(bytes(1 << 16))
+                self.wfile.write(bytes(1 << 20))
+                self.server.endless_blocks += 1
             except ConnectionError:
                 break
 
@@ -102,19 +94,17 @@ def at(server: Server, cache: Path, folder: str = "") -> Folder:
     return as_folder(f"http://127.0.0.1:{server.server_port}{folder}", ShardCache(cache, 10**9))
 
 
-@pytest.mark.parametrize("ranges", [False, True])
-def test_a_folder_on_a_server_is_read_like_a_local_one_with_one_request_a_file(source, large, tmp_path, served, ranges):
+def test_a_folder_on_a_server_is_read_like_a_local_one_with_one_request_a_file(source, large, tmp_path, served):
     for folder in (source, large):
         server = served(folder)
-        server.ranges = ranges
         far = at(server, tmp_path / "cache")
         index = parse_index(far)
         assert index == parse_index(folder)
         assert_reads(PackReader(far, index), folder)
         assert load_tokenizer(index.tokenizer, far).describe() == index.tokenizer
         files = [INDEX_NAME, *(shard.file for shard in index.shards)]
-        assert [request for request in server.requests if "tokenizer" not in request[1]] == [
-            ("GET", f"/{file}") for file in files
+        assert [request for request in server.requests if "tokenizer" not in request] == [
+            f"GET /{file}" for file in files
         ], "each is requested once, as a whole"
 
 
@@ -131,7 +121,7 @@ def test_a_missing_file_is_named_without_a_retry(source, tmp_path, served, waits
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = ["404"]
     message = refusal(reader.read, 4, kind=FetchError)
-    assert "/shard-000001.tar must be fetched, and cannot be (FileNotFoundError" in message
+    assert "/shard-000001.tar must be fetched, got FileNotFoundError" in message
     assert waits == []
 
 
@@ -144,7 +134,7 @@ def test_a_fault_of_the_server_is_retried(source, tmp_path, served, waits, fault
     assert waits == [1, 2]
     server.faults = [fault]
     message = refusal(reader.read, 4, kind=FetchError)
-    assert "/shard-000001.tar must be fetched, and cannot be (Client" in message
+    assert "/shard-000001.tar must be fetched, got Client" in message
     assert waits == [1, 2, 1, 2, 4]
     server.faults = [""]
     assert_reads(reader, source)
@@ -165,4 +155,5 @@ def test_an_endless_download_is_stopped(source, tmp_path, served):
     reader = PackReader(at(server, tmp_path / "cache"))
     server.faults = ["endless", "endless", ""]
     assert "as its index says, got more" in refusal(reader.read, 0)
+    assert server.endless_blocks < 200
     assert_reads(reader, source, [3])

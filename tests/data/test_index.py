@@ -1,34 +1,31 @@
 """index.json and the reader: any damage is one line that names what is wrong, and is never read past."""
 
-import hashlib
-import itertools
 import json
 import os
 import pickle
 import shutil
 import tracemalloc
-import zlib
 
 import pytest
 from remote_cases import refusal, run_forked
-from shard_damage import GREY, assert_same_pack, small_pack
+from shard_damage import GREY, assert_same_pack, change_table, small_pack
 
 from transfusion_fast.data.index import (
     INDEX_NAME,
+    Index,
     decode_index,
-    parse_shard,
     read_index,
     schema_of,
-    table_location,
     write_index,
 )
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import read_table, write_shard
+from transfusion_fast.data.shards import write_shard
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.inspect import build_index
 
 SCHEMA = schema_of(16, ByteTokenizer().describe(), (GREY,))
+SETTINGS = Index(16, ByteTokenizer().describe(), (GREY,), documents=0, tokens=0, shards=())
 NUM_PACKS = 7
 
 
@@ -37,7 +34,7 @@ def write_folder(folder, num_packs=NUM_PACKS, packs_per_shard=3):
     starts = range(0, num_packs, packs_per_shard)
     numbers = [range(start, min(start + packs_per_shard, num_packs)) for start in starts]
     files = [write_shard(map(small_pack, own), folder, shard, SCHEMA).file for shard, own in enumerate(numbers)]
-    write_index(folder, build_index(folder, files, 16, ByteTokenizer(), (GREY,)))
+    write_index(folder, build_index(folder, files, SETTINGS))
     return folder
 
 
@@ -57,49 +54,46 @@ def many(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("many") / "data", num_packs=50, packs_per_shard=1)
 
 
-def edit_index(folder, change):
-    path = folder / INDEX_NAME
-    entry = json.loads(path.read_text())
-    change(entry)
-    path.write_text(json.dumps(entry))
+FIELDS = ("format", "version", "tokenizer", "modalities", "documents", "shards")
+
+
+def set_field(folder, path, value):
+    """Set one field of the index, such as "shards.0.file", or remove it."""
+    entry = json.loads((folder / INDEX_NAME).read_text())
+    *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
+    part = entry
+    for step in steps:
+        part = part[step]
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value
+    (folder / INDEX_NAME).write_text(json.dumps(entry))
 
 
 def assert_holds(pack, number):
     assert_same_pack(pack, small_pack(number))
 
 
-def test_an_index_is_read_as_it_was_written(folder):
+def test_an_index_is_read_as_it_was_written_with_a_line_a_shard(folder):
     index = read_index(folder)
     files = [shard.file for shard in index.shards]
-    assert index == build_index(folder, files, 16, ByteTokenizer(), (GREY,))
+    assert index == build_index(folder, files, SETTINGS)
     assert index.pack_counts == [3, 3, 1]
     assert (index.num_packs, index.documents, index.tokens) == (7, 7, 7 * 9)
     assert index.waste == pytest.approx(1 - 9 / 16)
-
-
-def test_the_index_describes_the_bytes(folder):
-    for shard in read_index(folder).shards:
-        content = (folder / shard.file).read_bytes()
-        assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        table = read_table(folder / shard.file)
-        spans = list(itertools.pairwise([0, *table.ends]))
-        assert spans == [table.span(number) for number in range(shard.packs)] and spans[-1][1] == shard.table
-        assert [zlib.crc32(content[start:end]) for start, end in spans] == table.rows[:, 1].tolist()
-        begin, end = shard.table_span
-        assert zlib.crc32(content[begin:end]) == shard.table_crc32
-        assert content[end:].strip(b"\0") == b"", "something follows the table"
+    lines = (folder / INDEX_NAME).read_text().splitlines()
+    assert len(lines) == 3 + 6 + 3 + 2
+    assert sum('"file": "shard-' in line for line in lines) == 3
 
 
 def test_a_billion_packs_take_a_line_a_shard_and_little_memory(folder):
     """Index and order together, as every rank of a run holds them."""
     entry = json.loads((folder / INDEX_NAME).read_text())
     shard = entry["shards"][0] | {"bytes": 2**40, "packs": 10_000, "table": 2**39}
-    many = {
-        **entry,
-        "shards": [shard | {"file": f"{number}.tar", "sha256": f"{number:064x}"} for number in range(100_000)],
-    }
-    content = json.dumps(many).encode()
-    del many
+    shards = [shard | {"file": f"{number}.tar", "sha256": f"{number:064x}"} for number in range(100_000)]
+    content = json.dumps({**entry, "shards": shards}).encode()
+    del shards
     assert len(content) < 30e6
     tracemalloc.start()
     index = decode_index(content, "here")
@@ -109,12 +103,6 @@ def test_a_billion_packs_take_a_line_a_shard_and_little_memory(folder):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak + len(content) < 200e6
-
-
-def test_the_index_has_a_line_a_shard(folder):
-    lines = (folder / INDEX_NAME).read_text().splitlines()
-    assert len(lines) == 3 + 6 + 3 + 2
-    assert sum('"file": "shard-' in line for line in lines) == 3
 
 
 def test_packs_are_numbered_in_file_order(intact):
@@ -148,44 +136,34 @@ def test_forked_workers_read_beside_their_parent(intact):
     read_all()
 
 
-def test_few_shards_are_open_at_once(many):
-    reader = PackReader(many)
-    before = len(os.listdir("/proc/self/fd"))
-    for position in range(50):
-        assert_holds(reader.read(position), position)
-    assert len(os.listdir("/proc/self/fd")) - before <= 32
-    reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_as_many_shards_stay_open_as_the_reader_was_told(many, monkeypatch):
-    reader = PackReader(many, open_shards=50)
+def test_as_many_shards_stay_open_as_the_reader_was_told_or_32(many, monkeypatch):
     opened, really = [], os.open
     monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments) or really(*arguments))
-    for position in [*range(50)] * 3:
-        reader.read(position)
-    assert len(opened) == 50
+    for reader, most in ((PackReader(many), 32), (PackReader(many, open_shards=50), 50)):
+        opened.clear()
+        before = len(os.listdir("/proc/self/fd"))
+        for position in [*range(50)] * 2:
+            assert_holds(reader.read(position), position)
+        assert len(os.listdir("/proc/self/fd")) - before == most
+        assert len(opened) == (50 if most == 50 else 100)
+        reader.close()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path):
-    assert "run: python train/prepare.py digits OUT" in refusal(read_index, tmp_path / "nowhere")
-    assert "not a prepared data folder" in refusal(read_index, tmp_path)
-    (tmp_path / INDEX_NAME).write_text("{")
-    assert "must be JSON" in refusal(read_index, tmp_path)
-    for foreign in ("[]", "null", '{"format": "safetensors"}', "{}"):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        message = refusal(read_index, folder)
+        assert "not a prepared data folder" in message and "python train/prepare.py digits OUT" in message
+    for foreign in ("{", "[]", "null", '{"format": "safetensors"}', "{}"):
         (tmp_path / INDEX_NAME).write_text(foreign)
-        assert f"{tmp_path / INDEX_NAME} must be " in refusal(read_index, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["../data/shard-000000.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".hidden"])
-def test_a_shard_outside_of_the_folder_is_refused(folder, name):
-    edit_index(folder, lambda entry: entry["shards"][0].update(file=name))
-    assert "shards.0.file in " in refusal(read_index, folder)
+        message = refusal(read_index, tmp_path)
+        assert f"{tmp_path / INDEX_NAME} must be " in message and ("must be JSON" in message) == (foreign == "{")
 
 
 @pytest.mark.parametrize(
     ("path", "values", "rule"),
     [
+        *((field, [...], "must be given, got nothing") for field in FIELDS),
         ("format", [None, "safetensors"], "must be 'transfusion_fast.packs', got "),
         ("version", [1, 4, "3", True], "must be 3, got "),
         ("sequence_length", [None, True, 16.0, "16"], "must be a valid integer, got "),
@@ -197,6 +175,7 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         ("modalities", [{}, None], "must be "),
         ("modalities.0", ["grey"], "must be "),
         ("modalities.0.patch_size", ["2", 2.0], "must be a valid integer, got "),
+        ("modalities.0.autoencoder", [5], "must be a valid string, got 5"),
         ("modalities.0.encoding", ["objects"], "must be 'pixels' or 'latents', got 'objects'"),
         ("documents", ["7", 7.5], "must be a valid integer, got "),
         ("documents", [0], "must be greater than 0, got 0"),
@@ -204,6 +183,7 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
         ("shards", [[]], "must have at least 1 item"),
         ("shards", [{}, None], "must be "),
         ("shards.0", [5], "must be "),
+        ("shards.0.file", ["../a.tar", "/etc/passwd", "..", "", "a/b.tar", "a\n.tar", ".x"], "must match pattern "),
         ("shards.0.bytes", ["x", None, True], "must be a valid integer, got "),
         ("shards.0.bytes", [2**63], "must be less than 9223372036854775808, got "),
         ("shards.0.sha256", ["A" * 64, "a" * 63, "a" * 64 + "\n", "../" + "a" * 61], "must match pattern "),
@@ -216,127 +196,75 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
     ],
 )
 def test_a_wrong_field_of_an_index_is_refused_naming_it(folder, path, values, rule):
-    where = f"{folder / INDEX_NAME}"
     for value in values:
-
-        def change(entry, value=value):
-            *steps, last = [int(step) if step.isdigit() else step for step in path.split(".")]
-            for step in steps:
-                entry = entry[step]
-            entry[last] = value
-
-        edit_index(folder, change)
+        set_field(folder, path, value)
         message = refusal(read_index, folder)
-        assert message.startswith(f"{path} in {where} {rule}") and message.endswith("; prepare the data again")
+        assert message.startswith(f"{path} in {folder / INDEX_NAME} {rule}")
+        assert message.endswith("; prepare the data again")
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("path", "value", "rule"),
     [
-        ({"packs": 10}, "must lie behind its 10 packs and within its"),
-        ({"table": 10**12}, "must lie behind its 3 packs and within its"),
-        ({"table": 512}, "must lie behind its 3 packs"),
+        ("shards.0.packs", 10, "table of shard-000000.tar must lie behind its 10 packs and within its"),
+        ("shards.0.table", 10**12, "table of shard-000000.tar must lie behind its 3 packs and within its"),
+        ("shards.0.table", 512, "table of shard-000000.tar must lie behind its 3 packs"),
+        *(
+            ("modalities.0.name", name, "must be letters")
+            for name in ("\x1b[31m", "a\nb", "", "x" * 101, "ünlaut\u202e")
+        ),
     ],
 )
-def test_a_table_outside_of_its_shard_is_refused(folder, change, reason):
-    edit_index(folder, lambda entry: entry["shards"][0].update(change))
-    assert f"{folder / INDEX_NAME}: table of shard-000000.tar {reason}" in refusal(read_index, folder)
-
-
-def test_an_index_without_the_fingerprint_of_an_autoencoder_is_refused(folder):
-    edit_index(folder, lambda entry: entry["modalities"][0].pop("autoencoder"))
-    assert "autoencoder of a modality must be given, got nothing" in refusal(read_index, folder)
-    edit_index(folder, lambda entry: entry["modalities"][0].update(autoencoder=5))
-    assert "modalities.0.autoencoder in " in refusal(read_index, folder)
-
-
-@pytest.mark.parametrize("field", ["format", "version", "tokenizer", "modalities", "documents", "shards"])
-def test_an_index_without_a_field_is_refused_naming_it(folder, field):
-    edit_index(folder, lambda entry: entry.pop(field))
-    assert f"{field} in {folder / INDEX_NAME} must be given, got nothing" in refusal(read_index, folder)
+def test_a_table_outside_of_its_shard_and_a_name_that_could_forge_lines_are_refused(folder, path, value, rule):
+    set_field(folder, path, value)
+    message = refusal(read_index, folder)
+    assert message.startswith(f"{folder / INDEX_NAME}: ") and rule in message
 
 
 def test_unknown_fields_of_an_index_are_ignored(folder, intact):
-    def change(entry):
-        for part in (entry, entry["tokenizer"], entry["modalities"][0], entry["shards"][0]):
-            part["comment"] = ["of a later version"]
-
-    edit_index(folder, change)
+    for part in ("", "tokenizer.", "modalities.0.", "shards.0."):
+        set_field(folder, f"{part}comment", ["of a later version"])
     assert read_index(folder) == read_index(intact)
 
 
-def test_a_single_shard_is_parsed_as_strictly_as_an_index(intact):
-    entry = json.loads((intact / INDEX_NAME).read_text())["shards"][1]
-    assert parse_shard(entry, "here") == read_index(intact).shards[1]
-    assert "packs in here must be a valid integer" in refusal(parse_shard, entry | {"packs": True}, "here")
-    assert "here must be an object, got []" in refusal(parse_shard, [], "here")
-
-
-def test_a_truncated_shard_is_found_before_reading_and_while_reading(folder):
-    reader = PackReader(folder)
-    shard = folder / "shard-000001.tar"
-    size = shard.stat().st_size
+def test_a_truncated_or_missing_shard_is_found_before_reading_and_while_reading(folder):
+    reader, shard = PackReader(folder), folder / "shard-000001.tar"
+    rule = f"shard {shard} must have {shard.stat().st_size} bytes as its index says, got 3000"
     os.truncate(shard, 3000)
-    assert f"must have {size} bytes as its index says, got 3000" in refusal(read_index, folder)
+    assert rule in refusal(read_index, folder)
     for number in (3, 4, 5):
         message = refusal(reader.read, number)
-        assert f"shard-000001.tar (pack {number} of its folder)" in message
-        assert f"must have {size} bytes as its index says, got 3000" in message
+        assert f"shard-000001.tar (pack {number} of its folder)" in message and rule in message
     assert_holds(reader.read(2), 2)
-
-
-def test_a_shard_truncated_while_it_is_open_costs_the_packs_that_it_lacks(folder):
-    reader = PackReader(folder)
-    assert_holds(reader.read(3), 3)
-    os.truncate(folder / "shard-000001.tar", read_table(folder / "shard-000001.tar").span(1)[0] + 600)
-    assert_holds(reader.read(3), 3)
-    assert "got 600" in refusal(reader.read, 4) and "got 0" in refusal(reader.read, 5)
-
-
-def test_a_missing_shard_is_found_before_reading_and_while_reading(folder):
-    reader = PackReader(folder)
-    (folder / "shard-000002.tar").unlink()
-    assert "shard-000002.tar must exist" in refusal(read_index, folder)
-    assert "pack 0 of shard" in refusal(reader.read, 6)
+    shard.unlink()
+    assert "shard-000001.tar must exist" in refusal(read_index, folder)
+    assert "pack 0 of shard" in refusal(reader.read, 3)
 
 
 @pytest.mark.parametrize(
     "change", [{"file": "copy.tar"}, {"sha256": "a" * 64}, {}], ids=["same bytes", "same name", "same entry"]
 )
 def test_a_shard_that_occurs_twice_is_refused(folder, change):
-    edit_index(folder, lambda entry: entry["shards"].append(entry["shards"][0] | change))
+    shards = json.loads((folder / INDEX_NAME).read_text())["shards"]
+    set_field(folder, "shards", [*shards, shards[0] | change])
     names = f"got shard-000000.tar and {change.get('file', 'shard-000000.tar')} of the same "
     assert names in refusal(decode_index, (folder / INDEX_NAME).read_bytes(), "here")
 
 
-@pytest.mark.parametrize("name", ["\x1b[31m", "a\nb", "", "x" * 101, "ünlaut\u202e"])
-def test_a_modality_whose_name_could_forge_lines_is_refused(folder, name):
-    edit_index(folder, lambda entry: entry["modalities"][0].update(name=name))
-    assert "name of a modality must be letters" in refusal(read_index, folder)
-
-
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"modalities": []},
-        {"sequence_length": 65},
-        {"tokenizer": {"name": "bytes", "num_text_tokens": 256, "sha256": "other"}},
-    ],
+    ("field", "value"), [("modalities", []), ("sequence_length", 65), ("tokenizer.sha256", "other")]
 )
-def test_packs_of_a_shard_with_another_schema_are_not_read(folder, change):
-    edit_index(folder, lambda entry: entry.update(change))
+def test_packs_of_a_shard_with_another_schema_are_not_read(folder, field, value):
+    set_field(folder, field, value)
     assert "must be of the tokenizer, modalities and pack length of its index" in refusal(PackReader(folder).read, 0)
 
 
 def test_a_pack_that_breaks_the_settings_of_its_index_is_refused(folder):
-    (folder / "shard-000000.tar").unlink()
-    write_shard(map(small_pack, range(3)), folder, 0, schema_of(8, ByteTokenizer().describe(), (GREY,)))
-    table_crc32 = table_location(folder / "shard-000000.tar", read_table(folder / "shard-000000.tar"))[1]
-    edit_index(folder, lambda entry: entry.update(sequence_length=8))
-    edit_index(folder, lambda entry: entry["shards"][0].update(table_crc32=table_crc32))
+    set_field(folder, "sequence_length", 8)
+    change_table(folder, schema=schema_of(8, ByteTokenizer().describe(), (GREY,)), shard=0)
     assert "at most 8 positions, got 9" in refusal(PackReader(folder).read, 0)
 
 
 def test_token_ids_beyond_the_tokenizer_are_not_indexed(tmp_path):
     file = write_shard([small_pack(254)], tmp_path, 0, SCHEMA).file
-    assert "in 0..255" in refusal(build_index, tmp_path, [file], 16, ByteTokenizer(), (GREY,))
+    assert "in 0..255" in refusal(build_index, tmp_path, [file], SETTINGS)

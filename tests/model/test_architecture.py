@@ -8,22 +8,14 @@ import math
 
 import pytest
 import torch
+from small_models import ids, seeded, small_model
 
 from transfusion_fast import Transfusion
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.layers import INIT_STD
 
 HEADS, KV_HEADS, HEAD_DIM, EPS, THETA = 4, 2, 8, 0.03, 500.0
-
-
-def make(**transformer):
-    torch.manual_seed(0)
-    settings = {"dim": 32, "depth": 3, "heads": HEADS, "kv_heads": KV_HEADS, "ffn_dim": 48}
-    settings |= {"norm_eps": EPS, "rope_theta": THETA, **transformer}
-    model = Transfusion(num_text_tokens=16, dim_latent=4, transformer=settings)
-    for parameter in model.parameters():  # no norm weight is 1 and no bias 0, so that each matters
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model.double()
+TRANSFORMER = {"dim": 32, "depth": 3, "heads": HEADS, "kv_heads": KV_HEADS, "ffn_dim": 48}
 
 
 def rms_norm(x, weight, eps):
@@ -31,10 +23,13 @@ def rms_norm(x, weight, eps):
 
 
 def rotated(x, position):
-    """Rotate the pairs (i, i + D/2) of one vector [D] by position * theta^(-2i/D) (arXiv 2104.09864)."""
+    """Rotate the pairs (i, i + D/2) of one vector [D] by position * theta^(-2i/D) (arXiv 2104.09864).
+
+    A position is (row, column); rows turn the even pairs, columns the odd ones.
+    """
     half, out = len(x) // 2, torch.empty_like(x)
     for i in range(half):
-        angle = position * THETA ** (-2 * i / len(x))
+        angle = position[i % 2] * THETA ** (-2 * i / len(x))
         cos, sin = math.cos(angle), math.sin(angle)
         out[i] = x[i] * cos - x[i + half] * sin
         out[i + half] = x[i + half] * cos + x[i] * sin
@@ -71,41 +66,47 @@ def timestep_embedding(weights, t):
     return weights["timestep.mlp.2.weight"] @ (hidden / (1 + (-hidden).exp())) + weights["timestep.mlp.2.bias"]
 
 
-def reference_forward(model, tokens, image, x_t, t, qk_norm=False):
-    """Return logits [T, V] and the prediction [P, C] for one document whose patches are the positions `image`."""
+def reference_forward(model, tokens, positions, images, qk_norm):
+    """Return logits [T, V] and the prediction for each image of one document; images are (first patch, x_t, t)."""
     weights = dict(model.named_parameters())
 
     def under(prefix):
         return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
-    codec = under("codecs.0.")
-    x = weights["embedding.weight"][tokens].clone()
-    x[image] = (x_t + timestep_embedding(codec, t)) @ codec["encoder.weight"].T + codec["encoder.bias"]
-    rows = torch.arange(len(tokens))
-    in_image = (rows >= image.start) & (rows < image.stop)
-    visible = (rows[:, None] >= rows[None, :]) | (in_image[:, None] & in_image[None, :])
+    x, rows = weights["embedding.weight"][tokens].clone(), torch.arange(len(tokens))
+    visible = rows[:, None] >= rows[None, :]
+    for modality, (first, x_t, t) in enumerate(images):
+        codec = under(f"codecs.{modality}.")
+        patches = slice(first, first + len(x_t))
+        x[patches] = (x_t + timestep_embedding(codec, t)) @ codec["encoder.weight"].T + codec["encoder.bias"]
+        visible[patches, patches] = True
     for number in range(model.config.transformer.depth):
         block = under(f"blocks.{number}.")
-        x = x + attention(block, rms_norm(x, block["attention_norm.weight"], EPS), rows.tolist(), visible, qk_norm)
+        x = x + attention(block, rms_norm(x, block["attention_norm.weight"], EPS), positions, visible, qk_norm)
         x = x + feed_forward(block, rms_norm(x, block["mlp_norm.weight"], EPS))
     hidden = rms_norm(x, weights["norm.weight"], EPS)
-    return hidden @ weights["head.weight"].T, hidden[image] @ codec["decoder.weight"].T + codec["decoder.bias"]
+    decoders = [(under(f"codecs.{modality}.decoder."), first, x_t) for modality, (first, x_t, _) in enumerate(images)]
+    predictions = [hidden[first : first + len(x_t)] @ d["weight"].T + d["bias"] for d, first, x_t in decoders]
+    return hidden @ weights["head.weight"].T, *predictions
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_model_computes_the_published_equations(qk_norm):
-    model = make(qk_norm=qk_norm)
-    generator = torch.Generator().manual_seed(1)
-    document = [torch.tensor([3, 1, 4]), torch.randn(5, 4, generator=generator), torch.tensor([1, 5])]
+@pytest.mark.parametrize(("scheme", "qk_norm"), [("sequential", False), ("shared", True), ("axial", False)])
+def test_the_model_computes_the_published_equations_and_their_gradients(scheme, qk_norm):
+    """On one document with a grid of patches of modality 1, and a row of them of modality 0."""
+    settings = TRANSFORMER | {"norm_eps": EPS, "rope_theta": THETA, "qk_norm": qk_norm}
+    model = small_model(num_text_tokens=16, dim_latent=(4, 6), positions=scheme, transformer=settings).double()
+    generator = seeded(1)
+    document = [ids(3, 1), (1, torch.randn(2, 3, 6, generator=generator)), ids(5), torch.randn(5, 4), ids(9)]
     batch = pack_documents([document], model.config, generator)
-    [images] = batch.modalities
-    x_t = torch.randn(5, 4, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        hidden = model.hidden(batch, [x_t])
-        logits, prediction = model.head(hidden), model.prediction(hidden, batch, 0)
-        expected = reference_forward(model, batch.tokens, slice(5, 10), x_t, images.timesteps.item(), qk_norm)
-    torch.testing.assert_close(logits, expected[0], rtol=1e-3, atol=1e-4)  # rotary table and timesteps are fp32
-    torch.testing.assert_close(prediction, expected[1], rtol=1e-3, atol=1e-4)
+    x_t = [torch.randn(m.latents.shape, generator=generator, dtype=torch.float64) for m in batch.modalities]
+    images = [(first, x, m.timesteps.item()) for first, x, m in zip((13, 4), x_t, batch.modalities, strict=True)]
+    positions = [pair if scheme == "axial" else [pair] * 2 for pair in batch.positions.tolist()]
+    hidden = model.hidden(batch, x_t)
+    got = (model.head(hidden), model.prediction(hidden, batch, 0), model.prediction(hidden, batch, 1))
+    expected = reference_forward(model, batch.tokens, positions, images, qk_norm)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)  # rotary table and timesteps are fp32
+    slopes = [torch.autograd.grad(sum(x.square().mean() for x in xs), [*model.parameters()]) for xs in (got, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_start_with_their_standard_deviations():

@@ -1,7 +1,7 @@
 """A source that several tests build folders of."""
 
 import pytest
-from build_cases import recipe_of, write_tars
+from build_cases import pairs_recipe, write_tars
 
 
 @pytest.fixture(scope="module")
@@ -11,4 +11,4 @@ def tars(tmp_path_factory):
 
 @pytest.fixture
 def recipe(tars):
-    return recipe_of(tars)
+    return pairs_recipe(tars)

@@ -5,10 +5,9 @@ import pytest
 from build_cases import RGB, TOKENIZER
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import picture, saved
-from PIL import Image
+from image_files import picture, png
 
-from transfusion_fast.data.pack import TextSegment, document_length
+from transfusion_fast.data.pack import TextSegment, make_pack
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare import encode as encoding
@@ -17,9 +16,7 @@ from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.sources.base import SourceDocument
 
-
-def png(side):
-    return saved(Image.fromarray(picture(side, side)), "PNG")
+PNG = png(picture(8, 8))
 
 
 def encoded(encoder, *parts):
@@ -38,12 +35,12 @@ def content(document):
 
 
 def test_texts_and_images_keep_their_order():
-    [document] = encode(["a", png(8), "b"])
+    [document] = encode(["a", PNG, "b"])
     assert content(document) == ["a", (8, 8), "b"]
     assert np.array_equal(document[1].values, picture(8, 8))
 
 
-@given(st.lists(st.one_of(st.text("ab. \n", max_size=60), st.just(png(8))), max_size=6), st.integers(9, 40))
+@given(st.lists(st.one_of(st.text("ab. \n", max_size=60), st.just(PNG)), max_size=6), st.integers(9, 40))
 def test_documents_fit_and_hold_every_part(parts, sequence_length):
     expected = [part for part in parts if part]
     if not expected:
@@ -51,10 +48,10 @@ def test_documents_fit_and_hold_every_part(parts, sequence_length):
             encode(parts, sequence_length)
         return
     documents = encode(parts, sequence_length)
-    assert all(document_length(document, (RGB,)) <= sequence_length for document in documents)
+    assert all(make_pack([document], (RGB,)).num_positions <= sequence_length for document in documents)
     found = [entry for document in documents for entry in content(document)]
-    assert "".join(entry for entry in found if isinstance(entry, str)) == "".join(p for p in expected if p != png(8))
-    assert found.count((8, 8)) == expected.count(png(8))
+    assert "".join(entry for entry in found if isinstance(entry, str)) == "".join(p for p in expected if p != PNG)
+    assert found.count((8, 8)) == expected.count(PNG)
 
 
 def test_a_text_that_does_not_fit_behind_another_begins_a_document_of_its_own():
@@ -63,32 +60,25 @@ def test_a_text_that_does_not_fit_behind_another_begins_a_document_of_its_own():
     assert [content(d) for d in encode(["x" * 16, "y" * 20])] == [["x" * 16], ["y" * 20]]
 
 
-def test_long_documents_are_rejected_on_request():
+def test_what_does_not_fit_is_rejected(monkeypatch):
     assert len(encode(["x" * 30], long="reject")) == 1
     with pytest.raises(Rejected, match="too long: it takes more than 32 positions, here"):
         encode(["x" * 31], long="reject")
-
-
-def test_images_that_cannot_be_used_are_rejected():
-    assert len(encode([png(16)], sequence_length=20, size=16)) == 1
+    assert len(encode([PNG], sequence_length=20, size=16)) == 1
     with pytest.raises(Rejected, match="image too long: its 18 positions do not fit a pack, here"):
-        encode([png(16)], sequence_length=19, size=16)
+        encode([PNG], sequence_length=19, size=16)
     with pytest.raises(Rejected, match=r"image in text: .*, here"):
         encoded(Encoder(TOKENIZER, 32), "a", b"x")
-
-
-@pytest.mark.parametrize(("length", "rule"), [(4, "at least 5, got 4"), (2**24 + 1, "at most 16777216, got 16777217")])
-def test_pack_lengths_beyond_the_limits_are_refused(length, rule):
-    with pytest.raises(InputError, match=f"sequence length must be {rule}"):
-        Encoder(TOKENIZER, length)
-
-
-def test_a_document_of_small_files_and_large_images_is_refused(monkeypatch):
     monkeypatch.setattr(encoding, "_MAX_PIXEL_BYTES", 3 * 8 * 8 * 3)
-    [document] = encode([png(2)] * 3)
-    assert len(document) == 3
+    assert len(encode([PNG] * 3)[0]) == 3
     with pytest.raises(Rejected, match="document too large"):
-        encode([png(2)] * 4)
+        encode([PNG] * 4)
+
+
+@pytest.mark.parametrize("length", [4, 2**24 + 1])
+def test_pack_lengths_beyond_the_limits_are_refused(length):
+    with pytest.raises(InputError, match=f"sequence length must be in 5..16777216, got {length}"):
+        Encoder(TOKENIZER, length)
 
 
 def test_a_text_of_many_packs_is_encoded_in_blocks_and_none_of_it_is_lost(monkeypatch):

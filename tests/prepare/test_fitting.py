@@ -2,53 +2,46 @@
 
 import numpy as np
 import pytest
+from build_cases import TOKENIZER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion_fast.data.tokenizer import ByteTokenizer, train_bpe
+from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.prepare.fitting import piece_lengths, split_blocks
 
-BYTES = ByteTokenizer()
 BPE = train_bpe(["the quick brown fox jumps over the lazy dog. " * 20], 285)
 
 
-def pieces(text, limit, first=None, tokenizer=BYTES):
+def pieces(text, limit, first=None, tokenizer=TOKENIZER):
     ids, starts = tokenizer.encode_with_starts(text)
     lengths = list(piece_lengths(text, starts, first or limit, limit))
+    assert sum(lengths) == len(ids) and min(lengths) >= 1
+    assert lengths[0] <= (first or limit) and max(lengths) <= max(limit, first or limit)
     return [tokenizer.decode(part) for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
-@given(
-    text=st.text(st.sampled_from("ab é日.\n"), min_size=1, max_size=60),
-    limit=st.integers(4, 9),
-    first=st.integers(4, 9),
-)
+@given(st.text(st.sampled_from("ab é日.\n"), min_size=1, max_size=60), st.integers(4, 9), st.integers(4, 9))
 def test_pieces_fit_and_are_the_text(text, limit, first):
-    for tokenizer in (BYTES, BPE):
-        ids, starts = tokenizer.encode_with_starts(text)
-        lengths = list(piece_lengths(text, starts, first, limit))
-        assert sum(lengths) == len(ids) and min(lengths) >= 1
-        assert lengths[0] <= first and max(lengths[1:], default=0) <= limit
-        # No character needs more than 4 tokens, so every piece is text by itself.
+    for tokenizer in (TOKENIZER, BPE):  # no character needs more than 4 tokens, so every piece is text by itself
         assert "".join(pieces(text, limit, first, tokenizer)) == text
-
-
-def test_a_text_that_fits_is_left_whole():
-    assert pieces("one two.", 8) == ["one two."]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("one two.", ["one two."]),
         ("aa bb.\n\ncccc.dd ee\nff gg", ["aa bb.\n\n", "cccc.dd ee\n", "ff gg"]),
+        ("aaaa\n\nbb\ncc dd", ["aaaa\n\n", "bb\ncc dd"]),
         ("aa bb\ncc. dd ee ff", ["aa bb\n", "cc. dd ee ff"]),
         ("aa bb? cc dd ee ff", ["aa bb? ", "cc dd ee ff"]),
         ('a "bb." cc dd ee ff', ['a "bb." ', "cc dd ee ff"]),
         ("aaaa bbbb ccccc dd", ["aaaa bbbb ", "ccccc dd"]),
         ("a bbbbbbbbbbbbbbbbb", ["a bbbbbbbbbb", "bbbbbbb"]),
+        ("日本語日本日", ["日本語日", "本日"]),
+        ("x日本語日本", ["x日本語", "日本"]),
     ],
 )
-def test_the_best_pause_in_the_second_half_is_taken(text, expected):
+def test_the_best_pause_in_the_second_half_is_taken_and_no_character_cut(text, expected):
     assert pieces(text, 12) == expected
 
 
@@ -64,8 +57,8 @@ def test_a_pause_near_the_end_of_what_fits_goes_before_a_better_one_that_is_not(
     assert len(pieces("".join(letters), 256)[0]) == end
 
 
-def test_no_character_is_cut_in_two():
-    assert pieces("日本語日本", 7) == ["日本", "語日", "本"]
+def test_bytes_that_are_no_character_are_replaced():
+    assert TOKENIZER.decode([0xE4, 0x41]) == "\ufffdA"
 
 
 def test_a_space_stays_with_the_word_that_its_token_holds():

@@ -27,22 +27,21 @@ def in_their_order(lengths, capacity):
     return subset_fit(range(len(lengths)), lengths, capacity)
 
 
-@pytest.mark.parametrize("rule", [best_fit_decreasing, in_their_order, pack_bins])
 @given(lengths_and_capacity)
-def test_each_document_is_placed_once_and_no_bin_overfilled(rule, case):
+def test_each_document_is_placed_once_and_no_bin_overfilled(case):
     lengths, capacity = case
-    bins = rule(lengths, capacity)
-    assert sorted(document for members in bins for document in members) == list(range(len(lengths)))
-    filled = [sum(lengths[document] for document in members) for members in bins]
-    assert all(0 < fill <= capacity for fill in filled)
-    assert bins == rule(lengths, capacity)
-
-
-@given(lengths_and_capacity)
-def test_best_fit_leaves_no_two_bins_that_fit_into_one(case):
-    lengths, capacity = case
-    filled = [sum(lengths[document] for document in members) for members in best_fit_decreasing(lengths, capacity)]
-    assert sum(2 * fill <= capacity for fill in filled) <= 1
+    bins = {rule: rule(lengths, capacity) for rule in (best_fit_decreasing, in_their_order, pack_bins)}
+    for rule, found in bins.items():
+        assert sorted(itertools.chain.from_iterable(found)) == list(range(len(lengths)))
+        assert all(0 < sum(lengths[document] for document in members) <= capacity for members in found)
+        assert found == rule(lengths, capacity)
+    filled = [sum(lengths[document] for document in members) for members in bins[best_fit_decreasing]]
+    assert sum(2 * fill <= capacity for fill in filled) <= 1, "no two bins fit into one"
+    assert len(bins[pack_bins]) <= len(filled), "filling bins again never makes more of them"
+    left = list(range(len(lengths)))
+    for members in bins[in_their_order]:
+        assert members[0] == left[0] and members == sorted(members), "the first document left is in the next bin"
+        left = [document for document in left if document not in members]
 
 
 def test_best_fit_takes_the_longest_first_and_the_fullest_bin_that_has_room():
@@ -74,21 +73,6 @@ def test_the_fullest_subset_prefers_what_comes_first():
     assert fullest_subset([7, 6, 4, 3], 10) == [1, 2]
 
 
-@given(lengths_and_capacity)
-def test_the_first_document_left_is_in_the_next_bin(case):
-    lengths, capacity = case
-    left = list(range(len(lengths)))
-    for members in in_their_order(lengths, capacity):
-        assert members[0] == left[0] and members == sorted(members)
-        left = [document for document in left if document not in members]
-
-
-@given(lengths_and_capacity)
-def test_filling_bins_again_never_makes_more_of_them(case):
-    lengths, capacity = case
-    assert len(pack_bins(lengths, capacity)) <= len(best_fit_decreasing(lengths, capacity))
-
-
 @pytest.mark.parametrize("capacity", [4096, 8192])
 @pytest.mark.parametrize("typical", [15, 60])
 def test_captioned_images_fill_packs_where_best_fit_leaves_gaps(typical, capacity):
@@ -112,32 +96,30 @@ def test_tiny_documents_fill_a_large_pack():
     assert len(pack_bins(lengths, 16384)) == -(-sum(lengths) // 16384)
 
 
-def web_lengths(count, seed=0):
+def web_lengths(count):
     """Documents with half of them under 292 positions and one in twenty above 1107."""
-    spread = np.log(1107 / 292) / 1.645
-    lengths = np.random.default_rng(seed).lognormal(np.log(292), spread, count)
+    lengths = np.random.default_rng(0).lognormal(np.log(292), np.log(1107 / 292) / 1.645, count)
     return np.clip(lengths, 4, 4096).astype(np.int64)
+
+
+def packed(lengths, *settings):
+    return [pack.tolist() for pack in pack_stream(lengths, *settings)]
 
 
 @given(st.lists(st.lists(st.integers(1, 50), max_size=9), max_size=6), st.integers(1, 12), st.integers(0, 3))
 def test_every_document_is_in_one_pack_and_every_pack_fits(parts, buffer, seed):
-    packs = list(pack_stream([np.array(part, dtype=np.int64) for part in parts], 50, seed, buffer))
-    lengths = np.array([length for part in parts for length in part])
-    assert sorted(np.concatenate([np.empty(0, int), *packs]).tolist()) == list(range(len(lengths)))
-    assert all(len(pack) and lengths[pack].sum() <= 50 for pack in packs)
+    packs = packed([np.array(part, dtype=np.int64) for part in parts], 50, seed, buffer)
+    lengths = list(itertools.chain.from_iterable(parts))
+    assert sorted(itertools.chain.from_iterable(packs)) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[document] for document in pack) <= 50 for pack in packs)
 
 
-@given(st.integers(1, 7), st.integers(0, 2))
-def test_the_cuts_of_the_stream_do_not_matter(parts, seed):
+def test_the_cuts_of_the_stream_do_not_matter_and_the_seed_does():
     lengths = web_lengths(300)
-    whole = list(pack_stream([lengths], 4096, seed, 64))
-    cut = list(pack_stream(np.array_split(lengths, parts), 4096, seed, 64))
-    assert [pack.tolist() for pack in whole] == [pack.tolist() for pack in cut]
-
-
-def test_another_seed_is_another_packing():
-    packs = [[pack.tolist() for pack in pack_stream([web_lengths(500)], 4096, seed)] for seed in (0, 1)]
-    assert packs[0] != packs[1]
+    wholes = [packed([lengths], 4096, seed, 64) for seed in range(3)]
+    assert wholes[0] != wholes[1] != wholes[2]
+    for seed, parts in itertools.product(range(3), range(1, 8)):
+        assert packed(np.array_split(lengths, parts), 4096, seed, 64) == wholes[seed]
 
 
 @pytest.mark.parametrize("buffer", [BUFFER, BUFFER // 16])
@@ -146,8 +128,7 @@ def test_hardly_anything_is_wasted_and_it_takes_seconds(buffer):
     begun = time.perf_counter()
     packs = list(pack_stream(np.array_split(lengths, 50), 4096, 0, buffer))
     assert time.perf_counter() - begun < 10
-    waste = 1 - lengths.sum() / (4096 * len(packs))
-    assert waste < 0.0003
+    assert 1 - lengths.sum() / (4096 * len(packs)) < 0.0003
 
 
 @pytest.mark.parametrize(
@@ -164,7 +145,6 @@ def test_packs_hold_documents_of_many_lengths(low, high, capacity, most):
 
 def test_neighbouring_packs_differ():
     """Best-fit decreasing makes bins of the longest documents first."""
-    lengths = web_lengths(20_000)
-    documents = np.array([len(pack) for pack in pack_stream([lengths], 4096, 0)])
+    documents = np.array([len(pack) for pack in pack_stream([web_lengths(20_000)], 4096, 0)])
     halves = documents[: len(documents) // 2].mean(), documents[len(documents) // 2 :].mean()
     assert abs(halves[0] - halves[1]) < 0.05 * documents.mean()

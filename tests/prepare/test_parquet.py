@@ -9,30 +9,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from build_cases import found_in, texts_of
 
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.prepare.sources import parquet
+from transfusion_fast.prepare.sources import text
 from transfusion_fast.prepare.sources.text import TextSource
 
 
-def found_in(paths):
-    source = TextSource.of(paths)
-    return [entry for unit in source.units() for entry in source.documents(unit)]
-
-
-def texts_of(paths):
-    """(texts, reasons of what was rejected)."""
-    found = found_in(paths)
-    texts = [entry.parts[0] for entry in found if not isinstance(entry, Rejected)]
-    return texts, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
-
-
-def test_file_names_are_not_taken_for_uris(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("part:1.parquet", os.fsdecode(b"caf\xe9.parquet")):
-        write_column(tmp_path / "a.parquet", ["one"])
-        (tmp_path / "a.parquet").rename(name)
-        assert texts_of([Path(name)]) == (["one"], {})
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.parquet"
 
 
 def write_column(path, values, **options):
@@ -40,86 +26,72 @@ def write_column(path, values, **options):
     return path
 
 
-def test_rows_that_are_not_utf8_are_counted_and_others_read(tmp_path):
+def test_file_names_are_not_taken_for_uris(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("part:1.parquet", os.fsdecode(b"caf\xe9.parquet")):
+        write_column(path, ["one"]).rename(name)
+        assert texts_of([Path(name)]) == (["one"], {})
+
+
+def test_rows_that_are_not_utf8_are_counted_and_others_read(path):
     offsets, content = np.array([0, 3, 5, 8], np.int32), b"one\xff\xfetwo"
     values = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(content))
-    write_column(tmp_path / "a.parquet", values)
-    assert texts_of([tmp_path]) == (["one", "two"], {"not UTF-8": 1})
+    assert texts_of([write_column(path, values)]) == (["one", "two"], {"not UTF-8": 1})
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "dictionary"])
-def test_strings_of_every_kind_are_read(tmp_path, kind):
+def test_strings_of_every_kind_are_read(path, kind):
     values = pyarrow.array(["one", None, "日本"])
     values = values.dictionary_encode() if kind == "dictionary" else values.cast(getattr(pyarrow, kind)())
-    write_column(tmp_path / "a.parquet", values)
-    assert texts_of([tmp_path]) == (["one", "日本"], {"no text": 1})
+    assert texts_of([write_column(path, values)]) == (["one", "日本"], {"no text": 1})
 
 
 @pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [{"x": "y"}]], ids=str)
-def test_a_column_of_no_strings_is_refused_in_one_line(tmp_path, values):
-    write_column(tmp_path / "a.parquet", pyarrow.array(values))
+def test_a_column_of_no_strings_is_refused_in_one_line(path, values):
     with pytest.raises(InputError, match=r"column 'text' of .*a.parquet must be of strings, got .*--field$"):
-        texts_of([tmp_path])
+        texts_of([write_column(path, pyarrow.array(values))])
 
 
-def test_a_row_too_large_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_BYTES", 1000)
-    write_column(tmp_path / "a.parquet", ["a" * 1000, "b" * 1001, *["c"] * 9], use_dictionary=False)
-    assert texts_of([tmp_path]) == (["a" * 1000, *["c"] * 9], {"row too large": 1})
-
-
-def test_a_row_group_whose_rows_are_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_BYTES", 1000)
+def test_rows_and_row_groups_that_are_too_large_are_rejected(path, monkeypatch):
+    monkeypatch.setattr(text, "MAX_BYTES", 1000)
+    write_column(path, ["a" * 1000, "b" * 1001, *["c"] * 9], use_dictionary=False)
+    assert texts_of([path]) == (["a" * 1000, *["c"] * 9], {"row too large": 1})
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", pytest.fail)
-    write_column(tmp_path / "a.parquet", ["a" * 9000], compression="zstd")
-    assert texts_of([tmp_path]) == ([], {"rows too large": 1})
-    monkeypatch.setattr(parquet, "_MAX_GROUP_BYTES", 1000)
+    assert texts_of([write_column(path, ["a" * 9000], compression="zstd")]) == ([], {"rows too large": 1})
+    monkeypatch.setattr(text, "_MAX_GROUP_BYTES", 1000)
     with pytest.raises(InputError, match=r"row group 0 of .*a.parquet must have at most 1000 bytes, got 9\d\d\d; "):
-        texts_of([tmp_path])
+        texts_of([path])
 
 
-def test_a_damaged_row_group_is_named_and_the_next_one_read(tmp_path):
-    path = tmp_path / "a.parquet"
+def test_a_damaged_row_group_is_named_and_the_next_one_read(path):
     write_column(path, [f"row {n}" for n in range(300)], row_group_size=100, compression="none", use_dictionary=False)
     content = bytearray(path.read_bytes())
     at = content.index(b"row 100") - 4
     content[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of the second row group's first value
     path.write_bytes(content)
-    found = found_in([path])
-    texts = [entry.parts[0] for entry in found if not isinstance(entry, Rejected)]
-    assert texts == [f"row {n}" for n in (*range(100), *range(200, 300))]
-    [rejected] = [entry for entry in found if isinstance(entry, Rejected)]
+    [rejected] = [entry for entry in found_in(TextSource.of([path])) if isinstance(entry, Rejected)]
     assert rejected.reason == "parquet damaged" and f"row group 1 of {path}" in rejected.detail
+    assert texts_of([path])[0] == [f"row {n}" for n in (*range(100), *range(200, 300))]
 
 
-def test_a_row_group_of_no_rows_holds_nothing(tmp_path):
-    write_column(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string()))
-    assert texts_of([tmp_path]) == ([], {})
+def test_a_row_group_of_no_rows_holds_nothing(path):
+    assert texts_of([write_column(path, pyarrow.array([], pyarrow.string()))]) == ([], {})
 
 
-def test_a_bit_flipped_in_the_values_is_never_raised(tmp_path):
-    path = write_column(tmp_path / "a.parquet", [f"row {n}" for n in range(8)], row_group_size=4)
-    content, chosen = path.read_bytes(), np.random.default_rng(0)
+def test_a_bit_flipped_in_the_values_is_never_raised(path):
+    write_column(path, [f"row {n}" for n in range(8)], row_group_size=4)
+    content, chosen, rejected = path.read_bytes(), np.random.default_rng(0), Counter()
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    rejected = Counter()
     for at in range(4, footer):
-        damaged = bytearray(content)
-        damaged[at] ^= 1 << chosen.integers(8)
-        path.write_bytes(damaged)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chosen.integers(8)]) + content[at + 1 :])
         rejected += texts_of([path])[1]
     assert rejected["parquet damaged"] and rejected["not UTF-8"]
 
 
 @pytest.mark.parametrize("damage", ["names", "cut", "empty", "pickle"])
-def test_a_damaged_file_is_counted_and_others_read(tmp_path, damage):
-    path = write_column(tmp_path / "a.parquet", ["a"])
+def test_a_damaged_file_is_counted_and_others_read(path, tmp_path, damage):
+    content = write_column(path, ["a"]).read_bytes()
     write_column(tmp_path / "b.parquet", ["b"])
-    content = path.read_bytes()
-    damaged = {
-        "names": content.replace(b"text", b"te\xff\xfe"),
-        "cut": content[: len(content) // 2],
-        "empty": b"",
-        "pickle": pickle.dumps(print),
-    }
-    path.write_bytes(damaged[damage])
+    damaged = {"names": content.replace(b"text", b"te\xff\xfe"), "cut": content[: len(content) // 2], "empty": b""}
+    path.write_bytes(damaged.get(damage, pickle.dumps(print)))
     assert texts_of([tmp_path]) == (["b"], {"file damaged": 1})

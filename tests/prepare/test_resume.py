@@ -6,32 +6,26 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from build_cases import (
-    IMAGES,
-    PER_SHARD,
-    RGB,
-    TOKENIZER,
-    Stop,
-    content,
-    cut_off,
-    path_of,
-    record_disk,
-    stop,
-    texts,
-    words,
-)
+from build_cases import IMAGES, RGB, Stop, content, cut_off, pairs_recipe, path_of, stop, texts, words
+from recording import record_durability
 
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare import build as building
 from transfusion_fast.prepare import staging
-from transfusion_fast.prepare.build import Recipe, build, train_tokenizer
+from transfusion_fast.prepare.build import build, train_tokenizer
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 
 OLD = sorted(f"old {n}" for n in range(50))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The recipe of a file of 50 texts."""
+    return texts(tmp_path / "a.jsonl", "old")
 
 
 @pytest.fixture
@@ -73,17 +67,17 @@ def test_a_run_that_was_cut_off_resumes_and_gives_the_same_bytes(tmp_path, recip
 
 
 def test_a_folder_gets_its_name_once_all_of_it_is_on_disk(tmp_path, recipe, monkeypatch):
-    events = record_disk(monkeypatch)
+    events = record_durability(monkeypatch)
     build(recipe, tmp_path / "out")
-    out = (tmp_path / "out").stat().st_ino
-    named = events.index(("rename", out, "out"))
+    named = events.index(("rename", "shards", "out"))
+    whole = events.index(("fsync", "shards", "folder"))
     for path in (tmp_path / "out").iterdir():
-        inode = path.stat().st_ino
-        synced = events.index(("sync", inode))
-        renamed = [i for i, event in enumerate(events) if event[0] == "rename" and event[1] == inode]
-        assert synced < named and max(renamed, default=0) < events.index(("sync", out)) < named, path.name
-        assert path.suffix != ".tar" or synced < renamed[0], "a shard gets its name after its contents are on disk"
-    assert ("sync", tmp_path.stat().st_ino) in events[named:]
+        renames = [i for i, event in enumerate(events) if event == ("rename", f".{path.name}.partial", path.name)]
+        written = path.name if path.suffix != ".tar" else f".{path.name}.partial"
+        synced = [i for i, event in enumerate(events[:named]) if event == ("fsync", written, str(path.stat().st_size))]
+        assert synced and max(renames, default=0) < whole < named, path.name
+        assert path.suffix != ".tar" or synced[0] < renames[0], "a shard gets its name after its contents are on disk"
+    assert ("fsync", tmp_path.name, "folder") in events[named:]
 
 
 @pytest.mark.parametrize(
@@ -94,81 +88,78 @@ def test_a_folder_gets_its_name_once_all_of_it_is_on_disk(tmp_path, recipe, monk
         ({"image": ImageRule("crop", 16, 4)}, "encoder.image.shape native -> crop"),
         ({"long": "reject"}, "encoder.long split -> reject"),
         ({"modalities": (replace(RGB, name="others"),)}, "encoder.modalities.0.name images -> others"),
+        (None, r"files\."),
     ],
 )
-def test_work_that_was_begun_with_other_settings_is_not_resumed(tmp_path, recipe, monkeypatch, changes, what):
+def test_work_that_was_begun_with_other_settings_or_files_is_not_resumed(
+    tmp_path, recipe, tars, monkeypatch, changes, what
+):
     cut_off(recipe, tmp_path / "out", monkeypatch)
     begun = content(tmp_path / "out.partial")
-    with pytest.raises(InputError, match=f"out.partial must be of the same recipe, got other settings: {what}; keep"):
-        build(replace(recipe, encoder=replace(IMAGES, **changes)), tmp_path / "out")
+    other = replace(recipe, encoder=replace(IMAGES, **changes)) if changes else pairs_recipe(tars / "00000.tar")
+    with pytest.raises(InputError, match=f"out.partial must be of the same recipe, got other settings: {what}.*; keep"):
+        build(other, tmp_path / "out")
     assert content(tmp_path / "out.partial") == begun
 
 
-def test_source_files_that_changed_since_the_work_began_are_noticed(tmp_path, recipe, tars, monkeypatch):
-    cut_off(recipe, tmp_path / "pairs", monkeypatch)
-    cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
-    fewer = replace(recipe, source=PairsSource.of([tars / "00000.tar"]))
-    for changed, out in ((texts(tmp_path / "a.jsonl", "new"), "out"), (fewer, "pairs")):
-        with pytest.raises(InputError, match=r"must be of the same recipe, got other settings: files\."):
-            build(changed, tmp_path / out)
+def test_source_files_that_changed_since_the_work_began_are_noticed(tmp_path, old, monkeypatch):
+    cut_off(old, tmp_path / "out", monkeypatch)
+    with pytest.raises(InputError, match=r"must be of the same recipe, got other settings: files\."):
+        build(texts(tmp_path / "a.jsonl", "new"), tmp_path / "out")
+    (tmp_path / "out.partial" / "recipe.json").unlink()
+    with pytest.raises(InputError, match=r"out.partial must be free .* or move that"):
+        build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
 
 
-def test_settings_that_fail_before_any_document_was_read_may_be_corrected(tmp_path, recipe, steps):
+def test_settings_that_fail_before_any_document_was_read_or_leave_none_may_be_corrected(tmp_path, recipe, steps):
     steps.limit = 0
     with pytest.raises(Stop):
         build(recipe, tmp_path / "out")
     steps.limit = 1000
+    with pytest.raises(InputError, match=r"got none \(.*image too long"):
+        build(replace(recipe, encoder=replace(IMAGES, sequence_length=6)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
     build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
     assert words(tmp_path / "out") == OLD
 
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("killed_in", ["before", "rmtree"])
-def test_the_remains_of_a_run_that_was_killed_while_it_cleaned_up_do_no_harm(tmp_path, monkeypatch, killed_in, moved):
-    recipe = texts(tmp_path / "a.jsonl", "old")
+def test_the_remains_of_a_run_that_was_killed_while_it_cleaned_up_do_no_harm(
+    tmp_path, old, monkeypatch, killed_in, moved
+):
+    rmtree = staging.shutil.rmtree
     with monkeypatch.context() as patched:
         if killed_in == "before":
             patched.setattr(building, "discard", stop)
         else:
-            rmtree = staging.shutil.rmtree
             patched.setattr(
                 "shutil.rmtree", lambda p, *a, **k: stop() if p.name[0] == "." and not k else rmtree(p, *a, **k)
             )
         with pytest.raises(Stop):
-            build(recipe, tmp_path / "out")
+            build(old, tmp_path / "out")
     assert words(tmp_path / "out") == OLD
     left = [path for path in tmp_path.rglob("*") if path.is_file() and ".partial" in str(path)]
     assert killed_in == "before" or [path.name for path in left] == [".lock", "recipe.json"]  # what is large went first
     assert len(list(tmp_path.iterdir())) == 3
-    (tmp_path / "out").rename(tmp_path / "moved")
-    if not moved:
-        (tmp_path / "moved").rename(tmp_path / "out")
-    assert build(recipe, tmp_path / "out").reused is not moved
     if moved:
-        assert content(tmp_path / "out") == content(tmp_path / "moved")
+        (tmp_path / "out").rename(tmp_path / "moved")
+        if killed_in == "before":
+            with pytest.raises(InputError, match=r"must be of the same recipe, got other settings: files\."):
+                build(texts(tmp_path / "b.jsonl", "new"), tmp_path / "out")
+    assert build(old, tmp_path / "out").reused is not moved
+    assert not moved or content(tmp_path / "out") == content(tmp_path / "moved")
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_another_recipe_is_not_mixed_with_the_remains_of_a_finished_one(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(building, "discard", stop)
-        with pytest.raises(Stop):
-            build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"must be of the same recipe, got other settings: files\."):
-        build(texts(tmp_path / "b.jsonl", "new"), tmp_path / "out")
-
-
-def test_a_file_of_a_unit_that_was_lost_in_a_power_failure_is_made_again(tmp_path, monkeypatch):
-    recipe = texts(tmp_path / "a.jsonl", "old")
-    build(recipe, tmp_path / "whole")
-    for kind in ("tokens", "segments", "rejected", "json"):
-        cut_off(recipe, tmp_path / "out", monkeypatch)
-        [lost] = (tmp_path / "out.partial" / "units").glob(f"*.{kind}")
-        lost.write_bytes(bytes(max(1, lost.stat().st_size)))
-        build(recipe, tmp_path / "out")
-        assert content(tmp_path / "out") == content(tmp_path / "whole")
-        (tmp_path / "out").rename(tmp_path / kind)
+@pytest.mark.parametrize("kind", ["tokens", "segments", "rejected", "json"])
+def test_a_file_of_a_unit_that_was_lost_in_a_power_failure_is_made_again(tmp_path, old, monkeypatch, kind):
+    build(old, tmp_path / "whole")
+    cut_off(old, tmp_path / "out", monkeypatch)
+    [lost] = (tmp_path / "out.partial" / "units").glob(f"*.{kind}")
+    lost.write_bytes(bytes(max(1, lost.stat().st_size)))
+    build(old, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, recipe, steps):
@@ -177,72 +168,50 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, recipe, s
     with pytest.raises(Stop):
         build(recipe, tmp_path / "out")
     damaged = tmp_path / "out.partial" / "shards" / "shard-000000.tar"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
     steps.limit = 1000
     build(recipe, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_lock_of_a_folder_that_another_run_has_removed_is_not_used(tmp_path, monkeypatch):
+def test_a_lock_of_a_folder_that_another_run_has_removed_is_not_used(tmp_path, old, monkeypatch):
     """Another run may finish between opening the lock and taking it."""
-    flock, recipe = staging.fcntl.flock, texts(tmp_path / "a.jsonl", "old")
-    done = []
+    flock, done = staging.fcntl.flock, []
 
     def overtaken(lock, how):
         if not done:
             done.append(True)
             staging.discard(tmp_path / "out.partial")
-            build(recipe, tmp_path / "out")
+            build(old, tmp_path / "out")
         flock(lock, how)
 
     monkeypatch.setattr(staging.fcntl, "flock", overtaken)
-    assert build(recipe, tmp_path / "out").reused
+    assert build(old, tmp_path / "out").reused
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
 @pytest.mark.parametrize("theirs", ["thesis.doc", "units/thesis.doc", "shards/thesis.doc", "tokenizer.json"])
-def test_a_staging_folder_that_holds_files_of_somebody_else_is_left_alone(tmp_path, theirs):
+def test_a_staging_folder_that_holds_files_of_somebody_else_is_left_alone(tmp_path, old, theirs):
     file = tmp_path / "out.partial" / theirs
     file.parent.mkdir(parents=True)
     file.write_text("years of work")
     with pytest.raises(InputError, match=r"out.partial must be free for staging OUT, got a folder that holds \w+"):
-        build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+        build(old, tmp_path / "out")
     assert [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file()] == [file]
 
 
-def test_units_without_their_recipe_are_not_used(tmp_path, monkeypatch):
-    cut_off(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out", monkeypatch)
-    (tmp_path / "out.partial" / "recipe.json").unlink()
-    with pytest.raises(InputError, match=r"out.partial must be free .* or move that"):
-        build(texts(tmp_path / "b.jsonl", "new", 20), tmp_path / "out")
-
-
-def test_a_source_file_that_is_gone_is_named(tmp_path):
-    recipe = texts(tmp_path / "a.jsonl", "old")
-    recipe.source.describe()
-
+def test_a_source_file_that_is_gone_is_named(tmp_path, old):
     class Gone(TextSource):
         def entries(self, unit):
             (tmp_path / "a.jsonl").unlink()
             return super().entries(unit)
 
     with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
-        build(replace(recipe, source=Gone(recipe.source.files)), tmp_path / "out")
+        build(replace(old, source=Gone(old.source.files)), tmp_path / "out")
 
 
-def test_settings_that_leave_no_document_may_be_corrected(tmp_path, recipe):
-    with pytest.raises(InputError, match=r"got none \(.*image too long"):
-        build(replace(recipe, encoder=replace(IMAGES, sequence_length=6)), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-    build(recipe, tmp_path / "out")
-
-
-def test_two_runs_do_not_write_into_one_folder(tmp_path, recipe):
-    with staging.locked(tmp_path / "out.partial"), pytest.raises(InputError, match="got another one using it"):
-        build(recipe, tmp_path / "out")
-
-
-def test_a_folder_that_is_not_free_is_left_alone(tmp_path, recipe):
+def test_a_folder_that_is_not_free_or_in_use_is_left_alone(tmp_path, recipe):
     (tmp_path / "out").mkdir()
     for name in ("mine", "recipe.json"):
         (tmp_path / "out" / name).write_text("x")
@@ -251,9 +220,11 @@ def test_a_folder_that_is_not_free_is_left_alone(tmp_path, recipe):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(InputError, match="output folder must have a name, got '/'"):
         build(recipe, "/")
+    with staging.locked(tmp_path / "new.partial"), pytest.raises(InputError, match="got another one using it"):
+        build(recipe, tmp_path / "new")
 
 
-def test_a_folder_that_is_taken_while_it_is_made_is_left_alone(tmp_path, monkeypatch):
+def test_a_folder_that_is_taken_while_it_is_made_is_left_alone(tmp_path, old, monkeypatch):
     sync = os.fsync
 
     def overtaken(descriptor):
@@ -264,23 +235,22 @@ def test_a_folder_that_is_taken_while_it_is_made_is_left_alone(tmp_path, monkeyp
 
     monkeypatch.setattr("os.fsync", overtaken)
     with pytest.raises(InputError, match=r"out must be free, got .*; move .*shards there"):
-        build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")
+        build(old, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
 
 
 def test_a_finished_folder_is_recognized_and_not_made_again(tmp_path):
-    recipe = texts(tmp_path / os.fsdecode(b"\xff.jsonl"), "old")  # a name that is no text
-    built = build(recipe, tmp_path / "out")
+    recipe, index = texts(tmp_path / os.fsdecode(b"\xff.jsonl"), "old"), tmp_path / "out" / "index.json"
+    built = build(recipe, tmp_path / "out")  # of a file whose name is no text
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     again = build(recipe, tmp_path / "out", processes=3)
     assert again.reused and not built.reused and again.index == built.index
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    (tmp_path / "out" / "index.json").write_text((tmp_path / "out" / "index.json").read_text() + "\n")
+    index.write_text(index.read_text() + "\n")
     with pytest.raises(InputError, match=r"\(it was made with other settings: index .* -> "):
         build(recipe, tmp_path / "out")
-    newer = texts(*recipe.source.files, "newer")
     with pytest.raises(InputError, match=r"settings: files.*jsonl.bytes 940 -> 1040 and index "):
-        build(newer, tmp_path / "out")
+        build(texts(*recipe.source.files, "newer"), tmp_path / "out")
 
 
 class Deadly(ByteTokenizer):
@@ -298,13 +268,11 @@ def test_a_process_that_was_killed_is_one_line_and_the_work_resumes(tmp_path, re
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_tokenizer_is_trained_once_for_a_source(tmp_path, monkeypatch):
-    trained = []
-    train = building.train_bpe
+def test_a_tokenizer_is_trained_once_for_a_source(tmp_path, old, monkeypatch):
+    trained, train = [], building.train_bpe
     monkeypatch.setattr(building, "train_bpe", lambda *a: trained.append(a) or train(*a))
-    recipe = texts(tmp_path / "a.jsonl", "old")
-    tokenizer = train_tokenizer(recipe.source, 270, tmp_path / "out")
-    recipe = Recipe(recipe.source, Encoder(tokenizer, 64), PER_SHARD, train_bpe=270)
+    tokenizer = train_tokenizer(old.source, 270, tmp_path / "out")
+    recipe = replace(old, encoder=Encoder(tokenizer, 64), train_bpe=270)
     cut_off(recipe, tmp_path / "out", monkeypatch)
     for _ in range(2):  # begun, and then made
         assert train_tokenizer(recipe.source, 270, tmp_path / "out").describe() == tokenizer.describe()
@@ -315,4 +283,3 @@ def test_a_tokenizer_is_trained_once_for_a_source(tmp_path, monkeypatch):
     train_tokenizer(recipe.source, 270, tmp_path / "given")  # the tokenizer was given there
     train_tokenizer(texts(tmp_path / "a.jsonl", "new").source, 270, tmp_path / "out")  # other texts
     assert len(trained) == 4
-    assert TOKENIZER.describe() != tokenizer.describe()

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from small_models import ids, seeded, small_model
 
-from transfusion_fast import Transfusion
 from transfusion_fast.model.inputs import pack_rows
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
@@ -19,26 +19,13 @@ GRIDS = [(2, 2), (1, 3)]
 ONE_STEP = ImageSettings(steps=1, guidance=1.0, eta=0.0, clip=1.0)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def ids(*values):
-    return torch.tensor(values, dtype=torch.long)
-
-
 def make(**settings):
-    """A small model whose every weight matters."""
-    torch.manual_seed(0)
     transformer = {"dim": 32, "depth": 2, "heads": 2, "ffn_dim": 48}
-    model = Transfusion(num_text_tokens=10, dim_latent=(4, 6), transformer=transformer, **settings)
-    for p in model.parameters():
-        p.data = torch.randn(p.shape) * p.shape[1] ** -0.5 if p.ndim == 2 else p.data + 0.1 * torch.randn(p.shape)
-    return model
+    return small_model(num_text_tokens=10, dim_latent=(4, 6), transformer=transformer, **settings)
 
 
 def chain(links):
-    """A model that predicts by the last token alone: links[token] are the tokens that it finds likely, and how much."""
+    """Return a model that predicts by the last token alone: links[token] are its likely tokens, and how likely."""
     model = make()
     model.norm.weight.data.fill_(1.0)
     for block in model.blocks:
@@ -53,7 +40,7 @@ def chain(links):
 
 
 def produced_by(model, prompts=((),), **settings):
-    """What was produced after each prompt, text as lists of ids and images as (modality, shape)."""
+    """Return what was produced after each prompt, text as lists of ids and images as (modality, shape)."""
     documents = sample(model, prompts, **{"grids": GRIDS, "image": ONE_STEP, "generator": seeded()} | settings)
     return [[described(piece) for piece in document] for document in documents]
 
@@ -64,7 +51,7 @@ def described(piece):
 
 
 def spy_on(model, monkeypatch):
-    """The (batch, x_t) of every forward pass of the model from now on."""
+    """Return a list that grows with the (batch, x_t) of every forward pass of the model."""
     calls, hidden = [], model.hidden
 
     def spy(batch, x_t):
@@ -81,7 +68,7 @@ def tokens_of_documents(batch):
 
 
 def predict(model, tokens, x, t):
-    """The prediction for one image of modality 0 after `tokens`, by the way that training takes."""
+    """Return the prediction for one image of modality 0 after `tokens`, by the way that training takes."""
     rows, columns, _ = x.shape
     row = ids(*tokens, *[0] * (rows * columns))[None]
     batch = pack_rows(row, [[x]], [[(len(tokens), rows * columns)]], model.config)
@@ -91,82 +78,41 @@ def predict(model, tokens, x, t):
     return model.prediction(hidden, batch, 0).view(x.shape)
 
 
-def test_greedy_text_is_the_likeliest_token_every_time():
-    model = make()
-    [[text]] = produced_by(model, [[ids(1, 2)]], max_text_tokens=6, max_images=0)
-    tokens = [BOS, 1, 2]
-    for token in text:
-        batch = pack_rows(ids(*tokens)[None], [[]], [[]], model.config)
-        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities]))[-1]
-        likeliest = [i for i in logits.argsort(descending=True).tolist() if i not in (BOS, EOI, EOI1)]
-        assert token == likeliest[0]
-        tokens.append(token)
-    assert len(text) >= 2
+IMAGE, IMAGE1 = (0, (2, 2, 4)), (1, (1, 3, 6))
+ENDLESS, ALWAYS_IMAGES = {BOS: 1, 1: 1}, {BOS: BOI, EOI: BOI}
+AFTER_AN_IMAGE = {BOS: 1, 1: BOI, EOI: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: EOS}
 
 
-def test_decoding_is_repeatable():
-    model = make()
-    settings = {
-        "max_text_tokens": 8,
-        "max_images": 2,
-        "temperature": 1.0,
-        "grids": GRIDS,
-        "image": ImageSettings(steps=2),
-    }
-    one, two = (sample(model, [[ids(1)], []], **settings, generator=seeded(3)) for _ in range(2))
-    for a, b in zip([p for d in one for p in d], [p for d in two for p in d], strict=True):
-        assert torch.equal(*(p[1] if isinstance(p, tuple) else p for p in (a, b)))
-
-
-def test_text_ends_at_eos():
-    assert produced_by(chain({BOS: 1, 1: 2, 2: 3, 3: EOS})) == [[[1, 2, 3]]]
-    assert produced_by(chain({BOS: EOS})) == [[]]
-
-
-@pytest.mark.parametrize("limit", [1, 5])
-def test_text_without_an_end_stops_at_its_limit(limit):
-    assert produced_by(chain({BOS: 1, 1: 1}), max_text_tokens=limit) == [[[1] * limit]]
-
-
-def test_no_text_is_decoded_where_none_is_allowed():
-    assert produced_by(chain({BOS: 1, 1: 1}), max_text_tokens=0) == [[]]
-
-
-def test_the_limit_of_text_counts_what_comes_after_an_image_too():
-    links = {BOS: 1, 1: BOI, EOI: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: EOS}
-    assert produced_by(chain(links), max_text_tokens=3) == [[[1], (0, (2, 2, 4)), [2, 3]]]
-
-
-def test_boi_switches_to_an_image_and_eoi_goes_on_with_text():
-    model = chain({BOS: 1, 1: BOI, EOI: 2, 2: EOS})
-    assert produced_by(model) == [[[1], (0, (2, 2, 4)), [2]]]
-
-
-def test_each_modality_is_drawn_on_its_own_grid():
-    model = chain({BOS: BOI1, EOI1: BOI, EOI: EOS})
-    assert produced_by(model, max_images=2) == [[(1, (1, 3, 6)), (0, (2, 2, 4))]]
+@pytest.mark.parametrize(
+    ("links", "prompt", "settings", "expected"),
+    [
+        pytest.param({BOS: 1, 1: 2, 2: 3, 3: EOS}, [], {}, [[1, 2, 3]], id="text ends at <eos>"),
+        pytest.param({BOS: EOS}, [], {}, [], id="at once"),
+        pytest.param(ENDLESS, [], {"max_text_tokens": 5}, [[1] * 5], id="or at its limit"),
+        pytest.param(ENDLESS, [], {"max_text_tokens": 0}, [], id="which may be 0"),
+        pytest.param(AFTER_AN_IMAGE, [], {}, [[1], IMAGE, [2, 3, 4, 5, 6]], id="<boi> begins an image, then text"),
+        pytest.param(AFTER_AN_IMAGE, [], {"max_text_tokens": 3}, [[1], IMAGE, [2, 3]], id="of all text the limit"),
+        pytest.param({BOS: BOI1, EOI1: BOI, EOI: EOS}, [], {"max_images": 2}, [IMAGE1, IMAGE], id="each its grid"),
+        pytest.param(ALWAYS_IMAGES, [], {"max_images": 0}, [], id="no image"),
+        pytest.param(ALWAYS_IMAGES, [], {"max_images": 3}, [IMAGE] * 3, id="three images"),
+        pytest.param(ALWAYS_IMAGES, [torch.zeros(2, 4)], {}, [IMAGE], id="images of the prompt do not count"),
+        pytest.param({BOS: {BOS: 4, EOI: 3, EOI1: 2, 7: 1}, 7: EOS}, [], {}, [[7]], id="never <bos> or <eoi>"),
+    ],
+)
+def test_what_follows_a_prompt(links, prompt, settings, expected):
+    assert produced_by(chain(links), [prompt], **settings) == [expected]
 
 
 def test_prompts_that_begin_images_of_different_modalities_at_once_each_get_theirs():
     model = chain({1: BOI, 2: BOI1, EOI: 3, EOI1: 4, 3: EOS, 4: EOS})
-    expected = [[(1, (1, 3, 6)), [4]], [(0, (2, 2, 4)), [3]], [(1, (1, 3, 6)), [4]]]
-    assert produced_by(model, [[ids(2)], [ids(1)], [ids(2)]]) == expected
+    assert produced_by(model, [[ids(2)], [ids(1)], [ids(2)]]) == [[IMAGE1, [4]], [IMAGE, [3]], [IMAGE1, [4]]]
 
 
-@pytest.mark.parametrize("limit", [0, 1, 3])
-def test_images_stop_at_their_limit(limit):
-    model = chain({BOS: BOI, EOI: BOI})
-    assert produced_by(model, max_images=limit) == [[(0, (2, 2, 4))] * limit]
-
-
-def test_images_of_the_prompt_do_not_count():
-    model = chain({EOI: BOI})
-    assert produced_by(model, [[torch.randn(2, 4)]], max_images=1) == [[(0, (2, 2, 4))]]
-
-
-def test_bos_and_eoi_are_never_written():
-    model = chain({BOS: {BOS: 4, EOI: 3, EOI1: 2, 7: 1}, 7: EOS})
-    assert produced_by(model) == [[[7]]]
+def test_decoding_is_repeatable():
+    model = make()
+    settings = {"max_text_tokens": 8, "max_images": 2, "temperature": 1.0, "image": ImageSettings(steps=2)}
+    one, two = (sample(model, [[ids(1)], []], grids=GRIDS, **settings, generator=seeded(3)) for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_temperature_draws_in_proportion_and_zero_takes_the_likeliest():
@@ -207,22 +153,11 @@ def test_the_unconditional_branch_is_boi_alone(monkeypatch):
     prompts = [[ids(1, 2)], [torch.randn(2, 4)]]
     generate_images(model, prompts, (1, 2), image=ImageSettings(steps=1, guidance=2.0), generator=seeded())
     [(batch, x_t)] = calls
-    assert tokens_of_documents(batch) == [
-        [BOS, 1, 2, BOI, 0, 0],
-        [BOS, BOI, 0, 0, EOI, BOI, 0, 0],
-        [BOI, 0, 0],
-        [BOI, 0, 0],
-    ]
+    conditional = [[BOS, 1, 2, BOI, 0, 0], [BOS, BOI, 0, 0, EOI, BOI, 0, 0]]
+    assert tokens_of_documents(batch) == [*conditional, [BOI, 0, 0], [BOI, 0, 0]]
     assert batch.positions[-3:].tolist() == [0, 1, 2]
     first, _, second, *unconditional = x_t[0].split(2)
     assert torch.equal(torch.cat([first, second]), torch.cat(unconditional)), "both branches see one x_t"
-
-
-def test_guidance_of_one_runs_the_conditional_branch_only(monkeypatch):
-    model = make()
-    calls = spy_on(model, monkeypatch)
-    generate_images(model, [[ids(1, 2)]], (1, 2), image=ImageSettings(steps=1, guidance=1.0), generator=seeded())
-    assert [tokens_of_documents(batch) for batch, _ in calls] == [[[BOS, 1, 2, BOI, 0, 0]]]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
@@ -291,26 +226,17 @@ def test_images_after_unequal_prompts_are_those_drawn_one_by_one(objective, moda
         torch.testing.assert_close(image, alone, **tolerance["fp32"])
 
 
-def test_text_after_unequal_prompts_is_that_decoded_one_by_one():
-    model = make()
-    at_once = produced_by(model, PROMPTS, max_text_tokens=6, max_images=0)
-    assert at_once == [produced_by(model, [prompt], max_text_tokens=6, max_images=0)[0] for prompt in PROMPTS]
-    assert len({str(text) for text in at_once}) > 1
-
-
-def test_the_model_samples_as_the_function_does():
-    model = chain({1: 2, 2: EOS})
-    assert [p.tolist() for p in model.sample([[ids(1)]], grids=GRIDS)[0]] == [[2]]
-
-
 def test_what_was_sampled_can_be_a_prompt_and_a_training_document():
     model = chain({1: 2, 2: BOI1, EOI1: 3, 3: EOS})
     [document] = model.sample([[ids(1)]], grids=GRIDS, image=ONE_STEP, generator=seeded())
-    assert [described(piece) for piece in document][::2] == [[2], [3]] and document[1][0] == 1
+    assert [described(piece) for piece in document] == [[2], IMAGE1, [3]]
     assert len(model.sample([document], grids=GRIDS)) == 1
     assert model([document], generator=seeded()).isfinite()
 
 
-def test_a_prompt_that_does_not_fit_is_refused():
+def test_prompts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"piece 0: text ids must lie in \[0, 10\), got 10 to 10"):
         sample(make(), [[ids(10)]], grids=GRIDS)
+    for prompts, modality in (([], 0), ([[]], 2)):
+        with pytest.raises(ValueError, match=f"needs a prompt and a modality below 2, got {len(prompts)} and"):
+            generate_images(make(), prompts, (1, 2), modality=modality)

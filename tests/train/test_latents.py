@@ -1,12 +1,12 @@
 """From tars of pictures by way of an autoencoder's latents to pictures that a run draws."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-import webdataset as wds
 from autoencoders import random_pixels, save_autoencoder
+from build_cases import make_pairs
+from image_files import png, saved
 from launching import metrics, train
 from PIL import Image
 
@@ -16,19 +16,12 @@ from transfusion_fast.data.reader import PackReader
 SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)
 
 
-def jpeg(seed):
-    file = io.BytesIO()
-    Image.fromarray(random_pixels(20, 24, 3, seed=seed)).save(file, "JPEG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tar of captioned pictures, and autoencoders."""
     folder = tmp_path_factory.mktemp("latents")
-    with wds.TarWriter(str(folder / "pairs.tar")) as writer:
-        for i in range(24):
-            writer.write({"__key__": f"{i:03d}", "jpg": jpeg(i), "txt": f"picture {i}"})
+    images = [saved(Image.fromarray(random_pixels(20, 24, 3, seed=i)), "JPEG") for i in range(24)]
+    make_pairs(folder / "pairs.tar", {f"{i:03d}": (image, f"picture {i}") for i, image in enumerate(images)})
     save_autoencoder(folder / "vae")
     save_autoencoder(folder / "other", seed=1)
     return folder
@@ -50,23 +43,18 @@ def run(folder, prepare):
     return folder / "run"
 
 
-def test_a_run_on_latents_trains_and_draws_through_its_autoencoder(folder, run, tmp_path, command):
+def test_a_run_on_latents_trains_draws_and_captions_through_its_autoencoder(folder, run, tmp_path, command):
     assert all(np.isfinite(row["diffusion_loss"]) for row in metrics(run))
     fingerprint = read_autoencoder(folder / "vae").fingerprint
-    reader = PackReader(folder / "data")
-    [modality] = reader.index.modalities
+    [modality] = PackReader(folder / "data").index.modalities
     assert (modality.encoding, modality.patch_size, modality.autoencoder) == ("latents", 2, fingerprint)
     assert json.loads((run / "data.json").read_text())["modalities"][0]["autoencoder"] == fingerprint
-    drawn = tmp_path / "drawn.png"
+    drawn, file = tmp_path / "drawn.png", tmp_path / "grey.png"
     options = ("--prompt", "picture 1", "--each", 2, "--steps", 2, "--out", drawn)
     code, out, _ = command("sample", run, "--vae", folder / "vae", *options)
     assert code == 0 and f"drew 2 images of 16 x 16: {drawn}" in out
     assert len(Image.open(drawn).convert("L").getcolors(256) or []) > 8
-
-
-def test_pictures_are_captioned_through_the_autoencoder(folder, run, tmp_path, command):
-    file = tmp_path / "grey.png"
-    Image.fromarray(random_pixels(9, 30)).save(file)
+    file.write_bytes(png(random_pixels(9, 30)))
     code, out, _ = command("sample", run, "--vae", folder / "vae", "--caption", file, "--max-tokens", 3)
     assert code == 0 and out.startswith(f"{file}: ")
 
@@ -74,17 +62,11 @@ def test_pictures_are_captioned_through_the_autoencoder(folder, run, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (
-            ["sample", "RUN", "--prompt", "a"],
-            "--vae must be given for",
-        ),
-        (["sample", "RUN", "--caption", "a.png"], "give the autoencoder of its data"),
-        (
-            ["sample", "RUN", "--prompt", "a", "--vae", "OTHER"],
-            "other; give the folder that its data was prepared",
-        ),
-        (["sample", "RUN", "--prompt", "a", "--vae", "nowhere"], "nowhere must be a folder with config.json"),
-        (["evaluate", "RUN", "--data", "PARENT"], "evaluation needs captioned pixel images of one size"),
+        ("sample RUN --prompt a", "--vae must be given for"),
+        ("sample RUN --caption a.png", "give the autoencoder of its data"),
+        ("sample RUN --prompt a --vae OTHER", "other; give the folder that its data was prepared"),
+        ("sample RUN --prompt a --vae nowhere", "nowhere must be a folder with config.json"),
+        ("evaluate RUN --data PARENT", "evaluation needs captioned pixel images of one size"),
     ],
 )
 def test_a_missing_or_other_autoencoder_is_named_in_one_line(
@@ -94,23 +76,23 @@ def test_a_missing_or_other_autoencoder_is_named_in_one_line(
     for split in ("train", "heldout"):
         (tmp_path / split).symlink_to(folder / "data")
     named = {"RUN": run, "OTHER": folder / "other", "PARENT": tmp_path}
-    code, _, err = command(*(named.get(option, option) for option in options))
+    code, _, err = command(*(named.get(option, option) for option in options.split()))
     assert code == 2 and complaint in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--vae", "VAE", "--image-size", 18], "image size must be a positive multiple of 4, got 18; give such a size"),
-        (["--vae", "VAE", "--patch-size", 3], "image size must be a positive multiple of 6, got 16"),
-        (["--vae", "VAE", "--vae-batch", 0], "images encoded together must be 1 or more, got 0"),
-        (["--vae", "nowhere"], "nowhere must be a folder with config.json"),
-        (["--latents", "mean"], "--latents and --vae-batch must come with --vae"),
-        (["--vae-batch", 2], "--latents and --vae-batch must come with --vae"),
+        ("--vae VAE --image-size 18", "image size must be a positive multiple of 4, got 18; give such a size"),
+        ("--vae VAE --patch-size 3", "image size must be a positive multiple of 6, got 16"),
+        ("--vae VAE --vae-batch 0", "images encoded together must be 1 or more, got 0"),
+        ("--vae nowhere", "nowhere must be a folder with config.json"),
+        ("--latents mean", "--latents and --vae-batch must come with --vae"),
+        ("--vae-batch 2", "--latents and --vae-batch must come with --vae"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_in_one_line(folder, tmp_path, prepare, options, complaint):
-    given = (folder / "vae" if option == "VAE" else option for option in options)
+    given = (folder / "vae" if option == "VAE" else option for option in options.split())
     code, _, err = prepare(tmp_path / "out", *given)
     assert code == 2 and complaint in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -122,14 +104,13 @@ def test_an_image_without_finite_latents_is_named_and_left_out(tmp_path, prepare
     assert code == 2 and "(24 x latents not finite)" in err and err.count("\n") == 1
 
 
-def test_mean_and_sampled_latents_differ(folder, tmp_path, prepare):
-    for kind in ("mean", "sampled"):
-        assert prepare(tmp_path / kind, "--vae", folder / "vae", "--latents", kind)[0] == 0
-    mean, sampled = (PackReader(tmp_path / kind).read(0).latents for kind in ("mean", "sampled"))
+def test_latents_are_sampled_or_their_mean_and_pixels_need_no_autoencoder(folder, tmp_path, prepare):
+    found = {}
+    for kind in ("mean", "sampled", "pixels"):
+        options = () if kind == "pixels" else ("--vae", folder / "vae", "--latents", kind)
+        assert prepare(tmp_path / kind, *options)[0] == 0
+        found[kind] = PackReader(tmp_path / kind)
+    mean, sampled = (found[kind].read(0).latents for kind in ("mean", "sampled"))
     assert mean.shape == sampled.shape and np.abs(mean - sampled).max() > 0.1
-
-
-def test_pixels_need_no_autoencoder(tmp_path, prepare):
-    assert prepare(tmp_path / "pixels")[0] == 0
-    [modality] = PackReader(tmp_path / "pixels").index.modalities
+    [modality] = found["pixels"].index.modalities
     assert (modality.encoding, modality.patch_size, modality.autoencoder) == ("pixels", 16, "")

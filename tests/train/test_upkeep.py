@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from image_files import png
 from PIL import Image
 
 from transfusion_fast.data.index import INDEX_NAME, read_index
@@ -20,7 +21,19 @@ from transfusion_fast.data.reader import PackReader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import prepare
 
-IMAGES = ("--image-size", "16", "--processes", "1", "--seq-len", "64")
+IMAGES = ("--image-size", "16", "--seq-len", "64")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run_command(*arguments):
+        one_process = () if arguments[0] in ("info", "preview") else ("--processes", "1")
+        code = prepare.main([*map(str, arguments), *one_process])
+        return code, *capsys.readouterr()
+
+    return run_command
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +42,7 @@ def stories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "stories"
     folder.mkdir()
     for number in range(12):
-        Image.fromarray(np.full((20, 30, 3), 20 * number, np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.png").write_bytes(png(np.full((20, 30, 3), 20 * number, np.uint8)))
     lines = [json.dumps({"content": [f"once {n}", {"image": f"{n}.png"}, "the end"]}) for n in range(12)]
     (folder / "stories.jsonl").write_text("\n".join([*lines, '{"content": [{"image": "none.png"}]}']))
     return folder
@@ -38,26 +51,14 @@ def stories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(stories, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared") / "data"
-    command = ["interleaved", str(stories), "--out", str(out), *IMAGES, "--patch-size", "8", "--packs-per-shard", "2"]
-    assert prepare.main(command) == 0
+    options = (*IMAGES, "--patch-size", "8", "--packs-per-shard", "2", "--processes", "1")
+    assert prepare.main(["interleaved", str(stories), "--out", str(out), *options]) == 0
     return out
 
 
 @pytest.fixture
 def folder(prepared, tmp_path):
     return shutil.copytree(prepared, tmp_path / "data")
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run_command(*arguments):
-        one_process = ("--processes", "1") if arguments[0] in ("verify", "index") else ()
-        code = prepare.main([*map(str, arguments), *one_process])
-        return code, *capsys.readouterr()
-
-    return run_command
 
 
 def test_preview_writes_a_page(prepared, tmp_path, run):
@@ -68,37 +69,35 @@ def test_preview_writes_a_page(prepared, tmp_path, run):
     assert other.read_text().split("<section>")[1:] != page.read_text().split("<section>")[1:]
 
 
-@pytest.mark.parametrize("option", [("--pack", 99), ("--pack", -1), ("--epoch", -1), ("--seed", -1)], ids=str)
-def test_preview_refuses_numbers_out_of_range(prepared, tmp_path, run, option):
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--pack", 99), "--pack must be"), (("--pack", -1), "--pack must be"), (("--epoch", -1), "--epoch must be"),
+        (("--seed", -1), "--seed must be"), (("--vae", "."), "--vae needs a folder of latents"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_preview_refuses_what_it_cannot_show(prepared, tmp_path, run, option, said):
     code, out, err = run("preview", prepared, *option, "--out", tmp_path / "other.html")
-    assert (code, out) == (2, "") and err.count("\n") == 1 and f"{option[0]} must be" in err
+    assert (code, out) == (2, "") and err.count("\n") == 1 and said in err
     assert not (tmp_path / "other.html").exists()
-
-
-def test_preview_with_an_autoencoder_needs_latents(prepared, tmp_path, run):
-    code, _, err = run("preview", prepared, "--vae", tmp_path, "--out", tmp_path / "x.html")
-    assert code == 2 and "--vae needs a folder of latents" in err
 
 
 def test_info_counts_and_draws(folder, tmp_path, run):
     named = folder.rename(tmp_path / os.fsdecode(b"\xff"))  # a name that is no text
     code, out, err = run("info", named, "--picture", tmp_path / "new" / "lengths.png")
     assert code == 0 and not err
-    assert "images: 12 of 48 patches" in out and "12 documents" in out
+    assert "images: 12 of 48 patches" in out and "12 documents" in out and "76.7 % of ids and patches" in out
     assert "% at 2048" in out and "% at 16384" in out
     assert np.asarray(Image.open(tmp_path / "new" / "lengths.png").convert("L")).std() > 5
     assert run("preview", named, "--out", tmp_path / "page.html")[0] == 0
 
 
-def test_images_are_cropped_or_keep_their_shape(stories, tmp_path, run):
-    sizes = {}
-    for shape in ("crop", "native"):
-        out = tmp_path / shape
-        code, _, err = run("interleaved", stories, "--out", out, *IMAGES, "--patch-size", "4", "--shape", shape)
-        assert code == 0 and "left out 1: " in err and "none.png" in err
-        rows = PackReader(out).read(0).segments
-        sizes[shape] = {tuple(row[4:6]) for row in rows.tolist() if row[1]}
-    assert sizes == {"crop": {(16, 16)}, "native": {(12, 16)}}
+@pytest.mark.parametrize(("shape", "size"), [("crop", (16, 16)), ("native", (12, 16))])
+def test_images_are_cropped_or_keep_their_shape(stories, tmp_path, run, shape, size):
+    code, _, err = run("interleaved", stories, "--out", tmp_path, *IMAGES, "--patch-size", "4", "--shape", shape)
+    assert code == 0 and "left out 1: " in err and "none.png" in err
+    assert {tuple(row[4:6]) for row in PackReader(tmp_path).read(0).segments.tolist() if row[1]} == {size}
 
 
 def test_verify_names_every_finding_or_ends_with_0(folder, run):
@@ -120,13 +119,12 @@ def test_index_is_rebuilt_and_accepts_other_shards_on_request_only(folder, tmp_p
     assert code == 2 and err.count("\n") == 1 and "--accept" in err
     assert run("index", folder, "--accept")[0] == 0
     assert len(read_index(folder).shards) == len(json.loads(before)["shards"]) - 1
-    like = tmp_path / "like"
-    like.mkdir()
-    (folder / "shard-000000.tar").rename(like / "shard-000000.tar")
-    code, _, err = run("index", like)
+    (tmp_path / "like").mkdir()
+    (folder / "shard-000000.tar").rename(tmp_path / "like" / "shard-000000.tar")
+    code, _, err = run("index", tmp_path / "like")
     assert code == 2 and "--like" in err and err.count("\n") == 1
-    assert run("index", like, "--like", folder)[0] == 0
-    assert run("verify", like)[0] == 0
+    assert run("index", tmp_path / "like", "--like", folder)[0] == 0
+    assert run("verify", tmp_path / "like")[0] == 0
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "index"])
@@ -136,12 +134,18 @@ def test_a_folder_without_an_index_gets_one_line_and_code_2(command, tmp_path, r
     assert err.startswith("prepare: ") and err.count("\n") == 1 and INDEX_NAME in err
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "index", "preview", "repack"])
-def test_commands_of_local_folders_take_no_url(command, capsys):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "info URL", "verify URL", "index URL", "preview URL", "repack URL --out x", "digits URL", "text URL --out x",
+        "text x --out URL", "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
+    ],
+)  # fmt: skip
+def test_no_url_is_taken_for_a_file_or_folder(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
-        prepare.main([command, "https://host/data"])
-    err = capsys.readouterr().err
-    assert ended.value.code == 2 and "files and folders must be local, got 'https://host/data'" in err
+        prepare.main(arguments.replace("URL", "https://host/data").split())
+    assert ended.value.code == 2
+    assert "files and folders must be local, got 'https://host/data'" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -155,9 +159,8 @@ def started(tmp_path):
         words = "some words. " * (60_000 if number else 1)
         (tmp_path / "in" / f"{number:02d}.jsonl").write_text(json.dumps({"text": words}) + "\n")
     command = [sys.executable, prepare.__file__, "text", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    command += ["--seq-len", "512", "--processes", "2"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [*command, "--seq-len", "512", "--processes", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     units = tmp_path / "out.partial" / "units"
@@ -186,7 +189,7 @@ def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_resumes(started)
     assert process.returncode == 130 and "Traceback" not in err
     assert "prepare: interrupted; the same command resumes" in err
     # A mark in the finished unit shows that it is used again.
-    *_, cut, checksums = json.loads((units / "000000.json").read_text())
-    (units / "000000.json").write_text(json.dumps([1, {"mark": 1}, {"mark": "made before"}, cut, checksums]))
+    documents, _, checksums = json.loads((units / "000000.json").read_text())
+    (units / "000000.json").write_text(json.dumps([documents, 1234, checksums]))
     again = subprocess.run([*process.args[:-1], "1"], capture_output=True, text=True)
-    assert again.returncode == 0 and "left out 1: made before" in again.stderr
+    assert again.returncode == 0 and "split 1237 documents" in again.stderr

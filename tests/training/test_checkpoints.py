@@ -1,45 +1,56 @@
-"""Checkpoints of one rank with a stand-in for the engine: order of writes, retention, and what a resume compares."""
+"""Checkpoints of one rank with a stand-in for the engine: order of writes, retention, damage, and what must match."""
 
 import hashlib
+import json
 import os
+import pickle
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from launching import OneRank, small_config
 
-from transfusion_fast.config import ModelConfig
+from transfusion_fast.config import ModelConfig, load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.checkpoint import Checkpoints
-from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage
+from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage, load_model
+from transfusion_fast.training.slices import init_state
 from transfusion_fast.training.trainer import initial_meta
 
 META = Meta(
-    step=0, packs_consumed=0, skipped_steps=0, world_size=1, precision="fp32", global_batch=4, data="a" * 64,
-    data_path="data", order=(3, 16), model={"transformer": {"dim": 32}, "objective": "ddpm"},
+    step=0, packs_consumed=0, skipped_steps=0, quarantined=0, precision="fp32", data="a" * 64, data_path="data",
+    shares=("1",), world_size=1, config=load_config(None), versions={},
 )  # fmt: skip
 
 
 class Engine:
-    """The parts of a DeepSpeed engine that checkpoints use."""
+    """A model of one matrix and one vector, with the parts of a DeepSpeed engine at stage 1 that checkpoints use."""
 
-    module = torch.nn.Module()
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        (Path(folder) / tag).mkdir()
-        (Path(folder) / tag / "state.pt").write_bytes(b"state")
-
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
-        return folder, {}
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.module, start = torch.nn.Linear(3, 2), 0
+        flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.module.parameters()]))
+        for parameter in self.module.parameters():
+            place = SimpleNamespace(start=start, numel=parameter.numel())
+            whole = SimpleNamespace(start=0)
+            parameter._hp_mapping = SimpleNamespace(
+                param_group_index=0, hp_fragment_address=place, lp_fragment_address=whole
+            )
+            start += parameter.numel()
+        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]))
+        init_state(self, ema=True)
 
 
 def save(run: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
-        Checkpoints(run, OneRank(), keep).save(Engine(), replace(META, step=step))
+        checkpoints = Checkpoints(run, OneRank(), keep)
+        checkpoints.save(Engine(step), replace(META, step=step))
+        checkpoints.finish()
 
 
 def names(run: Path) -> list[str]:
@@ -56,49 +67,123 @@ def test_latest_names_a_checkpoint_that_is_complete_on_disk_at_every_moment_of_a
         return sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
 
     def check() -> None:
-        seen.append(find_checkpoint(tmp_path).name)
+        named = [*folder.glob("latest")]
+        seen.extend(find_checkpoint(tmp_path).name for _ in named)
         for checkpoint in folder.glob("step-*"):
             assert find_damage(checkpoint) == []
-            for path in (checkpoint, *checkpoint.rglob("*"), folder / "latest"):
-                assert flushed.get(path.stat().st_ino) == contents(path), f"{path} is not on disk"
+            named += [checkpoint, *checkpoint.rglob("*")]
+        for path in named:
+            assert flushed.get(path.stat().st_ino) == contents(path), f"{path} is not on disk"
 
-    def watch(owner: Any, name: str, checked: bool = True) -> None:
+    def watch(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def watched(*arguments: Any, **options: Any) -> None:
-            if checked:
-                check()
+            check()
             original(*arguments, **options)
             if name == "fsync":
                 path = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
                 flushed[path.stat().st_ino] = contents(path)
-            if checked:
-                check()
+            check()
 
         monkeypatch.setattr(owner, name, watched)
 
-    with monkeypatch.context():
-        watch(os, "fsync", checked=False)
-        save(tmp_path, 1)
     for owner, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
         watch(owner, name)
-    save(tmp_path, 2, 3, keep=1)
+    save(tmp_path, 1, 2, 3, keep=1)
     assert sorted(set(seen)) == ["step-00000001", "step-00000002", "step-00000003"] == list(dict.fromkeys(seen))
     assert names(tmp_path) == ["latest", "step-00000003"]
 
 
-def test_a_save_that_was_cut_off_leaves_latest_alone_and_is_removed_by_the_next(tmp_path: Path) -> None:
-    class CutOff(Engine):
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-            super().save_checkpoint(folder, tag, save_latest)
-            raise KeyboardInterrupt
-
+def test_a_save_that_was_cut_off_leaves_latest_alone_and_is_removed_at_the_next_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    with pytest.raises(KeyboardInterrupt):
-        Checkpoints(tmp_path, OneRank(), 9).save(CutOff(), replace(META, step=2))
-    assert len(names(tmp_path)) == 3 and find_checkpoint(tmp_path).name == "step-00000001"
-    save(tmp_path, 3)
-    assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
+    folder = tmp_path / "checkpoints"
+    for leftover in (".step-00000002", ".deleted-step-00000000"):
+        (folder / leftover).mkdir()
+        (folder / leftover / "rank-00000.safetensors").write_bytes(b"half")
+    (folder / ".latest.durable").write_text("step")
+    checkpoints = Checkpoints(tmp_path, OneRank(), 9)
+    assert checkpoints.newest_intact() == find_checkpoint(tmp_path) == folder / "step-00000001"
+    (folder / "latest").unlink()  # as if the process had been killed after the checkpoint got its name
+    checkpoints.repair(folder / "step-00000001")
+    assert names(tmp_path) == ["latest", "step-00000001"]
+    assert find_checkpoint(tmp_path) == folder / "step-00000001"
+
+
+def test_a_rank_that_cannot_write_ends_the_run_with_its_error_and_publishes_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    checkpoints = Checkpoints(tmp_path, OneRank(), 9)
+    (tmp_path / "checkpoints" / ".step-00000002").write_text("a file where the staging folder should be")
+    checkpoints.save(Engine(), replace(META, step=2))
+    with pytest.raises(InputError, match="step-00000002"):
+        checkpoints.finish()
+    assert find_checkpoint(tmp_path).name == "step-00000001" and not checkpoints.in_progress
+
+
+def test_a_checkpoint_is_published_when_asked_and_before_the_next_save(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, OneRank(), 9)
+    checkpoints.save(Engine(), replace(META, step=1))
+    assert checkpoints.in_progress
+    while not checkpoints.written:
+        assert not list((tmp_path / "checkpoints").glob("step-*"))
+    checkpoints.save(Engine(), replace(META, step=2))
+    assert find_checkpoint(tmp_path).name == "step-00000001"
+    checkpoints.finish()
+    assert find_checkpoint(tmp_path).name == "step-00000002" and not checkpoints.in_progress
+
+
+def test_a_restored_engine_has_every_number_of_the_saved_one(tmp_path: Path) -> None:
+    saved, restored = Engine(1), Engine(2)
+    state = saved.optimizer.optimizer.state
+    for tensors in state.values():
+        tensors.update({kind: torch.randn(8) for kind in ("exp_avg", "exp_avg_sq", "ema")})
+    checkpoints = Checkpoints(tmp_path, OneRank(), 9)
+    checkpoints.save(saved, replace(META, step=7, skipped_steps=2, packs_consumed=28, quarantined=1))
+    checkpoints.finish()
+    meta = checkpoints.restore(restored, find_checkpoint(tmp_path), replace(META, world_size=2))
+    assert meta == replace(META, step=7, skipped_steps=2, packs_consumed=28, quarantined=1, world_size=2)
+    assert (restored.global_steps, restored.skipped_steps) == (7, 2)
+    [(flat, tensors)], [(other, others)] = state.items(), restored.optimizer.optimizer.state.items()
+    assert torch.equal(flat, other) and others["step"] == 5
+    assert all(torch.equal(tensors[kind], others[kind]) for kind in ("exp_avg", "exp_avg_sq", "ema"))
+    for one, two in zip(saved.module.parameters(), restored.module.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("file", ["meta.json", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])
+@pytest.mark.parametrize("damage", ["removed", "emptied", "truncated", "flipped"])
+def test_damage_to_any_file_is_found_before_use_and_the_checkpoint_before_it_is_taken(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture, file: str, damage: str
+) -> None:
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    path = find_checkpoint(run) / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes({"removed": b"", "emptied": b"", "truncated": content[:middle], "flipped": flipped}[damage])
+    if damage == "removed":
+        path.unlink()
+    assert Checkpoints(run, OneRank(), 9).newest_intact() == run / "checkpoints" / "step-00000004"
+    assert "checkpoint step-00000006 is damaged" in capsys.readouterr().out
+    with pytest.raises(InputError, match="step-00000006"):
+        load_model(find_checkpoint(run))
+
+
+def test_a_planted_pickle_does_not_run_whatever_the_manifest_says(uninterrupted: Path, tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    checkpoint = find_checkpoint(run)
+    content, file = pickle.dumps(Planted()), "rank-00000.safetensors"
+    (checkpoint / file).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="rank-00000.safetensors cannot be read as slices"):
+        load_model(checkpoint)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept_and_one_of_a_later_step_is_removed_as_damaged(tmp_path: Path) -> None:
@@ -122,48 +207,55 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "told"),
+    ("other", "told"),
     [
-        ("world_size", 2, "world_size 1 -> 2; start as many ranks as the run had"),
-        ("precision", "bf16", "precision fp32 -> bf16; give the run's train.precision"),
-        ("global_batch", 8, "global_batch 4 -> 8; give the run's train.global_batch"),
-        ("data", "b" * 64, "data (index aaaaaaaaaaaa) -> data (index bbbbbbbbbbbb); give the run's data.path"),
-        ("order", (5, 16), "order (3, 16) -> (5, 16); give the run's train.seed and data.shuffle_window"),
-        (
-            "model",
-            {**META.model, "transformer": {"dim": 64}},
-            "model.transformer.dim 32 -> 64; give the model settings",
-        ),
-        ("model", {**META.model, "extra": None}, "; give the model settings"),
-        ("shares", ("1/4", "3/4"), "shares ('1',) -> ('1/4', '3/4'); give the run's weights in data.path"),
-        ("data_path", "elsewhere", None),
-        ("step", 1, None),
-        ("packs_consumed", 1, None),
-        ("skipped_steps", 1, None),
-        ("quarantined", 1, None),
+        ({"precision": "bf16"}, "precision fp32 -> bf16; give the run's train.precision"),
+        ({"data": "b" * 64}, "data (index aaaaaaaaaaaa) -> data (index bbbbbbbbbbbb); give the run's data.path"),
+        ({"shares": ("1/4", "3/4")}, "shares ('1',) -> ('1/4', '3/4'); give the run's weights in data.path"),
+        ("train.global_batch=8", "global_batch 1024 -> 8; give the run's train.global_batch"),
+        ("train.seed=5", "order (0, 16) -> (5, 16); give the run's train.seed and data.shuffle_window"),
+        ("data.shuffle_window=5", "order (0, 16) -> (0, 5)"),
+        ("model.transformer.dim=64", "model.transformer.dim 512 -> 64; give the model settings"),
+        ("train.steps=300000", "steps 250000 -> 300000; the cosine schedule depends on train.steps"),
     ],
 )
 def test_a_resume_compares_everything_that_the_state_depends_on(
-    tmp_path: Path, name: str, other: Any, told: str | None
+    tmp_path: Path, other: dict[str, Any] | str, told: str
 ) -> None:
     save(tmp_path, 1)
-    checkpoints, saved = Checkpoints(tmp_path, OneRank(), keep=1), find_checkpoint(tmp_path)
-    expected = replace(META, **{name: other})
-    if told is None:
-        assert checkpoints.restore(Engine(), saved, expected) == replace(META, step=1)
-        return
+    saved, changed = find_checkpoint(tmp_path), other
+    if isinstance(other, str):
+        changed = {"config": load_config(None, [other])}
     with pytest.raises(InputError) as refused:
-        checkpoints.restore(Engine(), saved, expected)
+        Checkpoints(tmp_path, OneRank(), keep=1).restore(Engine(), saved, replace(META, **changed))
     assert str(refused.value).startswith(f"{saved}: settings must be those of the run, got ")
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_run_is_described_by_all_settings_but_those_that_are_free_to_change(digits: Path) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["optimizer.schedule=wsd", "train.steps=300000"],
+        ["train.zero_stage=1", "train.micro_batch=4", "optimizer.lr=1", "model.backend=torch"],
+        ["model.activation_checkpointing=full", "train.ema_decay=0", "train.output=elsewhere"],
+    ],
+)
+def test_a_resume_takes_other_settings_that_the_state_does_not_depend_on(tmp_path: Path, other: list[str]) -> None:
+    save(tmp_path, 1)
+    expected = replace(META, config=load_config(None, other), data_path="elsewhere", world_size=3)
+    checkpoints = Checkpoints(tmp_path, OneRank(), keep=1)
+    assert checkpoints.restore(Engine(), find_checkpoint(tmp_path), expected) == replace(expected, step=1)
+
+
+def test_a_run_is_described_by_its_data_and_all_settings_of_its_model(digits: Path) -> None:
     config = small_config(digits)
-    data = open_data(config)
-    described = initial_meta(config, data, 2, bf16=True)
+    described = initial_meta(config, open_data(config), 2, bf16=True)
     sha256 = hashlib.sha256((digits / "index.json").read_bytes()).hexdigest()
-    known = {"world_size": 2, "precision": "bf16", "global_batch": 4, "data": sha256, "data_path": str(digits)}
-    assert {**asdict(described), "model": None} == {**asdict(META), **known, "model": None}
-    assert described.model.keys() == ModelConfig.model_fields.keys() - {"backend", "activation_checkpointing"}
-    assert described.model["transformer"]["dim"] == 32
+    known = {"world_size": 2, "precision": "bf16", "data": sha256, "data_path": str(digits), "config": config}
+    assert described == replace(META, **known, versions=described.versions)
+    assert described.versions["torch"] == torch.__version__
+    model = described.dependencies["model"]
+    assert model.keys() == ModelConfig.model_fields.keys() - {"backend", "activation_checkpointing"}
+    mixed = small_config(f"{{{digits}: 1, {digits.parent / 'heldout'}: 3}}")
+    other = initial_meta(mixed, open_data(mixed), 2, bf16=True)
+    assert other.shares == ("1/4", "3/4") and other.data != described.data

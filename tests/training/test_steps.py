@@ -72,13 +72,22 @@ def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_ba
     data = write_packs(tmp_path / "data", kinds, sequence_length=56)
     overrides = ("train.global_batch=2", "train.steps=8", *settings)
     config = small_config(data, *overrides)
-    index = open_data(config)
-    assert index.num_packs == 8
-    stream = training_batches(config, index, Share(0, 1, 1, 2), 0)
+    stream = training_batches(config, open_data(config), Share(0, 1, 1, 2), 0)
     batches = [next(stream).batch for _ in range(16)]
     assert any(bool(a.num_images) != bool(b.num_images) for a, b in zip(batches[::2], batches[1::2], strict=True))
     train(ranks, data, tmp_path / "run", *overrides)
     assert_same_course(metrics(tmp_path / "run"), plain_course(config))
+
+
+@pytest.mark.slow
+def test_the_digits_demo_takes_the_same_steps_with_the_triton_kernels(digits: Path, tmp_path: Path) -> None:
+    """This uses the demo's model at half its depth, in fp32, one pack a step; conftest.py sets TRITON_INTERPRET."""
+    model = "model.transformer={dim: 192, depth: 2, heads: 4, ffn_dim: 512}"
+    for backend in ("torch", "triton"):
+        settings = (model, "train.steps=2", "train.global_batch=1")
+        printed = train(1, digits, tmp_path / backend, *settings, f"model.backend={backend}")
+        assert f"all ops on {backend}" in printed
+    assert_same_course(metrics(tmp_path / "torch"), metrics(tmp_path / "triton"), 1e-5)
 
 
 def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradient(

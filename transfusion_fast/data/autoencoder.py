@@ -29,11 +29,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from transfusion_fast.data.images import scale_pixels, unscale_pixels
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.files import parse_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_SHARDED = f"{WEIGHTS}.index.json"
 _DECODE_BATCH = 8  # a decoder's activations take several hundred times the memory of its latents
 
 
@@ -117,29 +116,24 @@ def read_autoencoder(folder: Path) -> Autoencoder:
         InputError: The folder holds none, its weights are pickled or do not fit its config, or diffusers is missing.
     """
     folder = Path(folder).resolve()
-    config, fingerprint = _read_config(folder), _fingerprint(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"autoencoder {folder} must be a folder with {CONFIG}, got none; give MODEL/vae of a model")
+    config = parse_json(_CONFIGS, path.read_bytes(), str(path), "give another autoencoder")
+    fingerprint, device = _fingerprint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     _model(folder, fingerprint, device)
     stride = 2 ** (len(config.block_out_channels) - 1)
     scale, shift = config.scaling_factor, config.shift_factor or 0.0
     return Autoencoder(folder, fingerprint, config.latent_channels, stride, scale, shift, device)
 
 
-def _read_config(folder: Path) -> _Config:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise InputError(f"autoencoder {folder} must be a folder with {CONFIG}, got none; give MODEL/vae of a model")
-    return parse_json(_CONFIGS, path.read_bytes(), str(path), "give another autoencoder")
-
-
 def _fingerprint(folder: Path) -> str:
     """Digest weights and settings, except diffusers' notes (names with _) of its version and the model's origin."""
-    if (folder / _SHARDED).exists():  # diffusers would read these weights instead
-        raise InputError(f"weights of {folder} must lie in one file {WEIGHTS}, got {_SHARDED}; save them as one")
-    if not (folder / WEIGHTS).is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+    # diffusers would read an index of several files before the one file, and a pickle if there are no safetensors.
+    names = sorted(path.name for path in folder.iterdir())
+    if WEIGHTS not in names or f"{WEIGHTS}.index.json" in names:
         raise InputError(
-            f"weights of {folder} must be {WEIGHTS}, never a pickle, got {found:.200}; "
+            f"weights of {folder} must be one file {WEIGHTS}, never a pickle, got {', '.join(names):.200}; "
             "convert them with save_pretrained(.., safe_serialization=True)"
         )
     settings = json.loads((folder / CONFIG).read_bytes())
@@ -153,17 +147,13 @@ def _fingerprint(folder: Path) -> str:
 @lru_cache(maxsize=1)
 def _model(folder: Path, fingerprint: str, device: str) -> Any:
     """Return the model on a device. The fingerprint is in the cache's key, so that a changed folder is noticed."""
-    try:
-        from diffusers import AutoencoderKL
-    except (ImportError, RuntimeError) as error:  # diffusers raises RuntimeError if one of its imports is broken
-        raise InputError(f"autoencoder {folder} needs the package diffusers ({_line(error)}); install it") from error
-    _read_config(folder)
     if _fingerprint(folder) != fingerprint:
         raise InputError(f"autoencoder {folder} must not change while it is in use, got other files; start again")
+    diffusers = optional_module("diffusers", "vae")
     # Missing or superfluous weights are an error below; diffusers would only print warnings of several lines.
     logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.ERROR)
     try:
-        model, found = AutoencoderKL.from_pretrained(
+        model, found = diffusers.AutoencoderKL.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -173,17 +163,13 @@ def _model(folder: Path, fingerprint: str, device: str) -> Any:
         )
         model = model.to(device).eval()
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"autoencoder {folder} cannot be read ({_line(error)}); copy it or save it again") from error
+        line = " ".join(str(error).split())
+        raise InputError(f"autoencoder {folder} must be readable, got {line:.200}; copy it or save it again") from error
     # diffusers leaves weights that the file lacks at random values.
     wrong = [str(name) for names in found.values() for name in names]
     if wrong:
         raise InputError(f"weights in {folder} must be those of its config, got a difference in {wrong[0]}; save again")
     return model
-
-
-def _line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split())[:200]
 
 
 @contextmanager

@@ -63,35 +63,28 @@ class BatchBuilder:
 
     def __call__(self, packs: Sequence[KeyedPack]) -> PackedBatch:
         """Return the micro-batch of `packs`, padded to `total_length` at its end."""
-        draws = [draw(keyed, self.seed) for keyed in packs]
-        segments = self._segments([keyed.pack for keyed in packs], draws)
-        sequence = lay_out(segments, np.concatenate([keyed.pack.tokens for keyed in packs]), self.vocabulary)
-        uniform = torch.from_numpy(np.concatenate([d.timestep for d in draws]))
+        draws = [vars(draw(keyed, self.seed)).values() for keyed in packs]
+        drawn = Draws(*map(np.concatenate, zip(*draws, strict=True)))
+        rows = _joined([keyed.pack for keyed in packs])
+        tokens = np.concatenate([keyed.pack.tokens for keyed in packs])
+        sequence = lay_out(self._segments(rows, drawn), tokens, self.vocabulary)
+        uniform = torch.from_numpy(drawn.timestep)
         timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
-        images = [self._images(m, packs, draws) for m in range(len(self.modalities))]
+        values = np.concatenate([keyed.pack.latents for keyed in packs])
+        values = scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
+        images = [
+            (_patches(rows, values, kind, info), _patches(rows, drawn.noise, kind, info))
+            for kind, info in enumerate(self.modalities, start=1)
+        ]
         return build_batch(sequence, images, timesteps, self.positions, self.total_length)
 
-    def _segments(self, packs: Sequence[Pack], draws: Sequence[Draws]) -> Segments:
-        """Return the segments of all packs in the order drawn, their documents numbered through."""
-        tables, delimited, documents = [], [], 0
-        for pack, drawn in zip(packs, draws, strict=True):
-            rows, of_pack = self._rearranged(pack, drawn)
-            rows[:, 0] += documents
-            documents += len(of_pack)
-            tables.append(rows)
-            delimited.append(of_pack)
-        document, kind, _, length, height, width = np.concatenate(tables).T
-        patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
-        return Segments(document, kind, length, height // patch_size, width // patch_size, np.concatenate(delimited))
-
-    def _rearranged(self, pack: Pack, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-        """Return the segment rows in the order drawn, int64, and bool [documents]: which have <bos> and <eos>.
+    def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
+        """Return the segments in the order drawn.
 
         A document of one text and one image is a caption-image pair. It is kept, laid out image first, or split so that
         the image is trained without its caption. No length changes: `<boi> patches <eoi>` and `<bos> text <eos>` take
         as many positions as one document of both.
         """
-        rows = pack.segments.astype(np.int64)
         is_image = rows[:, 1] != KIND_TEXT
         segments = np.bincount(rows[:, 0])
         second = np.flatnonzero(is_image & (segments[rows[:, 0]] == 2))  # images of documents of two segments
@@ -102,37 +95,36 @@ class BatchBuilder:
         image_first = second[dropped | (draws.order[number] >= self.settings.caption_first)]
         order = np.arange(len(rows))
         order[image_first], order[image_first - 1] = image_first - 1, image_first
-        rows = rows[order]
+        document, kind, _, length, height, width = rows[order].T
         alone = second[dropped] - 1  # the new index of a dropped image; its caption is the next row
         splits = np.zeros(len(rows), dtype=np.int64)
         splits[alone + 1] = 1
-        rows[:, 0] += np.cumsum(splits)
-        delimited = np.ones(rows[-1, 0] + 1 if len(rows) else 0, dtype=bool)
-        delimited[rows[alone, 0]] = False
-        return rows, delimited
-
-    def _images(self, modality: int, packs: Sequence[KeyedPack], draws: Sequence[Draws]) -> tuple[Tensor, Tensor]:
-        """Return latents and noise of one modality, fp32 [P, C] each, images in stored order."""
-        info = self.modalities[modality]
-        latents = [_patches(k.pack.segments, _scaled(k.pack.latents), modality, info) for k in packs]
-        noise = [_patches(k.pack.segments, d.noise, modality, info) for k, d in zip(packs, draws, strict=True)]
-        return torch.from_numpy(np.concatenate(latents)), torch.from_numpy(np.concatenate(noise))
+        document = document + np.cumsum(splits)
+        delimited = np.ones(document[-1] + 1 if len(rows) else 0, dtype=bool)
+        delimited[document[alone]] = False
+        patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
+        return Segments(document, kind, length, height // patch_size, width // patch_size, delimited)
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """Convert pixels to fp32 in [-1, 1], and latents to fp32 unchanged."""
-    return scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
+def _joined(packs: Sequence[Pack]) -> np.ndarray:
+    """Return the segment rows of all packs, int64, with documents and the offsets of images numbered through."""
+    tables, documents, values = [], 0, 0
+    for pack in packs:
+        tables.append(pack.segments + np.array([documents, 0, values, 0, 0, 0]))
+        documents += pack.num_documents
+        values += pack.latents.size
+    return np.concatenate(tables)
 
 
-def _patches(segments: np.ndarray, values: np.ndarray, modality: int, info: ModalityInfo) -> np.ndarray:
-    """Cut a pack's image values fp32 [m] into the patches of one modality, fp32 [P, C]; one pass for each size."""
-    own = segments[segments[:, 1] == 1 + modality].astype(np.int64)
+def _patches(rows: np.ndarray, values: np.ndarray, kind: int, info: ModalityInfo) -> Tensor:
+    """Cut the image values, fp32, into the patches of one modality, fp32 [P, C]; one pass for each size."""
+    own = rows[rows[:, 1] == kind]
     patches = np.empty((own[:, 3].sum(), info.channels * info.patch_size**2), dtype=np.float32)
     end = np.cumsum(own[:, 3])
     for height, width in np.unique(own[:, 4:6], axis=0).tolist():
         same_size = np.flatnonzero((own[:, 4] == height) & (own[:, 5] == width))
         index = own[same_size, 2][:, None] + np.arange(height * width * info.channels)
         images = values[index].reshape(-1, height, width, info.channels)
-        rows = (end - own[:, 3])[same_size][:, None] + np.arange(own[same_size[0], 3])
-        patches[rows.reshape(-1)] = patchify(images, info.patch_size)
-    return patches
+        positions = (end - own[:, 3])[same_size][:, None] + np.arange(own[same_size[0], 3])
+        patches[positions.reshape(-1)] = patchify(images, info.patch_size)
+    return torch.from_numpy(patches)

@@ -1,10 +1,10 @@
 """Data folders: local ones, and remote ones whose shards are fetched on first use into a local cache of bounded size.
 
 A cached shard is named `SHA256.tar`, so a replaced shard is never confused with its predecessor. Ranks, loader workers
-and runs share a cache. A process that fetches a shard holds the lock `.SHA256.lock`, which the operating system
-releases when the process ends. It downloads to `.SHA256.partial` and renames that file once size and sha256 match the
-index. Space is reserved under the lock `.lock`: partial files of dead processes are removed first, then the least
-recently opened shards. A process that has an evicted shard open can still read it.
+and runs share a cache, which changes only under the lock `.lock`. A process that fetches a shard reserves its space
+with the file `.SHA256.partial`, which it keeps locked; the operating system releases the lock when the process ends.
+Room is made by removing partial files of dead processes, then the least recently opened shards. The file is renamed
+once its size and sha256 match the index. A process that has an evicted shard open can still read it.
 
 A shard that cannot be fetched (network, credentials, full disk) may be intact. It raises `FetchError`, which stops a
 run and is never quarantined. A shard that differs from its index after two downloads is damaged: it raises `InputError`
@@ -13,21 +13,21 @@ for each of its packs. A shard that becomes corrupt in the cache is fetched agai
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import heapq
 import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
@@ -40,14 +40,15 @@ _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 _POLL = 0.2  # seconds
 _DOWNLOADS = 2  # of a shard that arrives damaged
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # not worth a retry
-_CLIENT_ERRORS = {  # of the packages behind file systems; most do not derive from OSError
-    "aiohttp": ("ClientError",),
-    "azure.core.exceptions": ("AzureError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-    "httpx": ("HTTPError",),
-}
+_CLIENT_ERRORS = (  # of the packages behind file systems; most do not derive from OSError
+    ("aiohttp", "ClientError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("httpx", "HTTPError"),
+)
 _T = TypeVar("_T")
 
 
@@ -69,11 +70,9 @@ class Folder(ABC):
         Raises:
             FetchError: The shard cannot be fetched or cached.
             InputError: It is not the shard that the index describes.
-            OSError: The shard of a local folder cannot be opened.
         """
 
-    @abstractmethod
-    def check_shards(self, shards: Iterable[ShardInfo]) -> None:
+    def check_shards(self, shards: Iterable[ShardInfo]) -> None:  # noqa: B027
         """Raise InputError for a local shard that is missing or has another size. Remote shards are not checked."""
 
     def cache_bytes(self, shards: Iterable[ShardInfo], window: int) -> int:
@@ -95,17 +94,12 @@ def is_url(location: str) -> bool:
 
 
 def as_folder(location: Folder | Path | str, cache: ShardCache | None = None) -> Folder:
-    """Return the folder at a path or URL; `cache` holds the shards of remote folders.
-
-    Raises:
-        InputError: The URL is not supported.
-    """
+    """Return the folder at a path or URL, or InputError; `cache` holds the shards of remote folders."""
     if isinstance(location, Folder):
         return location
     if isinstance(location, Path) or not is_url(location):
         return LocalFolder(Path(location))
-    protocol = location.partition(":")[0]
-    if "::" in location or protocol not in PROTOCOLS:
+    if "::" in location or (protocol := location.partition(":")[0]) not in PROTOCOLS:
         raise InputError(
             f"URL of a data folder must use one of the protocols {', '.join(PROTOCOLS)}, without ::, "
             f"got {location!r}; give another, or a local folder"
@@ -138,36 +132,27 @@ class LocalFolder(Folder):
         return str(self.path)
 
     def read_bytes(self, name: str) -> bytes:
-        if not self.path.is_dir():
-            raise InputError(
-                f"data folder must exist, got {str(self)!r}; to make one, run: python train/prepare.py digits OUT"
-            )
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
             raise InputError(
                 f"data folder must hold a readable {name}, got {str(self)!r} ({error.strerror}), which is not a "
-                "prepared data folder; give one that train/prepare.py wrote, such as OUT/train"
+                "prepared data folder; give one, or make one: python train/prepare.py digits OUT gives OUT/train"
             ) from error
 
     def open_shard(self, shard: ShardInfo) -> int:
-        descriptor = os.open(self.path / shard.file, os.O_RDONLY)
-        size = os.fstat(descriptor).st_size
-        if size != shard.bytes:  # the index might describe packs larger than memory
-            os.close(descriptor)
-            raise InputError(f"shard must have {shard.bytes} bytes as its index says, got {size}")
-        return descriptor
+        self.check_shards([shard])  # the index might describe packs larger than memory
+        return os.open(self.path / shard.file, os.O_RDONLY)
 
     def check_shards(self, shards: Iterable[ShardInfo]) -> None:
         for shard in shards:
             path = self.path / shard.file
             if not path.is_file():
-                raise InputError(f"shard {path} must exist, and is missing; copy it again or prepare the data again")
-            size = path.stat().st_size
-            if size != shard.bytes:
+                raise InputError(f"shard {path} must exist, got none; copy it again or prepare the data again")
+            if (size := path.stat().st_size) != shard.bytes:
                 raise InputError(
-                    f"shard {path} must have {shard.bytes} bytes as its index says, got {size}, so it is truncated or "
-                    "replaced; copy it again or prepare the data again"
+                    f"shard {path} must have {shard.bytes} bytes as its index says, got {size}; "
+                    "copy it again or prepare the data again"
                 )
 
 
@@ -184,8 +169,7 @@ class RemoteFolder(Folder):
         return self.url
 
     def read_bytes(self, name: str) -> bytes:
-        url = self.path_to(name)
-        return _retry(url, partial(_read, url))
+        return _fetch(self.path_to(name), lambda source: source.read())
 
     def open_shard(self, shard: ShardInfo) -> int:
         if shard.sha256 in self.damaged:
@@ -202,18 +186,11 @@ class RemoteFolder(Folder):
             self.damaged[shard.sha256] = str(error)
             raise
 
-    def check_shards(self, shards: Iterable[ShardInfo]) -> None:
-        """Do nothing: remote shards are checked when they are fetched."""
-
     def cache_bytes(self, shards: Iterable[ShardInfo], window: int) -> int:
         return sum(heapq.nlargest(window, (shard.bytes for shard in shards)))
 
     def discard_if_corrupt(self, descriptor: int, shard: ShardInfo) -> bool:
-        with suppress(OSError):  # a failing disk counts as corruption
-            if _sha256(descriptor) == shard.sha256:
-                return False
-        self.cache.remove(descriptor, shard)
-        return True
+        return self.cache.discard_if_corrupt(descriptor, shard)
 
 
 @dataclass(frozen=True)
@@ -225,82 +202,80 @@ class ShardCache:
 
     def open_shard(self, url: str, shard: ShardInfo) -> int:
         """Return a descriptor of the shard, after fetching it from `url` if it is not cached."""
-        descriptor = self._open_cached(shard)
-        if descriptor is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._shard_locked(shard.sha256):
-                descriptor = self._open_cached(shard)  # another process may have fetched it meanwhile
-                if descriptor is None:
-                    descriptor = self._fetch(url, shard)
-        return descriptor
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, partial = self._path_of(shard), self.folder / f".{shard.sha256}.partial"
+        while True:
+            with self._locked():
+                with suppress(FileNotFoundError):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.utime(descriptor)  # the time of last use, by which shards are evicted
+                    return descriptor
+                if stream := self._reserve(partial, shard.bytes):
+                    break
+            time.sleep(_POLL)
+        with stream:
+            try:
+                _download(url, stream, shard)
+                os.fsync(stream.fileno())
+                descriptor = os.open(partial, os.O_RDONLY)
+                with self._locked():
+                    partial.rename(path)
+                return descriptor
+            except BaseException:
+                with self._locked():
+                    partial.unlink(missing_ok=True)
+                raise
 
-    def remove(self, descriptor: int, shard: ShardInfo) -> None:
-        """Remove an open shard, unless another process has already replaced it."""
+    def discard_if_corrupt(self, descriptor: int, shard: ShardInfo) -> bool:
+        """Remove an open shard if its bytes have changed; return True if they have."""
+        with suppress(OSError):  # a failing disk counts as corruption
+            if _sha256(descriptor) == shard.sha256:
+                return False
+        path = self._path_of(shard)
         with self._locked(), suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), self._path_of(shard).stat()):
-                self._path_of(shard).unlink()
+            if os.path.samestat(os.fstat(descriptor), path.stat()):  # no other process has replaced it yet
+                path.unlink()
+        return True
 
     def _path_of(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.tar"
 
-    def _open_cached(self, shard: ShardInfo) -> int | None:
-        try:
-            descriptor = os.open(self._path_of(shard), os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        os.utime(descriptor)  # the time of last use, by which shards are evicted
-        return descriptor
-
-    def _fetch(self, url: str, shard: ShardInfo) -> int:
-        """Download a shard whose lock this process holds; return a descriptor of it."""
-        path = self.folder / f".{shard.sha256}.partial"
-        try:
-            with path.open("w+b") as stream:
-                while not self._reserve(stream, path, shard.bytes):
-                    time.sleep(_POLL)
-                _download(url, stream, shard)
-                os.fsync(stream.fileno())
-            descriptor = os.open(path, os.O_RDONLY)
-            with self._locked():
-                path.rename(self._path_of(shard))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return descriptor
-
-    def _reserve(self, stream: BinaryIO, own: Path, size: int) -> bool:
-        """Extend the partial file `own` to `size` bytes; return False while other downloads leave too little space."""
-        assert size <= self.max_bytes, "check_cache compares them before training"
-        with self._locked():
-            others = [path for path in self.folder.glob(".*.partial") if path != own]
-            for path in others:
-                with suppress(Timeout), self._shard_locked(path.stem[1:], blocking=False):
-                    path.unlink(missing_ok=True)  # its process has died, as its lock was free
-            free = self.max_bytes - sum(map(_size, others))
-            if free < size:
-                return False
-            shards = sorted((path.stat().st_mtime_ns, path) for path in self.folder.glob("*.tar"))
-            free -= sum(_size(path) for _, path in shards)
-            for _, path in shards:
-                if free >= size:
-                    break
-                free += _size(path)
-                path.unlink(missing_ok=True)
-            stream.truncate(size)
-            return True
-
-    def _locked(self, name: str = ".lock", *, blocking: bool = True) -> FileLock:
+    def _locked(self) -> FileLock:
         """Return a lock of the operating system, never one that a dead process could leave behind."""
-        return FileLock(self.folder / name, blocking=blocking, fallback_to_soft=False)
+        return FileLock(self.folder / ".lock", fallback_to_soft=False)
 
-    @contextmanager
-    def _shard_locked(self, sha256: str, *, blocking: bool = True) -> Iterator[None]:
-        name = f".{sha256}.lock"
-        with self._locked(name, blocking=blocking):
-            try:
-                yield
-            finally:
-                (self.folder / name).unlink(missing_ok=True)  # waiting processes notice, and lock a new file
+    def _reserve(self, path: Path, size: int) -> BinaryIO | None:
+        """Return a locked file of `size` bytes; None while others fetch this shard or leave too little space."""
+        assert size <= self.max_bytes, "check_cache compares them before training"
+        free = self.max_bytes
+        for other in self.folder.glob(".*.partial"):
+            with other.open("r+b") as stream:  # network file systems lock only what may be written
+                if _lock(stream):
+                    other.unlink()  # its process has died
+                elif other == path:
+                    return None
+                else:
+                    free -= os.fstat(stream.fileno()).st_size
+        if free < size:
+            return None
+        shards = sorted(self.folder.glob("*.tar"), key=lambda shard: shard.stat().st_mtime_ns, reverse=True)
+        free -= sum(shard.stat().st_size for shard in shards)
+        while free < size:
+            free += shards[-1].stat().st_size
+            shards.pop().unlink()
+        reserved = path.open("w+b")
+        _lock(reserved)
+        reserved.truncate(size)
+        return reserved
+
+
+def _lock(stream: BinaryIO) -> bool:
+    """Lock an open file until it is closed or the process ends; return False if another process has locked it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sha256(descriptor: int) -> str:
@@ -312,39 +287,24 @@ def _sha256(descriptor: int) -> str:
     return sha256.hexdigest()
 
 
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes, 0 if it no longer exists."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _download(url: str, stream: BinaryIO, shard: ShardInfo) -> None:
+    expected = f"{shard.bytes} bytes, sha256 {shard.sha256}"
     for _ in range(_DOWNLOADS):
-        size, sha256 = _retry(url, partial(_copy, url, stream, shard.bytes))
-        if (size, sha256) == (shard.bytes, shard.sha256):
+        size = _fetch(url, lambda source: _copy(source, stream, shard.bytes))
+        found = "more" if size > shard.bytes else f"{size} bytes, sha256 {_sha256(stream.fileno())}"
+        if found == expected:
             return
-    found = "more" if size > shard.bytes else f"{size} bytes, sha256 {sha256}"
-    raise InputError(f"{url} must be {shard.bytes} bytes, sha256 {shard.sha256}, as its index says, got {found}")
+    raise InputError(f"{url} must be {expected}, as its index says, got {found}")
 
 
-def _copy(url: str, stream: BinaryIO, limit: int) -> tuple[int, str]:
-    """Copy a file to `stream`; return its size and sha256. Stops after one byte more than `limit`."""
-    sha256, size = hashlib.sha256(), 0
-    stream.seek(0)
-    with _open_url(url) as source:
-        while size <= limit and (block := source.read(min(_BLOCK, limit + 1 - size))):
-            size += len(block)
-            sha256.update(block)
-            stream.write(block[: len(block) - max(size - limit, 0)])
-    stream.flush()
-    return size, sha256.hexdigest()
-
-
-def _read(url: str) -> bytes:
-    with _open_url(url) as source:
-        return source.read()
+def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> int:
+    """Copy a file and return its size. Stops after one byte more than `limit`."""
+    size = target.seek(0)
+    while size <= limit and (block := source.read(min(_BLOCK, limit + 1 - size))):
+        size += len(block)
+        target.write(block[: len(block) - max(size - limit, 0)])
+    target.flush()
+    return size
 
 
 def _open_url(url: str) -> BinaryIO:
@@ -364,12 +324,13 @@ def _open_url(url: str) -> BinaryIO:
     return filesystem.open(path, "rb", block_size=0, size=1)
 
 
-def _retry(url: str, action: Callable[[], _T]) -> _T:
-    """Return the action's result, with retries after temporary faults; raise FetchError for the last fault."""
+def _fetch(url: str, read: Callable[[BinaryIO], _T]) -> _T:
+    """Open a URL and read it, again after temporary faults; raise FetchError for the last fault."""
     waits = iter(_WAITS)
     while True:
         try:
-            return action()
+            with _open_url(url) as source:
+                return read(source)
         except ImportError as error:
             raise InputError(f"{url} needs a package that is missing ({error}); install it") from error
         except _transport_errors() as error:
@@ -377,7 +338,7 @@ def _retry(url: str, action: Callable[[], _T]) -> _T:
             if wait is None:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise FetchError(
-                    f"{url} must be fetched, and cannot be ({reason:.300}); "
+                    f"{url} must be fetched, got {reason:.300}; "
                     "check the URL, the network, the credentials and the disk of data.cache"
                 ) from error
             time.sleep(wait)
@@ -385,5 +346,4 @@ def _retry(url: str, action: Callable[[], _T]) -> _T:
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
     """Return the errors that a file system may raise; a package that raises its own has been imported by then."""
-    loaded = [(sys.modules[name], names) for name, names in _CLIENT_ERRORS.items() if name in sys.modules]
-    return (OSError, *(getattr(module, name) for module, names in loaded for name in names))
+    return (OSError, *(getattr(sys.modules[name], error) for name, error in _CLIENT_ERRORS if name in sys.modules))

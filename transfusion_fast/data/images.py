@@ -32,17 +32,14 @@ def patchify(images: Array, patch_size: int) -> Array:
 
 def unpatchify(patches: Array, height: int, width: int, patch_size: int) -> Array:
     """Invert `patchify` for N images of one size, given in values; return [N, height, width, channels]."""
-    return rearrange(
-        patches, "(n i j) (p q c) -> n (i p) (j q) c",
-        i=height // patch_size, j=width // patch_size, p=patch_size, q=patch_size,
-    )  # fmt: skip
+    i, j, p = height // patch_size, width // patch_size, patch_size
+    return rearrange(patches, "(n i j) (p q c) -> n (i p) (j q) c", i=i, j=j, p=p, q=p)
 
 
 def to_grid(values: np.ndarray, patch_size: int) -> Tensor:
     """Convert [N, height, width, channels] to fp32 [N, rows, columns, C], one vector a patch."""
-    values = values.astype(np.float32, copy=False)
-    grid = rearrange(values, "n (i p) (j q) c -> n i j (p q c)", p=patch_size, q=patch_size)
-    return torch.from_numpy(np.ascontiguousarray(grid))
+    patches = torch.from_numpy(patchify(values.astype(np.float32, copy=False), patch_size))
+    return patches.reshape(len(values), values.shape[1] // patch_size, -1, patches.shape[1])
 
 
 def from_grid(grid: np.ndarray, patch_size: int) -> np.ndarray:

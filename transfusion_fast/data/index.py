@@ -9,22 +9,19 @@ under 30 MB.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter
+from pydantic import Field, PositiveInt, TypeAdapter
 
 from transfusion_fast.data.folder import Folder, as_folder
 from transfusion_fast.data.pack import MAX_LENGTH, ModalityInfo, Pack, latents_dtype, validate_pack
-from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo, decode_pack, table_bytes
-from transfusion_fast.data.tokenizer import Tokenizer, TokenizerDescription
+from transfusion_fast.data.shards import PLAIN_NAME, PackTable, ShardInfo
+from transfusion_fast.data.tokenizer import TokenizerDescription
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import parse_json, write_atomically
 
@@ -42,13 +39,6 @@ _HEADER = _Header("transfusion_fast.packs", 3)
 _REMEDY = "prepare the data again"
 
 
-def _require_fingerprint(entry: object) -> object:
-    """Refuse a modality without its autoencoder, which only new ones may omit."""
-    if isinstance(entry, dict) and "autoencoder" not in entry:
-        raise InputError("autoencoder of a modality must be given, got nothing; prepare the data again")
-    return entry
-
-
 @dataclass(frozen=True)
 class Index:
     """Everything known about a data folder without reading a shard. Extra fields in the file are ignored."""
@@ -56,7 +46,7 @@ class Index:
     sequence_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     """Positions of a pack."""
     tokenizer: TokenizerDescription
-    modalities: tuple[Annotated[ModalityInfo, BeforeValidator(_require_fingerprint)], ...]
+    modalities: tuple[ModalityInfo, ...]
     documents: _Count
     tokens: _Count
     """Sequence positions that documents take in all packs, special tokens included."""
@@ -91,17 +81,14 @@ class Index:
         """Fraction of all positions that no document takes."""
         return 1 - self.tokens / (self.num_packs * self.sequence_length)
 
+    def decode(self, table: PackTable, number: int, payload: bytes) -> Pack:
+        """Return a pack of a shard from its bytes, validated; raise InputError if they are not valid."""
+        pack = table.decode(number, payload)
+        validate_pack(pack, self.modalities, self.num_text_tokens, self.sequence_length)
+        return pack
 
-_HEADERS, _INDEXES, _SHARDS = TypeAdapter(_Header), TypeAdapter(Index), TypeAdapter(ShardInfo)
 
-
-@dataclass(frozen=True)
-class IndexedShard:
-    """A shard, and the documents and tokens in its packs."""
-
-    info: ShardInfo
-    documents: int
-    tokens: int
+_HEADERS, _INDEXES = TypeAdapter(_Header), TypeAdapter(Index)
 
 
 def schema_of(sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]) -> bytes:
@@ -110,53 +97,21 @@ def schema_of(sequence_length: int, tokenizer: TokenizerDescription, modalities:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
-def check_schema(path: Path, table: PackTable, schema: bytes) -> None:
-    """Raise InputError for a shard that was made with other settings."""
-    if table.schema != schema:
+def read_packs(path: Path, table: PackTable, index: Index) -> Iterator[Pack | InputError]:
+    """Yield each pack of a shard, validated, or its error; raise InputError if the shard is not of the index's kind."""
+    if table.schema != index.schema:
         raise InputError(
             f"shard {path} must be of the tokenizer, modalities and pack length of its index, got others; "
             "prepare its documents again with those"
         )
-
-
-def table_location(path: Path, table: PackTable) -> tuple[int, int]:
-    """Return the offset of a shard's table and its crc32."""
-    start = table.ends[-1]
-    with path.open("rb") as stream:
-        stream.seek(start)
-        return start, zlib.crc32(stream.read(table_bytes(len(table.rows))))
-
-
-def read_packs(
-    path: Path, table: PackTable, sequence_length: int, num_text_tokens: int, modalities: Sequence[ModalityInfo]
-) -> Iterator[Pack | InputError]:
-    """Yield each pack of a shard, validated, or the error that it causes."""
     with path.open("rb") as stream:
         for number in range(len(table.rows)):
             start, end = table.span(number)
             payload = stream.read(end - start)
             try:
-                table.check(number, payload)
-                pack = decode_pack(payload)
-                validate_pack(pack, modalities, num_text_tokens, sequence_length)
+                yield index.decode(table, number, payload)
             except InputError as error:
                 yield error
-            else:
-                yield pack
-
-
-def make_index(
-    shards: Sequence[IndexedShard], sequence_length: int, tokenizer: Tokenizer, modalities: Sequence[ModalityInfo]
-) -> Index:
-    """Return the index of these shards, in their order."""
-    return Index(
-        sequence_length=sequence_length,
-        tokenizer=tokenizer.describe(),
-        modalities=tuple(modalities),
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        shards=tuple(shard.info for shard in shards),
-    )
 
 
 def file_sha256(path: Path) -> str:
@@ -200,17 +155,13 @@ def decode_index(content: bytes, where: str) -> Index:
     return index
 
 
-def parse_shard(entry: Mapping[str, object], where: str) -> ShardInfo:
-    """Return one shard of an index from its JSON object; raise InputError naming `where` if it is invalid."""
-    return parse_json(_SHARDS, json.dumps(entry).encode(), where, _REMEDY)
-
-
 def check_different(shards: Sequence[ShardInfo], where: str) -> None:
     """Raise InputError if a name or the contents of a shard occur twice, which would repeat documents in training."""
-    for field, what in ((attrgetter("file"), "name"), (attrgetter("sha256"), "bytes")):
-        for shard, other in itertools.pairwise(sorted(shards, key=field)):
-            if field(shard) == field(other):
-                names = f"{shard.file} and {other.file}"
+    for field, what in (("file", "name"), ("sha256", "bytes")):
+        first: dict[str, ShardInfo] = {}
+        for shard in shards:
+            if (other := first.setdefault(getattr(shard, field), shard)) is not shard:
+                names = f"{other.file} and {shard.file}"
                 raise InputError(f"shards in {where} must differ, got {names} of the same {what}; remove one")
 
 

@@ -20,7 +20,7 @@ from transfusion_fast.config import Config
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.folder import FetchError, ShardCache
 from transfusion_fast.data.index import Index
-from transfusion_fast.data.mixture import Mixture, MixtureOrder, MixtureReader, open_mixture
+from transfusion_fast.data.mixture import Mixture, MixtureReader, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import OBJECTIVES
@@ -75,49 +75,38 @@ class LoadedBatch(NamedTuple):
     """Errors of packs whose shard could not be fetched, and which may be intact."""
 
 
-class _Item(NamedTuple):
-    pack: KeyedPack
-    error: InputError | None
-
-
-class PackDataset(data.Dataset):
+class _PackDataset(data.Dataset):
     """Packs by position in the order. An unreadable one becomes an empty pack and its error, as workers stop no run."""
 
-    def __init__(self, mixture: Mixture, order: MixtureOrder, window: int) -> None:
-        self.reader, self.order = MixtureReader(mixture, window), order
+    def __init__(self, mixture: Mixture, seed: int, window: int) -> None:
+        self.reader, self.order = MixtureReader(mixture, window), mixture.order(seed, window)
         self.empty = empty_pack(mixture.modalities)
 
-    def __getitem__(self, position: int) -> _Item:
+    def __getitem__(self, position: int) -> tuple[KeyedPack, InputError | None]:
         epoch, number = self.order[position]
         try:
-            return _Item(KeyedPack(self.reader.read(number), epoch, number), None)
+            return KeyedPack(self.reader.read(number), epoch, number), None
         except InputError as error:
-            return _Item(KeyedPack(self.empty, epoch, number), error)
+            return KeyedPack(self.empty, epoch, number), error
 
 
-def _collate(builder: BatchBuilder, items: Sequence[_Item]) -> LoadedBatch:
-    errors = [item.error for item in items if item.error]
+def _collate(builder: BatchBuilder, items: Sequence[tuple[KeyedPack, InputError | None]]) -> LoadedBatch:
+    errors = [error for _, error in items if error]
     unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
     unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-    return LoadedBatch(builder([item.pack for item in items]), unreadable, unfetched)
+    return LoadedBatch(builder([pack for pack, _ in items]), unreadable, unfetched)
 
 
 def open_data(config: Config) -> Mixture:
-    """Return the mixture of the run's data folders, checked against the model and the cache. No shard is opened."""
-    settings = config.data
-    cache = ShardCache(Path(settings.cache).expanduser(), round(settings.cache_gb * 1e9))
-    mixture = open_mixture(settings.weights, cache)
-    complete_config(config, mixture)
-    mixture.check_cache(cache, settings.shuffle_window)
+    """Return the mixture of the run's data folders, checked against the cache. No shard is opened."""
+    cache = ShardCache(Path(config.data.cache).expanduser(), round(config.data.cache_gb * 1e9))
+    mixture = open_mixture(config.data.weights, cache)
+    mixture.check_cache(cache, config.data.shuffle_window)
     return mixture
 
 
 def complete_config(config: Config, mixture: Mixture) -> Config:
-    """Return the config with the vocabulary and latent widths of the data, where the config does not give them.
-
-    Raises:
-        InputError: the config gives others, or a batch has too many positions.
-    """
+    """Return the config with the vocabulary and latent widths of the data; raise InputError if it gives others."""
     known = {
         "num_text_tokens": mixture.num_text_tokens,
         "dim_latent": tuple(m.channels * m.patch_size**2 for m in mixture.modalities),
@@ -141,9 +130,8 @@ def training_batches(
 
     A pack that cannot be read is left out of its micro-batch and named with shard and reason; no other pack changes.
     """
-    order = mixture.order(config.train.seed, config.data.shuffle_window)
     yield from data.DataLoader(
-        PackDataset(mixture, order, config.data.shuffle_window),
+        _PackDataset(mixture, config.train.seed, config.data.shuffle_window),
         batch_sampler=share.micro_batches(packs_consumed),
         collate_fn=partial(_collate, batch_builder(config, mixture, share.micro_batch)),
         num_workers=config.data.workers,

@@ -27,11 +27,6 @@ from transfusion_fast.data.reader import OPEN_SHARDS, PackReader
 from transfusion_fast.errors import InputError
 
 _MAX_OPEN_SHARDS = 512  # per process; the usual limit is 1,024 open files
-_REMEDIES = {
-    "sequence_length": "repack one of them",
-    "tokenizer": "prepare one of them again as the other",
-    "modalities": "prepare one of them again as the other",
-}
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,14 @@ class Mixture:
 
     def __post_init__(self) -> None:
         """Raise InputError naming two folders that cannot be mixed. Text alone goes with any images."""
-        for name, remedy in _REMEDIES.items():
+        for name, remedy in (("sequence_length", "repack"), ("tokenizer", "prepare"), ("modalities", "prepare")):
             datasets = [d for d in self.datasets if name != "modalities" or d.index.modalities]
             for other in datasets[1:]:
                 first, second = getattr(datasets[0].index, name), getattr(other.index, name)
                 if first != second:
                     raise InputError(
                         f"{name} of mixed data folders must be the same, got {first} in {datasets[0].folder} "
-                        f"and {second} in {other.folder}; {remedy}"
+                        f"and {second} in {other.folder}; {remedy} one of them again"
                     )
 
     @property
@@ -125,18 +120,17 @@ def open_mixture(weights: Mapping[str, float], cache: ShardCache) -> Mixture:
     """Return the datasets at these paths or URLs, whose tokens are mixed by weight; `cache` is for remote shards.
 
     Raises:
-        InputError: A folder has no valid index, or the folders cannot be mixed.
+        InputError: A folder has no valid index, or the folders do not fit one model.
         FetchError: A remote index cannot be fetched.
     """
     exact = {path: Fraction(repr(weight)) for path, weight in weights.items()}  # 0.1 is 1/10, unlike the float
-    total = sum(exact.values())
-    return Mixture(tuple(_open(as_folder(path, cache), weight / total) for path, weight in exact.items()))
-
-
-def _open(folder: Folder, share: Fraction) -> Dataset:
-    content = folder.read_bytes(INDEX_NAME)
-    index = decode_index(content, folder.path_to(INDEX_NAME))
-    return Dataset(folder, index, hashlib.sha256(content).hexdigest(), share)
+    datasets = []
+    for path, weight in exact.items():
+        folder = as_folder(path, cache)
+        content = folder.read_bytes(INDEX_NAME)
+        index, sha256 = decode_index(content, folder.path_to(INDEX_NAME)), hashlib.sha256(content).hexdigest()
+        datasets.append(Dataset(folder, index, sha256, weight / sum(exact.values())))
+    return Mixture(tuple(datasets))
 
 
 class MixtureOrder:
@@ -151,7 +145,6 @@ class MixtureOrder:
         """Mix datasets whose shards hold `pack_counts` packs, by positive `weights` of their numbers of packs."""
         scale = math.lcm(*(weight.denominator for weight in weights))
         self._weights = [int(weight * scale) for weight in weights]
-        self._remaining = [sum(self._weights[dataset:]) for dataset in range(len(weights))]
         self._orders = [PackOrder(_dataset_seed(seed, i), counts, window) for i, counts in enumerate(pack_counts)]
         self._starts = [0, *itertools.accumulate(order.num_packs for order in self._orders)]
 
@@ -164,11 +157,13 @@ class MixtureOrder:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the dataset of a position, and how many earlier positions belong to that dataset."""
-        for dataset, (weight, remaining) in enumerate(zip(self._weights, self._remaining, strict=True)):
+        remaining = sum(self._weights)
+        for dataset, weight in enumerate(self._weights):
             before = position * weight // remaining
             if (position + 1) * weight // remaining > before:
                 return dataset, before
             position -= before
+            remaining -= weight
         raise AssertionError("the last dataset takes every position that remains")
 
 

@@ -22,10 +22,13 @@ def keyed_permutation(length: int, seed: int, *key: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-class EpochOrder:
-    """The packs of one epoch, each once: `order[position]` is a pack number in file order (shard 0's packs first)."""
+class PackOrder:
+    """The endless stream of packs: `order[i]` is the (epoch, pack) that is read after i packs were consumed.
 
-    def __init__(self, seed: int, epoch: int, pack_counts: Sequence[int] | np.ndarray, window: int = 16) -> None:
+    Packs are numbered in file order, shard 0's first. Every epoch has each pack once.
+    """
+
+    def __init__(self, seed: int, pack_counts: Sequence[int] | np.ndarray, window: int = 16) -> None:
         """Raise InputError for settings that define no order; `pack_counts` are the packs of each shard."""
         counts = np.array(pack_counts, dtype=np.int64)
         if seed < 0:
@@ -34,45 +37,26 @@ class EpochOrder:
             raise InputError(f"shuffle window must be 1 shard or more, got {window}; give a larger one")
         if counts.size == 0 or counts.min() < 1:
             raise InputError(f"pack counts must be one or more positive numbers, got {counts}; prepare the data again")
-        self._seed, self._epoch, self._window, self._counts = seed, epoch, window, counts
-        self._shards = keyed_permutation(counts.size, seed, epoch, _SHARD_STREAM)
+        self.num_packs = int(counts.sum())
+        self._seed, self._window, self._counts = seed, window, counts
         self._first_pack = np.cumsum(counts) - counts
-        per_window = np.add.reduceat(counts[self._shards], np.arange(0, counts.size, window))
-        self._window_starts = np.concatenate(([0], np.cumsum(per_window)))
-        self._current = -1
-        self._packs = np.empty(0, np.int64)
-
-    def __len__(self) -> int:
-        return int(self._window_starts[-1])
-
-    def __getitem__(self, position: int) -> int:
-        if not 0 <= position < len(self):
-            raise IndexError(f"position must be in 0..{len(self) - 1}, got {position}")
-        window = int(np.searchsorted(self._window_starts, position, side="right")) - 1
-        if window != self._current:
-            self._packs, self._current = self._shuffled_window(window), window
-        return int(self._packs[position - self._window_starts[window]])
-
-    def _shuffled_window(self, window: int) -> np.ndarray:
-        shards = self._shards[window * self._window : (window + 1) * self._window]
-        packs = np.concatenate([np.arange(self._counts[shard]) + self._first_pack[shard] for shard in shards])
-        return packs[keyed_permutation(packs.size, self._seed, self._epoch, 1 + window)]
-
-
-class PackOrder:
-    """The endless stream of packs: `order[i]` is the (epoch, pack) that is read after i packs were consumed."""
-
-    def __init__(self, seed: int, pack_counts: Sequence[int] | np.ndarray, window: int = 16) -> None:
-        """Raise InputError as `EpochOrder` does."""
-        self._seed, self._window = seed, window
-        self._counts = np.array(pack_counts, dtype=np.int64)
-        self._epoch, self._order = 0, EpochOrder(seed, 0, self._counts, window)
-        self.num_packs = len(self._order)
+        self._epoch = self._current = -1
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise IndexError(f"position must be 0 or more, got {position}")
         epoch, within = divmod(position, self.num_packs)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, EpochOrder(self._seed, epoch, self._counts, self._window)
-        return epoch, self._order[within]
+            self._epoch, self._current = epoch, -1
+            self._shards = keyed_permutation(self._counts.size, self._seed, epoch, _SHARD_STREAM)
+            firsts = np.arange(0, self._counts.size, self._window)
+            self._ends = np.cumsum(np.add.reduceat(self._counts[self._shards], firsts))
+        window = int(np.searchsorted(self._ends, within, side="right"))
+        if window != self._current:
+            self._current, self._packs = window, self._shuffled_window(window)
+        return epoch, int(self._packs[within - self._ends[window]])  # from the window's end: negative
+
+    def _shuffled_window(self, window: int) -> np.ndarray:
+        shards = self._shards[window * self._window : (window + 1) * self._window]
+        packs = np.concatenate([np.arange(self._counts[shard]) + self._first_pack[shard] for shard in shards])
+        return packs[keyed_permutation(packs.size, self._seed, self._epoch, 1 + window)]

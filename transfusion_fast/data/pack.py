@@ -36,20 +36,17 @@ class ModalityInfo:
     """Fingerprint of the autoencoder that made the latents, 64 hexadecimal digits; empty for pixels or if unknown."""
 
     def __post_init__(self) -> None:
-        for field in ("channels", "patch_size"):
-            if not 1 <= getattr(self, field) <= 65535:
-                raise InputError(f"{field} of modality {self.name!r} must be in 1..65535, got {getattr(self, field)}")
-        if not re.fullmatch(r"\w[\w .-]{0,99}", self.name):
-            raise InputError(
-                f"name of a modality must be letters, digits, _ . - and spaces, 100 at most, got {self.name!r:.80}"
-            )
-        if self.encoding not in _STORED_AS:
-            raise InputError(f"encoding of modality {self.name!r} must be pixels or latents, got {self.encoding!r}")
-        if not re.fullmatch("([0-9a-f]{64})?" if self.encoding == "latents" else "", self.autoencoder):
-            raise InputError(
-                f"autoencoder of modality {self.name!r} must be 64 hexadecimal digits for latents, or empty, "
-                f"got {self.autoencoder!r:.80} for {self.encoding}; prepare the data again"
-            )
+        digits = "([0-9a-f]{64})?" if self.encoding == "latents" else ""
+        for field, good, rule in (
+            ("channels", 1 <= self.channels <= 65535, "in 1..65535"),
+            ("patch_size", 1 <= self.patch_size <= 65535, "in 1..65535"),
+            ("name", re.fullmatch(r"\w[\w .-]{0,99}", self.name), "letters, digits, _ . - and spaces, 100 at most"),
+            ("encoding", self.encoding in _STORED_AS, "pixels or latents"),
+            ("autoencoder", re.fullmatch(digits, self.autoencoder), "64 hexadecimal digits for latents, or empty"),
+        ):
+            if not good:
+                got = f"{getattr(self, field)!r:.80}"
+                raise InputError(f"{field} of modality {self.name!r:.80} must be {rule}, got {got}; correct it")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ class Pack:
     @property
     def num_documents(self) -> int:
         """Number of documents."""
-        return int(self.segments[-1, 0]) + 1
+        return int(self.segments[-1, 0]) + 1 if len(self.segments) else 0
 
     @property
     def num_positions(self) -> int:
@@ -114,7 +111,7 @@ def latents_dtype(modalities: Sequence[ModalityInfo]) -> np.dtype:
 
 
 def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
-    """Return the number of text ids or image patches of a segment; InputError for one that cannot be packed."""
+    """Return the number of text ids or image patches of a segment; InputError for one that no pack can hold."""
     if isinstance(segment, TextSegment):
         ids = segment.ids
         if ids.dtype != np.int32 or ids.ndim != 1 or ids.size == 0:
@@ -125,13 +122,7 @@ def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
         return ids.size
     if not 0 <= segment.modality < len(modalities):
         raise InputError(f"modality of an image must be in 0..{len(modalities) - 1}, got {segment.modality}")
-    modality = modalities[segment.modality]
-    _check_image(segment.values, modality)
-    height, width, _ = segment.values.shape
-    return (height // modality.patch_size) * (width // modality.patch_size)
-
-
-def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
+    modality, values = modalities[segment.modality], segment.values
     what, patch, dtype = f"image of modality {modality.name!r}", modality.patch_size, _STORED_AS[modality.encoding]
     if values.ndim != 3 or values.shape[2] != modality.channels or values.dtype != dtype:
         raise InputError(
@@ -146,15 +137,7 @@ def _check_image(values: np.ndarray, modality: ModalityInfo) -> None:
         )
     if not np.isfinite(values).all():
         raise InputError(f"{what} must have finite values, got infinity or NaN; scale it to fit {dtype}")
-
-
-def document_length(document: Document, modalities: Sequence[ModalityInfo]) -> int:
-    """Return the sequence positions that a document occupies, special tokens included; InputError if it is empty."""
-    if not document:
-        raise InputError("document must have a segment, got none; leave it out")
-    lengths = sum(segment_length(segment, modalities) for segment in document)
-    images = sum(isinstance(segment, ImageSegment) for segment in document)
-    return DOCUMENT_TOKENS + lengths + IMAGE_TOKENS * images
+    return (height // patch) * (width // patch)
 
 
 def segment_row(
@@ -205,19 +188,16 @@ def empty_pack(modalities: Sequence[ModalityInfo]) -> Pack:
 
 
 def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_tokens: int, sequence_length: int) -> None:
-    """Raise InputError unless a pack read from disk is one that `make_pack` makes for these settings.
+    """Raise InputError unless a pack of arrays of the right kinds is one that `make_pack` makes for these settings.
 
     Afterwards every offset, length and size in the pack can be trusted. The caller, who knows the file, adds to the
     error what to do about it.
     """
-    _check_arrays(pack, modalities)
-    rows = pack.segments.astype(np.int64)
-    _check_rows(rows, modalities, sequence_length, pack.latents.size)
-    _, kind, offset, length, height, width = rows.T
-    text, image = kind == KIND_TEXT, kind != KIND_TEXT
-    channels = np.array([1, *(modality.channels for modality in modalities)])[kind]
-    _check_cover("tokens", offset[text], length[text], pack.tokens.size)
-    _check_cover("latents", offset[image], (height * width * channels)[image], pack.latents.size)
+    if pack.latents.dtype != (dtype := latents_dtype(modalities)):
+        raise InputError(f"latents of a pack must be {dtype}, got {pack.latents.dtype}")
+    if len(pack.segments) == 0:
+        raise InputError("segments of a pack must be one row or more, got none")
+    _check_rows(pack, modalities, sequence_length)
     if pack.tokens.size and not 0 <= pack.tokens.min() <= pack.tokens.max() < num_text_tokens:
         raise InputError(
             f"token ids of a pack must be in 0..{num_text_tokens - 1}, got {pack.tokens.min()}..{pack.tokens.max()}"
@@ -228,46 +208,30 @@ def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_token
         raise InputError(f"pack must take at most {sequence_length} positions, got {pack.num_positions}")
 
 
-def _check_arrays(pack: Pack, modalities: Sequence[ModalityInfo]) -> None:
-    arrays = (("tokens", np.dtype(np.int32), 1), ("segments", np.dtype(np.int32), 2))
-    for name, dtype, ndim in (*arrays, ("latents", latents_dtype(modalities), 1)):
-        array = getattr(pack, name)
-        if array.dtype != dtype or array.ndim != ndim:
-            raise InputError(
-                f"{name} of a pack must be {dtype} of {ndim} dimensions, got {array.dtype} of shape {array.shape}"
-            )
-    if len(pack.segments) == 0 or pack.segments.shape[1] != len(SEGMENT_COLUMNS):
-        raise InputError(f"segments of a pack must be rows of {len(SEGMENT_COLUMNS)}, got shape {pack.segments.shape}")
+def _check_rows(pack: Pack, modalities: Sequence[ModalityInfo], sequence_length: int) -> None:
+    document, kind, offset, length, height, width = pack.segments.astype(np.int64).T
 
+    def require(good: np.ndarray, rule: str) -> None:
+        if not good.all():
+            row = int(np.argmin(good))
+            values = zip(SEGMENT_COLUMNS, pack.segments[row].tolist(), strict=True)
+            got = ", ".join(f"{name} {value}" for name, value in values)
+            raise InputError(f"segment {row} of a pack must {rule}, got {got}")
 
-def _check_rows(rows: np.ndarray, modalities: Sequence[ModalityInfo], sequence_length: int, num_values: int) -> None:
-    """Check the rows in an order in which each check bounds the products of the next, so that none overflows int64."""
-    document, kind, _, length, height, width = rows.T
-    step = np.diff(document, prepend=0)
-    _require_rows((step == 0) | ((step == 1) & (np.arange(len(rows)) > 0)), rows, "number its documents 0, 1, 2, ...")
-    _require_rows((kind >= 0) & (kind <= len(modalities)), rows, f"have a kind in 0..{len(modalities)}")
-    _require_rows((length >= 1) & (length <= sequence_length), rows, f"have a length in 1..{sequence_length}")
-    patch = np.array([1, *(modality.patch_size for modality in modalities)])[kind]
+    require(np.isin(np.diff(document, prepend=0), (0, 1)) & (document[0] == 0), "number its documents 0, 1, 2, ...")
+    require((kind >= 0) & (kind <= len(modalities)), f"have a kind in 0..{len(modalities)}")
+    require((length >= 1) & (length <= sequence_length), f"have a length in 1..{sequence_length}")
+    is_text = kind == KIND_TEXT
+    patch, channels = np.array([(1, 1), *((info.patch_size, info.channels) for info in modalities)])[kind].T
     cut = (height > 0) & (width > 0) & (height % patch == 0) & (width % patch == 0)
     cut &= (height // patch) * (width // patch) == length
-    sized = np.where(kind == KIND_TEXT, (height == 0) & (width == 0), cut)
-    _require_rows(sized, rows, "have the height and width of its kind and length")
-    channels = np.array([1, *(modality.channels for modality in modalities)])[kind]
-    _require_rows(height * width <= num_values // channels, rows, f"lie within the {num_values} latent values")
-
-
-def _require_rows(good: np.ndarray, rows: np.ndarray, rule: str) -> None:
-    if not good.all():
-        row = int(np.argmin(good))
-        got = ", ".join(f"{name} {value}" for name, value in zip(SEGMENT_COLUMNS, rows[row].tolist(), strict=True))
-        raise InputError(f"segment {row} of a pack must {rule}, got {got}")
-
-
-def _check_cover(name: str, offset: np.ndarray, size: np.ndarray, total: int) -> None:
-    """Check that the segments of one array follow each other and cover all of it."""
-    ends = np.cumsum(size)
-    if not np.array_equal(offset, ends - size) or size.sum() != total:
-        raise InputError(
-            f"segments of a pack must cover its {total} {name} end to end, got {size.sum()} in {len(size)} segments "
-            "or a gap between them"
-        )
+    require(np.where(is_text, (height == 0) & (width == 0), cut), "have the height and width of its kind and length")
+    # A product may exceed int64. In fp64 it is exact, or larger than any array.
+    sizes = np.where(is_text, length, height * width * channels.astype(np.float64))
+    for name, own in (("tokens", is_text), ("latents", ~is_text)):
+        total, ends = getattr(pack, name).size, np.cumsum(sizes[own])
+        if not np.array_equal(offset[own], ends - sizes[own]) or sizes[own].sum() != total:
+            raise InputError(
+                f"segments of a pack must cover its {total} {name} end to end, got {sizes[own].sum():.0f} in "
+                f"{len(ends)} segments or a gap between them"
+            )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transfusion_fast.data.folder import FetchError, Folder, as_folder
 from transfusion_fast.data.index import Index, read_index
-from transfusion_fast.data.pack import Pack, validate_pack
-from transfusion_fast.data.shards import PackTable, ShardInfo, decode_pack, decode_table
+from transfusion_fast.data.pack import Pack
+from transfusion_fast.data.shards import PackTable, decode_table
 from transfusion_fast.errors import InputError
 
 OPEN_SHARDS = 32
@@ -22,8 +22,7 @@ OPEN_SHARDS = 32
 @dataclass
 class _OpenShard:
     descriptor: int
-    table: PackTable | InputError | None = None
-    """The table, or its error, after the first read; it is not read again for every pack."""
+    table: PackTable | None = None
 
 
 class PackReader:
@@ -52,48 +51,48 @@ class PackReader:
         return shard, number - self._starts[shard]
 
     def read(self, number: int) -> Pack:
-        """Return a pack, validated.
+        """Return a pack, validated; raise IndexError as `locate` does.
 
         Raises:
             InputError: The pack cannot be used; the message names shard and pack.
             FetchError: Its remote shard cannot be fetched, so nothing is known about the pack.
         """
         shard, within = self.locate(number)
+        info = self.index.shards[shard]
         try:
             try:
                 return self._read(shard, within)
             except (OSError, InputError):
-                if not self._discard_if_corrupt(shard):
+                opened = self._open.get(shard)
+                if not opened or not self.folder.discard_if_corrupt(opened.descriptor, info):
                     raise
+                self._close(shard)
                 return self._read(shard, within)
         except FetchError:
             raise
         except (OSError, InputError) as error:
-            path = self.folder.path_to(self.index.shards[shard].file)
             raise InputError(
-                f"pack {within} of shard {path} (pack {number} of its folder) cannot be read: {error}; "
-                "copy the shard again or prepare the data again"
+                f"pack {within} of shard {self.folder.path_to(info.file)} (pack {number} of its folder) cannot be "
+                f"read: {error}; copy the shard again or prepare the data again"
             ) from error
 
     def _read(self, shard: int, within: int) -> Pack:
         opened = self._opened(shard)
         if opened.table is None:
-            opened.table = _read_table(opened.descriptor, self.index.shards[shard], self._schema)
-        if isinstance(opened.table, InputError):
-            raise InputError(str(opened.table))
+            opened.table = self._table(opened.descriptor, shard)
         start, end = opened.table.span(within)
-        payload = os.pread(opened.descriptor, end - start, start)
-        opened.table.check(within, payload)
-        pack = decode_pack(payload)
-        validate_pack(pack, self.index.modalities, self.index.num_text_tokens, self.index.sequence_length)
-        return pack
+        return self.index.decode(opened.table, within, os.pread(opened.descriptor, end - start, start))
 
-    def _discard_if_corrupt(self, shard: int) -> bool:
-        opened = self._open.get(shard)
-        corrupt = opened and self.folder.discard_if_corrupt(opened.descriptor, self.index.shards[shard])
-        if corrupt:
-            self._close(shard)
-        return bool(corrupt)
+    def _table(self, descriptor: int, shard: int) -> PackTable:
+        info = self.index.shards[shard]
+        start, end = info.table_span
+        payload = os.pread(descriptor, end - start, start)
+        if (crc32 := zlib.crc32(payload)) != info.table_crc32:
+            raise InputError(f"checksum of its shard's table must be {info.table_crc32}, got {crc32}")
+        table = decode_table(payload, info.packs, info.table)
+        if table.schema != self._schema:
+            raise InputError("its shard must be of the tokenizer, modalities and pack length of its index, got others")
+        return table
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard not in self._open:
@@ -119,18 +118,3 @@ class PackReader:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-def _read_table(descriptor: int, shard: ShardInfo, schema: bytes) -> PackTable | InputError:
-    """Return the table of an open shard, or the error that it causes."""
-    start, end = shard.table_span
-    payload = os.pread(descriptor, end - start, start)
-    if (crc32 := zlib.crc32(payload)) != shard.table_crc32:
-        return InputError(f"checksum of its shard's table must be {shard.table_crc32}, got {crc32}")
-    try:
-        table = decode_table(payload, shard.packs, shard.table)
-    except InputError as error:
-        return error
-    if table.schema != schema:
-        return InputError("its shard must be of the tokenizer, modalities and pack length of its index, got others")
-    return table

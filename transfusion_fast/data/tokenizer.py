@@ -9,24 +9,19 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from typing_extensions import TypedDict
 
 from transfusion_fast.data.folder import Folder, as_folder
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, optional_module
 from transfusion_fast.files import write_atomically
-
-if TYPE_CHECKING:
-    import tokenizers
 
 TOKENIZER_NAME = "tokenizer.json"
 _MAX_TOKENS = 1 << 30  # leaves room for special tokens in int32
-
 # Categories of characters that a tokenizer's rules may remove: control characters, unassigned ones, and accents.
 _REMOVABLE = ("Cc", "Cf", "Co", "Cn", "Mn")
-_COMPOSED: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 
 
 class TokenizerDescription(TypedDict):
@@ -42,6 +37,8 @@ class Tokenizer(ABC):
 
     name: str
     num_text_tokens: int
+    content: bytes
+    """Bytes that differ for tokenizers that give different ids."""
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int32 [n]; raise InputError if they would not represent all of it."""
@@ -54,11 +51,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids, and the index of the character at which each begins, int64 [n], ascending.
-
-        Raises:
-            Rejected: The ids would not represent all of the text.
-        """
+        """Return the ids, and the ascending index of each's first character, int64 [n]; Rejected if text is lost."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -66,16 +59,21 @@ class Tokenizer(ABC):
 
     def describe(self) -> TokenizerDescription:
         """Return the description that an index stores."""
-        sha256 = hashlib.sha256(self.identity()).hexdigest()
+        sha256 = hashlib.sha256(self.content).hexdigest()
         return {"name": self.name, "num_text_tokens": self.num_text_tokens, "sha256": sha256}
 
-    @abstractmethod
-    def identity(self) -> bytes:
-        """Return bytes that differ for tokenizers that give different ids."""
-
-    @abstractmethod
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:  # noqa: B027
         """Write the file that `load_tokenizer` needs beside the index, if any."""
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        values = np.asarray(ids, dtype=np.int64)
+        outside = values[(values < 0) | (values >= self.num_text_tokens)]
+        if outside.size:
+            raise InputError(
+                f"text ids must be in 0..{self.num_text_tokens - 1}, got {outside[0]}; "
+                "remove special tokens before decoding"
+            )
+        return values
 
 
 class ByteTokenizer(Tokenizer):
@@ -83,6 +81,7 @@ class ByteTokenizer(Tokenizer):
 
     name = "bytes"
     num_text_tokens = 256
+    content = b'{"encoding": "utf-8", "name": "bytes", "num_text_tokens": 256}'
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         ids = np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
@@ -90,14 +89,7 @@ class ByteTokenizer(Tokenizer):
         return ids, np.cumsum(begins_character) - 1
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return _checked(ids, self.num_text_tokens).astype(np.uint8).tobytes().decode(errors="replace")
-
-    def identity(self) -> bytes:
-        settings = {"name": self.name, "num_text_tokens": self.num_text_tokens, "encoding": "utf-8"}
-        return json.dumps(settings, sort_keys=True).encode()
-
-    def write(self, folder: Path) -> None:
-        """Do nothing, as bytes need no file."""
+        return self._checked(ids).astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class FileTokenizer(Tokenizer):
@@ -112,9 +104,10 @@ class FileTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, where: str = TOKENIZER_NAME) -> None:
         """Read the contents of a tokenizer.json; raise InputError naming `where` if they are invalid. No code runs."""
+        library = _library()
         self.content = content
         try:
-            self._tokenizer: tokenizers.Tokenizer = _library().Tokenizer.from_buffer(content)
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise InputError(
                 f"{where} must be a tokenizer.json of the library tokenizers, got {error}; correct it"
@@ -128,12 +121,18 @@ class FileTokenizer(Tokenizer):
         if self.num_text_tokens > _MAX_TOKENS:
             raise InputError(f"ids of {where} must be below {_MAX_TOKENS}, got {self.num_text_tokens - 1}; correct it")
         model = self._tokenizer.model
-        if isinstance(model, _library().models.BPE):
+        if isinstance(model, library.models.BPE):
             model.dropout = None  # would encode a text differently each time
             if model.unk_token is None:
                 # By default BPE drops unknown characters. With an unknown token that it does not know, it raises.
                 model.unk_token = max(vocabulary, key=len, default="") + "?"
-        self._special = self._special_ids()
+        special = {number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        if isinstance(model, library.models.Unigram):
+            unknown = json.loads(content)["model"].get("unk_id")
+        else:
+            unknown = self._tokenizer.token_to_id(model.unk_token)
+        self._special = np.array(sorted(special - {unknown}), dtype=np.int32)
+        self._has_words = isinstance(model, (library.models.WordLevel, library.models.WordPiece))
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         text = _utf8(text).decode()
@@ -141,21 +140,18 @@ class FileTokenizer(Tokenizer):
         if (special := np.isin(ids, self._special)).any():
             start, end = spans[special][0].tolist()
             raise Rejected("special token", f"{text[start:end]!r:.60} would become one")
-        if (missing := _uncovered(text, spans)) and not self._is_rewritten(text, ids):
-            raise Rejected("not in the vocabulary", repr(missing))
+        if (missing := _uncovered(text, spans)) and not self._has_rewritten(missing, text):
+            raise Rejected("not in the vocabulary", f"{missing[0]!r:.60}")
         return ids, np.maximum.accumulate(spans[:, 0])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tokenizer.decode(_checked(ids, self.num_text_tokens).tolist(), skip_special_tokens=False)
-
-    def identity(self) -> bytes:
-        return self.content
+        return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)
 
     def write(self, folder: Path) -> None:
         write_atomically(folder / TOKENIZER_NAME, self.content)
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids, int32 [n], and their first and end characters, int64 [n, 2]."""
+        """Return ids, int32 [n], and their first and end characters, int64 [n, 2]; Rejected names what is unknown."""
         try:
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
         except BaseException as error:
@@ -163,52 +159,19 @@ class FileTokenizer(Tokenizer):
                 raise InputError(f"{self.name} must encode any text, got an error ({error}); give another") from error
             if type(error) is not Exception:  # the class that the library raises for unknown characters
                 raise
-            raise Rejected("not in the vocabulary", self._first_unknown(text) or f"part of it ({error})") from error
+            for piece in dict.fromkeys(text.split() if self._has_words else text):
+                if piece != text:
+                    self._encode(piece)  # rejects the first word or character that cannot be encoded alone
+            raise Rejected("not in the vocabulary", f"{text!r:.60}") from error
         return np.array(encoded.ids, dtype=np.int32), np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
 
-    def _first_unknown(self, text: str) -> str:
-        """Return the first word of `text` that cannot be encoded alone, or the first character for models of those."""
-        models = _library().models
-        has_words = isinstance(self._tokenizer.model, (models.WordLevel, models.WordPiece))
-        for piece in dict.fromkeys(text.split() if has_words else text):
-            try:
-                self._tokenizer.encode(piece, add_special_tokens=False)
-            except Exception as error:
-                if type(error) is not Exception:
-                    raise
-                return f"{piece!r:.60}"
-        return ""
-
-    def _is_rewritten(self, text: str, ids: np.ndarray) -> bool:
-        """Return True if the ids cover all of `text` after the composition or replacement of characters."""
-        forms = {unicodedata.normalize(form, text) for form in _COMPOSED} | {self._replaced(text)}
-        for form in forms - {text}:
-            again, spans = self._encode(form)
-            if np.array_equal(ids, again) and not _uncovered(form, spans):
-                return True
-        return False
-
-    def _replaced(self, text: str) -> str:
-        """Apply the rules of the file that replace characters, but none that removes any."""
-        rules = [json.loads(self.content).get("normalizer") or {}]
-        while rules:
-            rule = rules.pop(0)
-            rules = rule.get("normalizers", []) + rules
-            if rule.get("type") == "Replace" and rule["content"]:
-                [(kind, pattern)] = rule["pattern"].items()
-                pattern = _library().Regex(pattern) if kind == "Regex" else pattern
-                text = _library().normalizers.Replace(pattern, rule["content"]).normalize_str(text)
-        return text
-
-    def _special_ids(self) -> np.ndarray:
-        """Return the ids of special tokens, except the unknown token, which stands for text."""
-        special = {number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        model = self._tokenizer.model
-        if isinstance(model, _library().models.Unigram):
-            unknown = json.loads(self.content)["model"].get("unk_id")
-        else:
-            unknown = self._tokenizer.token_to_id(model.unk_token)
-        return np.array(sorted(special - {unknown}), dtype=np.int32)
+    def _has_rewritten(self, missing: Sequence[str], text: str) -> bool:
+        """Return True if the file's rules composed or replaced characters without a token, but removed none."""
+        rules = self._tokenizer.normalizer
+        if rules is None or any(rules.normalize_str(f"{run} ") == rules.normalize_str(" ") for run in missing):
+            return False
+        rewritten = rules.normalize_str(text)
+        return not _uncovered(rewritten, self._encode(rewritten)[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _cached_tokenizer, (self.content,)
@@ -276,11 +239,7 @@ def read_tokenizer(path: Path) -> FileTokenizer:
 
 
 def _library() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError as error:
-        raise InputError("a tokenizer.json needs the package tokenizers, which is missing; install it") from error
-    return tokenizers
+    return optional_module("tokenizers", "data")
 
 
 def _utf8(text: str) -> bytes:
@@ -288,22 +247,15 @@ def _utf8(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
-def _uncovered(text: str, spans: np.ndarray) -> str:
-    """Return the first run of characters, 20 at most, that no span covers and that a tokenizer may not remove."""
+def _uncovered(text: str, spans: np.ndarray) -> list[str]:
+    """Return the runs of characters that no span covers, without those that a tokenizer's rules may remove."""
     starts, ends = (np.bincount(column, minlength=len(text) + 1) for column in spans.T)
     bare = np.flatnonzero(np.cumsum(starts - ends)[:-1] <= 0).tolist()
-    lost = [at for at in bare if not _is_removable(text[at])]
-    return "".join(text[at] for number, at in enumerate(lost[:20]) if at == lost[0] + number)
+    lost = np.array([at for at in bare if not _is_removable(text[at])], dtype=np.int64)
+    runs = np.split(lost, np.flatnonzero(np.diff(lost) > 1) + 1)
+    return [text[run[0] : run[-1] + 1] for run in runs if run.size]
 
 
 def _is_removable(character: str) -> bool:
-    """Return True for a character that a tokenizer's rules may remove without loss to a reader."""
+    """Return True for a character whose removal loses nothing to a reader."""
     return character.isspace() or character == "\ufffd" or unicodedata.category(character) in _REMOVABLE
-
-
-def _checked(ids: Sequence[int] | np.ndarray, end: int) -> np.ndarray:
-    values = np.asarray(ids, dtype=np.int64)
-    outside = values[(values < 0) | (values >= end)]
-    if outside.size:
-        raise InputError(f"text ids must be in 0..{end - 1}, got {outside[0]}; remove special tokens before decoding")
-    return values

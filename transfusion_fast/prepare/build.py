@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,29 +24,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.data.index import (
-    INDEX_NAME,
-    Index,
-    IndexedShard,
-    file_sha256,
-    make_index,
-    parse_shard,
-    read_index,
-    schema_of,
-    write_index,
-)
+from transfusion_fast.data.index import INDEX_NAME, Index, file_sha256, read_index, write_index
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Pack, make_pack, validate_pack
-from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, write_shard
+from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, ShardInfo, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import read_json, sync, write_atomically
-from transfusion_fast.prepare import spool, staging
+from transfusion_fast.prepare import staging
 from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 from transfusion_fast.prepare.sources.base import Source, Unit
-from transfusion_fast.prepare.spool import UnitReader, UnitReport
+from transfusion_fast.prepare.spool import Counts, Spool
 from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, first_changes, output_and_staging
 
 LEFT_OUT = "left_out.jsonl"
@@ -70,23 +61,21 @@ class Recipe:
     """Size of the vocabulary, if the tokenizer was trained on the source itself."""
 
     def __post_init__(self) -> None:
-        for name, most in (("packs_per_shard", MAX_PACKS), ("buffer", None)):
-            value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"{name} must be 1 or more, got {value}; give a larger number")
-            if most and value > most:
-                raise InputError(f"{name} must be at most {most}, got {value}; give a smaller number")
+        if not 1 <= self.packs_per_shard <= MAX_PACKS:
+            raise InputError(
+                f"packs_per_shard must be in 1..{MAX_PACKS}, got {self.packs_per_shard}; give another number"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return the recipe as JSON, with the sizes and times by which changed source files are recognized."""
         return {
-            **_source_description(self.source, self.train_bpe),
+            **_describe(self.source, self.train_bpe),
             "encoder": self.encoder.describe(),
             "packing": {"packs_per_shard": self.packs_per_shard, "seed": self.seed, "buffer": self.buffer},
         }
 
 
-def _source_description(source: Source, train_bpe: int | None) -> dict[str, Any]:
+def _describe(source: Source, train_bpe: int | None) -> dict[str, Any]:
     files = [(str(file.resolve()), file.stat()) for file in source.files]
     return {
         "version": _VERSION,
@@ -102,7 +91,7 @@ class Built:
     """The index of a data folder, and what became of the source's documents."""
 
     index: Index
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
     """Number of documents that were left out by reason."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first document that was left out for each reason."""
@@ -113,27 +102,12 @@ class Built:
 
     def remarks(self, folder: Path) -> Iterator[str]:
         """Yield a line about each kind of documents that are not in the folder as they were."""
-        for reason, count in self.rejected.items():
+        for reason, count in sorted(self.rejected.items()):
             yield f"left out {count}: {self.examples[reason]}"
-        if sum(self.rejected.values()) > len(self.rejected):
+        if self.rejected.total() > len(self.rejected):
             yield f"{folder / LEFT_OUT} names all that was left out"
         if self.cut:
             yield f"split {self.cut} documents that are longer than a pack"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The recipe and the staging folder, which every process has."""
-
-    recipe: Recipe
-    partial: Path
-
-
-@dataclass(frozen=True, eq=False)
-class _ShardTask:
-    number: int
-    packs: list[np.ndarray]
-    """(unit, document) of every document of each pack."""
 
 
 def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
@@ -143,23 +117,18 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
         InputError: `folder` holds anything else; work in the staging folder has another recipe, or another process is
             using it; the source holds no document that can be used.
     """
-    if processes < 1:
-        raise InputError(f"processes must be 1 or more, got {processes}; give a larger number")
     folder, partial = output_and_staging(folder)
     described = json.loads(json.dumps(recipe.describe()))
-    index = _finished(folder, described)
-    if index is not None and not partial.exists():
+    if not partial.exists() and (index := _finished(folder, described)):
         return Built(index, reused=True)
-    staging.check_staging(partial)
     with staging.locked(partial):
-        index = _finished(folder, described)  # another process may have finished it before the lock was free
-        if index is not None:
+        if index := _finished(folder, described):  # perhaps by another process before the lock was free
             if read_json(partial / RECIPE) in (None, described):  # left by a run that was killed while it cleaned up
                 discard(partial)
             return Built(index, reused=True)
         staging.begin_or_resume(partial, described, recipe.encoder.tokenizer)
         try:
-            built = _build(_Job(recipe, partial), folder, processes)
+            built = _Work(recipe, partial).carry_out(folder, processes)
         except BaseException:
             if not staging.has_units(partial):  # there is nothing to resume, and settings may be what was wrong
                 discard(partial)
@@ -170,7 +139,7 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
 
 def train_tokenizer(source: Source, vocabulary: int, folder: Path) -> Tokenizer:
     """Train a BPE tokenizer on the texts of a source; if `folder` was made or begun with one, return that one."""
-    now = json.loads(json.dumps(_source_description(source, vocabulary)))
+    now = json.loads(json.dumps(_describe(source, vocabulary)))
     for path in output_and_staging(folder):
         match read_json(path / RECIPE):
             case {"encoder": {"tokenizer": dict(described)}, **rest} if now.items() <= rest.items():
@@ -186,8 +155,7 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        made_of = read_json(folder / RECIPE)
-        if made_of is None:
+        if (made_of := read_json(folder / RECIPE)) is None:
             raise InputError(f"it has no {RECIPE}")
         if change := first_changes(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
             raise InputError(f"it was made with other settings: {change}")
@@ -198,109 +166,106 @@ def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
         ) from error
 
 
-def _build(job: _Job, folder: Path, processes: int) -> Built:
-    encoder, units = job.recipe.encoder, job.recipe.source.units()
-    with worker_pool(job, processes) as each:
-        by_number = dict(tqdm(each(_encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
-        reports = [by_number[number] for number in range(len(units))]
-        tasks = _shard_tasks(job, [report.documents for report in reports])
-        shards = dict(tqdm(each(_write, tasks), "writing", unit="shard", disable=None))
-    rejected, examples, cut = _totals(reports)
-    if not shards:
-        shutil.rmtree(job.partial / UNITS)
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "it is empty"
-        first = "".join(f"; {example}" for example in list(examples.values())[:1])
-        raise InputError(f"source must hold documents that can be used, got none ({reasons}){first}")
-    ordered = [shards[number] for number in range(len(shards))]
-    index = make_index(ordered, encoder.sequence_length, encoder.tokenizer, encoder.modalities)
-    _finish(job, folder, index, units=len(units))
-    return Built(index, rejected, examples, cut)
+@dataclass(frozen=True)
+class _Work:
+    """A recipe and the staging folder in which it is carried out. Every process has a copy."""
 
+    recipe: Recipe
+    partial: Path
 
-def _encode(job: _Job, numbered: tuple[int, Unit]) -> tuple[int, UnitReport]:
-    number, unit = numbered
-    folder, encoder = job.partial / UNITS, job.recipe.encoder
-    report = spool.read_report(folder, number)
-    if report is None:
-        documents = encoder.encode(job.recipe.source.documents(unit))
-        report = spool.write_unit(folder, number, documents, encoder.modalities)
-    return number, report
+    def carry_out(self, folder: Path, processes: int) -> Built:
+        """Encode all units, write all shards, and give the folder its name."""
+        units = self.recipe.source.units()
+        with worker_pool(self, processes) as each:
+            found = dict(tqdm(each(_Work.encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
+            counts = [found[number] for number in range(len(units))]
+            tasks = enumerate(self.located_packs(np.array([own.documents for own in counts], np.int64)))
+            written = dict(tqdm(each(_Work.write, tasks), "writing", unit="shard", disable=None))
+        rejected, examples = self.list_rejections(len(units))
+        if not written:
+            shutil.rmtree(self.partial / UNITS)
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(rejected.items())) or "it is empty"
+            first = "".join(f"; {example}" for example in list(examples.values())[:1])
+            raise InputError(f"source must hold documents that can be used, got none ({reasons}){first}")
+        index = replace(
+            self.recipe.encoder.empty_index(),
+            documents=sum(own.documents for own in counts),
+            tokens=sum(own.tokens for own in counts),
+            shards=tuple(written[number] for number in range(len(written))),
+        )
+        self.finish(folder, index)
+        return Built(index, rejected, examples, sum(own.cut for own in counts))
 
+    def spool(self, unit: int) -> Spool:
+        """Return the encoded documents of a unit."""
+        return Spool(self.partial / UNITS, unit, self.recipe.encoder.modalities)
 
-def _totals(reports: Iterable[UnitReport]) -> tuple[dict[str, int], dict[str, str], int]:
-    rejected: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    cut = 0
-    for report in reports:
-        rejected.update(report.rejected)
-        examples = report.examples | examples
-        cut += report.cut
-    return dict(sorted(rejected.items())), examples, cut
+    def encode(self, task: tuple[int, Unit]) -> tuple[int, Counts]:
+        """Spool the documents of a unit, or find that they are there."""
+        number, unit = task
+        spool = self.spool(number)
+        counts = spool.read_counts()
+        if counts is None:
+            counts = spool.write(self.recipe.encoder.encode(self.recipe.source.documents(unit)))
+        return number, counts
 
+    def located_packs(self, documents: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Yield for each shard (unit, document) of every document of each pack; a buffer of documents is in memory.
 
-def _shard_tasks(job: _Job, documents: list[int]) -> Iterator[_ShardTask]:
-    """Yield the packs of each shard; only a buffer of documents is in memory.
+        `documents` are the counts of the units. Units come in a keyed order, as a source may be sorted by length.
+        """
+        recipe = self.recipe
+        order = keyed_permutation(len(documents), recipe.seed, *_UNIT_STREAM)
+        starts = np.cumsum(documents[order]) - documents[order]
+        lengths = (self.spool(unit).lengths for unit in order.tolist())
+        packs = pack_stream(lengths, recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
+        while chosen := list(islice(packs, recipe.packs_per_shard)):
+            units = [np.searchsorted(starts, pack, side="right") - 1 for pack in chosen]
+            yield [np.stack([order[u], pack - starts[u]], axis=1) for u, pack in zip(units, chosen, strict=True)]
 
-    `documents` are the counts of the units. Units come in a keyed order, as a source may be sorted by length.
-    """
-    recipe, counts = job.recipe, np.array(documents, dtype=np.int64)
-    order = keyed_permutation(len(counts), recipe.seed, *_UNIT_STREAM)
-    starts = np.cumsum(counts[order]) - counts[order]
-    lengths = (spool.read_lengths(job.partial / UNITS, number) for number in order.tolist())
-    packs = pack_stream(lengths, recipe.encoder.sequence_length, recipe.seed, recipe.buffer)
-    number = 0
-    while chosen := list(islice(packs, recipe.packs_per_shard)):
-        units = [np.searchsorted(starts, pack, side="right") - 1 for pack in chosen]
-        located = [
-            np.stack([order[unit], pack - starts[unit]], axis=1) for unit, pack in zip(units, chosen, strict=True)
-        ]
-        yield _ShardTask(number, located)
-        number += 1
+    def write(self, task: tuple[int, list[np.ndarray]]) -> tuple[int, ShardInfo]:
+        """Write a shard, or find that it is there."""
+        number, located = task
+        folder, settings = self.partial / SHARDS, self.recipe.encoder.empty_index()
+        found = read_shard(folder / f"shard-{number:06d}.tar", settings)
+        if found.info and not found.findings:
+            return number, found.info
+        return number, write_shard(self.packs(located), folder, number, settings.schema)
 
+    def packs(self, located: list[np.ndarray]) -> Iterator[Pack]:
+        """Yield the packs of a shard."""
+        spool, encoder = functools.lru_cache(maxsize=_OPEN_UNITS)(self.spool), self.recipe.encoder
+        for chosen in located:
+            pack = make_pack([spool(unit)[document] for unit, document in chosen.tolist()], encoder.modalities)
+            validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
+            yield pack
 
-def _write(job: _Job, task: _ShardTask) -> tuple[int, IndexedShard]:
-    """Write a shard, or find that it is there."""
-    record = job.partial / UNITS / f"shard-{task.number:06d}.json"
-    folder, encoder = job.partial / SHARDS, job.recipe.encoder
-    match read_json(record):
-        case [dict(entry), int(documents), int(tokens)]:
-            info = parse_shard(entry, str(record))
-            if (folder / info.file).is_file() and file_sha256(folder / info.file) == info.sha256:
-                return task.number, IndexedShard(info, documents, tokens)
-    counts: list[tuple[int, int]] = []
-    schema = schema_of(encoder.sequence_length, encoder.tokenizer.describe(), encoder.modalities)
-    info = write_shard(_packs(job, task, counts), folder, task.number, schema)
-    shard = IndexedShard(info, *(sum(column) for column in zip(*counts, strict=True)))
-    write_atomically(record, json.dumps([asdict(shard.info), shard.documents, shard.tokens]))
-    return task.number, shard
+    def list_rejections(self, units: int) -> tuple[Counter[str], dict[str, str]]:
+        """Write why documents were left out; return their number, and the first of them, by reason."""
+        rejected: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        with (self.partial / SHARDS / LEFT_OUT).open("wb") as whole:
+            for number in range(units):
+                with self.spool(number).path("rejected").open("rb") as lines:
+                    for line in lines:
+                        whole.write(line)
+                        entry = json.loads(line)
+                        rejected[entry["reason"]] += 1
+                        examples.setdefault(entry["reason"], f"{entry['reason']}: {entry['detail']}")
+        if not rejected:
+            Path(whole.name).unlink()
+        return rejected, examples
 
-
-def _packs(job: _Job, task: _ShardTask, counts: list[tuple[int, int]]) -> Iterator[Pack]:
-    """Yield the packs of a shard, and append the numbers of documents and tokens of each to `counts`."""
-    encoder = job.recipe.encoder
-
-    @functools.lru_cache(maxsize=_OPEN_UNITS)
-    def reader(unit: int) -> UnitReader:
-        return UnitReader(job.partial / UNITS, unit, encoder.modalities)
-
-    for chosen in task.packs:
-        pack = make_pack([reader(unit)[document] for unit, document in chosen.tolist()], encoder.modalities)
-        validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
-        counts.append((pack.num_documents, pack.num_positions))
-        yield pack
-
-
-def _finish(job: _Job, folder: Path, index: Index, units: int) -> None:
-    """Write the files beside the shards, and give the folder its name once all of it is on disk."""
-    shards = job.partial / SHARDS
-    job.recipe.encoder.tokenizer.write(shards)
-    spool.copy_rejections(job.partial / UNITS, units, shards / LEFT_OUT)
-    write_index(shards, index)
-    recipe = {**read_json(job.partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
-    write_atomically(shards / RECIPE, json.dumps(recipe, indent=1))
-    sync(*(path for path in shards.iterdir() if path.suffix != ".tar"), shards)  # `write_shard` synced each tar
-    try:
-        shards.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder} must be free, got {error}; move {shards} there, which is complete") from error
-    sync(folder.parent)
+    def finish(self, folder: Path, index: Index) -> None:
+        """Write the files beside the shards, and give the folder its name once all of it is on disk."""
+        shards = self.partial / SHARDS
+        self.recipe.encoder.tokenizer.write(shards)
+        write_index(shards, index)
+        recipe = {**read_json(self.partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
+        write_atomically(shards / RECIPE, json.dumps(recipe, indent=1))
+        sync(*(path for path in shards.iterdir() if path.suffix != ".tar"), shards)  # `write_shard` synced each tar
+        try:
+            shards.rename(folder)
+        except OSError as error:
+            raise InputError(f"{folder} must be free, got {error}; move {shards} there, which is complete") from error
+        sync(folder.parent)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from transfusion_fast.data.index import Index
 from transfusion_fast.data.pack import (
     DOCUMENT_TOKENS,
     IMAGE_TOKENS,
@@ -52,17 +53,20 @@ class Encoder:
     """Rule by which pixels become latents; without it, pixels are stored."""
 
     def __post_init__(self) -> None:
-        if self.sequence_length < DOCUMENT_TOKENS + IMAGE_TOKENS + 1:
-            raise InputError(f"sequence length must be at least 5, got {self.sequence_length}; give a larger one")
-        if self.sequence_length > MAX_LENGTH:
+        least = DOCUMENT_TOKENS + IMAGE_TOKENS + 1
+        if not least <= self.sequence_length <= MAX_LENGTH:
             raise InputError(
-                f"sequence length must be at most {MAX_LENGTH}, got {self.sequence_length}; give a smaller one"
+                f"sequence length must be in {least}..{MAX_LENGTH}, got {self.sequence_length}; give another number"
             )
 
     @property
     def _capacity(self) -> int:
         """Positions of a pack for the segments of a document."""
         return self.sequence_length - DOCUMENT_TOKENS
+
+    def empty_index(self) -> Index:
+        """Return the index of a data folder of these settings, without shards."""
+        return Index(self.sequence_length, self.tokenizer.describe(), self.modalities, 0, 0, ())
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON; encoders of equal settings make equal documents."""
@@ -84,36 +88,38 @@ class Encoder:
         waiting: list[SourceDocument | Rejected] = []
         size = 0
         for document in documents:
-            waiting.append(document if isinstance(document, Rejected) else self._with_pixels(document))
+            waiting.append(document if isinstance(document, Rejected) else self._decoded(document))
             size += _bytes(waiting[-1])
             if len(waiting) >= together or size >= _BYTES_TOGETHER:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
-    def _with_pixels(self, document: SourceDocument) -> SourceDocument | Rejected:
-        """Return the document with its image files decoded."""
+    def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
+        """Return the document with its image files as pixels."""
         parts: list[Part] = []
         left = _MAX_PIXEL_BYTES
         try:
             for part in document.parts:
-                parts.append(self._pixels(part) if isinstance(part, bytes) else part)
-                left -= parts[-1].nbytes if isinstance(parts[-1], np.ndarray) else 0
+                if isinstance(part, bytes):
+                    part = self._pixels(part)
+                    left -= part.nbytes
                 if left < 0:
                     raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
+                parts.append(part)
         except Rejected as rejected:
             return rejected.at(document.where)
-        return replace(document, parts=tuple(parts))
+        return SourceDocument(document.where, tuple(parts))
 
     def _pixels(self, file: bytes) -> np.ndarray:
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
         pixels = np.ascontiguousarray(self.image(decode_image(file)))
         patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
-        self._check_image((pixels.shape[0] // patch) * (pixels.shape[1] // patch))
+        self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time
         return pixels
 
-    def _check_image(self, patches: int) -> int:
+    def _image_length(self, patches: int) -> int:
         """Return the positions that an image takes; Rejected if no pack has so many."""
         length = patches + IMAGE_TOKENS
         if length > self._capacity:
@@ -125,15 +131,15 @@ class Encoder:
         images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
         for document in documents:
-            found: list[Document] | Rejected
             if isinstance(document, Rejected):
-                found = document
-            else:
-                encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
-                try:
-                    found = self._fitted(encoded)
-                except Rejected as rejected:
-                    found = rejected.at(document.where)
+                yield document
+                continue
+            encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
+            found: list[Document] | Rejected
+            try:
+                found = self._fitted(encoded)
+            except Rejected as rejected:
+                found = rejected.at(document.where)
             yield found
 
     def _fitted(self, parts: Iterable[Part | Rejected]) -> list[Document]:
@@ -144,7 +150,7 @@ class Encoder:
             for number, segment in enumerate(self._segments(part, free)):
                 length = segment_length(segment, self.modalities)
                 if isinstance(segment, ImageSegment):
-                    length = self._check_image(length)
+                    length = self._image_length(length)
                 if number or length > free:
                     documents.append([])
                     free = self._capacity
@@ -174,10 +180,5 @@ class Encoder:
 
 def _bytes(document: SourceDocument | Rejected) -> int:
     """Return the size of a document's texts and pixels."""
-    if isinstance(document, Rejected):
-        return 0
-    return sum(
-        part.nbytes if isinstance(part, np.ndarray) else len(part)
-        for part in document.parts
-        if isinstance(part, str | np.ndarray)
-    )
+    parts = document.parts if isinstance(document, SourceDocument) else ()
+    return sum(getattr(part, "nbytes", 0) or len(part) for part in parts if isinstance(part, str | np.ndarray))

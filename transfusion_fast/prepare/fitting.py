@@ -46,10 +46,8 @@ def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int
 
 
 def _cut(text: str, ids: np.ndarray, starts: np.ndarray, free: int, capacity: int) -> list[TextSegment]:
-    if not len(ids):
-        return []
-    ends = np.cumsum(list(piece_lengths(text, starts, _first_limit(free, capacity), capacity)))
-    return [TextSegment(piece) for piece in np.split(ids, ends[:-1])]
+    lengths = list(piece_lengths(text, starts, _first_limit(free, capacity), capacity))
+    return [TextSegment(piece) for piece in np.split(ids, np.cumsum(lengths)[:-1]) if len(piece)]
 
 
 def _first_limit(free: int, capacity: int) -> int:
@@ -92,8 +90,7 @@ def _possible_cuts(text: str, starts: np.ndarray) -> list[np.ndarray]:
     begins_there = starts[np.minimum(behind, len(starts) - 1)] == end
     # Most vocabularies put a space and the word behind it into one token.
     token = np.where(begins_there, behind, np.searchsorted(starts, space))
-    between_letters = np.flatnonzero(np.diff(starts, prepend=-1))
-    return [*(token[kind == k] for k in (_PARAGRAPH, _LINE, _SENTENCE, _WORD)), between_letters]
+    return [*(token[kind == k] for k in range(4)), np.flatnonzero(np.diff(starts, prepend=-1))]
 
 
 def split_blocks(text: str, size: int) -> Iterator[str]:
@@ -101,20 +98,17 @@ def split_blocks(text: str, size: int) -> Iterator[str]:
     begin = 0
     while len(text) - begin > size:
         most = begin + size
-        pauses = _PAUSE.finditer(text, begin + (size + 1) // 2, most)
-        _, end = max(((-_kind(pause), _end(pause)) for pause in pauses), default=(0, most))
+        kind, end = _WORD, most
+        for pause in _PAUSE.finditer(text, begin + (size + 1) // 2, most):
+            if (better := _kind(pause)) <= kind:
+                # Within a line the space goes with the word behind it.
+                kind, end = better, pause.end() if better in (_PARAGRAPH, _LINE) else pause.start("space")
         yield text[begin:end]
         begin = end
     yield text[begin:]
 
 
 def _kind(pause: re.Match[str]) -> int:
-    lines = pause["space"].count("\n")
-    if lines:
+    if lines := pause["space"].count("\n"):
         return _PARAGRAPH if lines > 1 else _LINE
     return _SENTENCE if pause["stop"] else _WORD
-
-
-def _end(pause: re.Match[str]) -> int:
-    """Return where a block ends at a pause. Within a line the space goes with the word behind it."""
-    return pause.end() if _kind(pause) in (_PARAGRAPH, _LINE) else pause.start("space")

@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transposition that undoes each orientation (CIPA DC-008, Exif 2.32, 4.6.4)."""
+_OVERFLOW = "the autoencoder gives values that float16 cannot hold"
 # Decoders raise about anything on damaged data.
 _DAMAGE = (
     OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
@@ -160,42 +161,33 @@ class LatentRule:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON; equal settings give equal latents. A GPU rounds otherwise than a CPU."""
-        return {
-            "autoencoder": self.autoencoder.fingerprint,
-            "sampled": self.sampled,
-            "batch": self.batch,
-            "device": self.autoencoder.device,
-        }
+        own = {"sampled": self.sampled, "batch": self.batch}
+        return {"autoencoder": self.autoencoder.fingerprint, **own, "device": self.autoencoder.device}
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray | Rejected]:
         """Return float16 [h, w, channels] for each image uint8 [height, width, 3], or why it has none."""
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for number, image in enumerate(images):
-            by_shape.setdefault(image.shape, []).append(number)
         found: dict[int, np.ndarray | Rejected] = {}
-        for numbers in by_shape.values():
+        for shape in {image.shape for image in images}:
+            numbers = [number for number, image in enumerate(images) if image.shape == shape]
             for first in range(0, len(numbers), self.batch):
                 chosen = numbers[first : first + self.batch]
-                latents = self._encoded(np.stack([images[number] for number in chosen]))
-                found.update(zip(chosen, map(_finite, latents), strict=True))
+                for number, latents in zip(chosen, self._encoded([images[n] for n in chosen]), strict=True):
+                    finite = np.isfinite(latents).all()
+                    found[number] = latents if finite else Rejected("latents not finite", _OVERFLOW)
         return [found[number] for number in range(len(images))]
 
-    def _encoded(self, pixels: np.ndarray) -> np.ndarray:
-        noise = np.stack([self._noise(image) for image in pixels]) if self.sampled else None
+    def _encoded(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Encode images of one shape, on a GPU if there is any: the processes take them in turn."""
+        noise = np.stack([self._noise(image) for image in images]) if self.sampled else None
+        on_cpu = self.autoencoder.device == "cpu"
         try:
-            with self._gpu():
-                return self.autoencoder.encode(pixels, noise)
+            with nullcontext() if on_cpu else torch.cuda.device(worker_number() % torch.cuda.device_count()):
+                return self.autoencoder.encode(np.stack(images), noise)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"memory of the GPU must hold an autoencoder a process and {self.batch} images each, got too little; "
                 "run it again with fewer processes, or remove what was begun and give a smaller batch"
             ) from error
-
-    def _gpu(self) -> AbstractContextManager[object]:
-        """Choose a GPU: the processes take them in turn."""
-        if self.autoencoder.device == "cpu":
-            return nullcontext()
-        return torch.cuda.device(worker_number() % torch.cuda.device_count())
 
     def _noise(self, image: np.ndarray) -> np.ndarray:
         """Return standard normal fp32 [h, w, channels]."""
@@ -203,9 +195,3 @@ class LatentRule:
         generator = np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(int.from_bytes(digest, "little"))))
         height, width = (side // self.autoencoder.stride for side in image.shape[:2])
         return generator.standard_normal((height, width, self.autoencoder.channels), dtype=np.float32)
-
-
-def _finite(latents: np.ndarray) -> np.ndarray | Rejected:
-    if np.isfinite(latents).all():
-        return latents
-    return Rejected("latents not finite", "the autoencoder gives values that float16 cannot hold")

@@ -104,10 +104,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
     Documents of about one length, and all small ones, keep their given order: they fill gaps as well in any order, and
     sorted exactly they would make bins of a single length, such as captions of a few classes. Deterministic, and about
-    a microsecond a document.
-
-    Raises:
-        InputError: a document that no bin can hold, by its number.
+    a microsecond a document. InputError as for `pack_bins`.
     """
     for document, length in enumerate(lengths):
         if not 1 <= length <= capacity:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import active_children, forkserver, get_context, parent_process
+from multiprocessing import active_children, forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, ClassVar, TypeVar
 
@@ -36,14 +36,19 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         return
     others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
-    with _interrupts_ignored():  # Ctrl-C reaches all processes; the one in charge ends the others, which inherit this
+    # Ctrl-C reaches all processes. The one in charge ends the others, which inherit that they do not receive it.
+    resource_tracker.ensure_running()  # first, as it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         forkserver.ensure_running()
-    with ProcessPoolExecutor(processes, context, _begin, (job, context.Value("i", 0))) as executor:
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with ProcessPoolExecutor(processes, context, _Worker.begin, (job, context.Value("i", 0))) as executor:
 
         def each(function: Callable[[Job, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
             waiting: set[Future[Result]] = set()
             for task in tasks:
-                waiting.add(executor.submit(_run, function, task))
+                waiting.add(executor.submit(_Worker.run, function, task))
                 if len(waiting) > 2 * processes:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -74,13 +79,16 @@ class _Worker:
     job: ClassVar[Any]
     number: ClassVar[int] = 0
 
+    @classmethod
+    def begin(cls, job: object, begun: Synchronized[int]) -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        with begun.get_lock():
+            cls.job, cls.number = job, begun.value
+            begun.value += 1
 
-def _begin(job: object, begun: Synchronized[int]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with begun.get_lock():
-        _Worker.number = begun.value
-        begun.value += 1
-    _Worker.job = job
+    @classmethod
+    def run(cls, function: Callable[[Any, Task], Result], task: Task) -> Result:
+        return function(cls.job, task)
 
 
 def _end_with_parent() -> None:
@@ -89,19 +97,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _run(function: Callable[[Any, Task], Result], task: Task) -> Result:
-    return function(_Worker.job, task)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no handler can be set here, and no interrupt arrives
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

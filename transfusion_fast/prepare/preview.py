@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from transfusion_fast.data.pack import KIND_TEXT
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.sequence import PackedBatch
 
 _STYLE = """
 body { font: 15px/1.7 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -105,39 +105,30 @@ def pack_documents(
     Each image is shown clean and with its noise. Latents are decoded, or without `decode` their first channels shown,
     scaled to fit.
     """
-    batch = builder([keyed])
-    marked: dict[int, Piece | None] = _pictures(keyed, builder, batch, decode)
-    names = _special_names(builder.vocabulary)
-    marked |= {i: names[token] for i, token in enumerate(batch.tokens.tolist()) if i not in marked and token in names}
-    ends = batch.layout.document_offsets.tolist()
-    tokens = batch.tokens.tolist()
-    return [list(_pieces(tokens, range(*span), marked, tokenizer)) for span in itertools.pairwise(ends)]
-
-
-def _pieces(
-    tokens: list[int], positions: range, marked: Mapping[int, Piece | None], tokenizer: Tokenizer
-) -> Iterator[Piece]:
-    """Yield the pieces of a document: positions that are not marked are text."""
-    for is_marked, run in itertools.groupby(positions, marked.__contains__):
-        if is_marked:
-            yield from (piece for position in run if (piece := marked[position]) is not None)
-        else:
-            yield tokenizer.decode([tokens[position] for position in run])
-
-
-def _special_names(vocabulary: Vocabulary) -> dict[int, Special]:
+    batch, vocabulary = builder([keyed]), builder.vocabulary
     names = {vocabulary.bos: "bos", vocabulary.eos: "eos"}
     for modality in range(vocabulary.num_modalities):
         names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
-    return {token: Special(name) for token, name in names.items()}
+    tokens, pictures = batch.tokens.tolist(), _pictures(keyed, builder, batch, decode)
+
+    def pieces(positions: range) -> Iterator[Piece]:
+        for is_text, run in itertools.groupby(positions, lambda i: i not in pictures and tokens[i] not in names):
+            if is_text:
+                yield tokenizer.decode([tokens[i] for i in run])
+                continue
+            for i in run:
+                if piece := pictures[i] if i in pictures else Special(names[tokens[i]]):
+                    yield piece
+
+    return [list(pieces(range(*span))) for span in itertools.pairwise(batch.layout.document_offsets.tolist())]
 
 
 def _pictures(
     keyed: KeyedPack, builder: BatchBuilder, batch: PackedBatch, decode: Decoder | None
-) -> dict[int, Piece | None]:
+) -> dict[int, Picture | None]:
     """Return the picture at the first position of each image, and None at its other positions."""
     rows = keyed.pack.segments[keyed.pack.segments[:, 1] != KIND_TEXT]  # a batch has the images in this order
-    found: dict[int, Piece | None] = {}
+    found: dict[int, Picture | None] = {}
     for modality, (info, own) in enumerate(zip(builder.modalities, batch.modalities, strict=True)):
         show = unscale_pixels if info.encoding == "pixels" else decode or _false_colours
         sizes = rows[rows[:, 1] == 1 + modality][:, 4:6].tolist()

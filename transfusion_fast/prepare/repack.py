@@ -36,18 +36,14 @@ class PacksSource(Source):
         return cls(tuple(folder / shard.file for shard in reader.index.shards), folder, reader)
 
     def units(self) -> list[Unit]:
-        counts = self.reader.index.pack_counts
-        ends = itertools.accumulate(counts)
-        return [Unit(file, end - count, end) for file, count, end in zip(self.files, counts, ends, strict=True)]
+        ends = itertools.accumulate(self.reader.index.pack_counts, initial=0)
+        return [Unit(file, *span) for file, span in zip(self.files, itertools.pairwise(ends), strict=True)]
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, Document]]:
         for number in range(unit.start, unit.end):
             documents = self.reader.read(number).documents(self.reader.index.modalities)
             for place, document in enumerate(documents):
                 yield f"document {place} of pack {number} of {self.folder}", document
-
-    def parts(self, entry: Document, unit: Unit) -> Document:
-        return entry
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "packs", "index": file_sha256(self.folder / INDEX_NAME)}
@@ -59,16 +55,13 @@ class PacksSource(Source):
         images has no recipe that says it.
         """
         index = self.reader.index
+        match long, read_json(self.folder / RECIPE):
+            case None, {"encoder": {"long": ("split" | "reject") as original}}:
+                long = original
+            case None, _ if index.modalities:
+                raise InputError(
+                    f"{self.folder} must have a {RECIPE} that says what becomes of documents longer than a pack, got "
+                    "none; give --long split, or --long reject to keep images with their captions"
+                )
         tokenizer = load_tokenizer(index.tokenizer, self.folder)
-        return Encoder(tokenizer, sequence_length, index.modalities, long=long or self._original_long())
-
-    def _original_long(self) -> Long:
-        match read_json(self.folder / RECIPE):
-            case {"encoder": {"long": ("split" | "reject") as long}}:
-                return long
-        if not self.reader.index.modalities:
-            return "split"
-        raise InputError(
-            f"{self.folder} must have a {RECIPE} that says what becomes of documents longer than a pack, got none; "
-            "give --long split, or --long reject to keep images with their captions"
-        )
+        return Encoder(tokenizer, sequence_length, index.modalities, long=long or "split")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -30,51 +29,30 @@ def output_and_staging(folder: Path) -> tuple[Path, Path]:
 
 
 def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> None:
-    """Check that neither OUT nor its staging folder lies in a folder of sources: the next run would read it.
+    """Raise InputError if OUT or its staging folder lies in a folder of sources: the next run would read it.
 
     Args:
         given: files and folders that the user named.
-        files: all files found there.
-
-    Raises:
-        InputError: one of them does.
+        files: all files found there, by links too.
     """
-    folders = {path for path in given if path.is_dir()}
-    for folder in {file.parent for file in files}:
-        parents = (folder, *folder.parents)
-        entered = list(itertools.takewhile(lambda parent: parent not in folders, parents))
-        if len(entered) < len(parents):  # else the file itself was given
-            folders.update(entered)
-    resolved = {folder.resolve(): folder for folder in folders}
+    given = [path for path in given if path.is_dir()]
+    parents = {parent for folder in {file.parent for file in files} for parent in (folder, *folder.parents)}
+    sources = {path.resolve(): path for path in parents if any(path.is_relative_to(folder) for folder in given)}
     for path in output_and_staging(out):
-        for parent in (path, *path.parents):
-            if parent in resolved:
-                raise InputError(
-                    f"output folder must lie outside of the sources, got {path} in {resolved[parent]}; choose another"
-                )
-
-
-def check_staging(partial: Path) -> None:
-    """Raise InputError if the folder holds files of somebody else: they would be deleted at the end."""
-    if not partial.exists():
-        return
-    ours = {LOCK, partial_path(partial / RECIPE).name}
-    if read_json(partial / RECIPE) is not None:
-        ours |= {RECIPE, TOKENIZER_NAME, partial_path(partial / TOKENIZER_NAME).name, UNITS, SHARDS}
-    for path in partial.iterdir():
-        if path.name not in ours:
-            raise InputError(
-                f"{partial} must be free for staging OUT, got a folder that holds {path.name}; "
-                "choose another OUT, or move that"
-            )
+        if source := next((sources[parent] for parent in (path, *path.parents) if parent in sources), None):
+            raise InputError(f"output folder must lie outside of the sources, got {path} in {source}; choose another")
 
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Hold the lock of the staging folder, which is made if need be; InputError if another process holds it.
+    """Hold the lock of the staging folder, which is made if need be.
 
     The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
+
+    Raises:
+        InputError: another process holds it, or the folder holds files of somebody else, which would be deleted.
     """
+    _check_ours(partial)
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -94,6 +72,18 @@ def locked(partial: Path) -> Iterator[None]:
             if held:
                 yield
                 return
+
+
+def _check_ours(partial: Path) -> None:
+    ours = {LOCK, partial_path(partial / RECIPE).name}
+    if read_json(partial / RECIPE) is not None:
+        ours |= {RECIPE, TOKENIZER_NAME, partial_path(partial / TOKENIZER_NAME).name, UNITS, SHARDS}
+    for path in partial.iterdir() if partial.exists() else ():
+        if path.name not in ours:
+            raise InputError(
+                f"{partial} must be free for staging OUT, got a folder that holds {path.name}; "
+                "choose another OUT, or move that"
+            )
 
 
 def begin_or_resume(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:

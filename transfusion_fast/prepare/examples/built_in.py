@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 from transfusion_fast.data.index import Index
 from transfusion_fast.data.pack import Document, ModalityInfo, TextSegment, make_pack, validate_pack
@@ -16,20 +17,23 @@ from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Built, Recipe, build
 from transfusion_fast.prepare.encode import Encoder, Long
-from transfusion_fast.prepare.sources.base import Source, Split, Unit
+from transfusion_fast.prepare.sources.base import Source, Unit
 
+Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
-class BuiltIn(Protocol):
+class BuiltIn(ABC):
     """A data set that the project ships or downloads itself, in two splits. Picklable."""
 
-    modality: ModalityInfo
-    long: Long
+    modality: ClassVar[ModalityInfo]
+    long: ClassVar[Long] = "reject"
 
+    @abstractmethod
     def describe(self) -> dict[str, object]:
         """Return everything that the documents depend on as JSON."""
 
+    @abstractmethod
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
         """Return the documents of a split."""
 
@@ -47,9 +51,6 @@ class _DocumentsSource(Source):
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, Document]]:
         return ((f"document {number} of {self.name}", document) for number, document in enumerate(self.make()))
-
-    def parts(self, entry: Document, unit: Unit) -> Document:
-        return entry
 
     def describe(self) -> dict[str, Any]:
         return self.description
@@ -73,25 +74,20 @@ def prepare(
     if not documents:
         raise InputError("documents must be one or more, got none; give a source that holds some")
     encoder = Encoder(tokenizer, sequence_length, tuple(modalities))
+    sha256 = hashlib.sha256()
     for number, document in enumerate(documents):
         try:
             pack = make_pack([document], modalities)
             validate_pack(pack, modalities, tokenizer.num_text_tokens, sequence_length)
         except InputError as error:
             raise InputError(f"document {number} cannot be packed: {error}") from error
-    description = {"kind": "memory", "sha256": _sha256(documents)}
-    source = _DocumentsSource((), "memory", partial(list, documents), description)
-    return build(Recipe(source, encoder, packs_per_shard, seed), folder).index
-
-
-def _sha256(documents: Sequence[Document]) -> str:
-    sha256 = hashlib.sha256()
-    for document in documents:
         for segment in document:
             array = segment.ids if isinstance(segment, TextSegment) else segment.values
             sha256.update(repr((len(document), getattr(segment, "modality", None), array.shape)).encode())
             sha256.update(array.tobytes())
-    return sha256.hexdigest()
+    description = {"kind": "memory", "sha256": sha256.hexdigest()}
+    source = _DocumentsSource((), "memory", partial(list, documents), description)
+    return build(Recipe(source, encoder, packs_per_shard, seed), folder).index
 
 
 def prepare_splits(data: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int) -> dict[Split, Built]:

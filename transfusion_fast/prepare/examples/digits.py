@@ -4,16 +4,13 @@ A digit is an 8 x 8 grey image captioned with its name ("seven"); a sum is a tex
 seven"). The split is fixed: 300 images and every tenth sum are held out.
 """
 
-from typing import ClassVar
-
 import numpy as np
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, optional_module
-from transfusion_fast.prepare.encode import Long
-from transfusion_fast.prepare.sources.base import Split
+from transfusion_fast.prepare.examples.built_in import SPLITS, BuiltIn, Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODALITY = ModalityInfo("digits", channels=1, patch_size=2, encoding="pixels")
@@ -24,14 +21,12 @@ _LARGEST_VALUE = 16  # of a pixel in scikit-learn's data
 _HELDOUT_IMAGES, _HELDOUT_SUMS = 6, 10  # one in so many
 
 
-class Digits:
+class Digits(BuiltIn):
     """The digits and sums as a built-in data set."""
 
     modality = MODALITY
-    long: ClassVar[Long] = "reject"
 
     def describe(self) -> dict[str, object]:
-        """Return everything that the documents depend on as JSON."""
         return {"data": "digits", "split": [_SPLIT_SEED, _HELDOUT_IMAGES, _HELDOUT_SUMS]}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
@@ -65,10 +60,9 @@ def arithmetic_sentences(split: Split) -> list[str]:
 
 
 def _select(items: np.ndarray, split: Split, every: int) -> np.ndarray:
-    heldout = np.arange(len(items)) % every == 0
-    if split not in ("train", "heldout"):
+    if split not in SPLITS:
         raise InputError(f"split must be train or heldout, got {split!r}; give one of them")
-    return items[heldout if split == "heldout" else ~heldout]
+    return items[(np.arange(len(items)) % every == 0) == (split == "heldout")]
 
 
 def _sentence(a: int, operation: str, b: int, result: int) -> str:

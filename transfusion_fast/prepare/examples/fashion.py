@@ -15,15 +15,13 @@ import urllib.request
 import zlib
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from transfusion_fast.data.pack import Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.encode import Long
-from transfusion_fast.prepare.sources.base import Split
+from transfusion_fast.prepare.examples.built_in import BuiltIn, Split
 
 CLASSES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -49,7 +47,7 @@ _MAX_BYTES = 64 << 20  # of one file
 _TIMEOUT = 60  # seconds without an answer
 
 
-class FashionMnist:
+class FashionMnist(BuiltIn):
     """The pictures and their classes, downloaded when they are first needed.
 
     Args:
@@ -58,13 +56,11 @@ class FashionMnist:
     """
 
     modality = MODALITY
-    long: ClassVar[Long] = "reject"
 
     def __init__(self, origin: str | Path) -> None:
         self.origin = origin
 
     def describe(self) -> dict[str, object]:
-        """Return everything that the documents depend on as JSON."""
         return {"data": "fashion-mnist", "captions": CLASSES}
 
     @cached_property

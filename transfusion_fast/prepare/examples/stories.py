@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from transfusion_fast.data.pack import Document, ImageSegment, Segment, TextSegment
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.encode import Long
+from transfusion_fast.prepare.examples.built_in import BuiltIn, Split
 from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, FashionMnist
-from transfusion_fast.prepare.sources.base import Split
 
 NAMES = ("Ada", "Ben", "Clara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Max", "Nora", "Omar")
 OCCASIONS = (
@@ -50,6 +49,7 @@ PIECES = (2, 3, 4)
 STORIES: dict[Split, int] = {"train": 20_000, "heldout": 1_000}
 _T = TypeVar("_T")
 _ARTICLES = {"trousers": "a pair of trousers", "ankle boot": "an ankle boot"}
+_SEED = 0
 _STREAM: dict[Split, int] = {"train": 0, "heldout": 1}
 
 
@@ -59,50 +59,38 @@ class _Draws:
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))
 
-    def index(self, count: int) -> int:
-        return int(self._bits.random_raw()) % count
-
     def of(self, choices: Sequence[_T]) -> _T:
-        return choices[self.index(len(choices))]
+        return choices[int(self._bits.random_raw()) % len(choices)]
 
 
 @dataclass(frozen=True)
-class Stories:
+class Stories(BuiltIn):
     """Stories of each split, with pictures of the same split."""
 
     pictures: FashionMnist
-    seed: int = 0
-
     modality = MODALITY
-    long: ClassVar[Long] = "split"
+    long = "split"
 
     def describe(self) -> dict[str, object]:
-        """Return everything that the documents depend on as JSON."""
         words = [NAMES, OCCASIONS, OPENINGS, NAMED, GUESSED, CLOSINGS]
-        return {"data": "stories", "stories": STORIES, "seed": self.seed, "pieces": PIECES, "words": words}
+        return {"data": "stories", "stories": STORIES, "seed": _SEED, "pieces": PIECES, "words": words}
 
     def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
         """Return texts and images in turn, beginning and ending with a text."""
         images, labels = self.pictures.splits[split]
-        by_class = [np.flatnonzero(labels == label) for label in range(len(CLASSES))]
+        by_class = [images[labels == label][..., None] for label in range(len(CLASSES))]
         if not all(map(len, by_class)):
             got = sorted(set(labels.tolist()))
             raise InputError(f"pictures must be of all {len(CLASSES)} classes, got {got}; give the whole data set")
-        return [
-            tuple(self._segments((self.seed, _STREAM[split], number), images, by_class, tokenizer))
-            for number in range(STORIES[split])
-        ]
 
-    def _segments(
-        self, key: tuple[int, ...], images: np.ndarray, by_class: list[np.ndarray], tokenizer: Tokenizer
-    ) -> Iterator[Segment]:
-        draws = _Draws(*key)
-        for part in _story(draws):
-            if isinstance(part, str):
-                yield TextSegment(tokenizer.encode(part))
-            else:
-                own = by_class[part]
-                yield ImageSegment(images[own[draws.index(len(own))]][..., None])
+        def segments(draws: _Draws) -> Iterator[Segment]:
+            for part in _story(draws):
+                if isinstance(part, str):
+                    yield TextSegment(tokenizer.encode(part))
+                else:
+                    yield ImageSegment(draws.of(by_class[part]))
+
+        return [tuple(segments(_Draws(_SEED, _STREAM[split], number))) for number in range(STORIES[split])]
 
 
 def _story(draws: _Draws) -> Iterator[str | int]:
@@ -110,7 +98,7 @@ def _story(draws: _Draws) -> Iterator[str | int]:
     fixed = {"name": draws.of(NAMES), "occasion": draws.of(OCCASIONS)}
     text = draws.of(OPENINGS).format(**fixed)
     for _ in range(draws.of(PIECES)):
-        label = draws.index(len(CLASSES))
+        label = draws.of(range(len(CLASSES)))
         item = _ARTICLES.get(CLASSES[label], f"a {CLASSES[label]}")
         before, after = draws.of([(sentence, "") for sentence in NAMED] + [*GUESSED, *GUESSED])
         yield f"{text} {before.format(item=item, **fixed)}".lstrip()

@@ -18,10 +18,8 @@ import numpy as np
 from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import InputError, Rejected
 
-Split = Literal["train", "heldout"]
 Part = str | bytes | np.ndarray | Segment
 """A text, the bytes of an image file, its pixels uint8 [height, width, 3], or a segment that is encoded already."""
-
 MAX_BYTES = 64 << 20
 """The largest line, and the largest file in an archive, that is read."""
 COMPRESSIONS = (".gz", ".zst")
@@ -29,10 +27,9 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class SourceDocument:
-    """A document as its source holds it."""
+    """A document as its source holds it, and its place there, for messages."""
 
     where: str
-    """Its place in the source, for messages."""
     parts: tuple[Part, ...]
 
 
@@ -47,18 +44,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Files of documents. Picklable."""
+    """Files of documents, all that are read. Picklable."""
 
     files: tuple[Path, ...]
-    """All files that are read."""
-
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 
     @classmethod
     def of(cls, paths: Sequence[Path], **settings: Any) -> Self:
-        """Return the source of some files, and of the files in some folders; InputError if there are none."""
-        return cls(tuple(existing_files(paths, cls.suffixes)), **settings)
+        """Return the source of these files, and of the files of `suffixes` below these folders, by name.
+
+        Raises:
+            InputError: a path or a link leads nowhere, a folder holds no such file, a file is of another kind or was
+                given twice.
+        """
+        names: dict[Path, Path] = {}
+        for file in (file for path in paths for file in _files_at(path, cls.suffixes)):
+            if (other := names.setdefault(file.resolve(), file)) is not file:
+                raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
+        return cls(tuple(names.values()), **settings)
 
     @abstractmethod
     def units(self) -> list[Unit]:
@@ -68,9 +72,9 @@ class Source(ABC):
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
         """Yield the place and the content of each document of a unit; the content may be Rejected."""
 
-    @abstractmethod
     def parts(self, entry: Any, unit: Unit) -> Iterable[Part]:
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
+        return entry
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -95,56 +99,36 @@ def kind_of(path: Path) -> str:
     return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
 
 
-def existing_files(paths: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
-    """Return the given files, and the files of `suffixes` below the given folders, by name.
-
-    Raises:
-        InputError: a path or a link leads nowhere, a folder holds no such file, a file is of another kind or was given
-            twice.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = _files_below(path, suffixes)
-            if not found:
-                raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, got none; give another")
-            files += found
-        elif not path.is_file():
+def _files_at(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return a file, or the files below a folder by name. Links are followed, and no folder is entered twice."""
+    if not path.is_dir():
+        if not path.is_file():
             raise InputError(f"source {path} must exist, got no such file; give files or folders of files")
-        elif kind_of(path) not in suffixes:
+        if kind_of(path) not in suffixes:
             raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
-        else:
-            files.append(path)
-    names: dict[Path, Path] = {}
-    for file in files:
-        if (other := names.setdefault(file.resolve(), file)) is not file:
-            raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
-    return files
-
-
-def _files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Return the files of a folder by name. Links are followed, and no folder is entered twice."""
+        return [path]
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        current = waiting.pop()
-        status = current.stat()
+    for current, folders, names in os.walk(path, onerror=_fail, followlinks=True):
+        status = os.stat(current)
         if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
-        with os.scandir(current) as listed:
-            entries = sorted(listed, key=lambda entry: entry.name)
-        for entry in entries:
-            path = Path(entry.path)
-            wanted = kind_of(path) in suffixes
-            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and path.is_dir()):
-                waiting.append(path)
-            elif wanted and path.is_file():
-                found.append(path)
-            elif wanted or (not path.suffix and entry.is_symlink() and not path.exists()):  # perhaps to a folder
-                raise InputError(f"source {path} must be a file, got something else or a broken link; remove it")
+        folders.sort(reverse=True)  # so that a folder with several names is entered by the same one each time
+        for file in (Path(current, name) for name in names):
+            wanted = kind_of(file) in suffixes
+            if wanted and file.is_file():
+                found.append(file)
+            elif wanted or (not file.suffix and file.is_symlink() and not file.exists()):  # perhaps to a folder
+                raise InputError(f"source {file} must be a file, got something else or a broken link; remove it")
+    if not found:
+        raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, got none; give another")
     return sorted(found)
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def parse_json(line: bytes) -> Any:

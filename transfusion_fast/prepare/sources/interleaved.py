@@ -10,18 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, parse_json
-from transfusion_fast.prepare.sources.lines import JSON_LINES, line_entries, line_units
+from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
 CONTENT_FIELD = "content"
 
 
-@dataclass(frozen=True)
 class InterleavedSource(Source):
     """The documents of JSON lines, one a line."""
 
@@ -31,13 +29,16 @@ class InterleavedSource(Source):
         return [unit for file in self.files for unit in line_units(file)]
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        return line_entries(unit)
+        return read_lines(unit)
 
     def parts(self, entry: bytes, unit: Unit) -> Iterator[str | bytes]:
-        folder = unit.path.parent.resolve()
+        content = parse_json(entry)
+        content = content.get(CONTENT_FIELD) if isinstance(content, dict) else content
+        if not isinstance(content, list):
+            raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
         size, blank = 0, True
-        for number, part in enumerate(_content(parse_json(entry))):
-            found = _part(part, number, folder)
+        for number, part in enumerate(content):
+            found = _part(part, number, unit.path.parent.resolve())
             size += len(found)
             if size > MAX_BYTES:
                 raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
@@ -49,15 +50,6 @@ class InterleavedSource(Source):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "interleaved"}
-
-
-def _content(value: Any) -> list[Any]:
-    content = value.get(CONTENT_FIELD) if isinstance(value, dict) else value
-    if not isinstance(content, list):
-        raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
-    if not content:
-        raise Rejected("empty document", f"{CONTENT_FIELD} is empty")
-    return content
 
 
 def _part(part: Any, number: int, folder: Path) -> str | bytes:

@@ -9,9 +9,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, optional_module
 from transfusion_fast.prepare.sources.base import COMPRESSIONS, MAX_BYTES, Unit
 
 JSON_LINES = (".jsonl", *(f"{kind}{compression}" for kind in (".jsonl", ".json") for compression in COMPRESSIONS))
@@ -34,19 +34,14 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
     return [Unit(path, start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def line_entries(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
-    """Yield the place and the content of each line of a unit."""
-    return ((f"byte {offset} of {unit.path}", line) for offset, line in read_lines(unit))
-
-
-def read_lines(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
-    """Yield offset and content, without the line end, of each line that begins in the unit and is not blank.
+def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
+    """Yield the place and the content, without the line end, of each line that begins in the unit and is not blank.
 
     Nothing is read of a damaged compressed file, and at most MAX_BYTES of a line are in memory: such a file or line is
     Rejected.
     """
     if damage := _damage(unit.path):
-        yield 0, Rejected("file damaged", f"nothing of it is used ({damage})")
+        yield f"byte 0 of {unit.path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
     with _opened(unit.path) as file:
         offset = unit.start
@@ -54,19 +49,17 @@ def read_lines(unit: Unit) -> Iterator[tuple[int, bytes | Rejected]]:
             file.seek(offset - 1)
             offset += _skip_line(file, unit.end - offset + 1) - 1
         while offset < unit.end and (line := file.readline(MAX_BYTES)):
-            begin, offset = offset, offset + len(line)
+            where = f"byte {offset} of {unit.path}"
+            offset += len(line)
             if len(line) == MAX_BYTES and not line.endswith(b"\n"):
                 offset += _skip_line(file, unit.end - offset)
-                yield begin, Rejected("line too long", f"more than {MAX_BYTES} bytes")
+                yield where, Rejected("line too long", f"more than {MAX_BYTES} bytes")
             elif line.strip():
-                yield begin, line.rstrip(b"\r\n")
+                yield where, line.rstrip(b"\r\n")
 
 
-def _skip_line(file: BinaryIO, most: int) -> int:
-    """Read to the end of a line, but at most `most` bytes, and return how many were read.
-
-    The limit keeps the units of one very long line from reading it to its end each.
-    """
+def _skip_line(file: Any, most: int) -> int:
+    """Read to the end of a line, or `most` bytes of it, as its other units do the same; return the number of bytes."""
     count = 0
     while count < most and (rest := file.readline(min(MAX_BYTES, most - count))):
         count += len(rest)
@@ -96,20 +89,13 @@ def _damage(path: Path, most: int = sys.maxsize) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[Any]:
     """Open a file for reading its decompressed content."""
-    compression = path.suffix.lower()
-    if compression == ".zst":
-        try:
-            import pyarrow
-        except ModuleNotFoundError as error:
-            raise InputError(f"{path} needs the package pyarrow, which is missing; install it") from error
-        # pyarrow reads frame after frame, and reports a frame that is cut off.
-        with path.open("rb") as raw, io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), _BLOCK) as file:
-            yield file
-    elif compression == ".gz":
-        with io.BufferedReader(gzip.GzipFile(path), _BLOCK) as file:
-            yield file
-    else:
-        with path.open("rb") as file:
-            yield file
+    with path.open("rb") as file:
+        match path.suffix.lower():
+            case ".gz":
+                yield gzip.GzipFile(fileobj=file)
+            case ".zst":  # pyarrow reads frame after frame, and reports a frame that is cut off
+                yield io.BufferedReader(optional_module("pyarrow", "data").input_stream(file, "zstd"), _BLOCK)
+            case _:
+                yield file

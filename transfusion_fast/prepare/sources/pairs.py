@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
@@ -25,7 +23,6 @@ _Sample = dict[str, bytes] | Rejected
 """The files of one key by extension, or why they cannot be used."""
 
 
-@dataclass(frozen=True)
 class PairsSource(Source):
     """The captioned images of tars, caption first; a tar is a unit."""
 
@@ -37,21 +34,28 @@ class PairsSource(Source):
     def entries(self, unit: Unit) -> Iterator[tuple[str, _Sample]]:
         key: str | None = None
         sample: _Sample = {}
-        damage: _Damage | None = None
-        try:
-            for member, archive in _members(unit.path):
-                begun, extension = _split(member.name)
-                if begun != key:
-                    if key is not None:
-                        yield f"{key} in {unit.path}", sample
-                    key, sample = begun, {}
-                sample = _with_member(sample, extension, member, archive)
-        except _Damage as error:
-            damage = error
-        if key is not None and not (damage and damage.in_content):
+        damage, in_content = "", False
+        archive: tarfile.TarFile | None = None
+        with unit.path.open("rb") as file:
+            try:
+                archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+                for member in _members(archive):
+                    begun, extension = _split(member.name)
+                    if begun != key:
+                        if key is not None:
+                            yield f"{key} in {unit.path}", sample
+                        key, sample = begun, {}
+                    in_content = True
+                    sample = _with_member(sample, extension, member, archive)
+                    in_content = False
+                _check_end(archive)
+            except _DAMAGED as error:
+                offset = file.tell() if in_content else archive.offset if archive else 0
+                damage = f"what follows is lost ({error}, at byte {offset})"
+        if key is not None and not in_content:
             yield f"{key} in {unit.path}", sample
         if damage:
-            yield str(unit.path), Rejected("tar damaged", f"what follows is lost ({damage})")
+            yield str(unit.path), Rejected("tar damaged", damage)
 
     def parts(self, entry: dict[str, bytes], unit: Unit) -> tuple[str, bytes]:
         image = next((entry[extension] for extension in IMAGES if extension in entry), None)
@@ -70,51 +74,28 @@ class PairsSource(Source):
         return {"kind": "pairs"}
 
 
-class _Damage(Exception):
-    """Damage that ends the reading of a tar."""
-
-    def __init__(self, error: BaseException | str, offset: int, in_content: bool = False) -> None:
-        super().__init__(f"{error}, at byte {offset}")
-        self.in_content = in_content
-
-
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield the regular files of a tar, and the tar; _Damage where the tar is not intact up to its end."""
-    try:
-        archive = tarfile.open(path, "r:")  # noqa: SIM115
-    except _DAMAGED as error:
-        raise _Damage(error, 0) from error
-    with archive:
-        begin = -1
-        while (member := _next(archive)) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # an index for random access that grows without end
-            if archive.offset <= begin:
-                raise _Damage(f"{member.name} must have a size, got {member.size}", member.offset)
-            begin = archive.offset
-            if member.isfile():
-                yield member, archive
-        _check_end(archive)
-
-
-def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return archive.next()
-    except _DAMAGED as error:
-        raise _Damage(error, archive.offset) from error
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of a tar."""
+    begin = -1
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # an index for random access that grows without end
+        if archive.offset <= begin:
+            archive.offset = member.offset
+            raise tarfile.TarError(f"{member.name} must have a size, got {member.size}")
+        begin = archive.offset
+        if member.isfile():
+            yield member
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
     """Check that nothing but zeros follows; to tarfile, a damaged header or a block of zeros is the end."""
-    try:
-        archive.fileobj.seek(archive.offset)
-        rest = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
-        if len(rest) < tarfile.BLOCKSIZE or any(rest):
-            raise _Damage("no end of archive", archive.offset)
-        while rest := archive.fileobj.read(_BLOCK):
-            if any(rest):
-                raise _Damage("something follows the end of the archive", archive.offset)
-    except _DAMAGED as error:
-        raise _Damage(error, archive.offset) from error
+    archive.fileobj.seek(archive.offset)
+    rest = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise tarfile.TarError("no end of archive")
+    while rest := archive.fileobj.read(_BLOCK):
+        if any(rest):
+            raise tarfile.TarError("something follows the end of the archive")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -132,12 +113,8 @@ def _with_member(sample: _Sample, extension: str, member: tarfile.TarInfo, archi
         return Rejected("duplicate key", f"two files .{extension}")
     if member.size > MAX_BYTES:
         return Rejected("file too large", f"{member.size} bytes of .{extension}")
-    try:
-        file = archive.extractfile(member)
-        content = file.read() if file else b""
-    except _DAMAGED as error:
-        raise _Damage(error, archive.fileobj.tell(), in_content=True) from error
+    file = archive.extractfile(member)
+    content = file.read() if file else b""
     if len(content) != member.size:
-        message = f"{member.name} must have {member.size} bytes, got {len(content)}"
-        raise _Damage(message, archive.fileobj.tell(), in_content=True)
+        raise tarfile.TarError(f"{member.name} must have {member.size} bytes, got {len(content)}")
     return {**sample, extension: content}

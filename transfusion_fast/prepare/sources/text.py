@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import InputError, Rejected, optional_module
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, kind_of, parse_json
-from transfusion_fast.prepare.sources.lines import JSON_LINES, line_entries, line_units
-from transfusion_fast.prepare.sources.parquet import count_row_groups, read_rows
+from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
 FILES_TOGETHER = 256
 """A unit of .txt is at most so many consecutive files, by their numbers."""
+_ROWS_TOGETHER = 16  # few, as each row may be large once it is decompressed
+_MAX_GROUP_BYTES = 16 << 30
+_STRINGS = (
+    "string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary", "null",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,30 +33,29 @@ class TextSource(Source):
         units: list[Unit] = []
         for number, file in enumerate(self.files):
             last = units[-1] if units else None
-            if kind_of(file) == ".parquet":
-                units += [Unit(file, group, group + 1) for group in range(count_row_groups(file, self.field))]
-            elif kind_of(file) != ".txt":
-                units += line_units(file)
-            elif last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
-                units[-1] = replace(last, end=number + 1)
-            else:
-                units.append(Unit(file, number, number + 1))
+            match kind_of(file):
+                case ".parquet":
+                    units += _row_groups(file, self.field)
+                case ".txt":
+                    if last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
+                        units[-1] = replace(last, end=number + 1)
+                    else:
+                        units.append(Unit(file, number, number + 1))
+                case _:
+                    units += line_units(file)
         return units
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | Rejected | None]]:
         match kind_of(unit.path):
             case ".txt":
-                return self._text_files(unit)
+                for file in self.files[unit.start : unit.end]:
+                    too_large = file.stat().st_size > MAX_BYTES
+                    rejected = Rejected("file too large", f"more than {MAX_BYTES} bytes")
+                    yield str(file), rejected if too_large else file.read_bytes()
             case ".parquet":
-                return read_rows(unit, self.field)
-        return line_entries(unit)
-
-    def _text_files(self, unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
-        for file in self.files[unit.start : unit.end]:
-            if file.stat().st_size > MAX_BYTES:
-                yield str(file), Rejected("file too large", f"more than {MAX_BYTES} bytes")
-            else:
-                yield str(file), file.read_bytes()
+                yield from _read_rows(unit, self.field)
+            case _:
+                yield from read_lines(unit)
 
     def parts(self, entry: bytes | None, unit: Unit) -> tuple[str]:
         value: Any = entry
@@ -61,20 +66,94 @@ class TextSource(Source):
                 case ".parquet":
                     value = decode_utf8(entry)
                 case _:
-                    value = self._field_of(parse_json(entry))
+                    value = parse_json(entry)
+        if isinstance(value, dict):
+            if self.field not in value:
+                names = ", ".join(list(value)[:8])
+                raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
+            value = value[self.field]
         if not isinstance(value, str):
             raise Rejected("no text", f"{self.field} is {type(value).__name__}")
         if not value.strip():
             raise Rejected("empty text", "")
         return (value,)
 
-    def _field_of(self, entry: Any) -> Any:
-        if not isinstance(entry, dict):
-            return entry
-        if self.field not in entry:
-            names = ", ".join(list(entry)[:8])
-            raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
-        return entry[self.field]
-
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field}
+
+
+def _row_groups(path: Path, column: str) -> list[Unit]:
+    """Return the row groups of a file; one for a damaged file, whose damage is reported when it is read.
+
+    Raises:
+        InputError: the column is missing, holds no strings, or a row group is larger than a process should read.
+    """
+    try:
+        with _parquet(path) as table:
+            _check_column(table, path, column)
+            return [Unit(path, group, group + 1) for group in range(table.num_row_groups)]
+    except Rejected:
+        return [Unit(path, 0, 1)]
+
+
+def _read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected | None]]:
+    """Yield the place and the value of each row; if the rest of a row group cannot be read, Rejected once."""
+    group = f"row group {unit.start} of {unit.path}"
+    try:
+        with _parquet(unit.path) as table:
+            info = table.metadata.row_group(unit.start)
+            if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
+                raise Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows")
+            for row, value in enumerate(_values(table, unit.start, column)):
+                yield f"row {row} of {group}", value
+    except Rejected as rejected:
+        yield group, rejected
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    arrow, parquet = (optional_module(name, "data") for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        # A path may be taken for a URI, a stream may not. With other settings a whole row group is in memory.
+        with path.open("rb") as file, parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+            yield table
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names in the schema need not be UTF-8
+        if getattr(error, "errno", None):  # the disk's fault, not the file's
+            raise
+        raise Rejected("file damaged", f"it cannot be read as Parquet ({' '.join(str(error).split()):.200})") from error
+
+
+def _check_column(table: Any, path: Path, name: str) -> None:
+    schema = table.schema_arrow
+    if name not in schema.names:
+        names = ", ".join(schema.names)
+        raise InputError(f"column of {path} must be of {names}, got {name!r}; name one with --field")
+    kind = schema.types[schema.names.index(name)]
+    values = kind.value_type if str(kind).startswith("dictionary") else kind
+    if str(values).partition("[")[0] not in _STRINGS:
+        raise InputError(f"column {name!r} of {path} must be of strings, got {kind}; name another with --field")
+    for group in range(table.num_row_groups):
+        # The size of all columns: to ask a damaged file for the size of one can end the process.
+        if (size := table.metadata.row_group(group).total_byte_size) > _MAX_GROUP_BYTES:
+            raise InputError(
+                f"row group {group} of {path} must have at most {_MAX_GROUP_BYTES} bytes, got {size}; "
+                "write the file with smaller row groups"
+            )
+
+
+def _values(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | None]:
+    """Yield the values of a column in a row group, and at the end what is wrong if there should be more.
+
+    They are bytes: a string of Arrow need not be UTF-8, and the size of bytes is known before they are copied.
+    """
+    import pyarrow
+    from pyarrow import compute
+
+    try:
+        for batch in table.iter_batches(_ROWS_TOGETHER, row_groups=[group], columns=[name]):
+            values = batch.column(0).cast(pyarrow.large_binary())
+            for value, size in zip(values, compute.binary_length(values).to_pylist(), strict=True):
+                too_large = size is not None and size > MAX_BYTES
+                yield Rejected("row too large", f"{size} bytes") if too_large else value.as_py()
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Rejected("parquet damaged", f"what follows is lost ({error})")
