@@ -91,7 +91,8 @@ def join_ranks(config: TrainConfig) -> Ranks:
         InputError: several processes were started without an agreed rank.
     """
     launched, launch = "RANK" in os.environ, read_launch(os.environ)
-    if launch.world_size > 1 and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
+    launched = launched or launch.world_size > 1
+    if launched and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # The shared-memory all-reduce that DeepSpeed would compile for the CPU needs a C++ compiler and minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

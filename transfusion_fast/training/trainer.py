@@ -15,7 +15,7 @@ from torch import Tensor
 from transfusion_fast.config import Config
 from transfusion_fast.data.loader import STOP_SIGNALS, Share, training_batches
 from transfusion_fast.data.mixture import Mixture
-from transfusion_fast.errors import DataError, DivergedError
+from transfusion_fast.errors import DataError, DivergedError, InputError
 from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
@@ -66,17 +66,25 @@ class Trainer:
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
         self.log = MetricsLog(self.folder / "metrics.jsonl", self.meta.step) if self.ranks.is_main else None
         self.clock = Clock()
-        while self.meta.step < settings.steps:
-            stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
-            if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
-                self.checkpoints.save(self.engine, self.meta)
-            if stopping:
-                break
+        try:
+            self._take_steps(stop)
+        except InputError:  # on all ranks at the same step
+            self.checkpoints.finish()
+            raise
         self.checkpoints.finish()
         finished = self.meta.step >= settings.steps
         if not finished and self.ranks.is_main:
             print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
         return finished
+
+    def _take_steps(self, stop: StopRequest) -> None:
+        settings = self.config.train
+        while self.meta.step < settings.steps:
+            stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+            if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
+                self.checkpoints.save(self.engine, self.meta)
+            if stopping:
+                return
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.stop_after
