@@ -216,9 +216,9 @@ def spoil_second_backward() -> None:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """Return the logged rows of a run, without the times, which differ."""
+    """Return the logged rows of a run, without the measured times, which differ."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "checkpoint_stall")} for row in rows]
 
 
 def state_of(output: Path, step: int) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from launching import OneRank, small_config, text, write_packs
 
 from transfusion_fast.config import Config, OptimizerConfig, load_config
-from transfusion_fast.data.loader import Share, open_data
+from transfusion_fast.data.loader import STOP_SIGNALS, Share, open_data
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
@@ -23,9 +24,10 @@ from transfusion_fast.training.run_folder import (
     write_config,
     write_data_description,
 )
+from transfusion_fast.training.trainer import StopRequest
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
-ROW = Row(90, 720, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0, 0)
+ROW = Row(90, 720, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0.0, 0, 0)
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
@@ -36,6 +38,32 @@ def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert learning_rate(10 + 50, 111, config) == pytest.approx(0.55)  # half way down
     assert learning_rate(0, 1, OptimizerConfig(lr=1.0, warmup_steps=0)) == 1.0
+
+
+def test_other_schedules_stay_at_the_rate_and_decay_linearly_at_the_end_or_never() -> None:
+    config = OptimizerConfig(lr=1.0, min_lr=0.2, warmup_steps=10, schedule="wsd", decay_steps=4)
+    rates = [learning_rate(step, 50, config) for step in range(50)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)]) and rates[10:46] == [1.0] * 36
+    assert rates[46:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    tenth = config.model_copy(update={"decay_steps": None})
+    assert [learning_rate(step, 50, tenth) for step in (44, 45, 49)] == pytest.approx([1.0, 0.84, 0.2])
+    constant = config.model_copy(update={"schedule": "constant"})
+    assert {learning_rate(step, 50, constant) for step in range(9, 50)} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_signals_that_end_jobs_ask_to_stop_unless_the_run_was_told_to_ignore_them(name: str, ignored: bool) -> None:
+    number = getattr(signal, name)
+    before = {one: signal.getsignal(one) for one in STOP_SIGNALS}
+    try:
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        request = StopRequest()
+        signal.raise_signal(number)
+        assert request.requested is not ignored
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def test_the_optimizer_takes_the_steps_of_adamw_and_decays_matrices_alone() -> None:
@@ -111,15 +139,28 @@ def test_rows_after_the_step_resumed_from_are_dropped_and_so_is_a_torn_one(tmp_p
     assert rows[-1] == {**asdict(ROW), "step": 3, "loss": None, "grad_norm": None}  # JSON has no NaN
 
 
+def test_damaged_rows_are_kept_aside_and_the_others_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row = json.dumps(asdict(ROW)).encode()
+    path.write_bytes(row + b"\n\xff\x00 half a row\n[]\n" + row + b"\n")
+    before = path.read_bytes()
+    MetricsLog(path, ROW.step)
+    assert path.read_bytes() == row + b"\n" + row + b"\n"
+    [damaged] = tmp_path.glob("metrics.damaged-*.jsonl")
+    assert damaged.read_bytes() == before
+
+
 def test_rates_cover_all_tokens_and_steps_since_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 104.0, 105.0])
+    times = iter([100.0, 101.0, 103.0, 104.0, 105.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     clock = Clock()
     clock.add(30)
     clock.add(50)
-    assert clock.lap() == (20, 2)  # 80 tokens and 2 steps in 4 seconds
+    with clock.stall():
+        pass
+    assert clock.lap() == (20, 2, 0.5)  # 80 tokens and 2 steps in 4 seconds, of which 2 in the stall
     clock.add(7)
-    assert clock.lap() == (7, 1)
+    assert clock.lap() == (7, 1, 0)
 
 
 def test_the_progress_line_names_what_a_person_watches() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +31,8 @@ class Row:
     """Global norm of the gradient before clipping."""
     tokens_per_second: float
     """Tokens without padding, over all ranks."""
+    checkpoint_stall: float
+    """Fraction of the time since the last row that training waited for checkpoints."""
     skipped_steps: int
     """Steps without a finite gradient since the start of training."""
     quarantined: int
@@ -74,18 +78,26 @@ class Clock:
     """A counter of tokens, steps and seconds between logged rows."""
 
     def __init__(self) -> None:
-        self.tokens, self.steps, self.start = 0, 0, time.perf_counter()
+        self.tokens, self.steps, self.stalled, self.start = 0, 0, 0.0, time.perf_counter()
 
     def add(self, tokens: float) -> None:
         """Count a finished step."""
         self.tokens += int(tokens)
         self.steps += 1
 
-    def lap(self) -> tuple[float, float]:
-        """Return (tokens per second, seconds per step) since the last lap, and start a new one."""
-        tokens, steps, elapsed = self.tokens, max(1, self.steps), time.perf_counter() - self.start
-        self.tokens, self.steps, self.start = 0, 0, self.start + elapsed
-        return tokens / elapsed, elapsed / steps
+    @contextmanager
+    def stall(self) -> Iterator[None]:
+        """Count the seconds within as time that training waited."""
+        start = time.perf_counter()
+        yield
+        self.stalled += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float, float]:
+        """Return tokens per second, seconds per step and the fraction stalled since the last lap; start a new one."""
+        elapsed = time.perf_counter() - self.start
+        rates = self.tokens / elapsed, elapsed / max(1, self.steps), self.stalled / elapsed
+        self.tokens, self.steps, self.stalled, self.start = 0, 0, 0.0, self.start + elapsed
+        return rates
 
 
 def progress_line(row: Row, steps: int, seconds_per_step: float) -> str:

@@ -82,7 +82,8 @@ class Trainer:
         while self.meta.step < settings.steps:
             stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
-                self.checkpoints.save(self.engine, self.meta)
+                with self.clock.stall():
+                    self.checkpoints.save(self.engine, self.meta)
             if stopping:
                 return
 
@@ -128,7 +129,8 @@ class Trainer:
         sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
         supervised, images, tokens, stop, written, left_out, failed = sums
         if self.checkpoints.in_progress and written == self.ranks.world_size:
-            self.checkpoints.finish()
+            with self.clock.stall():
+                self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
             raise DataError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
@@ -165,7 +167,7 @@ class Trainer:
 
     def _report(self, losses: list[tuple[Tensor, Tensor]], lr: float) -> None:
         text, diffusion = self.ranks.sum([float(sum(part)) for part in zip(*losses, strict=True)])
-        tokens_per_second, seconds_per_step = self.clock.lap()
+        tokens_per_second, seconds_per_step, checkpoint_stall = self.clock.lap()
         if self.log is None:
             return
         row = Row(
@@ -177,6 +179,7 @@ class Trainer:
             lr=lr,
             grad_norm=float(self.engine.get_global_grad_norm()),
             tokens_per_second=tokens_per_second,
+            checkpoint_stall=checkpoint_stall,
             skipped_steps=self.meta.skipped_steps,
             quarantined=self.meta.quarantined,
         )
