@@ -162,3 +162,10 @@ def test_settings_that_are_not_given_follow_from_others():
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         ModelConfig().num_text_tokens = 3
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(None, ["train.output=~/run", "data.path={~/a: 1, s3://b/~c: 2}"])
+    assert config.train.output == "/home/somebody/run"
+    assert config.data.weights == {"/home/somebody/a": 1.0, "s3://b/~c": 2.0}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,9 +45,10 @@ Probability = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
-_Weights = Annotated[dict[str, PositiveFloat], Field(min_length=1)]
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+_Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
 Folders = Annotated[
-    Annotated[str, Tag("folder")] | Annotated[_Weights, Tag("weight")],
+    Annotated[FolderPath, Tag("folder")] | Annotated[_Weights, Tag("weight")],
     Discriminator(lambda value: "weight" if isinstance(value, Mapping) else "folder"),
 ]
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -225,7 +228,7 @@ class OptimizerConfig(_Settings):
 class TrainConfig(_Settings):
     """The run."""
 
-    output: str = "runs/digits"
+    output: FolderPath = "runs/digits"
     """Folder for checkpoints, metrics and the resolved config; the same command with the same folder resumes."""
     seed: Count = 0
     """Seed of the weights, of the order of the data, and of its random layout, timesteps and noise."""

@@ -6,6 +6,7 @@ import signal
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from launching import OneRank, small_config, text, write_packs
 
 from transfusion_fast.config import Config, OptimizerConfig, load_config
-from transfusion_fast.data.loader import STOP_SIGNALS, Share, open_data
+from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, open_data
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
@@ -171,6 +172,24 @@ def test_the_progress_line_names_what_a_person_watches() -> None:
     line = progress_line(replace(ROW, skipped_steps=2), 100, seconds_per_step=1)
     assert "skipped 2  left 0:00:10" in line
     assert "  quarantined 3  left" in progress_line(replace(ROW, quarantined=3), 100, seconds_per_step=1)
+
+
+def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their_batches(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(digits, "data.workers=2", "data.prefetch=3", "train.micro_batch=4")
+    data = open_data(config)
+    needed = 4 * 2 * (3 + 1) * 4 * 128 * (64 + 2 * 4 * 4)  # ranks, workers, batches each, positions, bytes
+
+    def free(size: int) -> None:
+        monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=size, f_frsize=1))
+
+    free(needed)
+    check_shared_memory(config, data, ranks_on_node=4)
+    free(needed - 1)
+    check_shared_memory(small_config(digits, "data.workers=0"), data, ranks_on_node=4)
+    with pytest.raises(InputError, match=r"/dev/shm must have 2 MB free for .* data.workers=2, got 2 MB; .*shm-size"):
+        check_shared_memory(config, data, ranks_on_node=4)
 
 
 def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ of ranks and workers.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ STOP_SIGNALS = tuple(
     if hasattr(signal, name)
 )
 """Signals by which terminals, launchers and clusters ask a job to end."""
+_SHARED_MEMORY = "/dev/shm"
 _MAX_POSITIONS = 2**31 - 1  # layouts are int32
 
 
@@ -139,6 +141,28 @@ def training_batches(
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
+
+
+def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) -> None:
+    """Raise InputError if loader processes could not hand their batches over: they would wait for ever.
+
+    Batches travel through /dev/shm, which is often small in a container.
+    """
+    settings, packs = config.data, config.train.micro_batch
+    if not settings.workers or not os.path.isdir(_SHARED_MEMORY):
+        return
+    # Tokens, labels, positions, the layout and indices, and at most a patch of latents and noise for each position.
+    values = max((m.channels * m.patch_size**2 for m in mixture.modalities), default=0)
+    batch = packs * mixture.sequence_length * (64 + 2 * 4 * values)
+    needed = ranks_on_node * settings.workers * (settings.prefetch + 1) * batch
+    found = os.statvfs(_SHARED_MEMORY)
+    free = found.f_bavail * found.f_frsize
+    if free < needed:
+        raise InputError(
+            f"{_SHARED_MEMORY} must have {needed / 1e6:.0f} MB free for batches of data.workers={settings.workers}, "
+            f"got {free / 1e6:.0f} MB; give the container more (docker: --shm-size), or lower data.workers or "
+            "data.prefetch"
+        )
 
 
 def _ignore_signals(_: int) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from torch import Tensor
 
 from transfusion_fast.config import Config
-from transfusion_fast.data.loader import STOP_SIGNALS, Share, training_batches
+from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, training_batches
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import DataError, DivergedError, InputError
 from transfusion_fast.model import ops
@@ -41,6 +41,7 @@ class Trainer:
         self.share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
             ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
+        ranks.together(lambda: check_shared_memory(config, data, ranks.on_node[1]))
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
         self.engine = make_engine(config, ranks, self.share)
