@@ -40,22 +40,17 @@ class Problem:
     dtype: torch.dtype
 
     @property
-    def device(self) -> torch.device:
-        """The device of inputs and intervals."""
-        return self.layout.device
-
-    @property
     def lengths(self) -> list[int]:
         """The lengths of the documents."""
         return self.layout.document_offsets.diff().tolist()
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Return q, k and v, and the gradient of the output: normal noise, the same for every backend."""
-        generator = torch.Generator(self.device).manual_seed(0)
+        generator = torch.Generator(self.layout.device).manual_seed(0)
 
         def normal(heads: int) -> Tensor:
             shape = (self.layout.total_length, heads, self.head_dim)
-            return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+            return torch.randn(shape, generator=generator, device=self.layout.device).to(self.dtype)
 
         upstream = normal(self.heads)
         upstream[int(self.layout.document_offsets[-1]) :] = 0  # padding
@@ -82,8 +77,8 @@ def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upst
     """
     G, group = problem.kv_heads, problem.heads // problem.kv_heads
     few = problem.layout.total_length > _ALL_HEADS_UP_TO
-    kv = torch.tensor(sorted({0, G - 1}) if few else range(G), device=problem.device)
-    query = (kv[:, None] * group + torch.arange(group, device=problem.device)).flatten()
+    kv = torch.tensor(sorted({0, G - 1}) if few else range(G), device=problem.layout.device)
+    query = (kv[:, None] * group + torch.arange(group, device=problem.layout.device)).flatten()
 
     def select(results: Results) -> Results:
         out, dq, dk, dv = results
@@ -170,9 +165,9 @@ def _masks_too_large(lengths: Sequence[int], problem: Problem) -> str | None:
     """Return why masks of these lengths do not fit into memory, all as booleans and the largest also as a bias."""
     squares = [length**2 for length in lengths]
     size = sum(squares) + max(squares, default=0) * problem.dtype.itemsize
-    if problem.device.type == "cuda":
-        cached = torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
-        free = torch.cuda.mem_get_info(problem.device)[0] + cached
+    if problem.layout.device.type == "cuda":
+        cached = torch.cuda.memory_reserved(problem.layout.device) - torch.cuda.memory_allocated(problem.layout.device)
+        free = torch.cuda.mem_get_info(problem.layout.device)[0] + cached
     else:
         free = psutil.virtual_memory().available
     if size <= _USABLE_MEMORY * free:
@@ -190,7 +185,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
 
 def _needs_cuda(problem: Problem) -> str | None:
     """Return why compiled kernels cannot be measured; FlexAttention has no backward on a CPU."""
-    return None if problem.device.type == "cuda" else NEEDS_CUDA
+    return None if problem.layout.device.type == "cuda" else NEEDS_CUDA
 
 
 def _flex(problem: Problem) -> Forward:
@@ -202,7 +197,7 @@ def _flex(problem: Problem) -> Forward:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= key_start[query]) & (key < key_end[query])
 
-    block_mask = create_block_mask(visible, None, None, T, T, device=problem.device, _compile=True)
+    block_mask = create_block_mask(visible, None, None, T, T, device=problem.layout.device, _compile=True)
     grouped = problem.heads != problem.kv_heads
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,7 +218,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def _flash_varlen_causal(problem: Problem) -> Forward:
     """flash-attn's varlen kernel, causal on the same documents: FA3 or FA2 if installed, else torch's copy of it."""
-    offsets = problem.layout.document_offsets.to(problem.device, torch.int32)
+    offsets = problem.layout.document_offsets.to(problem.layout.device, torch.int32)
     longest = max(problem.lengths)
     function = _varlen_function()
     parameters = inspect.signature(function).parameters
@@ -249,7 +244,7 @@ def _varlen_function() -> Callable[..., Any] | None:
 
 
 def _flash_missing(problem: Problem) -> str | None:
-    if problem.device.type != "cuda":
+    if problem.layout.device.type != "cuda":
         return NEEDS_CUDA
     if problem.dtype.itemsize != 2:
         return "takes fp16 and bf16 only"

@@ -21,6 +21,7 @@ import numpy as np
 import tables
 import timing
 import torch
+import webdataset as wds
 from PIL import Image
 from tables import Row
 
@@ -159,15 +160,12 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
 
 
 def _write_pairs(path: Path, count: int, rng: np.random.Generator) -> None:
-    with tarfile.open(path, "w") as archive:
+    with wds.TarWriter(str(path)) as writer:
         for number in range(count):
             coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
             stream = io.BytesIO()
             coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-            for extension, data in (("jpg", stream.getvalue()), ("txt", b"a picture of noise")):
-                member = tarfile.TarInfo(f"{number:06d}.{extension}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+            writer.write({"__key__": f"{number:06d}", "jpg": stream.getvalue(), "txt": "a picture of noise"})
 
 
 def time_group(stages: Sequence[Stage], seconds: float) -> list[Row]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
@@ -43,8 +44,7 @@ EPS = 1e-6  # of the norm, as in the op
 C = 32
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """The device and dtype that problems are made for; `tiny` problems take almost no time."""
 
     device: torch.device

@@ -6,14 +6,13 @@ of autograd, forward or backward: one kernel, or two, or a kernel and a sum by P
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import sass
 import triton
-from offline import ITEMSIZE, compile_kernel, spill_rule
+from offline import ITEMSIZE, Compiled, compile_kernel, spill_rule
 from sass import Access
 from tables import Row, list_broken, markdown_table
 
@@ -111,8 +110,7 @@ def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
     return live, Moved("offsets_ptr", 4 * len(offsets), 4 * len(ever), 4 * read)
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One kernel and one shape."""
 
     shape: str
@@ -128,25 +126,16 @@ class Case:
     """A row ends in a partial tile, on a branch of its own, and its length is no multiple of 16."""
 
     @property
-    def arguments(self) -> list[str]:
-        """The arguments of a launch, in order, whose values the compiler does not know."""
-        return [name for name in self.function.arg_names if name not in self.constants]
-
-    @property
     def aligned(self) -> set[str]:
         """Arguments that the compiler knows to be multiples of 16."""
-        lengths = set() if self.ragged else {"F"}
-        return {n for n in self.arguments if n.endswith("_ptr") or n.startswith("stride") or n in lengths}
-
-    @property
-    def least(self) -> int:
-        """The least bytes of the pass."""
-        return sum(tensor.least for tensor in (*self.tensors, *self.rest))
+        names = {n for n in self.function.arg_names if n.endswith("_ptr") or n.startswith("stride")}
+        return (names if self.ragged else names | {"F"}) - self.constants.keys()
 
     def types(self, dtype: str) -> dict[str, str]:
-        """Return Triton's names of the types of `arguments`."""
-        fixed = {"cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr", *self.fp32}
-        kinds = {n: "*i32" if n == "offsets_ptr" else "*fp32" if n in fixed else f"*{dtype}" for n in self.arguments}
+        """Return Triton's names of the types of the arguments that are not known to the compiler, in order."""
+        fp32 = {"cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr", *self.fp32}
+        names = [n for n in self.function.arg_names if n not in self.constants]
+        kinds = {n: "*i32" if n == "offsets_ptr" else "*fp32" if n in fp32 else f"*{dtype}" for n in names}
         return {name: kind if name.endswith("_ptr") else "i32" for name, kind in kinds.items()}
 
 
@@ -161,51 +150,43 @@ def _rope(itemsize: int, H: int, G: int, D: int, backward: bool, norm: bool) -> 
 
 
 def _swiglu(itemsize: int, kernel: str, layout: str) -> Case:
-    """Return the case of two contiguous tensors, of "even" or "odd" length, or of the "halves" of one projection."""
-    shape = {"even": f"two {[T, F]}", "odd": f"two {[T * F + 1]}", "halves": f"one {[T, 2 * F]}"}[layout]
-    values = T * F + (layout == "odd")
-    function = getattr(swiglu, f"swiglu_{kernel}_kernel")
-    sizes, options = swiglu.constants(kernel, F if layout == "halves" else values)  # contiguous tensors are one row
-    return Case(shape, function, sizes, options, swiglu_bytes(kernel, values, itemsize), ragged=layout == "odd")
+    """Return the case of two contiguous tensors, or of the halves of one projection."""
+    values = T * F + (layout == "odd length")
+    shape = {"two tensors": f"two {[T, F]}", "odd length": f"two {[values]}", "halves of one": f"one {[T, 2 * F]}"}
+    function, width = getattr(swiglu, f"swiglu_{kernel}_kernel"), F if layout == "halves of one" else values
+    known = swiglu.constants(kernel, width)  # contiguous tensors are one row
+    return Case(shape[layout], function, *known, swiglu_bytes(kernel, values, itemsize), ragged=layout == "odd length")
 
 
-def _mse(itemsize: int, kernel: str, target: str = "tensor") -> Case:
-    """Return the case of a target that is a "tensor", or is made from noise and x_0 of a dtype.
-
-    The dtype is the prediction's ("x_0"), or "fp32" as in training.
-    """
-    names = ("target_ptr",) if target == "tensor" else ("target_ptr", "x_0_ptr")
-    targets = dict.fromkeys(names, 4 if target == "fp32" else itemsize)
+def _mse(itemsize: int, kernel: str, target: str = "") -> Case:
+    """Return the case of a target that is a tensor, or is made from noise and x_0 in the prediction's dtype or fp32."""
+    names = ("target_ptr", "x_0_ptr") if target else ("target_ptr",)
+    fp32 = names if "fp32" in target else ()
+    targets = dict.fromkeys(names, 4 if fp32 else itemsize)
     count = partial(mse_bytes, offsets=OFFSETS, C=C, itemsize=itemsize, targets=targets)
     function = getattr(diffusion_mse, f"diffusion_mse_{kernel}_kernel")
     sizes, options = diffusion_mse.constants(kernel, C)
     # Contiguous rows are launched without a stride.
     unused = [name for name in function.arg_names if name.startswith("stride") or name in {"x_0_ptr"} - set(names)]
-    rest = {"forward": "mean", "mean": "forward"}.get(kernel)
-    return Case(
-        f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}", function, sizes | dict.fromkeys(unused), options, count(kernel),
-        count(rest) if rest else (), names if target == "fp32" else (),
-    )  # fmt: skip
+    rest = {"forward": count("mean"), "mean": count("forward")}.get(kernel, ())
+    shape = f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}"
+    return Case(shape, function, sizes | dict.fromkeys(unused), options, count(kernel), rest, fp32)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[int], Case]]]:
     passes = ("forward", "backward")
-    for H, G, D in HEADS:
-        for name, norm in (("rope", False), ("rope with norm", True)):
-            for kernel in passes:
-                case = partial(_rope, H=H, G=G, D=D, backward=kernel == "backward", norm=norm)
-                yield f"{name} {kernel}, H={H} G={G} D={D}", case
-    for kernel in passes:
-        for layout, words in {"even": "two tensors", "halves": "halves of one", "odd": "odd length"}.items():
-            yield f"swiglu {kernel}, {words}", partial(_swiglu, kernel=kernel, layout=layout)
-    for kernel in passes:
-        for target, words in {"tensor": "", "x_0": " with x_0", "fp32": " with x_0 in fp32"}.items():
-            yield f"diffusion_mse {kernel}{words}", partial(_mse, kernel=kernel, target=target)
+    for (H, G, D), norm, kernel in product(HEADS, (False, True), passes):
+        case = partial(_rope, H=H, G=G, D=D, backward=kernel == "backward", norm=norm)
+        yield f"rope{' with norm' if norm else ''} {kernel}, H={H} G={G} D={D}", case
+    for kernel, layout in product(passes, ("two tensors", "halves of one", "odd length")):
+        yield f"swiglu {kernel}, {layout}", partial(_swiglu, kernel=kernel, layout=layout)
+    for kernel, target in product(passes, ("", " with x_0", " with x_0 in fp32")):
+        yield f"diffusion_mse {kernel}{target}", partial(_mse, kernel=kernel, target=target)
     yield "diffusion_mse mean", partial(_mse, kernel="mean")
 
 
-# The functions from an itemsize to a case, by name.
 CASES = dict(_cases())
+"""The functions from an itemsize to a case, by name."""
 
 
 def variants(architectures: Sequence[int], rules_only: bool = False) -> list[tuple[str, int, str]]:
@@ -224,15 +205,16 @@ def row_of(variant: tuple[str, int, str]) -> Row:
     """
     name, arch, dtype = variant
     case = CASES[name](ITEMSIZE[dtype])
-    compiled = compile_kernel(case.function, case.types(dtype), case.constants, case.aligned, case.options, arch)
-    by_tensor = _accesses(case, compiled.cubin, compiled.instructions)
+    types = case.types(dtype)
+    compiled = compile_kernel(case.function, types, case.constants, case.aligned, case.options, arch)
+    by_tensor = _accesses(case, list(types), compiled)
     # Where the length of a row is no multiple of 16, the rules hold for its full tiles: for what one thread executes
     # together with the widest access of the tensor, and not for the branch that ends the row.
     full = {n: sass.with_widest(a, compiled.instructions) if case.ragged else a for n, a in by_tensor.items()}
-    large = {tensor.name: full[tensor.name] for tensor in case.tensors if tensor.once * LARGE >= case.least}
-    narrow = {n: bits for n, found in large.items() if (bits := _narrowest(found)) < WIDE}
-    moved = sum(tensor.moved for tensor in case.tensors)
     in_pass = [*case.tensors, *case.rest]
+    least, moved = sum(x.least for x in in_pass), sum(x.moved for x in case.tensors)
+    large = {x.name: full[x.name] for x in case.tensors if x.once * LARGE >= least}
+    narrow = {n: bits for n, found in large.items() if (bits := _narrowest(found)) < WIDE}
     every = [access for found in large.values() for access in found]
     resources = compiled.columns(compiled.instructions)
     too_narrow = [f"{n.removesuffix('_ptr')} moves by {bits} bits, not {WIDE}" for n, bits in narrow.items()]
@@ -244,18 +226,18 @@ def row_of(variant: tuple[str, int, str]) -> Row:
         "narrow_at_ends": _widths({n: [a for a in by_tensor[n] if a not in full[n]] for n in large}),
         "small_tensors": _widths({n: found for n, found in full.items() if n not in large}),
         "wide_share": round(sum(x.moved for x in case.tensors if _narrowest(full[x.name]) >= WIDE) / moved, 4),
-        "moved_bytes": moved, "least_bytes": case.least,
-        "moved_by_least": round(sum(tensor.moved for tensor in in_pass) / case.least, 4),
-        "once_by_least": round(sum(tensor.once for tensor in in_pass) / case.least, 4),
+        "moved_bytes": moved, "least_bytes": least,
+        "moved_by_least": round(sum(x.moved for x in in_pass) / least, 4),
+        "once_by_least": round(sum(x.once for x in in_pass) / least, 4),
         "broken_rules": "; ".join(spill_rule(resources) + too_narrow),
     }  # fmt: skip
 
 
-def _accesses(case: Case, cubin: bytes, instructions: Sequence[sass.Instruction]) -> dict[str, list[Access]]:
+def _accesses(case: Case, arguments: Sequence[str], compiled: Compiled) -> dict[str, list[Access]]:
     """Return the loads and stores of every tensor. A tensor without one must have been overlooked."""
-    arguments = sass.parse_argument_offsets(sass.run_tool("cuobjdump", "-elf", cubin), case.arguments)
-    pointers = {offset: name for offset, name in arguments.items() if name.endswith("_ptr")}
-    found = sass.accesses(instructions, pointers)
+    offsets = sass.parse_argument_offsets(sass.run_tool("cuobjdump", "-elf", compiled.cubin), arguments)
+    pointers = {offset: name for offset, name in offsets.items() if name.endswith("_ptr")}
+    found = sass.accesses(compiled.instructions, pointers)
     by_tensor = {tensor.name: [access for access in found if tensor.name in access.tensors] for tensor in case.tensors}
     missing = [name for name, of_tensor in by_tensor.items() if not of_tensor]
     assert not missing and by_tensor.keys() == set(pointers.values()), f"unread: {missing}, {pointers.values()}"

@@ -132,10 +132,7 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 def control_flow(instructions: Sequence[Instruction]) -> nx.DiGraph:
-    """Return the graph of the instructions that can follow each, by index.
-
-    BSYNC waits just before its target, so it continues with the next instruction.
-    """
+    """Return the graph of the instructions that can follow each, by index. BSYNC continues with the next one."""
     index = {instruction.address: i for i, instruction in enumerate(instructions)}
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(instructions)))

@@ -77,27 +77,6 @@ class Variant(NamedTuple):
         return f"{self.dtype} {self.backend}{compiled}{kept}"
 
 
-class MasterAdamW:
-    """AdamW that keeps fp32 copies of half-precision weights and updates the weights from them."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.weights = list(parameters)
-        self.in_place = self.weights[0].dtype == torch.float32
-        self.masters = self.weights if self.in_place else [p.detach().float().requires_grad_() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
-
-    def step(self) -> None:
-        """Update the weights and drop their gradients."""
-        if not self.in_place:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-        self.optimizer.step()
-        if not self.in_place:
-            torch._foreach_copy_([p.data for p in self.weights], self.masters)
-        for weight in self.weights:
-            weight.grad = None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that the command line asks for; return the exit code."""
     parser = timing.make_parser(__doc__)
@@ -180,14 +159,10 @@ def make_batch(model: Transfusion, documents: Documents) -> PackedBatch:
 def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
     """Return the model of a preset, with the same weights each time."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        num_text_tokens=TEXT_TOKENS,
-        dim_latent=(CHANNELS,),
-        transformer=TRANSFORMERS[preset],
-        backend="reference" if variant.backend == PLAIN else variant.backend,
-        activation_checkpointing=variant.checkpointing,
-    )
-    model = Transfusion(config).to(device, DTYPES[variant.dtype])
+    backend = "reference" if variant.backend == PLAIN else variant.backend
+    settings = {"backend": backend, "activation_checkpointing": variant.checkpointing}
+    sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": (CHANNELS,), "transformer": TRANSFORMERS[preset]}
+    model = Transfusion(ModelConfig(**sizes, **settings)).to(device, DTYPES[variant.dtype])
     if variant.compiled:
         torch.compiler.reset()  # so that the blocks are compiled for one shape
         for block in model.blocks:
@@ -241,16 +216,25 @@ def model_flops(model: Transfusion, batch: PackedBatch) -> int:
     return 6 * uses + 12 * transformer.depth * transformer.dim * batch.layout.area
 
 
-def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Return the step whose backward pass includes the optimizer."""
-    optimizer = MasterAdamW(list(model.parameters()))
+def train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """Return the step whose backward pass includes AdamW, which keeps half-precision weights in fp32."""
+    weights = list(model.parameters())
+    half = weights[0].dtype != torch.float32
+    masters = [p.detach().float().requires_grad_() for p in weights] if half else weights
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
     def step() -> Callable[[], None]:
         value = loss()
 
         def finish() -> None:
             value.backward()
+            if half:
+                for master, weight in zip(masters, weights, strict=True):
+                    master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
+            if half:
+                torch._foreach_copy_([p.data for p in weights], masters)
+            model.zero_grad()
 
         return finish
 
@@ -261,7 +245,7 @@ def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.
     """Return a step that is ready to be timed, and what is known about it before."""
     model = make_model(preset, variant, device)
     batch = make_batch(model, documents).to(device)
-    step = _train_step(model, lambda: _forward(model, variant, batch).total)
+    step = train_step(model, lambda: _forward(model, variant, batch).total)
     times = [benchmark.timer()]
     for _ in range(2):
         step()()
@@ -303,7 +287,7 @@ def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tup
     depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
-    step = _train_step(model, lambda: model(moved))
+    step = train_step(model, lambda: model(moved))
     facts = {"dtype": "fp32", "parameters": _count(model), "tokens": make_batch(ours, documents).num_tokens}
     facts |= {"flops": None, "peak_bytes": allocated_bytes(lambda: step()(), device)[1], "kept_bytes": None}
     return f"fp32 {PEER}, depth {depth}", step, facts | {"compile_s": None}

@@ -42,16 +42,6 @@ def test_instructions_are_parsed():
     assert (load.target, nop) == (None, sass.Instruction(64, "", "NOP", ""))
 
 
-def test_branches_may_go_to_addresses():
-    text = """
-        /*0000*/                   MUFU.EX2 R0, R0 ;        /* 0x0000000000007308 */
-                                                            /* 0x000fe20000000000 */
-        /*0010*/              @!P0 BRA 0x0 ;                /* 0xfffffffc00f88947 */
-    """
-    (loop,) = sass.loops(sass.parse_sass(text))
-    assert (loop[0].address, loop[-1].address) == (0, 16)
-
-
 def test_two_functions_are_refused():
     text = "/*0000*/ EXIT ;\n/*0010*/ NOP ;\n/*0000*/ EXIT ;"
     with pytest.raises(ValueError, match="one function"):
@@ -163,33 +153,19 @@ def test_resources_are_parsed():
 
 
 # A loop over x, with an index read from a table, then a branch: sixteen bytes to y, or one number.
-LISTING = """
-        /*0000*/                   LDC.64 R2, c[0x0][0x210] ;
-        /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;
-        /*0020*/                   LDC.64 R6, c[0x0][0x218] ;
-    .L_loop:
-        /*0030*/                   LDG.E R0, desc[UR4][R2.64] ;
-        /*0040*/                   IMAD.WIDE R8, R0, 0x2, R6 ;
-        /*0050*/                   LDG.E.128 R12, desc[UR4][R8.64+0x10] ;
-        /*0060*/                   IADD3 R2, P1, R2, 0x4, RZ ;
-        /*0070*/               @P0 BRA `(.L_loop) ;
-        /*0080*/                   MOV R2, R12 ;
-        /*0090*/                   LDCU.128 UR8, c[0x0][0x220] ;
-        /*00a0*/                   IMAD.WIDE R4, R12, 0x2, UR8 ;
-        /*00b0*/               @P2 BRA `(.L_end) ;
-        /*00c0*/                   STG.E.128 desc[UR4][R4.64], R12 ;
-        /*00d0*/                   EXIT ;
-    .L_end:
-        /*00e0*/                   STG.E.U16 desc[UR4][R4.64], R12 ;
-        /*00f0*/                   IADD3 R4, P0, R0, UR10, RZ ;
-        /*0100*/                   STG.E.64 desc[UR4][R4.64], R2 ;
-        /*0110*/                   EXIT ;
-"""
+LISTING = (
+    "LDC.64 R2, c[0x0][0x210]", "ULDC.64 UR4, c[0x0][0x208]", "LDC.64 R6, c[0x0][0x218]",
+    ".L_loop:", "LDG.E R0, desc[UR4][R2.64]", "IMAD.WIDE R8, R0, 0x2, R6", "LDG.E.128 R12, desc[UR4][R8.64+0x10]",
+    "IADD3 R2, P1, R2, 0x4, RZ", "@P0 BRA `(.L_loop)",
+    "MOV R2, R12", "LDCU.128 UR8, c[0x0][0x220]", "IMAD.WIDE R4, R12, 0x2, UR8", "@P2 BRA `(.L_end)",
+    "STG.E.128 desc[UR4][R4.64], R12", "EXIT",
+    ".L_end:", "STG.E.U16 desc[UR4][R4.64], R12", "IADD3 R4, P0, R0, UR10, RZ", "STG.E.64 desc[UR4][R4.64], R2", "EXIT",
+)  # fmt: skip
 POINTERS = {0x210: "table", 0x218: "x", 0x220: "y", 0x228: "z"}
 
 
-def test_every_access_is_told_by_the_argument_that_its_address_comes_from():
-    found = sass.accesses(sass.parse_sass(LISTING), POINTERS)
+def test_every_access_belongs_to_the_argument_that_its_address_comes_from():
+    found = sass.accesses(listing(*LISTING), POINTERS)
     assert [(access.address, set(access.tensors), access.store, access.bits) for access in found] == [
         (0x30, {"table"}, False, 32),
         (0x50, {"x"}, False, 128),
@@ -199,44 +175,33 @@ def test_every_access_is_told_by_the_argument_that_its_address_comes_from():
     ]
 
 
-def test_accesses_on_a_branch_that_excludes_the_widest_are_left_out():
-    code = sass.parse_sass(LISTING)
+@pytest.mark.parametrize(("before_the_end", "bits"), [("EXIT", [128]), ("NOP", [128, 16])])
+def test_accesses_on_a_branch_that_excludes_the_widest_are_left_out(before_the_end, bits):
+    end = LISTING.index(".L_end:")
+    code = listing(*LISTING[: end - 1], before_the_end, *LISTING[end:])
     of_y = [access for access in sass.accesses(code, POINTERS) if "y" in access.tensors]
-    assert [access.bits for access in sass.with_widest(of_y, code)] == [128]
-    joined = sass.parse_sass(LISTING.replace("/*00d0*/                   EXIT", "/*00d0*/                   NOP"))
-    of_y = [access for access in sass.accesses(joined, POINTERS) if "y" in access.tensors]
-    assert [access.bits for access in sass.with_widest(of_y, joined)] == [128, 16]
+    assert [access.bits for access in sass.with_widest(of_y, code)] == bits
 
 
 def test_code_that_two_branches_share_counts_for_both_tensors():
-    shared = """
-        /*0000*/                   LDC.64 R2, c[0x0][0x210] ;
-        /*0010*/               @P0 LDC.64 R2, c[0x0][0x218] ;
-        /*0020*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
-        /*0030*/                   EXIT ;
-    """
-    (access,) = sass.accesses(sass.parse_sass(shared), POINTERS)
+    code = ("LDC.64 R2, c[0x0][0x210]", "@P0 LDC.64 R2, c[0x0][0x218]", "LDG.E.64 R4, desc[UR4][R2.64]", "EXIT")
+    (access,) = sass.accesses(listing(*code), POINTERS)
     assert access.tensors == {"table", "x"}
 
 
 def test_a_pointer_is_followed_through_the_stack():
-    spilled = """
-        /*0000*/                   LDC.64 R2, c[0x0][0x218] ;
-        /*0010*/                   STL.64 [R1+0x8], R2 ;
-        /*0020*/                   LDC.64 R2, c[0x0][0x210] ;
-        /*0030*/                   STL.64 [R1], R2 ;
-        /*0040*/                   LDL.64 R2, [R1+0x8] ;
-        /*0050*/                   LDG.E.64 R4, desc[UR4][R2.64] ;
-        /*0060*/                   EXIT ;
-    """
-    (access,) = sass.accesses(sass.parse_sass(spilled), POINTERS)
+    code = (
+        "LDC.64 R2, c[0x0][0x218]", "STL.64 [R1+0x8], R2", "LDC.64 R2, c[0x0][0x210]", "STL.64 [R1], R2",
+        "LDL.64 R2, [R1+0x8]", "LDG.E.64 R4, desc[UR4][R2.64]", "EXIT",
+    )  # fmt: skip
+    (access,) = sass.accesses(listing(*code), POINTERS)
     assert access.tensors == {"x"}
 
 
 @pytest.mark.parametrize("line", ["LDG.E.128 R4, desc[UR4][R4.64]", "RED.E.ADD.F32 desc[UR4][R2.64], R0"])
 def test_an_access_that_cannot_be_told_is_an_error(line):
     with pytest.raises(ValueError, match="teach sass"):
-        sass.accesses(sass.parse_sass(f"/*0000*/ {line} ;\n/*0010*/ EXIT ;"), POINTERS)
+        sass.accesses(listing(line, "EXIT"), POINTERS)
 
 
 @pytest.mark.parametrize(
