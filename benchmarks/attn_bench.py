@@ -204,13 +204,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         tables.draw_bars(panels[0], chosen.loc[at] if at else chosen)
         panels[0].set(title=f"T = {at:,}, D = {head_dim}", ylabel="TFLOP/s by exact area")
         for panel, mix in zip(panels[1:], series, strict=True):
-            chosen.xs(mix, level="mix").plot(ax=panel, style="o-", logx=True, legend=False, ylim=(0, None))
+            rates = chosen.xs(mix, level="mix")
+            rates.plot(ax=panel, style="o-", logx=True, legend=False, ylim=(0, None))
+            panel.minorticks_off()
+            panel.set_xticks(rates.index, [f"{T:,}" for T in rates.index])
             panel.set(title=f"{mix}, D = {head_dim}")
             panel.grid(alpha=0.3)
     if len(measured):
-        first = measured.iloc[0]
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
-        figure.suptitle(f"Hybrid attention, forward + backward, {first.H} heads, {first.dtype}, {first.hardware}")
+        figure.suptitle("Hybrid attention, forward + backward, {H} heads, {dtype}, {hardware}".format_map(rows[0]))
     tables.save_figure(figure, path, bottom=0.25 / size[1] + 0.03)
 
 
