@@ -83,6 +83,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(_fp32(gate)) * _fp32(up)).to(gate.dtype)
 
 
+def halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the inputs of `swiglu`: gate [.., F] and up, or without `up` the halves of gate [.., 2F]."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return gate, up
+
+
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> Tensor:
     """Compute the mean squared error of each image: prediction, target [P, C], image_offsets int32 [N + 1] -> fp32 [N].
 
@@ -90,14 +97,6 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> 
     """
     squared_P = (_fp32(prediction) - _fp32(target)).square().mean(dim=-1)
     return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
-
-
-def diffusion_mse_from_noise(
-    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
-) -> Tensor:
-    """Compute `diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
-    target = {"ddpm": eps, "flow": _fp32(eps) - _fp32(x_0)}[objective]
-    return diffusion_mse(prediction, target, image_offsets)
 
 
 def _fp32(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from transfusion_fast.kernels import launch
 from transfusion_fast.kernels.layout import AttentionLayout
-from transfusion_fast.kernels.work import tile_work
 from transfusion_fast.model import ops
 
 TALL, SHORT = 128, 64
@@ -164,7 +163,7 @@ def test_blocks_are_full_where_all_rows_see_all_columns_and_rounded_up_elsewhere
     by_keys = kernel == "backward_dkdv"
     visible = layout.dense_mask().T if by_keys else layout.dense_mask()
     tiles = tall_and_short(layout, "key_tiles" if by_keys else "query_tiles")
-    counted = tile_work(layout, kernel, **sizes)
+    counted = layout.tile_work(kernel, **sizes)
     for height, own, work in zip((TALL, SHORT), tiles, counted, strict=True):
         full = partial = programs = 0
         for start, end in own:
@@ -185,7 +184,7 @@ def test_a_kernel_or_architecture_without_a_configuration_is_refused():
     with pytest.raises(ValueError, match=r"kernel must be one of forward, .*got 'sideways'"):
         layout.visited_area("sideways", head_dim=64, arch=90)
     with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*got 'sm_75'"):
-        tile_work(layout, "forward", head_dim=64, arch="sm_75")
+        layout.tile_work("forward", head_dim=64, arch="sm_75")
 
 
 # Time and memory.
