@@ -1,23 +1,23 @@
 """The ways to compute hybrid attention that the benchmark compares, and the reference that they are held to.
 
-A backend says why it cannot do a `Problem` (`missing`), does what a micro-batch needs once for all layers (`prepare`),
-and returns the function from q [T, H, D], k and v [T, G, D] to [T, H, D] that autograd differentiates. What it returns
-at padding is not defined.
+Preparing a backend for a `Problem` returns the function from q [T, H, D], k and v [T, G, D] to [T, H, D] that autograd
+differentiates. What it returns at padding is not defined.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
+import mixes
 import psutil
 import torch
 import torch.nn.functional as F
-from gate import Forward, Gate, Results, make_gate
+from gate import OUT_OF_MEMORY, Backend, Forward, Gate, Results, failure_reason, make_gate, run
 from timing import NEEDS_CUDA
 from torch import Tensor
 
@@ -58,22 +58,12 @@ class Problem:
         return (q, k, v), upstream
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One row of the comparison."""
-
-    prepare: Callable[[Problem], Forward]
-    missing: Callable[[Problem], str | None] = lambda problem: None
-    is_ours: bool = False
-    causal_only: bool = False
-    """The backend cannot express the mask: its rate on causal documents is a reference, and nothing is checked."""
-
-
 def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> Gate:
     """Return the gate of a problem, whose reference is plain PyTorch in float64.
 
     Beyond 16,384 positions, the first and the last key/value head stand for all heads, and float32 for float64 if the
-    problem is in half precision.
+    problem is in half precision. The error of plain PyTorch is that of one SDPA per document or, where its masks do not
+    fit into memory, of one per block of rows.
     """
     G, group = problem.kv_heads, problem.heads // problem.kv_heads
     few = problem.layout.total_length > _ALL_HEADS_UP_TO
@@ -90,7 +80,21 @@ def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upst
     out, *gradients = _by_blocks(problem, sampled, precise)
     # No output is defined at padding, but gradients must be zero there.
     references = (out[: int(problem.layout.document_offsets[-1])], *gradients)
-    return make_gate(("output", "dq", "dk", "dv"), references, _by_blocks(problem, sampled, problem.dtype), select)
+    documents = _by_documents(problem, inputs, upstream)
+    plain = select(documents) if documents else _by_blocks(problem, sampled, problem.dtype)
+    return make_gate(("output", "dq", "dk", "dv"), references, plain, select)
+
+
+def _by_documents(problem: Problem, inputs: Results, upstream: Tensor) -> Results | None:
+    """Return output, dq, dk and dv of one SDPA per document, or None where that does not fit into memory."""
+    if _masks_too_large(problem.lengths, problem):
+        return None
+    try:
+        return run(_documents(problem), inputs, (upstream,))
+    except RuntimeError as error:
+        if failure_reason(error) != OUT_OF_MEMORY:
+            raise
+        return None
 
 
 def _by_blocks(problem: Problem, inputs: Results, dtype: torch.dtype) -> Results:
@@ -112,23 +116,24 @@ def _by_blocks(problem: Problem, inputs: Results, dtype: torch.dtype) -> Results
     return tuple(x.to(dtype) for x in (out, dq, dk, dv))
 
 
-def _ours(name: str) -> Backend:
+def _ours(name: str, missing: Callable[[Problem], str | None]) -> Backend:
     """Return this repository's op; preparing it includes building the layout, which other backends are given."""
-    last: list[tuple[Problem, AttentionLayout]] = []
+
+    @lru_cache(1)
+    def own_layout(problem: Problem) -> AttentionLayout:
+        return replace(problem.layout)
 
     def prepare(problem: Problem) -> Forward:
-        known = problem.layout
-        offsets, spans = known.document_offsets.diff().numpy(), known.image_spans.numpy()
-        layout = AttentionLayout.from_spans(offsets, spans, known.total_length, known.device)
-        # A plan is built when a pass first needs it. Preparing the same problem again builds the plans that its passes
-        # needed, so that it costs what preparing costs in every micro-batch.
-        if last and last[0][0] is problem:
-            for build in last[0][1]._plans:
-                layout.plan(build)
-        last[:] = [(problem, layout)]
+        layout = own_layout(problem)
+        spans = layout.image_spans.numpy()
+        new = AttentionLayout.from_spans(problem.lengths, spans, layout.total_length, layout.device)
+        # A plan is built when a pass first needs it. Preparing again builds the plans that the passes needed, so that
+        # it costs what preparing costs in every micro-batch.
+        for build in layout._plans:
+            new.plan(build)
         return lambda q, k, v: hybrid_attention(q, k, v, layout, backend=name)
 
-    return Backend(prepare, _needs_cuda if name == "triton" else lambda problem: None, is_ours=True)
+    return Backend(prepare, missing, is_ours=True)
 
 
 def _dense(problem: Problem) -> Forward:
@@ -183,11 +188,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)[0].transpose(0, 1)
 
 
-def _needs_cuda(problem: Problem) -> str | None:
-    """Return why compiled kernels cannot be measured; FlexAttention has no backward on a CPU."""
-    return None if problem.layout.device.type == "cuda" else NEEDS_CUDA
-
-
 def _flex(problem: Problem) -> Forward:
     """Compiled FlexAttention, given the interval form of the mask, which is its best case."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -220,42 +220,92 @@ def _flash_varlen_causal(problem: Problem) -> Forward:
     """flash-attn's varlen kernel, causal on the same documents: FA3 or FA2 if installed, else torch's copy of it."""
     offsets = problem.layout.document_offsets.to(problem.layout.device, torch.int32)
     longest = max(problem.lengths)
-    function = _varlen_function()
+    module = _first_installed(*_VARLEN)
+    function = getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
     parameters = inspect.signature(function).parameters
     flags = {name: True for name in ("causal", "is_causal") if name in parameters} or {"window_size": (-1, 0)}
     if "enable_gqa" in parameters:
         flags["enable_gqa"] = problem.heads != problem.kv_heads
+    return lambda q, k, v: _without_lse(function(q, k, v, offsets, offsets, longest, longest, **flags))
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v, offsets, offsets, longest, longest, **flags)
-        return out[0] if isinstance(out, tuple | list) else out  # some releases return the log-sum-exp too
 
-    return forward
+def _flashmask(problem: Problem) -> Forward:
+    """Paddle's FlashMask, its tensors shared with torch's. Untested on a GPU: written from its documentation."""
+    paddle = importlib.import_module("paddle")
+    share = paddle.utils.dlpack.from_dlpack
+    # A key is hidden from the queries at and after query_end, and from those before query_start.
+    bounds = share(torch.stack([problem.layout.query_end, problem.layout.query_start], dim=-1)[None, None].contiguous())
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *qkv: Tensor) -> Tensor:
+            ctx.inputs = [share(x.detach()[None].contiguous()) for x in qkv]
+            for x in ctx.inputs:
+                x.stop_gradient = False
+            ctx.out = _without_lse(paddle.nn.functional.flashmask_attention(*ctx.inputs, bounds, causal=False))
+            return torch.from_dlpack(ctx.out.detach())[0]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+            gradients = paddle.grad([ctx.out], ctx.inputs, [share(gradient[None].contiguous())])
+            return tuple(torch.from_dlpack(x.detach())[0] for x in gradients)
+
+    return Function.apply
+
+
+def _flex_flash_attention(problem: Problem) -> Forward:
+    """MagiAttention's flex-flash-attention: a slice for each run of text and for each image. Untested on a GPU."""
+    function = importlib.import_module("magi_attention.api").flex_flash_attn_func
+    # Kind 0 is full; kind 1 is causal, with the diagonal ending in the lower right corner of the rectangle.
+    rows = [(start, end, first, end, int(not image)) for start, end, first, image in mixes.segments(problem.layout)]
+    slices = torch.tensor(rows, dtype=torch.int32, device=problem.layout.device)
+    queries, keys, kinds = (x.contiguous() for x in (slices[:, :2], slices[:, 2:4], slices[:, 4]))
+    arguments = {"q_ranges": queries, "k_ranges": keys, "attn_type_map": kinds}
+    # Early releases require the longest ranges; in later ones these are optional or gone.
+    for name, ranges in (("max_seqlen_q", queries), ("max_seqlen_k", keys)):
+        parameter = inspect.signature(function).parameters.get(name)
+        if parameter and parameter.default is inspect.Parameter.empty:
+            arguments[name] = int(ranges.diff().max())
+    return lambda q, k, v: _without_lse(function(q, k, v, **arguments))
+
+
+def _without_lse(result: Any) -> Any:
+    """Return the output alone; some releases return the log-sum-exp too."""
+    return result[0] if isinstance(result, tuple | list) else result
 
 
 @cache
-def _varlen_function() -> Callable[..., Any] | None:
-    """Return the fastest varlen function that is installed."""
-    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+def _first_installed(*modules: str) -> Any:
+    for name in modules:
         with suppress(ImportError):
-            module = importlib.import_module(name)
-            return getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
+            return importlib.import_module(name)
     return None
 
 
-def _flash_missing(problem: Problem) -> str | None:
-    if problem.layout.device.type != "cuda":
-        return NEEDS_CUDA
-    if problem.dtype.itemsize != 2:
-        return "takes fp16 and bf16 only"
-    return None if _varlen_function() else "neither flash-attn nor torch's varlen_attn is there"
+def _on_gpu(*modules: str) -> Callable[[Problem], str | None]:
+    """Return the function that says why compiled kernels cannot do a problem; one of a library's modules is enough."""
 
+    def missing(problem: Problem) -> str | None:
+        if problem.layout.device.type != "cuda":
+            return NEEDS_CUDA
+        if modules and problem.dtype.itemsize != 2:
+            return "takes fp16 and bf16 only"
+        return f"not installed: {' or '.join(modules)}" if modules and not _first_installed(*modules) else None
+
+    return missing
+
+
+_VARLEN = ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen")
+_CAUSAL = "reference rate of a causal mask, not gated"
 
 BACKENDS = {
-    "triton": _ours("triton"),
-    "torch": _ours("torch"),
+    "triton": _ours("triton", _on_gpu()),
+    "torch": _ours("torch", lambda problem: None),
     "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p)),
     "sdpa_documents": Backend(_documents, lambda p: _masks_too_large(p.lengths, p)),
-    "flex": Backend(_flex, _needs_cuda),
-    "flash_varlen_causal": Backend(_flash_varlen_causal, _flash_missing, causal_only=True),
+    "flex": Backend(_flex, _on_gpu()),
+    "flash_varlen_causal": Backend(_flash_varlen_causal, _on_gpu(*_VARLEN), ungated=_CAUSAL),
+    "flashmask": Backend(_flashmask, _on_gpu("paddle")),
+    "flex_flash_attention": Backend(_flex_flash_attention, _on_gpu("magi_attention.api")),
 }
+"""The rows of the comparison. A backend that is not gated cannot express the mask: its rate is only a reference."""

@@ -12,10 +12,10 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tables
@@ -42,14 +42,12 @@ from transfusion_fast.prepare.sources.text import TextSource
 
 CAPACITY = 4096
 LATENTS = ModalityInfo("latents", channels=8, patch_size=2, encoding="latents")  # 32 values a patch
-IMAGE_SIDE = 32  # of latents: 256 patches
 PIXELS = ModalityInfo("images", channels=3, patch_size=16, encoding="pixels")
 CAPACITIES = (2048, 4096, 8192, 16384)
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of the feed; a call of `run` handles `count` units, which are `megabytes` on disk."""
 
     name: str
@@ -84,7 +82,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     pairs: list[Document] = [
         (
             TextSegment(rng.integers(0, 256, int(rng.integers(100, 413)), dtype=np.int32)),
-            ImageSegment(rng.standard_normal((IMAGE_SIDE, IMAGE_SIDE, LATENTS.channels)).astype(np.float16)),
+            ImageSegment(rng.standard_normal((32, 32, LATENTS.channels)).astype(np.float16)),
         )
         for _ in range(documents)
     ]
@@ -101,21 +99,22 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     keyed = [KeyedPack(reader.read(number), 0, number) for number in numbers]
     loaded = training_batches(config, data, Share(0, 1, 1, 1), 0)
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
+
+    def read_tars() -> None:
+        for shard in index.shards:
+            with tarfile.open(folder / shard.file) as archive:
+                for member in archive:
+                    if file := archive.extractfile(member):
+                        file.read()
+
     runs: dict[str, Callable[[], object]] = {
-        "plain read of the tar": lambda: [_read_tar(folder / shard.file) for shard in index.shards],
+        "plain read of the tar": read_tars,
         "read, checksum, decode, validate": lambda: [reader.read(number) for number in numbers],
         "draw order, timesteps, noise": lambda: [draw(pack, _SEED) for pack in keyed],
         "draw and lay out, attention's layout included": lambda: [builder([pack]) for pack in keyed],
         "loader, all of it": lambda: [each.batch for each in islice(loaded, index.num_packs)],
     }
     return [Stage(name, "tokens", index.num_packs * CAPACITY, run, megabytes) for name, run in runs.items()]
-
-
-def _read_tar(path: Path) -> None:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if file := archive.extractfile(member):
-                file.read()
 
 
 def packing_stages(documents: int = 200_000) -> list[Stage]:
@@ -144,7 +143,12 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
     lines = [json.dumps({"text": " ".join(rng.choice(words, 200))}) for _ in range(texts)]
     text, tar = scratch / "texts.jsonl", scratch / "pairs.tar"
     text.write_text("\n".join(lines), encoding="utf-8")
-    _write_pairs(tar, images, rng)
+    with wds.TarWriter(str(tar)) as writer:
+        for number in range(images):
+            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            stream = io.BytesIO()
+            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+            writer.write({"__key__": f"{number:06d}", "jpg": stream.getvalue(), "txt": "a picture of noise"})
     encoder = Encoder(ByteTokenizer(), CAPACITY)
     pairs = Encoder(ByteTokenizer(), CAPACITY, (PIXELS,), ImageRule("crop", 256, PIXELS.patch_size))
 
@@ -157,15 +161,6 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
         Stage("preparing text", "documents", texts, partial(build_once, TextSource.of([text]), encoder), size[text]),
         Stage("preparing pairs", "images", images, partial(build_once, PairsSource.of([tar]), pairs), size[tar]),
     ]
-
-
-def _write_pairs(path: Path, count: int, rng: np.random.Generator) -> None:
-    with wds.TarWriter(str(path)) as writer:
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            stream = io.BytesIO()
-            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-            writer.write({"__key__": f"{number:06d}", "jpg": stream.getvalue(), "txt": "a picture of noise"})
 
 
 def time_group(stages: Sequence[Stage], seconds: float) -> list[Row]:

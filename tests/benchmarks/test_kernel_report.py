@@ -8,11 +8,9 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import mixes
-import offline
 import pytest
 import torch
-from attention_report import tile_work
-from pointwise_report import CASES, PYTORCH, mse_bytes, rope_bytes, swiglu_bytes
+from pointwise_report import PYTORCH, cases, mse_bytes, rope_bytes, swiglu_bytes
 
 from transfusion_fast.kernels import swiglu
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS
@@ -68,7 +66,7 @@ def test_every_configuration_keeps_the_rules(tmp_path):
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_memory_bound_kernels_move_16_bytes_a_thread_without_spills(report, arch):
     chosen = [row for row in rows(report / "pointwise.csv") if (row["arch"], row["dtype"]) == (arch, "bf16")]
-    assert {row["case"] for row in chosen} == CASES.keys()
+    assert {row["case"] for row in chosen} == cases(2).keys()
     assert [f"{row['name']}: {row['broken_rules']}" for row in chosen if row["broken_rules"]] == []
     # The mean of the diffusion error reads one number of each 4 KiB that forward reads, wherever an image starts.
     for row in (row for row in chosen if row["case"] != "diffusion_mse mean"):
@@ -144,7 +142,9 @@ def test_an_estimate_follows_from_the_cycles_and_the_tiles(report):
     }
     layout = mixes.sample("pairs", mixes.FIXED_LENGTH)
     best = loaded = 0.0
-    for (_, programs, *columns), height in zip(tile_work(layout, "forward", 128, 90), ("128", "64"), strict=True):
+    for (_, programs, *columns), height in zip(
+        layout.tile_work("forward", head_dim=128, arch=90), ("128", "64"), strict=True
+    ):
         row = compiled[height]
         for loop, count, step in zip(("full", "partial"), columns, (row["step"], row["partial_step"]), strict=True):
             cycles = max(float(row[f"{loop}_{unit}_cycles"]) for unit in ("matrix", "issue", "mufu"))
@@ -167,18 +167,18 @@ def test_broken_rules_are_reported():
     script = """
 import os
 os.environ["TRITON_INTERPRET"] = "0"
-import attention_report, pointwise_report
+import kernel_report, pointwise_report
 from transfusion_fast.kernels.attention_configs import Config
-class Absurd(attention_report.Variant):
+class Absurd(kernel_report.Variant):
     config = Config(128, 128, 64, 4, 2, descriptors=True)
-print(attention_report.row_of(Absurd("forward", 90, "bf16", 128, 128))["broken_rules"])
+print(kernel_report.row_of(Absurd("forward", 90, "bf16", 128, 128))["broken_rules"])
 name = "swiglu backward, halves of one"
-case = pointwise_report.CASES[name](2)
+case = pointwise_report.cases(2)[name]
 class AnyAddress(pointwise_report.Case):
-    aligned = set()
+    multiples = set()
 crowded = case._replace(options=case.options | {"num_warps": 1}, constants={"BLOCK": 4096})
 for changed in (case, AnyAddress(*case), crowded):
-    pointwise_report.CASES[name] = lambda itemsize: changed
+    pointwise_report.cases = lambda itemsize: {name: changed}
     print(repr(pointwise_report.row_of((name, 90, "bf16"))["broken_rules"]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
@@ -192,37 +192,12 @@ for changed in (case, AnyAddress(*case), crowded):
     assert "spills" in crowded
 
 
-TTIR = """
-    %k = tt.load %k_ptr : tensor<64x64x!tt.ptr<bf16>>
-    %k_1 = tt.reshape %k : tensor<64x64xbf16>
-    %k_2 = tt.trans %k_1 {order = array<i32: 1, 0>} : tensor<64x64xbf16>
-    %s = tt.dot %q, %k_2, %zero : tensor<64x64xf32>
-    %p = arith.truncf %s : tensor<64x64xf32> to tensor<64x64xbf16>
-"""
-
-
-def test_a_transposed_product_is_found():
-    assert offline.transposed_products(TTIR) == []
-    swapped = TTIR + "    %h = tt.trans %r {order = array<i32: 0, 2, 1>} : tensor<64x2x32xf32>\n"
-    assert offline.transposed_products(swapped) == []
-    transposed = TTIR + "    %t = tt.trans %p {order = array<i32: 1, 0>} : tensor<64x64xbf16>\n"
-    [line] = offline.transposed_products(transposed)
-    assert line.startswith("%t")
-
-
-def test_a_product_without_a_matrix_unit_is_found():
-    good = "%a = tt.dot %q, %k, %c : t<#ttg.dot_op> * t<#ttg.dot_op> -> tensor<16x16xf32, #mma>"
-    bad = "%a = tt.dot %q, %k, %c : t<#ttg.dot_op> * t<#ttg.dot_op> -> tensor<16x16xf32, #blocked>"
-    assert offline.products_without_matrix_unit(good) == []
-    assert offline.products_without_matrix_unit(bad) == [bad]
-
-
 @pytest.mark.parametrize("words", ["two tensors", "odd length", "halves of one"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_the_compiler_knows_of_swiglu_what_it_knows_at_a_launch(monkeypatch, words, kernel):
     """The report takes those strides and row lengths as multiples of 16 that the op passes as such."""
     calls = {name: MagicMock() for name in ("swiglu_forward_kernel", "swiglu_backward_kernel")}
-    case = CASES[f"swiglu {kernel}, {words}"](2)
+    case = cases(2)[f"swiglu {kernel}, {words}"]
     for name, launched in calls.items():
         monkeypatch.setattr(swiglu, name, launched)
     tensors = {
@@ -234,7 +209,7 @@ def test_the_compiler_knows_of_swiglu_what_it_knows_at_a_launch(monkeypatch, wor
     torch.autograd.grad(out, tensors, torch.zeros_like(out))
     passed = calls[f"swiglu_{kernel}_kernel"].__getitem__.return_value.call_args.args
     numbers = {n: v for n, v in zip(case.function.arg_names, passed, strict=False) if isinstance(v, int)}
-    assert {name for name, value in numbers.items() if value % 16 == 0} == case.aligned & numbers.keys()
+    assert {name for name, value in numbers.items() if value % 16 == 0} == case.multiples & numbers.keys()
 
 
 def totals(tensors):
