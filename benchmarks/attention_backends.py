@@ -46,16 +46,13 @@ class Problem:
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Return q, k and v, and the gradient of the output: normal noise, the same for every backend."""
-        generator = torch.Generator(self.layout.device).manual_seed(0)
-
-        def normal(heads: int) -> Tensor:
-            shape = (self.layout.total_length, heads, self.head_dim)
-            return torch.randn(shape, generator=generator, device=self.layout.device).to(self.dtype)
-
-        upstream = normal(self.heads)
+        T, device, D = self.layout.total_length, self.layout.device, self.head_dim
+        generator = torch.Generator(device).manual_seed(0)
+        counts = (self.heads, self.heads, self.kv_heads, self.kv_heads)
+        drawn = [torch.randn((T, n, D), generator=generator, device=device).to(self.dtype) for n in counts]
+        upstream, q, k, v = drawn
         upstream[int(self.layout.document_offsets[-1]) :] = 0  # padding
-        q, k, v = (normal(heads).requires_grad_() for heads in (self.heads, self.kv_heads, self.kv_heads))
-        return (q, k, v), upstream
+        return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), upstream
 
 
 def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> Gate:
@@ -71,8 +68,7 @@ def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upst
     query = (kv[:, None] * group + torch.arange(group, device=problem.layout.device)).flatten()
 
     def select(results: Results) -> Results:
-        out, dq, dk, dv = results
-        return out[:, query], dq[:, query], dk[:, kv], dv[:, kv]
+        return [x[:, heads] for x, heads in zip(results, (query, query, kv, kv), strict=True)]
 
     q, k, v = (x.detach() for x in inputs)
     sampled = q[:, query], k[:, kv], v[:, kv], upstream[:, query]
@@ -151,11 +147,13 @@ def _documents(problem: Problem) -> Forward:
     """One scaled_dot_product_attention per document: causal by flag, or with its own mask if it has images."""
     layout, lengths = problem.layout, problem.lengths
     padding = layout.total_length - sum(lengths)
-    illustrated = torch.searchsorted(layout.document_offsets, layout.image_spans[:, 0].contiguous(), right=True) - 1
-    masks: list[Tensor | None] = [None] * len(lengths)
-    for number in set(illustrated.tolist()):
-        start, end = layout.document_offsets[number : number + 2].tolist()
-        masks[number] = torch.arange(start, end, device=layout.device) < layout.key_end[start:end, None]
+    illustrated = {document_start for _, _, document_start, is_image in mixes.segments(layout) if is_image}
+    masks = [
+        torch.arange(start, end, device=layout.device) < layout.key_end[start:end, None]
+        if start in illustrated
+        else None
+        for start, end in pairwise(layout.document_offsets.tolist())
+    ]
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Split at once: the gradient of a slice would be as long as the pack, for every document.
@@ -170,11 +168,10 @@ def _masks_too_large(lengths: Sequence[int], problem: Problem) -> str | None:
     """Return why masks of these lengths do not fit into memory, all as booleans and the largest also as a bias."""
     squares = [length**2 for length in lengths]
     size = sum(squares) + max(squares, default=0) * problem.dtype.itemsize
-    if problem.layout.device.type == "cuda":
-        cached = torch.cuda.memory_reserved(problem.layout.device) - torch.cuda.memory_allocated(problem.layout.device)
-        free = torch.cuda.mem_get_info(problem.layout.device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if (device := problem.layout.device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
     if size <= _USABLE_MEMORY * free:
         return None
     need, free_gib = size / 2**30, free / 2**30

@@ -55,11 +55,6 @@ class Instruction(NamedTuple):
         target = re.search(r"(0x[0-9a-f]+)$", self.operands)
         return int(target[1], 16) if target and self.root in ("BRA", "JMP", "CALL") else None
 
-    @property
-    def is_matrix(self) -> bool:
-        """True if the tensor cores execute it."""
-        return _MATRIX.fullmatch(self.root) is not None
-
 
 class Access(NamedTuple):
     """One load or store of global memory, of `bits` per thread; two tensors only where two branches share its code."""
@@ -274,7 +269,7 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
 
 def matrix_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
     """Return the loops that hold a matrix instruction and no other such loop, by address."""
-    candidates = [loop for loop in loops(instructions) if any(i.is_matrix for i in loop)]
+    candidates = [loop for loop in loops(instructions) if any(_MATRIX.fullmatch(i.root) for i in loop)]
     headers = {loop[0] for loop in candidates}
     return [loop for loop in candidates if headers.isdisjoint(loop[1:])]
 
@@ -288,7 +283,7 @@ def cost(loop: Sequence[Instruction], flops: int, warps: int, arch: int) -> dict
 
     TF32 inputs halve the 16-bit rate. Opcodes of tcgen05 do not tell TF32 from 16 bits: they are taken as 16-bit.
     """
-    kinds = {i.opcode for i in loop if i.is_matrix}
+    kinds = {i.opcode for i in loop if _MATRIX.fullmatch(i.root)}
     if arch not in _MATRIX_RATE:
         raise ValueError(f"arch must be one of {sorted(_MATRIX_RATE)}, got {arch}; add its published rate")
     if not kinds or {kind.partition(".")[0] for kind in kinds} - _16_BIT_MATRIX:

@@ -119,9 +119,8 @@ def ragged_documents(count: int = 24) -> Documents:
     documents: Documents = []
     for number in range(count):
         length = int(torch.randint(4, 161, (), generator=generator))
-        documents.append([torch.randint(0, TEXT_TOKENS, (length,), generator=generator)])
-        if number % 2 == 0:
-            documents[-1].append(torch.randn(PATCHES, CHANNELS, generator=generator))
+        text = torch.randint(0, TEXT_TOKENS, (length,), generator=generator)
+        documents.append([text, torch.randn(PATCHES, CHANNELS, generator=generator)] if number % 2 == 0 else [text])
     return documents
 
 

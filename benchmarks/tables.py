@@ -43,12 +43,12 @@ def spread(name: str, spec: str = ".3g", suffix: str = "") -> str:
 
 def list_unmeasured(rows: Sequence[Row], problem: str) -> str:
     """Return a list of each backend's statuses other than "ok"; `problem` is the format of a problem's name."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in (row for row in rows if not row["status"].startswith("ok")):
-        found.setdefault((row["backend"], row["status"]), []).append(problem.format_map(row))
-    count = len({problem.format_map(row) for row in rows})
-    where = {key: "all problems" if len(names) == count else "; ".join(names) for key, names in found.items()}
-    return "\n".join(f"- {backend}, {where[backend, status]}: {status}" for backend, status in found)
+    frame = pd.DataFrame([row | {"problem": problem.format_map(row)} for row in rows])
+    count, lines = frame.problem.nunique(), []
+    for (backend, status), names in frame.groupby(["backend", "status"], sort=False).problem:
+        if not status.startswith("ok"):
+            lines.append(f"- {backend}, {'all problems' if len(names) == count else '; '.join(names)}: {status}")
+    return "\n".join(lines)
 
 
 def list_broken(rows: Sequence[Row]) -> str:
