@@ -3,9 +3,8 @@
     python benchmarks/attn_bench.py --out DIR [--device cuda|cpu] [--mixes ...] [--lengths ...] [--backends ...]
 
 Writes DIR/attention.csv, attention.png and attention.md. A backend is timed at a shape only after its output and
-gradients were found right there. On a GPU: six mixes at 16,384 positions and two of them from 1k to 128k, for head
-dimensions 128 and 64. On a CPU: a few small shapes, in one or two minutes. Exit status 1 where a backend computed
-something wrong, or one of ours broke.
+gradients were found right there. On a GPU: six mixes at 16,384 positions and two of them from 1k to 128k. On a CPU: a
+few small shapes, in one or two minutes. Exit status 1 where a backend computed something wrong, or one of ours broke.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/data_bench.py --out DIR [--seconds 5]
 
 Writes DIR/data.csv and data.md. All files are made here, in a folder that is removed, and lie in the page cache: the
-times are the processor's work. The loader's packs are of 4,096 tokens, half of them patches of 32 fp16 values.
+times are the processor's work.
 """
 
 import io
@@ -118,10 +118,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
 
 
 def packing_stages(documents: int = 200_000) -> list[Stage]:
-    """Return the packing of a mix of lengths, and of captioned images of 256 patches.
-
-    The mix has a median of 292 positions, and one document in twenty is above 1,107.
-    """
+    """Return the packing of a mix of lengths, and of captioned images of 256 patches, as the notes describe them."""
     rng = np.random.default_rng(_SEED)
     mix = rng.lognormal(np.log(292), np.log(1107 / 292) / 1.645, documents)
     captions = rng.lognormal(np.log(15), 0.6, documents)

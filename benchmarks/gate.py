@@ -8,9 +8,8 @@ it may differ by 2e-6 of the reference, and a gradient by 1e-5.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tables import Row
@@ -80,8 +79,7 @@ def run(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) 
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, upstream))]
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One way to compute an op."""
 
     prepare: Callable[[Any], Forward]
@@ -109,13 +107,12 @@ def compare(
 
     Args:
         gate: makes the gate, if any backend can be measured.
-        seconds: to time each backend for.
-        deadline: of time.monotonic(); no backend starts after it.
+        seconds: to time each backend for; none starts after `deadline` of time.monotonic().
         others: steps that are timed together with the backends, without a check.
 
     Returns:
-        The columns of each backend, in order, and the times of the other steps. A backend that was not timed has the
-        column `status` alone, which says why; else it has those of `Times`, `peak_mib` and `prepare_ms` too.
+        The columns of each backend, in order, and the times of the other steps: `status` and, if a backend was timed,
+        those of `Times`, `peak_mib` and `prepare_ms`.
     """
     device, others = inputs[0].device, others or {}
     late = time.monotonic() > deadline

@@ -213,10 +213,7 @@ def _loop_columns(variant: Variant, instructions: Sequence[offline.Instruction])
 
 
 def area_rows(architectures: Sequence[int]) -> list[Row]:
-    """Return the pairs that the tiles of each kernel visit for one head in bf16, on every mix.
-
-    FlexAttention visits the 128 x 128 blocks of a grid that hold a visible pair.
-    """
+    """Return the pairs that the tiles of each kernel visit for one head in bf16, on every mix."""
     found = []
     for mix in mixes.NAMES:
         layout = mixes.sample(mix, mixes.FIXED_LENGTH)
@@ -232,11 +229,7 @@ def area_rows(architectures: Sequence[int]) -> list[Row]:
 
 
 def estimate_rows(compiled: Sequence[Row]) -> list[Row]:
-    """Return estimated times for every GPU whose kernels were compiled: 16 query and 4 key/value heads in bf16.
-
-    Visible TFLOP/s count each visible pair once; the loaded bytes are what all programs load together, from the L2
-    cache.
-    """
+    """Return estimated times for every GPU whose kernels were compiled: 16 query and 4 key/value heads in bf16."""
     chosen = [row for row in compiled if (row["dtype"], row["heads"]) == ("bf16", "16/4") and row["full_order"]]
     known = {(row["kernel"], row["arch"], row["head_dim"], row["height"]): row for row in chosen}
     found = []

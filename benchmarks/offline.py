@@ -117,10 +117,7 @@ class Compiled:
         return parse_resources(usage, instructions) | {"shared_kib": round(self.shared_bytes / 1024, 1)}
 
     def accesses(self, arguments: Sequence[str]) -> list[Access]:
-        """Return every load and store of global memory; `arguments` are named in order.
-
-        The assembler keeps their widths, which are compared with those of the machine code.
-        """
+        """Return every load and store of global memory, whose widths the assembler keeps; `arguments` are in order."""
         found = accesses(parse_ptx(self.ptx), arguments)
         machine = {(i.root == "STG", width(i.opcode)) for i in self.instructions if i.root in ("LDG", "STG")}
         assert machine == {(access.store, access.bits) for access in found}, f"{machine} in SASS, {found} in PTX"
@@ -195,10 +192,7 @@ def _from_memory(value: str, sources: Mapping[str, tuple[str, str]]) -> bool:
 
 
 def parse_resources(usage: str, instructions: Iterable[Instruction]) -> dict[str, int]:
-    """Return registers, spills and stack of the only kernel in the output of `cuobjdump -res-usage`.
-
-    Spills are the instructions that move registers to or from local memory.
-    """
+    """Return registers, spills (moves to or from local memory) and stack of a kernel from `cuobjdump -res-usage`."""
     found = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     if len(found) != 1:
         raise ValueError(f"the cubin must hold one kernel, got {len(found)}; compile one kernel at a time")
@@ -380,10 +374,7 @@ def width(opcode: str) -> int:
 
 
 def with_widest(found: Sequence[Access], instructions: Sequence[Instruction]) -> list[Access]:
-    """Return those accesses of one tensor that one thread can execute together with a widest one.
-
-    The others lie on a branch that excludes it, like the last block of a row.
-    """
+    """Return the accesses of one tensor, but those on a branch that excludes its widest one, like the end of a row."""
     graph = control_flow(instructions)
     after = {a: nx.descendants(graph, a.address) | {a.address} for a in found}
     widest = [a for a in found if a.bits == max(access.bits for access in found)]

@@ -6,9 +6,8 @@ Writes DIR/rope_swiglu.csv, .md and .png, and DIR/diffusion_mse.csv, .md and .pn
 bytes as an op must read and write at least, timed in the same run. Exit status 1 where a backend computed something
 wrong, or one of ours broke.
 
-Rotary embedding and SwiGLU take 16,384 tokens on a GPU and 4,096 on a CPU; q and k are views of one projection to
-queries, keys and values, as in the model. Images are of 256 patches, or of 1 to 1,024, and a patch has 32 numbers (2 x
-2 of 8 latent channels). As in training, the model's prediction has the dtype of the row, and the rest is fp32.
+q and k of the rotary embedding are views of one projection, as in the model. A patch has 32 numbers, 2 x 2 of 8 latent
+channels. As in training, the model's prediction has the dtype of the row, and the rest of the error is in fp32.
 """
 
 import argparse
@@ -232,10 +231,7 @@ def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -
 
 
 def make_rows(problem: Problem, outcomes: Mapping[str, Row], copies: Times, machine: Mapping[str, str]) -> list[Row]:
-    """Return the rows of one problem: milliseconds, MiB, GB/s of the bytes that a pass needs at least.
-
-    `times_plain` says how many times as fast as plain PyTorch a backend is, forward and backward together.
-    """
+    """Return the rows of one problem: milliseconds, MiB, GB/s of the bytes that a pass needs at least."""
     plain, rows = outcomes.get(PLAIN, {}), []
     for name, outcome in outcomes.items():
         timed, dtype = timing.COLUMNS[0] in outcome, str(problem.inputs[0].dtype).removeprefix("torch.")

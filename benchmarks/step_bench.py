@@ -306,10 +306,8 @@ def _count(model: nn.Module) -> int:
 def make_row(facts: Row, times: Times, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
     """Return the row of a step, with None for what was not measured or does not apply.
 
-    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly.
-
-    Args:
-        rates: the GFLOP/s of matrix products, by dtype.
+    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly. `rates`
+    are the GFLOP/s of matrix products, by dtype.
     """
     seconds, tokens, dtype = timing.both_ms(times) / 1e3, facts["tokens"], facts["dtype"]
     weight_gflops = 6 * facts["parameters"] * tokens / seconds / 1e9

@@ -108,7 +108,7 @@ def draw(rows: Sequence[Row], path: Path, group: str, bar: str, panels: Columns)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for panel, (heading, column) in zip(axes[0], panels.items(), strict=True):
         if measured:
-            shown = frame.pivot_table(column, "group", "bar", sort=False)
+            shown = frame.pivot_table(column, "group", "bar", sort=False).rename_axis(columns=None)
             shown.plot(ax=panel, kind="barh", width=0.8, ylabel="", legend=panel is axes[0][-1])
         panel.set_xlabel(heading if measured else "nothing was measured")
         panel.grid(axis="x", alpha=0.3)

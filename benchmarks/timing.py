@@ -129,8 +129,7 @@ def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:
 def _time_in_turns(steps: Mapping[str, Step], seconds: float, rehearse: bool) -> dict[str, list[tuple[float, float]]]:
     """Return the milliseconds of both passes for each repeat of each step.
 
-    Every other turn runs in reverse order, because a step finds the caches as the step before it left them. `Timer` of
-    `torch.utils.benchmark` cannot take turns, so only its clock is used.
+    Every other turn runs in reverse order, because a step finds the caches as the step before it left them.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for step in steps.values():

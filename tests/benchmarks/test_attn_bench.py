@@ -86,7 +86,7 @@ def test_a_wrong_backend_of_ours_fails_the_run(tmp_path, monkeypatch, kind, mess
 
         return wrong
 
-    monkeypatch.setitem(BACKENDS, "torch", replace(right, prepare=prepare))
+    monkeypatch.setitem(BACKENDS, "torch", right._replace(prepare=prepare))
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--backends", "torch", "sdpa_documents"]
     assert attn_bench.main(options) == 1
     status = {name: row["status"] for name, row in rows_in(tmp_path).items()}
