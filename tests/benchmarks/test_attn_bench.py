@@ -154,7 +154,9 @@ def test_the_yardstick_of_half_precision_is_the_error_of_sdpa_of_documents(monke
     """If that were exact, less would be allowed."""
     problem = make_problem(kv_heads=2, dtype=torch.bfloat16)
     wrong_with, results = gate_and_results(problem)
-    results[0] = results[0] + 0.001 * torch.randn(results[0].shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(0))
+    assert wrong_with([results[0] + 0.002 * noise, *results[1:]]).startswith("rms error of output")
+    results[0] = results[0] + 0.001 * noise
     assert wrong_with(results) is None
     documents = attention_backends._documents
 
