@@ -300,7 +300,7 @@ BACKENDS = {
     "torch": _ours("torch", lambda problem: None),
     "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p)),
     "sdpa_documents": Backend(_documents, lambda p: _masks_too_large(p.lengths, p)),
-    "flex": Backend(_flex, _on_gpu()),
+    "flex": Backend(_flex, lambda p: (cpu := _on_gpu()(p)) and f"{cpu}: FlexAttention has no backward on a CPU"),
     "flash_varlen_causal": Backend(_flash_varlen_causal, _on_gpu(*_VARLEN), ungated=_CAUSAL),
     "flashmask": Backend(_flashmask, _on_gpu("paddle")),
     "flex_flash_attention": Backend(_flex_flash_attention, _on_gpu("magi_attention.api")),
