@@ -99,6 +99,14 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> 
     return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
 
 
+def diffusion_mse_from_noise(
+    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
+) -> Tensor:
+    """Compute `diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
+    target = {"ddpm": eps, "flow": _fp32(eps) - _fp32(x_0)}[objective]
+    return diffusion_mse(prediction, target, image_offsets)
+
+
 def _fp32(x: Tensor) -> Tensor:
     """Convert x to fp32, or keep fp64: sums and exponentials are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
