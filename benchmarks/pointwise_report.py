@@ -93,7 +93,7 @@ def mse_bytes(kernel: str, offsets: Sequence[int], C: int, itemsize: int, target
 
 
 def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
-    """Return how many programs find patches, and what all programs read of the offsets as they look for their image."""
+    """Return how many programs find patches, and what all read of the offsets while they search for their image."""
     block = diffusion_mse.constants("forward", C)[0]["BLOCK_P"]
     images, patches = len(offsets) - 1, offsets[-1]
     live, read, ever = 0, 0, set()

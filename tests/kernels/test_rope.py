@@ -42,11 +42,12 @@ def test_half_precision_keeps_the_error_rule(dtype, dim, norm):
     assert_accurate(rope_case((9, 4, 2, dim), dtype, norm))
 
 
-def test_norm_weights_may_be_in_fp32_for_heads_in_half_precision():
+@pytest.mark.parametrize("names", [("q_weight", "k_weight"), ("q_weight",), ("k_weight",)], ids=" and ".join)
+def test_norm_weights_may_be_in_fp32_for_heads_in_half_precision(names):
     case = rope_case(GROUPED, torch.bfloat16)
-    case = case.with_tensors(**{name: case.tensors[name].float() for name in ("q_weight", "k_weight")})
+    case = case.with_tensors(**{name: case.tensors[name].float() for name in names})
     results = assert_accurate(case._replace(plain=case.reference))
-    assert results["gradient of q_weight"].dtype == torch.float32
+    assert all(results[f"gradient of {name}"].dtype == torch.float32 for name in names)
 
 
 POSITIONS = {

@@ -1,4 +1,4 @@
-"""The one seam between the model and the kernels: the fused ops, each on a backend that is chosen by name.
+"""The one place where the model calls kernels: the fused ops, each on a backend that is chosen by name.
 
 `backend` is one of
     torch      PyTorch, on any device

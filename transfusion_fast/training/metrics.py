@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transfusion_fast.files import write_atomically
 
@@ -35,14 +36,24 @@ class Row:
     """Unreadable packs left out since the start of training."""
 
 
+METRICS = "metrics.jsonl"
+"""File of a run folder that holds a row in each line."""
+
+
+def read_rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """Return the rows up to a step, without incomplete ones, which a run that was killed leaves."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) <= last_step]
+
+
 class MetricsLog:
     """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            rows = read_rows(path, first_step)
+            write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def write(self, row: Row) -> None:
         """Append a row; numbers that are not finite become null, since JSON cannot express them."""
@@ -53,9 +64,9 @@ class MetricsLog:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # an incomplete row of a run that was killed
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.nan  # no row
 
 
 class Clock:
