@@ -1,23 +1,23 @@
 """The ways to compute hybrid attention that the benchmark compares, and the reference that they are held to.
 
-A backend says why it cannot do a `Problem` (`missing`), does what a micro-batch needs once for all layers (`prepare`),
-and returns the function from q [T, H, D], k and v [T, G, D] to [T, H, D] that autograd differentiates. What it returns
-at padding is not defined.
+Preparing a backend for a `Problem` returns the function from q [T, H, D], k and v [T, G, D] to [T, H, D] that autograd
+differentiates. What it returns at padding is not defined.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
+import mixes
 import psutil
 import torch
 import torch.nn.functional as F
-from gate import Forward, Gate, Results, make_gate
+from gate import OUT_OF_MEMORY, Backend, Forward, Gate, Results, failure_reason, make_gate, run
 from timing import NEEDS_CUDA
 from torch import Tensor
 
@@ -40,54 +40,35 @@ class Problem:
     dtype: torch.dtype
 
     @property
-    def device(self) -> torch.device:
-        """The device of inputs and intervals."""
-        return self.layout.device
-
-    @property
     def lengths(self) -> list[int]:
         """The lengths of the documents."""
         return self.layout.document_offsets.diff().tolist()
 
     def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """Return q, k and v, and the gradient of the output: normal noise, the same for every backend."""
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def normal(heads: int) -> Tensor:
-            shape = (self.layout.total_length, heads, self.head_dim)
-            return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
-
-        upstream = normal(self.heads)
+        T, device, D = self.layout.total_length, self.layout.device, self.head_dim
+        generator = torch.Generator(device).manual_seed(0)
+        counts = (self.heads, self.heads, self.kv_heads, self.kv_heads)
+        drawn = [torch.randn((T, n, D), generator=generator, device=device).to(self.dtype) for n in counts]
+        upstream, q, k, v = drawn
         upstream[int(self.layout.document_offsets[-1]) :] = 0  # padding
-        q, k, v = (normal(heads).requires_grad_() for heads in (self.heads, self.kv_heads, self.kv_heads))
-        return (q, k, v), upstream
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One row of the comparison."""
-
-    prepare: Callable[[Problem], Forward]
-    missing: Callable[[Problem], str | None] = lambda problem: None
-    is_ours: bool = False
-    causal_only: bool = False
-    """The backend cannot express the mask: its rate on causal documents is a reference, and nothing is checked."""
+        return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), upstream
 
 
 def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> Gate:
     """Return the gate of a problem, whose reference is plain PyTorch in float64.
 
     Beyond 16,384 positions, the first and the last key/value head stand for all heads, and float32 for float64 if the
-    problem is in half precision.
+    problem is in half precision. The error of plain PyTorch is that of one SDPA per document or, where its masks do not
+    fit into memory, of one per block of rows.
     """
     G, group = problem.kv_heads, problem.heads // problem.kv_heads
     few = problem.layout.total_length > _ALL_HEADS_UP_TO
-    kv = torch.tensor(sorted({0, G - 1}) if few else range(G), device=problem.device)
-    query = (kv[:, None] * group + torch.arange(group, device=problem.device)).flatten()
+    kv = torch.tensor(sorted({0, G - 1}) if few else range(G), device=problem.layout.device)
+    query = (kv[:, None] * group + torch.arange(group, device=problem.layout.device)).flatten()
 
     def select(results: Results) -> Results:
-        out, dq, dk, dv = results
-        return out[:, query], dq[:, query], dk[:, kv], dv[:, kv]
+        return [x[:, heads] for x, heads in zip(results, (query, query, kv, kv), strict=True)]
 
     q, k, v = (x.detach() for x in inputs)
     sampled = q[:, query], k[:, kv], v[:, kv], upstream[:, query]
@@ -95,7 +76,21 @@ def attention_gate(problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], upst
     out, *gradients = _by_blocks(problem, sampled, precise)
     # No output is defined at padding, but gradients must be zero there.
     references = (out[: int(problem.layout.document_offsets[-1])], *gradients)
-    return make_gate(("output", "dq", "dk", "dv"), references, _by_blocks(problem, sampled, problem.dtype), select)
+    documents = _by_documents(problem, inputs, upstream)
+    plain = select(documents) if documents else _by_blocks(problem, sampled, problem.dtype)
+    return make_gate(("output", "dq", "dk", "dv"), references, plain, select)
+
+
+def _by_documents(problem: Problem, inputs: Results, upstream: Tensor) -> Results | None:
+    """Return output, dq, dk and dv of one SDPA per document, or None where that does not fit into memory."""
+    if _masks_too_large(problem.lengths, problem):
+        return None
+    try:
+        return run(_documents(problem), inputs, (upstream,))
+    except RuntimeError as error:
+        if failure_reason(error) != OUT_OF_MEMORY:
+            raise
+        return None
 
 
 def _by_blocks(problem: Problem, inputs: Results, dtype: torch.dtype) -> Results:
@@ -117,23 +112,24 @@ def _by_blocks(problem: Problem, inputs: Results, dtype: torch.dtype) -> Results
     return tuple(x.to(dtype) for x in (out, dq, dk, dv))
 
 
-def _ours(name: str) -> Backend:
+def _ours(name: str, missing: Callable[[Problem], str | None]) -> Backend:
     """Return this repository's op; preparing it includes building the layout, which other backends are given."""
-    last: list[tuple[Problem, AttentionLayout]] = []
+
+    @lru_cache(1)
+    def own_layout(problem: Problem) -> AttentionLayout:
+        return replace(problem.layout)
 
     def prepare(problem: Problem) -> Forward:
-        known = problem.layout
-        offsets, spans = known.document_offsets.diff().numpy(), known.image_spans.numpy()
-        layout = AttentionLayout.from_spans(offsets, spans, known.total_length, known.device)
-        # A plan is built when a pass first needs it. Preparing the same problem again builds the plans that its passes
-        # needed, so that it costs what preparing costs in every micro-batch.
-        if last and last[0][0] is problem:
-            for build in last[0][1]._plans:
-                layout.plan(build)
-        last[:] = [(problem, layout)]
+        layout = own_layout(problem)
+        spans = layout.image_spans.numpy()
+        new = AttentionLayout.from_spans(problem.lengths, spans, layout.total_length, layout.device)
+        # A plan is built when a pass first needs it. Preparing again builds the plans that the passes needed, so that
+        # it costs what preparing costs in every micro-batch.
+        for build in layout._plans:
+            new.plan(build)
         return lambda q, k, v: hybrid_attention(q, k, v, layout, backend=name)
 
-    return Backend(prepare, _needs_cuda if name == "triton" else lambda problem: None, is_ours=True)
+    return Backend(prepare, missing, is_ours=True)
 
 
 def _dense(problem: Problem) -> Forward:
@@ -151,11 +147,13 @@ def _documents(problem: Problem) -> Forward:
     """One scaled_dot_product_attention per document: causal by flag, or with its own mask if it has images."""
     layout, lengths = problem.layout, problem.lengths
     padding = layout.total_length - sum(lengths)
-    illustrated = torch.searchsorted(layout.document_offsets, layout.image_spans[:, 0].contiguous(), right=True) - 1
-    masks: list[Tensor | None] = [None] * len(lengths)
-    for number in set(illustrated.tolist()):
-        start, end = layout.document_offsets[number : number + 2].tolist()
-        masks[number] = torch.arange(start, end, device=layout.device) < layout.key_end[start:end, None]
+    illustrated = {document_start for _, _, document_start, is_image in mixes.segments(layout) if is_image}
+    masks = [
+        torch.arange(start, end, device=layout.device) < layout.key_end[start:end, None]
+        if start in illustrated
+        else None
+        for start, end in pairwise(layout.document_offsets.tolist())
+    ]
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Split at once: the gradient of a slice would be as long as the pack, for every document.
@@ -170,11 +168,10 @@ def _masks_too_large(lengths: Sequence[int], problem: Problem) -> str | None:
     """Return why masks of these lengths do not fit into memory, all as booleans and the largest also as a bias."""
     squares = [length**2 for length in lengths]
     size = sum(squares) + max(squares, default=0) * problem.dtype.itemsize
-    if problem.device.type == "cuda":
-        cached = torch.cuda.memory_reserved(problem.device) - torch.cuda.memory_allocated(problem.device)
-        free = torch.cuda.mem_get_info(problem.device)[0] + cached
-    else:
-        free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if (device := problem.layout.device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
     if size <= _USABLE_MEMORY * free:
         return None
     need, free_gib = size / 2**30, free / 2**30
@@ -188,11 +185,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)[0].transpose(0, 1)
 
 
-def _needs_cuda(problem: Problem) -> str | None:
-    """Return why compiled kernels cannot be measured; FlexAttention has no backward on a CPU."""
-    return None if problem.device.type == "cuda" else NEEDS_CUDA
-
-
 def _flex(problem: Problem) -> Forward:
     """Compiled FlexAttention, given the interval form of the mask, which is its best case."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -202,7 +194,7 @@ def _flex(problem: Problem) -> Forward:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= key_start[query]) & (key < key_end[query])
 
-    block_mask = create_block_mask(visible, None, None, T, T, device=problem.device, _compile=True)
+    block_mask = create_block_mask(visible, None, None, T, T, device=problem.layout.device, _compile=True)
     grouped = problem.heads != problem.kv_heads
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,44 +215,94 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def _flash_varlen_causal(problem: Problem) -> Forward:
     """flash-attn's varlen kernel, causal on the same documents: FA3 or FA2 if installed, else torch's copy of it."""
-    offsets = problem.layout.document_offsets.to(problem.device, torch.int32)
+    offsets = problem.layout.document_offsets.to(problem.layout.device, torch.int32)
     longest = max(problem.lengths)
-    function = _varlen_function()
+    module = _first_installed(*_VARLEN)
+    function = getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
     parameters = inspect.signature(function).parameters
     flags = {name: True for name in ("causal", "is_causal") if name in parameters} or {"window_size": (-1, 0)}
     if "enable_gqa" in parameters:
         flags["enable_gqa"] = problem.heads != problem.kv_heads
+    return lambda q, k, v: _without_lse(function(q, k, v, offsets, offsets, longest, longest, **flags))
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v, offsets, offsets, longest, longest, **flags)
-        return out[0] if isinstance(out, tuple | list) else out  # some releases return the log-sum-exp too
 
-    return forward
+def _flashmask(problem: Problem) -> Forward:
+    """Paddle's FlashMask, its tensors shared with torch's. Untested on a GPU: written from its documentation."""
+    paddle = importlib.import_module("paddle")
+    share = paddle.utils.dlpack.from_dlpack
+    # A key is hidden from the queries at and after query_end, and from those before query_start.
+    bounds = share(torch.stack([problem.layout.query_end, problem.layout.query_start], dim=-1)[None, None].contiguous())
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *qkv: Tensor) -> Tensor:
+            ctx.inputs = [share(x.detach()[None].contiguous()) for x in qkv]
+            for x in ctx.inputs:
+                x.stop_gradient = False
+            ctx.out = _without_lse(paddle.nn.functional.flashmask_attention(*ctx.inputs, bounds, causal=False))
+            return torch.from_dlpack(ctx.out.detach())[0]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+            gradients = paddle.grad([ctx.out], ctx.inputs, [share(gradient[None].contiguous())])
+            return tuple(torch.from_dlpack(x.detach())[0] for x in gradients)
+
+    return Function.apply
+
+
+def _flex_flash_attention(problem: Problem) -> Forward:
+    """MagiAttention's flex-flash-attention: a slice for each run of text and for each image. Untested on a GPU."""
+    function = importlib.import_module("magi_attention.api").flex_flash_attn_func
+    # Kind 0 is full; kind 1 is causal, with the diagonal ending in the lower right corner of the rectangle.
+    rows = [(start, end, first, end, int(not image)) for start, end, first, image in mixes.segments(problem.layout)]
+    slices = torch.tensor(rows, dtype=torch.int32, device=problem.layout.device)
+    queries, keys, kinds = (x.contiguous() for x in (slices[:, :2], slices[:, 2:4], slices[:, 4]))
+    arguments = {"q_ranges": queries, "k_ranges": keys, "attn_type_map": kinds}
+    # Early releases require the longest ranges; in later ones these are optional or gone.
+    for name, ranges in (("max_seqlen_q", queries), ("max_seqlen_k", keys)):
+        parameter = inspect.signature(function).parameters.get(name)
+        if parameter and parameter.default is inspect.Parameter.empty:
+            arguments[name] = int(ranges.diff().max())
+    return lambda q, k, v: _without_lse(function(q, k, v, **arguments))
+
+
+def _without_lse(result: Any) -> Any:
+    """Return the output alone; some releases return the log-sum-exp too."""
+    return result[0] if isinstance(result, tuple | list) else result
 
 
 @cache
-def _varlen_function() -> Callable[..., Any] | None:
-    """Return the fastest varlen function that is installed."""
-    for name in ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
+def _first_installed(*modules: str) -> Any:
+    for name in modules:
         with suppress(ImportError):
-            module = importlib.import_module(name)
-            return getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
+            return importlib.import_module(name)
     return None
 
 
-def _flash_missing(problem: Problem) -> str | None:
-    if problem.device.type != "cuda":
-        return NEEDS_CUDA
-    if problem.dtype.itemsize != 2:
-        return "takes fp16 and bf16 only"
-    return None if _varlen_function() else "neither flash-attn nor torch's varlen_attn is there"
+def _on_gpu(*modules: str) -> Callable[[Problem], str | None]:
+    """Return the function that says why compiled kernels cannot do a problem; one of a library's modules is enough."""
 
+    def missing(problem: Problem) -> str | None:
+        if problem.layout.device.type != "cuda":
+            return NEEDS_CUDA
+        if modules and problem.dtype.itemsize != 2:
+            return "takes fp16 and bf16 only"
+        return f"not installed: {' or '.join(modules)}" if modules and not _first_installed(*modules) else None
+
+    return missing
+
+
+_VARLEN = ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen")
+_CAUSAL = "reference rate of a causal mask, not gated"
 
 BACKENDS = {
-    "triton": _ours("triton"),
-    "torch": _ours("torch"),
+    "triton": _ours("triton", _on_gpu()),
+    "torch": _ours("torch", lambda problem: None),
     "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p)),
     "sdpa_documents": Backend(_documents, lambda p: _masks_too_large(p.lengths, p)),
-    "flex": Backend(_flex, _needs_cuda),
-    "flash_varlen_causal": Backend(_flash_varlen_causal, _flash_missing, causal_only=True),
+    "flex": Backend(_flex, lambda p: (cpu := _on_gpu()(p)) and f"{cpu}: FlexAttention has no backward on a CPU"),
+    "flash_varlen_causal": Backend(_flash_varlen_causal, _on_gpu(*_VARLEN), ungated=_CAUSAL),
+    "flashmask": Backend(_flashmask, _on_gpu("paddle")),
+    "flex_flash_attention": Backend(_flex_flash_attention, _on_gpu("magi_attention.api")),
 }
+"""The rows of the comparison. A backend that is not gated cannot express the mask: its rate is only a reference."""

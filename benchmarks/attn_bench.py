@@ -3,30 +3,28 @@
     python benchmarks/attn_bench.py --out DIR [--device cuda|cpu] [--mixes ...] [--lengths ...] [--backends ...]
 
 Writes DIR/attention.csv, attention.png and attention.md. A backend is timed at a shape only after its output and
-gradients were found right there. On a GPU: six mixes at 16,384 positions and two of them from 1k to 128k, for head
-dimensions 128 and 64. On a CPU: a few small shapes, in one or two minutes. Exit status 1 where a backend computed
-something wrong, or one of ours broke.
+gradients were found right there. On a GPU: six mixes at 16,384 positions and two of them from 1k to 128k. On a CPU: a
+few small shapes, in one or two minutes. Exit status 1 where a backend computed something wrong, or one of ours broke.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
 
 import mixes
-import pandas as pd
 import tables
 import timing
 import torch
-from attention_backends import BACKENDS, Backend, Problem, attention_gate
-from gate import Candidate, compare, failure_reason
-from matplotlib import pyplot as plt
+from attention_backends import BACKENDS, Problem, attention_gate
+from gate import Backend, compare, failure_reason
 from tables import Row
 from timing import DTYPES, NOT_MEASURED
 
@@ -59,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> bool:
-    """Measure shape after shape; return whether nothing failed. The CSV file is up to date after each shape."""
+    """Measure shape after shape; return whether nothing failed."""
     gpu, quick = device.type == "cuda", options.quick
     heads = (2 if quick else 16 if gpu else 8) if options.heads is None else options.heads
     kv_heads = heads if options.kv_heads is None else options.kv_heads
@@ -73,17 +71,15 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
     seconds = 0.1 if quick else 0.25 if gpu else 2
     deadline = time.monotonic() + 60 * options.minutes
     machine = timing.describe_machine(device)
-    rows: list[Row] = []
-    for head_dim, (mix, length) in ((head_dim, pack) for head_dim in head_dims for pack in _packs(options, gpu)):
-        problem = Problem(mixes.sample(mix, length), heads, kv_heads, head_dim, dtype)
-        outcomes = compare_backends(problem, backends, device, seconds, deadline)
-        rows += make_rows(mix, problem, outcomes, backends, machine)
-        tables.write_csv(rows, options.out / "attention.csv")
-        print(f"{mix} T={length} D={head_dim}: done", file=sys.stderr)
-    draw(rows, options.out / "attention.png")
-    unmeasured = tables.list_unmeasured(rows, "{backend}", "{mix} T={T} D={D}")
-    tables.write_report(options.out / "attention", "Hybrid attention", rows, COLUMNS, NOTES, unmeasured)
-    return not any(row["status"].startswith("FAILED") for row in rows)
+
+    def groups() -> Iterator[list[Row]]:
+        for head_dim, (mix, length) in product(head_dims, _packs(options, gpu)):
+            problem = Problem(mixes.sample(mix, length), heads, kv_heads, head_dim, dtype)
+            outcomes = compare_backends(problem, backends, device, seconds, deadline)
+            yield make_rows(mix, problem, outcomes, backends, machine)
+
+    path, problem = options.out / "attention", "{mix} T={T} D={D}"
+    return tables.write_comparison(path, "Hybrid attention", groups(), problem, PANELS, COLUMNS, NOTES)
 
 
 def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
@@ -106,30 +102,15 @@ def compare_backends(
     try:
         problem = replace(problem, layout=problem.layout.to(device))
         qkv, upstream = problem.inputs()
-        candidates = [
-            Candidate(
-                name,
-                prepare=lambda backend=backend: backend.prepare(problem),
-                is_ours=backend.is_ours,
-                missing=backend.missing(problem),
-                ungated="reference rate of a causal mask, not gated" if backend.causal_only else None,
-            )
-            for name, backend in backends.items()
-        ]
-        gate = lambda: attention_gate(problem, qkv, upstream)  # noqa: E731
-        return compare(candidates, qkv, (upstream,), gate, seconds, deadline=deadline, time_prepare=True)[0]
+        gate = partial(attention_gate, problem, qkv, upstream)
+        return compare(problem, backends, qkv, (upstream,), gate, seconds, deadline=deadline)[0]
     except RuntimeError as error:
         # The reference does not fit or is wrong, or an earlier error has left the device unusable.
-        status = f"{NOT_MEASURED}: no reference: {failure_reason(error)}"
-        return {name: {"status": status} for name in backends}
+        return {name: {"status": f"{NOT_MEASURED}: no reference: {failure_reason(error)}"} for name in backends}
 
 
 def make_rows(
-    mix: str,
-    problem: Problem,
-    outcomes: Mapping[str, Row],
-    backends: Mapping[str, Backend],
-    machine: Mapping[str, str],
+    mix: str, problem: Problem, outcomes: Mapping[str, Row], backends: Mapping[str, Backend], machine: Mapping[str, str]
 ) -> list[Row]:
     """Return the rows of one problem: milliseconds, MiB, TFLOP/s by exact area, percent of the GPU's peaks.
 
@@ -144,7 +125,7 @@ def make_rows(
     rows = []
     for name, outcome in outcomes.items():
         area = problem.layout.area
-        if backends[name].causal_only:  # the documents without their images
+        if backends[name].ungated:  # the documents without their images
             area = sum(length * (length + 1) // 2 for length in problem.lengths)
         row = {
             "op": "attention", "mix": mix, "T": T, "H": H, "G": G, "D": D,
@@ -165,6 +146,7 @@ def make_rows(
     return rows
 
 
+PANELS = {f"{which}, TFLOP/s by exact area": f"{which}_tflops" for which in PER_PAIR}
 COLUMNS = {
     "mix": "{mix}", "T": "{T}", "D": "{D}", "backend": "{backend}", "prepare": "{prepare_ms:.3g}",
     "forward": tables.spread("forward"), "backward": tables.spread("backward"), "MiB": "{peak_mib:.3g}",
@@ -179,39 +161,6 @@ this hardware and dtype. `x dense` and `x documents` say how many times as fast 
 is in this run, forward and backward together. `prepare` is what a micro-batch needs once: ours builds its layout, and
 the others are given theirs. Every backend passed the correctness gate before it was timed, except flash_varlen_causal,
 which computes another mask: its rate, by the area of its own mask, is only a reference."""
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw a row of panels for each head dimension: rates of the mixes at one length, then of each mix by length."""
-    measured = pd.DataFrame([row for row in rows if row["status"].startswith("ok")], columns=list(rows[0]))
-    other_mask = measured.backend + " (another mask)"  # only a backend that was gated is plainly "ok"
-    measured["backend"] = measured.backend.where(measured.status == "ok", other_mask)
-    names = measured.backend.unique()
-    both_ms = measured.forward_p50 + measured.backward_p50
-    flops = sum(PER_PAIR.values()) * measured.H * measured.D * measured.visible_area
-    measured["tflops"] = flops.astype(float) / both_ms.astype(float) / 1e9
-    lengths = measured.groupby("mix", sort=False)["T"].nunique()
-    series = [mix for mix, count in lengths.items() if count > 1]
-    head_dims = sorted(measured.D.unique(), reverse=True) or [0]
-    size = (7 + 4.2 * len(series), 4.2 * len(head_dims))
-    widths = [1.6, *[1] * len(series)]
-    figure, axes = plt.subplots(len(head_dims), len(widths), figsize=size, squeeze=False, width_ratios=widths)
-    for head_dim, panels in zip(head_dims, axes, strict=True):
-        chosen = measured[head_dim == measured.D].pivot_table("tflops", ["T", "mix"], "backend", sort=False)
-        chosen = chosen.reindex(columns=names)  # so that a color stands for one backend everywhere
-        # The bars are of the length at which most mixes were measured.
-        at = max(chosen.index.get_level_values("T"), key=lambda T: (len(chosen.loc[T]), T), default=0)
-        tables.draw_bars(panels[0], chosen.loc[at] if at else chosen)
-        panels[0].set(title=f"T = {at:,}, D = {head_dim}", ylabel="TFLOP/s by exact area")
-        for panel, mix in zip(panels[1:], series, strict=True):
-            chosen.xs(mix, level="mix").plot(ax=panel, style="o-", logx=True, legend=False, ylim=(0, None))
-            panel.set(title=f"{mix}, D = {head_dim}")
-            panel.grid(alpha=0.3)
-    if len(measured):
-        first = measured.iloc[0]
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
-        figure.suptitle(f"Hybrid attention, forward + backward, {first.H} heads, {first.dtype}, {first.hardware}")
-    tables.save_figure(figure, path, bottom=0.25 / size[1] + 0.03)
 
 
 if __name__ == "__main__":

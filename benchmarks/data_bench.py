@@ -3,7 +3,7 @@
     python benchmarks/data_bench.py --out DIR [--seconds 5]
 
 Writes DIR/data.csv and data.md. All files are made here, in a folder that is removed, and lie in the page cache: the
-times are the processor's work. The loader's packs are of 4,096 tokens, half of them patches of 32 fp16 values.
+times are the processor's work.
 """
 
 import io
@@ -12,15 +12,16 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tables
 import timing
 import torch
+import webdataset as wds
 from PIL import Image
 from tables import Row
 
@@ -41,14 +42,12 @@ from transfusion_fast.prepare.sources.text import TextSource
 
 CAPACITY = 4096
 LATENTS = ModalityInfo("latents", channels=8, patch_size=2, encoding="latents")  # 32 values a patch
-IMAGE_SIDE = 32  # of latents: 256 patches
 PIXELS = ModalityInfo("images", channels=3, patch_size=16, encoding="pixels")
 CAPACITIES = (2048, 4096, 8192, 16384)
 _SEED = 0
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of the feed; a call of `run` handles `count` units, which are `megabytes` on disk."""
 
     name: str
@@ -83,7 +82,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     pairs: list[Document] = [
         (
             TextSegment(rng.integers(0, 256, int(rng.integers(100, 413)), dtype=np.int32)),
-            ImageSegment(rng.standard_normal((IMAGE_SIDE, IMAGE_SIDE, LATENTS.channels)).astype(np.float16)),
+            ImageSegment(rng.standard_normal((32, 32, LATENTS.channels)).astype(np.float16)),
         )
         for _ in range(documents)
     ]
@@ -100,8 +99,16 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     keyed = [KeyedPack(reader.read(number), 0, number) for number in numbers]
     loaded = training_batches(config, data, Share(0, 1, 1, 1), 0)
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
+
+    def read_tars() -> None:
+        for shard in index.shards:
+            with tarfile.open(folder / shard.file) as archive:
+                for member in archive:
+                    if file := archive.extractfile(member):
+                        file.read()
+
     runs: dict[str, Callable[[], object]] = {
-        "plain read of the tar": lambda: [_read_tar(folder / shard.file) for shard in index.shards],
+        "plain read of the tar": read_tars,
         "read, checksum, decode, validate": lambda: [reader.read(number) for number in numbers],
         "draw order, timesteps, noise": lambda: [draw(pack, _SEED) for pack in keyed],
         "draw and lay out, attention's layout included": lambda: [builder([pack]) for pack in keyed],
@@ -110,18 +117,8 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     return [Stage(name, "tokens", index.num_packs * CAPACITY, run, megabytes) for name, run in runs.items()]
 
 
-def _read_tar(path: Path) -> None:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if file := archive.extractfile(member):
-                file.read()
-
-
 def packing_stages(documents: int = 200_000) -> list[Stage]:
-    """Return the packing of a mix of lengths, and of captioned images of 256 patches.
-
-    The mix has a median of 292 positions, and one document in twenty is above 1,107.
-    """
+    """Return the packing of a mix of lengths, and of captioned images of 256 patches, as the notes describe them."""
     rng = np.random.default_rng(_SEED)
     mix = rng.lognormal(np.log(292), np.log(1107 / 292) / 1.645, documents)
     captions = rng.lognormal(np.log(15), 0.6, documents)
@@ -143,7 +140,12 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
     lines = [json.dumps({"text": " ".join(rng.choice(words, 200))}) for _ in range(texts)]
     text, tar = scratch / "texts.jsonl", scratch / "pairs.tar"
     text.write_text("\n".join(lines), encoding="utf-8")
-    _write_pairs(tar, images, rng)
+    with wds.TarWriter(str(tar)) as writer:
+        for number in range(images):
+            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            stream = io.BytesIO()
+            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+            writer.write({"__key__": f"{number:06d}", "jpg": stream.getvalue(), "txt": "a picture of noise"})
     encoder = Encoder(ByteTokenizer(), CAPACITY)
     pairs = Encoder(ByteTokenizer(), CAPACITY, (PIXELS,), ImageRule("crop", 256, PIXELS.patch_size))
 
@@ -156,18 +158,6 @@ def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list
         Stage("preparing text", "documents", texts, partial(build_once, TextSource.of([text]), encoder), size[text]),
         Stage("preparing pairs", "images", images, partial(build_once, PairsSource.of([tar]), pairs), size[tar]),
     ]
-
-
-def _write_pairs(path: Path, count: int, rng: np.random.Generator) -> None:
-    with tarfile.open(path, "w") as archive:
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            stream = io.BytesIO()
-            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-            for extension, data in (("jpg", stream.getvalue()), ("txt", b"a picture of noise")):
-                member = tarfile.TarInfo(f"{number:06d}.{extension}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
 
 
 def time_group(stages: Sequence[Stage], seconds: float) -> list[Row]:

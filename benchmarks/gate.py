@@ -6,12 +6,14 @@ it may differ by 2e-6 of the reference, and a gradient by 1e-5.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from tables import Row
-from timing import NOT_MEASURED, Step, Times, allocated_bytes, autograd_step, time_steps
+from timing import NOT_MEASURED, Step, Times, allocated_bytes, time_steps
 from torch import Tensor
 from torch.utils import benchmark
 from triton.errors import TritonError
@@ -23,8 +25,8 @@ Gate = Callable[[Results], str | None]
 # Errors that a backend may raise for a shape that it cannot do. NotImplementedError and running out of memory are
 # RuntimeErrors.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
-_OVER_BUDGET = f"{NOT_MEASURED}: time budget"
-_OUT_OF_MEMORY = "out of memory"
+_OVER_BUDGET = "time budget"
+OUT_OF_MEMORY = "out of memory"
 
 
 def make_gate(
@@ -77,107 +79,102 @@ def run(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) 
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, inputs, upstream))]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A backend on one problem; `prepare` does what a micro-batch needs once for all layers."""
+class Backend(NamedTuple):
+    """One way to compute an op."""
 
-    name: str
-    prepare: Callable[[], Forward]
-    is_ours: bool
+    prepare: Callable[[Any], Forward]
+    """Does what a micro-batch needs once for all layers; takes the problem."""
+    missing: Callable[[Any], str | None] = lambda problem: None
+    """Returns why the backend cannot do a problem, or None."""
+    is_ours: bool = False
     """An error of this backend fails the benchmark."""
-    missing: str | None = None
-    """Why the backend cannot be measured here."""
     ungated: str | None = None
     """Why the results are not checked."""
 
 
 def compare(
-    candidates: Sequence[Candidate],
+    problem: Any,
+    backends: Mapping[str, Backend],
     inputs: Sequence[Tensor],
     upstream: Sequence[Tensor],
     gate: Callable[[], Gate],
     seconds: float,
     *,
     deadline: float = float("inf"),
-    time_prepare: bool = False,
     others: Mapping[str, Step] | None = None,
 ) -> tuple[dict[str, Row], dict[str, Times]]:
     """Check each backend and then time it; one that fails never stops the rest.
 
     Args:
         gate: makes the gate, if any backend can be measured.
-        seconds: to time each backend for.
-        deadline: of time.monotonic(); no backend starts after it.
+        seconds: to time each backend for; none starts after `deadline` of time.monotonic().
         others: steps that are timed together with the backends, without a check.
 
     Returns:
-        The columns of each backend, in order, and the times of the other steps. A backend that was not timed has the
-        column `status` alone, which says why; else it has those of `Times`, `peak_mib` and `prepare_ms` too.
+        The columns of each backend, in order, and the times of the other steps: `status` and, if a backend was timed,
+        those of `Times`, `peak_mib` and `prepare_ms`.
     """
     device, others = inputs[0].device, others or {}
-    outcomes = {c.name: {"status": f"{NOT_MEASURED}: {c.missing}"} for c in candidates if c.missing}
-    if time.monotonic() > deadline:
-        outcomes = {c.name: {"status": _OVER_BUDGET} for c in candidates}
-    able = [c for c in candidates if c.name not in outcomes]
-    held = gate() if able else None
+    late = time.monotonic() > deadline
+    reasons = {name: _OVER_BUDGET if late else backend.missing(problem) for name, backend in backends.items()}
+    outcomes = {name: {"status": f"{NOT_MEASURED}: {reason}"} for name, reason in reasons.items() if reason}
+    able = {name: backend for name, backend in backends.items() if name not in outcomes}
+    wrong = gate() if able else None
     timings: dict[str, Times] = {}
     # On a GPU each backend has the memory to itself; on a CPU the backends and the other steps take turns.
     apart = device.type == "cuda"
-    for group in [[c] for c in able] if apart else [able]:
+    for group in [{name: backend} for name, backend in able.items()] if apart else [able]:
         steps: dict[str, Step] = {}
-        for candidate in group:
-            late = time.monotonic() > deadline
-            checked = {"status": _OVER_BUDGET} if late else _check(candidate, held, inputs, upstream)
-            if isinstance(checked, dict):
-                outcomes[candidate.name] = checked
-            else:
-                steps[candidate.name] = autograd_step(checked, inputs, upstream)
-        passed = [c for c in group if c.name in steps]
-        try:
+        for name, backend in group.items():
+            outcomes[name] = {"status": f"{NOT_MEASURED}: {_OVER_BUDGET}"}
+            if time.monotonic() <= deadline:
+                with _errors_in(outcomes, {name: backend}):
+                    forward = backend.prepare(problem)
+                    results = run(forward, inputs, upstream)
+                    if found := None if backend.ungated else wrong(results):
+                        outcomes[name] = {"status": f"FAILED: {found}"}
+                    else:
+                        steps[name] = partial(_step, forward, inputs, upstream)
+        with _errors_in(outcomes, {name: group[name] for name in steps}):
             timings |= time_steps(steps if apart else steps | others, device, seconds)
-        except FAILURES as error:
-            outcomes |= {c.name: _broken(c, error) for c in passed}
-            continue
-        outcomes |= {c.name: _finish(c, steps[c.name], timings[c.name], device, time_prepare) for c in passed}
+        for name in [name for name in steps if name in timings]:
+            with _errors_in(outcomes, {name: group[name]}):
+                outcomes[name] = _finish(group[name], problem, steps[name], timings[name], device)
     timings |= time_steps({name: step for name, step in others.items() if name not in timings}, device, seconds)
-    return {c.name: outcomes[c.name] for c in candidates}, {name: timings[name] for name in others}
+    return {name: outcomes[name] for name in backends}, {name: timings[name] for name in others}
 
 
-def _check(candidate: Candidate, gate: Gate, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> Forward | Row:
-    """Return the forward pass of a backend whose results are right, else what is wrong."""
-    try:
-        forward = candidate.prepare()
-        results = run(forward, inputs, upstream)
-        wrong = None if candidate.ungated else gate(results)
-    except FAILURES as error:
-        return _broken(candidate, error)
-    return {"status": f"FAILED: {wrong}"} if wrong else forward
+def _step(forward: Forward, inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> Callable[[], object]:
+    outputs = forward(*inputs)
+    return lambda: torch.autograd.grad(outputs, inputs, upstream)
 
 
-def _finish(candidate: Candidate, step: Step, times: Times, device: torch.device, time_prepare: bool) -> Row:
-    call = {"prepare": candidate.prepare}
+def _finish(backend: Backend, problem: Any, step: Step, times: Times, device: torch.device) -> Row:
+    call = {"prepare": lambda: backend.prepare(problem)}
     timer = benchmark.Timer("prepare()", globals=call, num_threads=torch.get_num_threads())
+    _, peak = allocated_bytes(lambda: step()(), device)
+    status = f"ok: {backend.ungated}" if backend.ungated else "ok"
+    return {"status": status, **times, "peak_mib": peak / 2**20, "prepare_ms": 1e3 * timer.timeit(3).mean}
+
+
+@contextmanager
+def _errors_in(outcomes: dict[str, Row], backends: Mapping[str, Backend]) -> Iterator[None]:
+    """Turn an error into outcomes: a failure of ours, but not for a missing kernel or too little memory."""
     try:
-        _, peak = allocated_bytes(lambda: step()(), device)
-        prepare_ms = 1e3 * timer.timeit(3).mean if time_prepare else None
+        yield
     except FAILURES as error:
-        return _broken(candidate, error)
-    status = f"ok: {candidate.ungated}" if candidate.ungated else "ok"
-    return {"status": status, **times, "peak_mib": peak / 2**20, "prepare_ms": prepare_ms}
-
-
-def _broken(candidate: Candidate, error: Exception) -> Row:
-    """Return the columns of an error: a failure of ours, but not for a missing kernel or too little memory."""
-    reason = failure_reason(error)
-    excused = isinstance(error, NotImplementedError) or reason == _OUT_OF_MEMORY or not candidate.is_ours
-    return {"status": f"{NOT_MEASURED if excused else 'FAILED'}: {reason}"}
+        reason = failure_reason(error)
+        excused = isinstance(error, NotImplementedError) or reason == OUT_OF_MEMORY
+        for name, backend in backends.items():
+            failed = backend.is_ours and not excused
+            outcomes[name] = {"status": f"{'FAILED' if failed else NOT_MEASURED}: {reason}"}
 
 
 def failure_reason(error: BaseException) -> str:
     """Return one line for a table."""
     # The CPU allocator has no exception of its own.
     if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
-        return _OUT_OF_MEMORY
+        return OUT_OF_MEMORY
     if isinstance(error, NotImplementedError):
         return str(error)
     first_line = (str(error).strip().splitlines() or ["no message"])[0]

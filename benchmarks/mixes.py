@@ -13,11 +13,11 @@ kind at any length.
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from transfusion_fast.errors import InputError
 from transfusion_fast.kernels.layout import AttentionLayout
 
 NAMES = ("pairs", "text", "mixed", "interleaved", "tiny", "long")
@@ -39,13 +39,7 @@ def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], li
 
     Where the next document does not fit, the pack ends with a part of it that keeps an image, or with text; the mixes
     without text leave less than one document of padding.
-
-    Raises:
-        InputError: the mix does not exist, or the length is below 1.
     """
-    _check_name(name)
-    if total_length < 1:
-        raise InputError(f"the length of a pack must be at least 1, got {total_length}")
     rng = np.random.default_rng([NAMES.index(name), total_length, seed])
     documents: list[Document] = []
     remaining = total_length
@@ -61,17 +55,19 @@ def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], li
     return [_length(document) for document in documents if document], spans
 
 
-def fixed(name: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the sample of the mix `name` at `FIXED_LENGTH` positions, as `generate` returns a pack."""
-    _check_name(name)
-    sample = json.loads(_FIXED.read_text(encoding="utf-8"))[name]
-    return sample["document_lengths"], [(start, length) for start, length in sample["image_spans"]]
-
-
 def sample(name: str, total_length: int) -> AttentionLayout:
     """Return the layout to measure on, on the CPU: the fixed sample at its length, a generated pack at any other."""
-    lengths, spans = fixed(name) if total_length == FIXED_LENGTH else generate(name, total_length)
-    return AttentionLayout.from_spans(lengths, spans, total_length)
+    if total_length == FIXED_LENGTH:
+        return AttentionLayout.from_spans(**json.loads(_FIXED.read_text(encoding="utf-8"))[name])
+    return AttentionLayout.from_spans(*generate(name, total_length), total_length)
+
+
+def segments(layout: AttentionLayout) -> list[tuple[int, int, int, bool]]:
+    """Return (start, end, document start, is image) of every run of text and every image."""
+    document_start, spans = layout.key_start.tolist(), layout.image_spans
+    images = set(spans[:, 0].tolist())
+    cuts = sorted({*layout.document_offsets.tolist(), *images, *spans.sum(dim=1).tolist()})
+    return [(start, end, document_start[start], start in images) for start, end in pairwise(cuts)]
 
 
 def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
@@ -88,11 +84,6 @@ def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
     first, last = first[order], last[order]
     covered = np.concatenate([[0], np.maximum.accumulate(last)[:-1]])
     return int(np.maximum(last - np.maximum(first, covered), 0).sum()) * block * block
-
-
-def _check_name(name: str) -> None:
-    if name not in NAMES:
-        raise InputError(f"a mix must be one of {', '.join(NAMES)}, got {name!r}")
 
 
 def _documents(name: str, total_length: int, rng: np.random.Generator) -> Iterator[Document]:

@@ -6,45 +6,39 @@ Writes DIR/rope_swiglu.csv, .md and .png, and DIR/diffusion_mse.csv, .md and .pn
 bytes as an op must read and write at least, timed in the same run. Exit status 1 where a backend computed something
 wrong, or one of ours broke.
 
-Rotary embedding and SwiGLU take 16,384 tokens on a GPU and 4,096 on a CPU; q and k are views of one projection to
-queries, keys and values, as in the model. Images are of 256 patches, or of 1 to 1,024, and a patch has 32 numbers (2 x
-2 of 8 latent channels). As in training, the model's prediction has the dtype of the row, and the rest is fp32.
+q and k of the rotary embedding are views of one projection, as in the model. A patch has 32 numbers, 2 x 2 of 8 latent
+channels. As in training, the model's prediction has the dtype of the row, and the rest of the error is in fp32.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import product
+from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
 
-import pandas as pd
 import tables
 import timing
 import torch
 import torch.nn.functional as F
-from gate import Candidate, Forward, Gate, compare, make_gate, run
-from matplotlib import pyplot as plt
+from gate import Backend, Forward, Gate, compare, make_gate, run
+from pointwise_report import Moved, mse_bytes, rope_bytes, swiglu_bytes
 from tables import Row
 from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Times
 from torch import Tensor
 
-from transfusion_fast.kernels import reference
 from transfusion_fast.model import ops
 
-OURS = ("triton", "torch")
-PLAIN, COMPILED = "plain", "plain, compiled"
-BACKENDS = (*OURS, PLAIN, COMPILED)
+PLAIN = "plain"
 EPS = 1e-6  # of the norm, as in the op
 C = 32
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """The device and dtype that problems are made for; `tiny` problems take almost no time."""
 
     device: torch.device
@@ -61,41 +55,31 @@ class Setting:
         return torch.randn(shape, generator=generator, device=self.device).to(dtype or self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """One op at one shape and dtype, on one device; all functions take the inputs, which require gradients.
+class Problem(NamedTuple):
+    """One op at one shape and dtype, on one device.
 
-    `specification` is the reference for inputs in fp64, `ours` also takes `backend`, and `plain` is the op as one would
-    write it in PyTorch. `least` are the bytes that forward and backward must move: each input and each output once.
+    `ours` takes the inputs and `backend`; `plain` takes the inputs and is the op as one would write it in PyTorch.
+    `least` are the bytes that forward and backward must move: each input and each output once.
     """
 
     op: str
     shape: str
     inputs: tuple[Tensor, ...]
-    specification: Forward
     ours: Callable[..., Tensor | tuple[Tensor, ...]]
     plain: Forward
-    least: tuple[int, int]
-
-
-def bytes_of(*tensors: Tensor) -> int:
-    """Return the bytes of all elements."""
-    return sum(x.numel() * x.element_size() for x in tensors)
+    least: tuple[int, ...]
 
 
 def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
     """Return rotary embedding of H query heads and G key heads of D numbers."""
     T = setting.pick(64, 4096, 16384)
     projection = setting.normal(0, T, H + 2 * G, D)
-    q, k = projection[:, :H], projection[:, H : H + G]
     weights = [1 + 0.1 * setting.normal(seed, D) for seed in (1, 2)] if norm else []
     table = ops.rotary(torch.arange(T, device=setting.device), D)
-    # Backward through the norm also reads what was normed, and the weights, whose gradients it writes.
-    once = 2 * bytes_of(q, k) + bytes_of(*table)
-    least = (once + bytes_of(*weights), once + (bytes_of(q, k) + 2 * bytes_of(*weights) if norm else 0))
 
-    def named(weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("q_weight", "k_weight"), weights, strict=False))
+    def ours(q: Tensor, k: Tensor, *weights: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        named = dict(zip(("q_weight", "k_weight"), weights, strict=False))
+        return ops.rope(q, k, table, **named, backend=backend)
 
     def plain(q: Tensor, k: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         """Rotate in the precision of q and k throughout."""
@@ -107,40 +91,24 @@ def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
             rotated.append(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
         return tuple(rotated)
 
-    return Problem(
-        op="rope with norm" if norm else "rope",
-        shape=f"T={T} H={H} G={G} D={D}",
-        inputs=tuple(x.detach().requires_grad_() for x in (q, k, *weights)),
-        specification=lambda q, k, *w: reference.rope(q, k, table, **named(w)),
-        ours=lambda q, k, *w, backend: ops.rope(q, k, table, **named(w), backend=backend),
-        plain=plain,
-        least=least,
-    )
+    op, shape = "rope with norm" if norm else "rope", f"T={T} H={H} G={G} D={D}"
+    moved = (rope_bytes(T, H, G, D, setting.dtype.itemsize, norm, backward) for backward in (False, True))
+    return Problem(op, shape, (projection[:, :H], projection[:, H : H + G], *weights), ours, plain, _least(*moved))
 
 
 def swiglu(setting: Setting, fused: bool) -> Problem:
     """Return SwiGLU of two tensors [T, F], or of one [T, 2F] that holds both."""
     T, width = setting.pick(64, 4096, 16384), setting.pick(256, 1408, 4096)
     both = setting.normal(0, T, 2 * width)
-    tensors = (both,) if fused else tuple(x.contiguous() for x in both.chunk(2, dim=-1))
-    half = bytes_of(both) // 2
-
-    def halves(*x: Tensor) -> Sequence[Tensor]:
-        return x[0].chunk(2, dim=-1) if fused else x
+    inputs = (both,) if fused else tuple(x.contiguous() for x in both.chunk(2, dim=-1))
 
     def plain(*x: Tensor) -> Tensor:
-        gate, up = halves(*x)
+        gate, up = x[0].chunk(2, dim=-1) if fused else x
         return F.silu(gate) * up
 
-    return Problem(
-        op="swiglu of one tensor" if fused else "swiglu",
-        shape=f"T={T} F={width}",
-        inputs=tuple(x.detach().requires_grad_() for x in tensors),
-        specification=lambda *x: reference.swiglu(*halves(*x)),
-        ours=ops.swiglu,
-        plain=plain,
-        least=(3 * half, 5 * half),
-    )
+    moved = (swiglu_bytes(kernel, T * width, setting.dtype.itemsize) for kernel in PASSES)
+    op = "swiglu of one tensor" if fused else "swiglu"
+    return Problem(op, f"T={T} F={width}", inputs, ops.swiglu, plain, _least(*moved))
 
 
 def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
@@ -149,48 +117,58 @@ def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
     lengths = torch.full((count,), 256)
     if ragged:
         lengths = torch.randint(1, 1025, (count,), generator=torch.Generator().manual_seed(0))
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int().to(setting.device)
-    P, lengths = int(lengths.sum()), lengths.to(setting.device)
-    prediction = setting.normal(0, P, C)
+    bounds = [0, *lengths.cumsum(0).tolist()]
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=setting.device)
+    P, lengths = bounds[-1], lengths.to(setting.device)
     eps, x_0 = setting.normal(1, 2, P, C, dtype=torch.float32)
-    read = bytes_of(prediction, *((eps, x_0) if flow else (eps,)), offsets) + 4 * count
     images = torch.repeat_interleave(torch.arange(count, device=setting.device), lengths)
 
-    def target(dtype: torch.dtype) -> Tensor:
-        return eps.to(dtype) - x_0.to(dtype) if flow else eps.to(dtype)
-
     def ours(p: Tensor, backend: str) -> Tensor:
-        if flow:
-            return ops.diffusion_mse_from_noise(p, x_0, eps, offsets, "flow", backend=backend)
-        return ops.diffusion_mse(p, eps, offsets, backend=backend)
+        if not flow:
+            return ops.diffusion_mse(p, eps, offsets, backend=backend)
+        precise = [x.to(torch.promote_types(p.dtype, x.dtype)) for x in (x_0, eps)]
+        return ops.diffusion_mse_from_noise(p, *precise, offsets, "flow", backend=backend)
 
     def plain(p: Tensor) -> Tensor:
-        squared = (p.float() - target(torch.float32)).square().mean(dim=-1)
+        squared = (p.float() - (eps - x_0 if flow else eps)).square().mean(dim=-1)
         return squared.new_zeros(count).index_add(0, images, squared) / lengths
 
-    return Problem(
-        op="diffusion_mse from noise" if flow else "diffusion_mse",
-        shape=f"{count} images of {'1 to 1024' if ragged else 256} patches, P={P}",
-        inputs=(prediction.requires_grad_(),),
-        specification=lambda p: reference.diffusion_mse(p, target(p.dtype), offsets),
-        ours=ours,
-        plain=plain,
-        least=(read, read + bytes_of(prediction)),
-    )
+    targets = {"target_ptr": 4, "x_0_ptr": 4} if flow else {"target_ptr": 4}
+    kernels = ("forward", "mean", "backward")
+    forward, mean, backward = (mse_bytes(kernel, bounds, C, setting.dtype.itemsize, targets) for kernel in kernels)
+    op = "diffusion_mse from noise" if flow else "diffusion_mse"
+    shape = f"{count} images of {'1 to 1024' if ragged else 256} patches, P={P}"
+    return Problem(op, shape, (setting.normal(0, P, C),), ours, plain, _least([*forward, *mean], backward))
 
 
-REPORTS: dict[str, tuple[str, list[Callable[[Setting], Problem]]]] = {
-    "rope_swiglu": (
-        "Rotary embedding and SwiGLU",
-        [
-            *(partial(rope, H=16, G=G, D=D, norm=norm) for G, D in ((16, 64), (4, 128)) for norm in (False, True)),
-            *(partial(swiglu, fused=fused) for fused in (False, True)),
-        ],
-    ),
-    "diffusion_mse": (
-        "Squared error of each image",
-        [partial(diffusion_mse, ragged=ragged, flow=flow) for ragged in (False, True) for flow in (False, True)],
-    ),
+def _least(*passes: Iterable[Moved]) -> tuple[int, ...]:
+    return tuple(sum(tensor.least for tensor in tensors) for tensors in passes)
+
+
+BOTH = (False, True)
+ROPE = [partial(rope, H=16, G=G, D=D, norm=norm) for (G, D), norm in product(((16, 64), (4, 128)), BOTH)]
+SWIGLU = [partial(swiglu, fused=fused) for fused in BOTH]
+MSE = [partial(diffusion_mse, ragged=ragged, flow=flow) for ragged, flow in product(BOTH, BOTH)]
+REPORTS = {
+    "rope_swiglu": ("Rotary embedding and SwiGLU", ROPE + SWIGLU),
+    "diffusion_mse": ("Squared error of each image", MSE),
+}
+
+
+def _compile(problem: Problem) -> Forward:
+    torch.compiler.reset()  # so that every problem is compiled for its own shape
+    return torch.compile(problem.plain, dynamic=False)
+
+
+def _without_gpu(problem: Problem) -> str | None:
+    return NEEDS_CUDA if problem.inputs[0].device.type == "cpu" else None
+
+
+BACKENDS = {
+    "triton": Backend(lambda problem: partial(problem.ours, backend="triton"), _without_gpu, is_ours=True),
+    "torch": Backend(lambda problem: partial(problem.ours, backend="torch"), is_ours=True),
+    PLAIN: Backend(lambda problem: problem.plain),
+    "plain, compiled": Backend(_compile),
 }
 
 
@@ -207,44 +185,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> bool:
-    """Measure the reports; return whether nothing failed. A CSV file is up to date after each problem."""
+    """Measure the reports; return whether nothing failed."""
     machine = timing.describe_machine(device)
-    failed = False
+
+    def groups(problems: Sequence[Callable[[Setting], Problem]]) -> Iterator[list[Row]]:
+        for dtype, make in product(options.dtypes, problems):
+            problem = make(Setting(device, DTYPES[dtype], options.quick))
+            yield make_rows(problem, *measure_problem(problem, options.backends, options.seconds), machine)
+
+    right = True
     for name in options.reports:
         title, problems = REPORTS[name]
-        rows: list[Row] = []
-        for dtype, make in ((dtype, make) for dtype in options.dtypes for make in problems):
-            problem = make(Setting(device, DTYPES[dtype], options.quick))
-            rows += make_rows(problem, *measure_problem(problem, options.backends, options.seconds), machine)
-            tables.write_csv(rows, options.out / f"{name}.csv")
-            print(f"pointwise_bench: {problem.op}, {problem.shape}, {dtype}: done", file=sys.stderr)
-        draw([row for row in rows if row["status"] == "ok"], title, options.out / f"{name}.png")
-        unmeasured = tables.list_unmeasured(rows, "{op}, {backend}", "{shape}, {dtype}")
-        tables.write_report(options.out / name, title, rows, COLUMNS, NOTES, unmeasured)
-        failed |= any(row["status"].startswith("FAILED") for row in rows)
-    return not failed
+        names = "{op}, {shape}, {dtype}", PANELS
+        right &= tables.write_comparison(options.out / name, title, groups(problems), *names, COLUMNS, NOTES)
+    return right
 
 
 def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -> tuple[dict[str, Row], Times]:
     """Return the columns of every backend, and the times of copies of as many bytes as each pass moves at least."""
-    inputs, device = problem.inputs, problem.inputs[0].device
+    inputs = [x.detach().requires_grad_() for x in problem.inputs]
+    device = inputs[0].device
     with torch.no_grad():
         outputs = problem.plain(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     generator = torch.Generator(device).manual_seed(1)
     upstream = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype) for x in outputs]
 
-    def prepare(name: str) -> Forward:
-        if name in OURS:
-            return partial(problem.ours, backend=name)
-        if name == PLAIN:
-            return problem.plain
-        torch.compiler.reset()  # so that every problem is compiled for its own shape
-        return torch.compile(problem.plain, dynamic=False)
-
     def gate() -> Gate:
         exact = [x.detach().double().requires_grad_() for x in inputs]
-        references = run(problem.specification, exact, [x.double() for x in upstream])
+        references = run(partial(problem.ours, backend="reference"), exact, [x.double() for x in upstream])
         names = [f"output {number}" for number in range(len(upstream))]
         names += [f"the gradient of input {number}" for number in range(len(inputs))]
         return make_gate(names, references, run(problem.plain, inputs, upstream))
@@ -256,17 +225,13 @@ def measure_problem(problem: Problem, backends: Sequence[str], seconds: float) -
         forward[0].copy_(forward[1])
         return lambda: backward[0].copy_(backward[1])
 
-    missing = {"triton": NEEDS_CUDA} if device.type == "cpu" else {}
-    candidates = [Candidate(name, partial(prepare, name), name in OURS, missing.get(name)) for name in backends]
-    outcomes, timings = compare(candidates, inputs, upstream, gate, seconds, others={"copy": copy})
+    chosen = {name: BACKENDS[name] for name in backends}
+    outcomes, timings = compare(problem, chosen, inputs, upstream, gate, seconds, others={"copy": copy})
     return outcomes, timings["copy"]
 
 
 def make_rows(problem: Problem, outcomes: Mapping[str, Row], copies: Times, machine: Mapping[str, str]) -> list[Row]:
-    """Return the rows of one problem: milliseconds, MiB, GB/s of the bytes that a pass needs at least.
-
-    `times_plain` says how many times as fast as plain PyTorch a backend is, forward and backward together.
-    """
+    """Return the rows of one problem: milliseconds, MiB, GB/s of the bytes that a pass needs at least."""
     plain, rows = outcomes.get(PLAIN, {}), []
     for name, outcome in outcomes.items():
         timed, dtype = timing.COLUMNS[0] in outcome, str(problem.inputs[0].dtype).removeprefix("torch.")
@@ -284,6 +249,7 @@ def make_rows(problem: Problem, outcomes: Mapping[str, Row], copies: Times, mach
     return rows
 
 
+PANELS = {f"{which}: share of a copy's rate": f"{which}_of_copy" for which in PASSES}
 COLUMNS = {
     "op": "{op}", "shape": "{shape}", "dtype": "{dtype}", "backend": "{backend}",
     "forward ms": tables.spread("forward"), "backward ms": tables.spread("backward"),
@@ -296,21 +262,6 @@ Medians (20th to 80th percentile). GB/s count each input and each output once. T
 timed in the same run; it is not a limit, because a pass that reads more than it writes may be faster. `x plain`: how
 many times as fast as plain PyTorch, forward and backward together. Peak memory is that of one forward and backward
 beyond the inputs. Everything was checked against the specification in fp64 before it was timed."""
-
-
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw a panel for each pass, with a group of bars for each problem and a color for each backend."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 1.8), sharey=True)
-    frame = pd.DataFrame([row | {"problem": "{op}, {shape}, {dtype}".format_map(row)} for row in rows])
-    for panel, name in zip(panels, PASSES, strict=True):
-        share = f"{name}_of_copy"
-        shares = frame.pivot_table(share, "problem", "backend", sort=False) if rows else frame
-        tables.draw_bars(panel, shares, horizontal=True, legend=panel is panels[1])
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xlabel(f"{name}: share of a copy's rate")
-    panels[0].invert_yaxis()
-    figure.suptitle(f"{title}, {rows[0]['hardware']}" if rows else title)
-    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

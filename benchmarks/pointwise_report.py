@@ -5,16 +5,12 @@ are multiples of 16. q and k of rope are views of one projection; separate tenso
 of autograd, forward or backward: one kernel, or two, or a kernel and a sum by PyTorch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
-import sass
 import triton
-from offline import ITEMSIZE, compile_kernel, spill_rule
-from sass import Access
+from offline import ITEMSIZE, Access, compile_kernel, known_multiples, parse_ptx, spill_rule, with_widest
 from tables import Row, list_broken, markdown_table
 
 from transfusion_fast.kernels import diffusion_mse, rope, swiglu
@@ -25,7 +21,10 @@ RULES_HOLD_ON = (80, 90)
 PYTORCH = "by PyTorch"
 T, F = 16384, 4096
 HEADS = ((16, 16, 64), (16, 4, 128))  # H, G, D
+PASSES = ("forward", "backward")
 OFFSETS, C = range(0, 64 * 256 + 1, 256), 32  # 64 images of 256 patches: 2 x 2 pixels of 8 latent channels
+# Triton's types of tensors whose dtype is always the same.
+TYPES = {"offsets_ptr": "*i32", **dict.fromkeys(("cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr"), "*fp32")}
 
 
 class Moved(NamedTuple):
@@ -94,7 +93,7 @@ def mse_bytes(kernel: str, offsets: Sequence[int], C: int, itemsize: int, target
 
 
 def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
-    """Return how many programs find patches, and what all programs read of the offsets as they look for their image."""
+    """Return how many programs find patches, and what all read of the offsets while they search for their image."""
     block = diffusion_mse.constants("forward", C)[0]["BLOCK_P"]
     images, patches = len(offsets) - 1, offsets[-1]
     live, read, ever = 0, 0, set()
@@ -111,8 +110,7 @@ def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
     return live, Moved("offsets_ptr", 4 * len(offsets), 4 * len(ever), 4 * read)
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One kernel and one shape."""
 
     shape: str
@@ -122,97 +120,69 @@ class Case:
     tensors: Sequence[Moved]
     rest: Sequence[Moved] = ()
     """Bytes that the other kernels of the pass touch."""
-    fp32: Sequence[str] = ()
-    """Targets of fp32, whatever the dtype of the other tensors."""
+    types: Mapping[str, str] = TYPES
     ragged: bool = False
     """A row ends in a partial tile, on a branch of its own, and its length is no multiple of 16."""
 
     @property
-    def arguments(self) -> list[str]:
-        """The arguments of a launch, in order, whose values the compiler does not know."""
-        return [name for name in self.function.arg_names if name not in self.constants]
-
-    @property
-    def aligned(self) -> set[str]:
+    def multiples(self) -> set[str]:
         """Arguments that the compiler knows to be multiples of 16."""
-        lengths = set() if self.ragged else {"F"}
-        return {n for n in self.arguments if n.endswith("_ptr") or n.startswith("stride") or n in lengths}
-
-    @property
-    def least(self) -> int:
-        """The least bytes of the pass."""
-        return sum(tensor.least for tensor in (*self.tensors, *self.rest))
-
-    def types(self, dtype: str) -> dict[str, str]:
-        """Return Triton's names of the types of `arguments`."""
-        fixed = {"cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr", *self.fp32}
-        kinds = {n: "*i32" if n == "offsets_ptr" else "*fp32" if n in fixed else f"*{dtype}" for n in self.arguments}
-        return {name: kind if name.endswith("_ptr") else "i32" for name, kind in kinds.items()}
+        known = known_multiples(self.function)
+        return known | {"F"} if "F" in self.function.arg_names and not self.ragged else known
 
 
-def _rope(itemsize: int, H: int, G: int, D: int, backward: bool, norm: bool) -> Case:
+def cases(itemsize: int) -> dict[str, Case]:
+    """Return every kernel as training launches it, by name, for numbers of `itemsize` bytes."""
+    found = {}
+    for (H, G, D), norm, kernel in product(HEADS, (False, True), PASSES):
+        case = _rope(itemsize, H, G, D, norm, kernel == "backward")
+        found[f"rope{' with norm' if norm else ''} {kernel}, H={H} G={G} D={D}"] = case
+    for kernel, layout in product(PASSES, ("two tensors", "halves of one", "odd length")):
+        found[f"swiglu {kernel}, {layout}"] = _swiglu(itemsize, kernel, layout)
+    for kernel, target in product(PASSES, ("", " with x_0", " with x_0 in fp32")):
+        found[f"diffusion_mse {kernel}{target}"] = _mse(itemsize, kernel, target)
+    return found | {"diffusion_mse mean": _mse(itemsize, "mean", "")}
+
+
+def _rope(itemsize: int, H: int, G: int, D: int, norm: bool, backward: bool) -> Case:
     tensors = rope_bytes(T, H, G, D, itemsize, norm, backward)
     if norm and backward:
-        sizes, options = rope.constants("backward", H, G, D)
-        return Case(f"T={T}", rope.rope_backward_kernel, sizes, options, tensors[:-1], tensors[-1:])
+        known = rope.constants("backward", H, G, D)
+        return Case(f"T={T}", rope.rope_backward_kernel, *known, tensors[:-1], tensors[-1:])
     sizes, options = rope.constants("forward", H, G, D)
     absent = {} if norm else {"q_weight_ptr": None, "k_weight_ptr": None}
     return Case(f"T={T}", rope.rope_forward_kernel, sizes | absent | {"INVERSE": backward}, options, tensors)
 
 
 def _swiglu(itemsize: int, kernel: str, layout: str) -> Case:
-    """Return the case of two contiguous tensors, of "even" or "odd" length, or of the "halves" of one projection."""
-    shape = {"even": f"two {[T, F]}", "odd": f"two {[T * F + 1]}", "halves": f"one {[T, 2 * F]}"}[layout]
-    values = T * F + (layout == "odd")
-    function = getattr(swiglu, f"swiglu_{kernel}_kernel")
-    sizes, options = swiglu.constants(kernel, F if layout == "halves" else values)  # contiguous tensors are one row
-    return Case(shape, function, sizes, options, swiglu_bytes(kernel, values, itemsize), ragged=layout == "odd")
+    """Return the case of two contiguous tensors, which are one row, or of the halves of one projection."""
+    values = T * F + (layout == "odd length")
+    shape = {"two tensors": f"two {[T, F]}", "odd length": f"two {[values]}", "halves of one": f"one {[T, 2 * F]}"}
+    function, width = getattr(swiglu, f"swiglu_{kernel}_kernel"), F if layout == "halves of one" else values
+    moved = swiglu_bytes(kernel, values, itemsize)
+    return Case(shape[layout], function, *swiglu.constants(kernel, width), moved, ragged=layout == "odd length")
 
 
-def _mse(itemsize: int, kernel: str, target: str = "tensor") -> Case:
-    """Return the case of a target that is a "tensor", or is made from noise and x_0 of a dtype.
-
-    The dtype is the prediction's ("x_0"), or "fp32" as in training.
-    """
-    names = ("target_ptr",) if target == "tensor" else ("target_ptr", "x_0_ptr")
-    targets = dict.fromkeys(names, 4 if target == "fp32" else itemsize)
-    count = partial(mse_bytes, offsets=OFFSETS, C=C, itemsize=itemsize, targets=targets)
+def _mse(itemsize: int, kernel: str, target: str) -> Case:
+    """Return the case of a target that is a tensor, or is made from noise and x_0 in the prediction's dtype or fp32."""
+    names = ("target_ptr", "x_0_ptr") if target else ("target_ptr",)
+    types = TYPES | dict.fromkeys(names, "*fp32") if "fp32" in target else TYPES
+    targets = dict.fromkeys(names, 4 if "fp32" in target else itemsize)
+    moved = {name: mse_bytes(name, OFFSETS, C, itemsize, targets) for name in ("forward", "mean", "backward")}
+    rest = {"forward": moved["mean"], "mean": moved["forward"]}.get(kernel, ())
     function = getattr(diffusion_mse, f"diffusion_mse_{kernel}_kernel")
     sizes, options = diffusion_mse.constants(kernel, C)
     # Contiguous rows are launched without a stride.
     unused = [name for name in function.arg_names if name.startswith("stride") or name in {"x_0_ptr"} - set(names)]
-    rest = {"forward": "mean", "mean": "forward"}.get(kernel)
-    return Case(
-        f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}", function, sizes | dict.fromkeys(unused), options, count(kernel),
-        count(rest) if rest else (), names if target == "fp32" else (),
-    )  # fmt: skip
-
-
-def _cases() -> Iterator[tuple[str, Callable[[int], Case]]]:
-    passes = ("forward", "backward")
-    for H, G, D in HEADS:
-        for name, norm in (("rope", False), ("rope with norm", True)):
-            for kernel in passes:
-                case = partial(_rope, H=H, G=G, D=D, backward=kernel == "backward", norm=norm)
-                yield f"{name} {kernel}, H={H} G={G} D={D}", case
-    for kernel in passes:
-        for layout, words in {"even": "two tensors", "halves": "halves of one", "odd": "odd length"}.items():
-            yield f"swiglu {kernel}, {words}", partial(_swiglu, kernel=kernel, layout=layout)
-    for kernel in passes:
-        for target, words in {"tensor": "", "x_0": " with x_0", "fp32": " with x_0 in fp32"}.items():
-            yield f"diffusion_mse {kernel}{words}", partial(_mse, kernel=kernel, target=target)
-    yield "diffusion_mse mean", partial(_mse, kernel="mean")
-
-
-# The functions from an itemsize to a case, by name.
-CASES = dict(_cases())
+    shape = f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}"
+    return Case(shape, function, sizes | dict.fromkeys(unused), options, moved[kernel], rest, types)
 
 
 def variants(architectures: Sequence[int], rules_only: bool = False) -> list[tuple[str, int, str]]:
     """Return (case, arch, dtype): bf16, and fp32 on sm_90; with `rules_only`, bf16 where the rules hold."""
     dtypes = {arch: ("bf16", "fp32") if arch == 90 and not rules_only else ("bf16",) for arch in architectures}
     chosen = [arch for arch in architectures if arch in RULES_HOLD_ON or not rules_only]
-    return [(name, arch, dtype) for arch in chosen for name in CASES for dtype in dtypes[arch]]
+    return [(name, arch, dtype) for arch in chosen for name in cases(2) for dtype in dtypes[arch]]
 
 
 def row_of(variant: tuple[str, int, str]) -> Row:
@@ -223,43 +193,38 @@ def row_of(variant: tuple[str, int, str]) -> Row:
     that full tiles move by 16 bytes or more. Bytes are of the kernel; `least_bytes` and the two ratios, of its pass.
     """
     name, arch, dtype = variant
-    case = CASES[name](ITEMSIZE[dtype])
-    compiled = compile_kernel(case.function, case.types(dtype), case.constants, case.aligned, case.options, arch)
-    by_tensor = _accesses(case, compiled.cubin, compiled.instructions)
+    case = cases(ITEMSIZE[dtype])[name]
+    compiled = compile_kernel(case.function, dtype, case.types, case.constants, case.multiples, case.options, arch)
+    accesses = compiled.accesses([n for n in case.function.arg_names if n not in case.constants])
+    by_tensor = {
+        tensor.name: [access for access in accesses if tensor.name in access.tensors] for tensor in case.tensors
+    }
+    # A tensor without a load or a store must have been overlooked.
+    assert all(by_tensor.values()) and set().union(*(a.tensors for a in accesses)) == by_tensor.keys(), name
     # Where the length of a row is no multiple of 16, the rules hold for its full tiles: for what one thread executes
     # together with the widest access of the tensor, and not for the branch that ends the row.
-    full = {n: sass.with_widest(a, compiled.instructions) if case.ragged else a for n, a in by_tensor.items()}
-    large = {tensor.name: full[tensor.name] for tensor in case.tensors if tensor.once * LARGE >= case.least}
-    narrow = {n: bits for n, found in large.items() if (bits := _narrowest(found)) < WIDE}
-    moved = sum(tensor.moved for tensor in case.tensors)
+    code = parse_ptx(compiled.ptx)
+    full = {n: with_widest(found, code) if case.ragged else found for n, found in by_tensor.items()}
     in_pass = [*case.tensors, *case.rest]
+    least, moved = sum(x.least for x in in_pass), sum(x.moved for x in case.tensors)
+    large = {x.name: full[x.name] for x in case.tensors if x.once * LARGE >= least}
+    narrow = {n.removesuffix("_ptr"): bits for n, found in large.items() if (bits := _narrowest(found)) < WIDE}
     every = [access for found in large.values() for access in found]
     resources = compiled.columns(compiled.instructions)
-    too_narrow = [f"{n.removesuffix('_ptr')} moves by {bits} bits, not {WIDE}" for n, bits in narrow.items()]
+    too_narrow = [f"{n} moves by {bits} bits, not {WIDE}" for n, bits in narrow.items()]
     return {
         "name": f"{name} sm_{arch} {dtype}", "case": name, "arch": arch, "dtype": dtype, "shape": case.shape,
         "warps": case.options["num_warps"], **resources,
         "load_bits": _narrowest(a for a in every if not a.store),
         "store_bits": _narrowest(a for a in every if a.store),
         "narrow_at_ends": _widths({n: [a for a in by_tensor[n] if a not in full[n]] for n in large}),
-        "small_tensors": _widths({n: found for n, found in full.items() if n not in large}),
+        "small_tensors": _widths({n: full[n] for n in by_tensor if n not in large}),
         "wide_share": round(sum(x.moved for x in case.tensors if _narrowest(full[x.name]) >= WIDE) / moved, 4),
-        "moved_bytes": moved, "least_bytes": case.least,
-        "moved_by_least": round(sum(tensor.moved for tensor in in_pass) / case.least, 4),
-        "once_by_least": round(sum(tensor.once for tensor in in_pass) / case.least, 4),
+        "moved_bytes": moved, "least_bytes": least,
+        "moved_by_least": round(sum(x.moved for x in in_pass) / least, 4),
+        "once_by_least": round(sum(x.once for x in in_pass) / least, 4),
         "broken_rules": "; ".join(spill_rule(resources) + too_narrow),
     }  # fmt: skip
-
-
-def _accesses(case: Case, cubin: bytes, instructions: Sequence[sass.Instruction]) -> dict[str, list[Access]]:
-    """Return the loads and stores of every tensor. A tensor without one must have been overlooked."""
-    arguments = sass.parse_argument_offsets(sass.run_tool("cuobjdump", "-elf", cubin), case.arguments)
-    pointers = {offset: name for offset, name in arguments.items() if name.endswith("_ptr")}
-    found = sass.accesses(instructions, pointers)
-    by_tensor = {tensor.name: [access for access in found if tensor.name in access.tensors] for tensor in case.tensors}
-    missing = [name for name, of_tensor in by_tensor.items() if not of_tensor]
-    assert not missing and by_tensor.keys() == set(pointers.values()), f"unread: {missing}, {pointers.values()}"
-    return by_tensor
 
 
 def _narrowest(found: Iterable[Access]) -> int | None:
@@ -295,16 +260,16 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         groups.setdefault((row["case"], row["dtype"]), []).append(shown)
     lines = []
     for group in groups.values():
-        values = {name: ["" if row[name] is None else str(row[name]) for row in group] for name in group[0]}
+        words = {name: ["" if row[name] is None else str(row[name]) for row in group] for name in _PER_TARGET}
         # One value if all targets share it, or one per target.
-        each = {name: words[0] if len(set(words)) == 1 else " / ".join(words) for name, words in values.items()}
-        lines.append(group[0] | {name: each[name] for name in (*_PER_TARGET, "small", "wide")})
+        shared = {name: found[0] if len(set(found)) == 1 else " / ".join(found) for name, found in words.items()}
+        lines.append(group[0] | shared)
     targets = ", ".join(f"sm_{arch}" for arch in dict.fromkeys(row["arch"] for row in rows))
     columns = {heading.format(targets=targets): form for heading, form in _COLUMNS.items()}
     return ["## Memory-bound kernels", _LEGEND, list_broken(rows), markdown_table(lines, columns)]
 
 
-_PER_TARGET = ("warps", "registers", "spills", "load_bits", "store_bits")
+_PER_TARGET = ("warps", "registers", "spills", "load_bits", "store_bits", "small", "wide")
 _COLUMNS = {
     "kernel": "{case}", "shape": "{shape}", "type": "{dtype}", "warps": "{warps}",
     "registers on {targets}": "{registers}", "spills": "{spills}", "loads": "{load_bits}", "stores": "{store_bits}",

@@ -13,11 +13,10 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -27,12 +26,10 @@ if __name__ == "__main__":
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import mixes
-import pandas as pd
 import tables
 import timing
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from tables import Row
 from timing import Step, Times, allocated_bytes
 from torch import Tensor, nn
@@ -77,27 +74,6 @@ class Variant(NamedTuple):
         return f"{self.dtype} {self.backend}{compiled}{kept}"
 
 
-class MasterAdamW:
-    """AdamW that keeps fp32 copies of half-precision weights and updates the weights from them."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.weights = list(parameters)
-        self.in_place = self.weights[0].dtype == torch.float32
-        self.masters = self.weights if self.in_place else [p.detach().float().requires_grad_() for p in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=True)
-
-    def step(self) -> None:
-        """Update the weights and drop their gradients."""
-        if not self.in_place:
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-        self.optimizer.step()
-        if not self.in_place:
-            torch._foreach_copy_([p.data for p in self.weights], self.masters)
-        for weight in self.weights:
-            weight.grad = None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that the command line asks for; return the exit code."""
     parser = timing.make_parser(__doc__)
@@ -116,19 +92,16 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
     if cpu:
         keep_freed_memory()
     check_losses(preset, documents, device, ours)
-    facts: dict[str, Row] = {}
-    steps: dict[str, Step] = {}
-    for variant in [variant for dtype in options.dtypes for variant in variants(dtype, ours)]:
-        print(f"{variant}: preparing", file=sys.stderr)
-        steps[str(variant)], facts[str(variant)] = _prepare(variant, preset, documents, device)
-    if options.peer:
-        name, *prepared = prepare_peer(preset, documents, device)
-        steps[name], facts[name] = prepared
+    makers = [partial(_prepare, variant) for dtype in options.dtypes for variant in variants(dtype, ours)]
+    prepared = [make(preset, documents, device) for make in [*makers, *([prepare_peer] if options.peer else [])]]
+    for step, facts in prepared:
+        facts |= {"preset": preset, "peak_bytes": allocated_bytes(lambda step=step: step()(), device)[1]}
+    steps = {facts["name"]: step for step, facts in prepared}
     timings = timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
     rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timing.both_ms(timings[dtype]) / 1e6 for dtype in DTYPES}
     machine = timing.describe_machine(device)
-    rows = [make_row({"name": name, "preset": preset, **facts[name]}, timings[name], rates, machine) for name in steps]
-    draw(rows, options.out / "step.png")
+    rows = [make_row(facts, timings[facts["name"]], rates, machine) for _, facts in prepared]
+    tables.draw(rows, options.out / "step.png", "{name}", "{preset}", {"tokens a second": "tokens_per_s"})
     about = f"Preset {preset}, {rows[0]['tokens']:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
     tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about.format(*MATMUL))
     return True
@@ -146,29 +119,22 @@ def ragged_documents(count: int = 24) -> Documents:
     documents: Documents = []
     for number in range(count):
         length = int(torch.randint(4, 161, (), generator=generator))
-        documents.append([torch.randint(0, TEXT_TOKENS, (length,), generator=generator)])
-        if number % 2 == 0:
-            documents[-1].append(torch.randn(PATCHES, CHANNELS, generator=generator))
+        text = torch.randint(0, TEXT_TOKENS, (length,), generator=generator)
+        documents.append([text, torch.randn(PATCHES, CHANNELS, generator=generator)] if number % 2 == 0 else [text])
     return documents
 
 
 def mix_documents(mix: str, length: int) -> Documents:
-    """Return the documents of a mix; their special tokens take positions that the mix gives to text."""
-    lengths, spans = mixes.fixed(mix) if length == mixes.FIXED_LENGTH else mixes.generate(mix, length)
+    """Return the documents of a mix; each end of a run of text gives its position to a special token."""
     generator = torch.Generator().manual_seed(0)
     documents: Documents = []
-    start = 0
-    for size in lengths:
-        own = [(at, patches) for at, patches in spans if start <= at < start + size]
-        # Text lies between images; each of its ends stands for a special token.
-        edges = [start, *(edge for at, patches in own for edge in (at, at + patches)), start + size]
-        documents.append([])
-        for number, (first, end) in enumerate(pairwise(edges)):
-            if number % 2:
-                documents[-1].append(torch.randn(end - first, CHANNELS, generator=generator))
-            elif end - first > 2:
-                documents[-1].append(torch.randint(0, TEXT_TOKENS, (end - first - 2,), generator=generator))
-        start += size
+    for start, end, document_start, is_image in mixes.segments(mixes.sample(mix, length)):
+        if start == document_start:
+            documents.append([])
+        if is_image:
+            documents[-1].append(torch.randn(end - start, CHANNELS, generator=generator))
+        elif end - start > 2:
+            documents[-1].append(torch.randint(0, TEXT_TOKENS, (end - start - 2,), generator=generator))
     return documents
 
 
@@ -180,14 +146,10 @@ def make_batch(model: Transfusion, documents: Documents) -> PackedBatch:
 def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusion:
     """Return the model of a preset, with the same weights each time."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        num_text_tokens=TEXT_TOKENS,
-        dim_latent=(CHANNELS,),
-        transformer=TRANSFORMERS[preset],
-        backend="reference" if variant.backend == PLAIN else variant.backend,
-        activation_checkpointing=variant.checkpointing,
-    )
-    model = Transfusion(config).to(device, DTYPES[variant.dtype])
+    backend = "reference" if variant.backend == PLAIN else variant.backend
+    settings = {"backend": backend, "activation_checkpointing": variant.checkpointing}
+    sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": (CHANNELS,), "transformer": TRANSFORMERS[preset]}
+    model = Transfusion(ModelConfig(**sizes, **settings)).to(device, DTYPES[variant.dtype])
     if variant.compiled:
         torch.compiler.reset()  # so that the blocks are compiled for one shape
         for block in model.blocks:
@@ -241,16 +203,25 @@ def model_flops(model: Transfusion, batch: PackedBatch) -> int:
     return 6 * uses + 12 * transformer.depth * transformer.dim * batch.layout.area
 
 
-def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
-    """Return the step whose backward pass includes the optimizer."""
-    optimizer = MasterAdamW(list(model.parameters()))
+def train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """Return the step whose backward pass includes AdamW, which keeps half-precision weights in fp32."""
+    weights = list(model.parameters())
+    half = weights[0].dtype != torch.float32
+    masters = [p.detach().float().requires_grad_() for p in weights] if half else weights
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
 
     def step() -> Callable[[], None]:
         value = loss()
 
         def finish() -> None:
             value.backward()
+            if half:
+                for master, weight in zip(masters, weights, strict=True):
+                    master.grad = None if weight.grad is None else weight.grad.float()
             optimizer.step()
+            if half:
+                torch._foreach_copy_([p.data for p in weights], masters)
+            model.zero_grad()
 
         return finish
 
@@ -259,19 +230,19 @@ def _train_step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.device) -> tuple[Step, Row]:
     """Return a step that is ready to be timed, and what is known about it before."""
+    print(f"{variant}: preparing", file=sys.stderr)
     model = make_model(preset, variant, device)
     batch = make_batch(model, documents).to(device)
-    step = _train_step(model, lambda: _forward(model, variant, batch).total)
+    step = train_step(model, lambda: _forward(model, variant, batch).total)
     times = [benchmark.timer()]
     for _ in range(2):
         step()()
         times.append(benchmark.timer())
     first, second = (end - start for start, end in pairwise(times))
     return step, {
-        "dtype": variant.dtype, "parameters": _count(model), "tokens": batch.num_tokens,
-        "flops": model_flops(model, batch), "peak_bytes": allocated_bytes(lambda: step()(), device)[1],
+        "name": str(variant), "dtype": variant.dtype, "parameters": _count(model), "tokens": batch.num_tokens,
+        "flops": model_flops(model, batch), "compile_s": first - second if variant.compiled else None,
         "kept_bytes": None if variant.compiled else kept_bytes(lambda: _forward(model, variant, batch).total, device),
-        "compile_s": first - second if variant.compiled else None,
     }  # fmt: skip
 
 
@@ -281,7 +252,7 @@ def kept_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
     return allocated_bytes(lambda: [forward(), gc.collect()], device)[0]
 
 
-def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tuple[str, Step, Row]:
+def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tuple[Step, Row]:
     """Prepare the other package's model in fp32: our width and heads, and the depth with the closest parameter count.
 
     Raises:
@@ -303,29 +274,27 @@ def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tup
     depth = min(range(1, config.depth + 1), key=lambda d: abs(_count(build(d)) - _count(ours)))
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
-    step = _train_step(model, lambda: model(moved))
-    facts = {"dtype": "fp32", "parameters": _count(model), "tokens": make_batch(ours, documents).num_tokens}
-    facts |= {"flops": None, "peak_bytes": allocated_bytes(lambda: step()(), device)[1], "kept_bytes": None}
-    return f"fp32 {PEER}, depth {depth}", step, facts | {"compile_s": None}
+    return train_step(model, lambda: model(moved)), {
+        "name": f"fp32 {PEER}, depth {depth}", "dtype": "fp32", "parameters": _count(model),
+        "tokens": make_batch(ours, documents).num_tokens, "flops": None, "compile_s": None, "kept_bytes": None,
+    }  # fmt: skip
 
 
 def _matmuls(device: torch.device) -> dict[str, Step]:
     """Return the matrix products of one linear layer, forward and backward, `_MATMULS` times each, by dtype."""
     T, K, N = MATMUL
 
-    def step(a: Tensor, b: Tensor, g: Tensor) -> Callable[[], None]:
+    def repeat(products: Callable[[], object]) -> None:
         for _ in range(_MATMULS):
-            a @ b.t()
+            products()
 
-        def backward() -> None:
-            for _ in range(_MATMULS):
-                g @ b
-                g.t() @ a
+    def step(a: Tensor, b: Tensor, g: Tensor) -> Callable[[], None]:
+        repeat(lambda: a @ b.t())
+        return lambda: repeat(lambda: (g @ b, g.t() @ a))
 
-        return backward
-
+    shapes = (T, K), (N, K), (T, N)
     return {
-        name: partial(step, *(torch.randn(shape, device=device, dtype=dtype) for shape in ((T, K), (N, K), (T, N))))
+        name: partial(step, *(torch.randn(shape, device=device, dtype=dtype) for shape in shapes))
         for name, dtype in DTYPES.items()
     }
 
@@ -337,10 +306,8 @@ def _count(model: nn.Module) -> int:
 def make_row(facts: Row, times: Times, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
     """Return the row of a step, with None for what was not measured or does not apply.
 
-    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly.
-
-    Args:
-        rates: the GFLOP/s of matrix products, by dtype.
+    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly. `rates`
+    are the GFLOP/s of matrix products, by dtype.
     """
     seconds, tokens, dtype = timing.both_ms(times) / 1e3, facts["tokens"], facts["dtype"]
     weight_gflops = 6 * facts["parameters"] * tokens / seconds / 1e9
@@ -373,16 +340,6 @@ dash stands for what was not measured. The matmul rate is that of a linear layer
 pair, as a share of the GPU's peak or, where that is unknown, of the matmul rate. Peak memory is what a step takes
 beyond weights and the optimizer's state. Compilation starts without a cache; the first row that compiles also pays for
 starting the compiler."""
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw the tokens a second of each step, in a color for each dtype."""
-    frame = pd.DataFrame(rows).pivot_table("tokens_per_s", "name", "dtype", sort=False)
-    figure, panel = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.2))
-    tables.draw_bars(panel, frame, horizontal=True, stacked=True, color=["C0", "C1"])
-    panel.invert_yaxis()
-    panel.set_xlabel(f"tokens a second, {rows[0]['preset']}, {rows[0]['hardware']}")
-    tables.save_figure(figure, path)
 
 
 if __name__ == "__main__":

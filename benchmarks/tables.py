@@ -1,6 +1,7 @@
 """Tables and plots of results: CSV files, Markdown tables, and pictures."""
 
 import string
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import pandas as pd
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+Columns = Mapping[str, str]
 _CPU_NOTE = "Times of a CPU that others use too mean nothing where their spread is wide; else only their ratios do."
 
 
@@ -27,7 +28,7 @@ class _Cells(string.Formatter):
         return super().format_field(value, ".0f" if spec == ".3g" and abs(value) >= 100 else spec)
 
 
-def markdown_table(rows: Iterable[Row], columns: Mapping[str, str]) -> str:
+def markdown_table(rows: Iterable[Row], columns: Columns) -> str:
     """Return a table in Markdown; `columns` maps each heading to a format string of a row's values."""
     lines = [columns, ["---"] * len(columns)]
     lines += ([_Cells().vformat(form, (), row) for form in columns.values()] for row in rows)
@@ -40,14 +41,14 @@ def spread(name: str, spec: str = ".3g", suffix: str = "") -> str:
     return f"{p50} ({p20}-{p80})"
 
 
-def list_unmeasured(rows: Sequence[Row], name: str, shape: str) -> str:
-    """Return a list of each status other than "ok", with the shapes it holds for; `name` and `shape` are formats."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in (row for row in rows if not row["status"].startswith("ok")):
-        found.setdefault((name.format_map(row), row["status"]), []).append(shape.format_map(row))
-    count = len({shape.format_map(row) for row in rows})
-    where = {key: "all shapes" if len(shapes) == count else ", ".join(shapes) for key, shapes in found.items()}
-    return "\n".join(f"- {label}, {where[label, status]}: {status}" for label, status in found)
+def list_unmeasured(rows: Sequence[Row], problem: str) -> str:
+    """Return a list of each backend's statuses other than "ok"; `problem` is the format of a problem's name."""
+    frame = pd.DataFrame([row | {"problem": problem.format_map(row)} for row in rows])
+    count, lines = frame.problem.nunique(), []
+    for (backend, status), names in frame.groupby(["backend", "status"], sort=False).problem:
+        if not status.startswith("ok"):
+            lines.append(f"- {backend}, {'all problems' if len(names) == count else '; '.join(names)}: {status}")
+    return "\n".join(lines)
 
 
 def list_broken(rows: Sequence[Row]) -> str:
@@ -62,7 +63,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     pd.DataFrame(cells, dtype=object).to_csv(path, index=False)  # objects: an integer beside None stays an integer
 
 
-def write_report(path: Path, title: str, rows: Sequence[Row], columns: Mapping[str, str], *notes: str) -> None:
+def write_report(path: Path, title: str, rows: Sequence[Row], columns: Columns, *notes: str) -> None:
     """Write PATH.csv, and PATH.md with a table of the measured rows below PATH.png, if there is one."""
     write_csv(rows, path.with_suffix(".csv"))
     machine = "{hardware}; torch {torch}, triton {triton}, flash-attn {flash_attn}; revision {git}.".format_map(rows[0])
@@ -72,6 +73,23 @@ def write_report(path: Path, title: str, rows: Sequence[Row], columns: Mapping[s
     write_markdown(path.with_suffix(".md"), f"# {title}", machine, picture, table, *notes, _CPU_NOTE)
 
 
+def write_comparison(
+    path: Path, title: str, groups: Iterable[list[Row]], problem: str, panels: Columns, columns: Columns, notes: str
+) -> bool:
+    """Write a report of backends on problems, one group of rows after the other; return whether no row failed.
+
+    The CSV file is up to date after each group. `problem` is the format of a problem's name, `panels` are as in `draw`.
+    """
+    rows: list[Row] = []
+    for group in groups:
+        rows += group
+        write_csv(rows, path.with_suffix(".csv"))
+        print(f"{problem.format_map(rows[-1])}: done", file=sys.stderr)
+    draw(rows, path.with_suffix(".png"), problem, "{backend}", panels)
+    write_report(path, title, rows, columns, notes, list_unmeasured(rows, problem))
+    return not any(row["status"].startswith("FAILED") for row in rows)
+
+
 def write_markdown(path: Path, *parts: str) -> None:
     """Write paragraphs, leaving out empty ones, and print them."""
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -79,18 +97,28 @@ def write_markdown(path: Path, *parts: str) -> None:
     print(text)
 
 
-def draw_bars(panel: Axes, frame: pd.DataFrame, *, horizontal: bool = False, **options: Any) -> None:
-    """Draw a group of bars for each row of a table, with a bar for each column."""
-    if frame.empty:
-        panel.set_title("nothing was measured")
-        return
-    kind = {"kind": "barh", "width": 0.8} if horizontal else {"kind": "bar", "width": 0.85, "rot": 0}
-    frame.plot(ax=panel, xlabel="", ylabel="", **{"legend": False, **kind, **options})
-    panel.grid(axis="x" if horizontal else "y", alpha=0.3)
+def draw(rows: Sequence[Row], path: Path, group: str, bar: str, panels: Columns) -> None:
+    """Draw the measured rows as horizontal bars; `panels` maps the heading of each panel to its column.
+
+    `group` and `bar` are formats: bars of one name have one color, and those of one group stand together.
+    """
+    measured = [row for row in rows if row.get("status", "ok").startswith("ok")]
+    frame = pd.DataFrame([row | {"group": group.format_map(row), "bar": bar.format_map(row)} for row in measured])
+    size = (6.5 * len(panels), 0.25 * len(measured) + 1.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for panel, (heading, column) in zip(axes[0], panels.items(), strict=True):
+        if measured:
+            shown = frame.pivot_table(column, "group", "bar", sort=False).rename_axis(columns=None)
+            shown.plot(ax=panel, kind="barh", width=0.8, ylabel="", legend=panel is axes[0][-1])
+        panel.set_xlabel(heading if measured else "nothing was measured")
+        panel.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
+    save_figure(figure, path, rows[0]["hardware"])
 
 
-def save_figure(figure: Figure, path: Path, bottom: float = 0.0) -> None:
-    """Write a figure as PNG, with a share of its height left free at the bottom."""
-    figure.tight_layout(rect=(0, bottom, 1, 1))
+def save_figure(figure: Figure, path: Path, title: str = "") -> None:
+    """Write a figure as PNG."""
+    figure.suptitle(title)
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

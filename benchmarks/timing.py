@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messa
 import numpy as np
 import torch
 import triton
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import benchmark
 
@@ -38,6 +37,7 @@ Times = dict[str, float]
 COLUMNS = tuple(f"{name}_{quantile}" for name in PASSES for quantile in ("p20", "p50", "p80"))
 
 _MIN_REPEATS = 3
+_HEAD_START_CYCLES = 5_000_000  # about 3 ms of a GPU's time
 # Dense 16-bit TFLOP/s and memory GB/s from the data sheets, by the first name that is part of the GPU's own name.
 _PEAKS = {
     "B200": (2250.0, 8000.0),
@@ -75,18 +75,6 @@ def run_benchmark(program: str, options: argparse.Namespace, measure: Callable[[
         return 2
 
 
-def autograd_step(
-    forward: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], upstream: Sequence[Tensor]
-) -> Step:
-    """Return the step of `forward(*inputs)`; its backward pass returns the gradients of all inputs."""
-
-    def step() -> Callable[[], tuple[Tensor, ...]]:
-        outputs = forward(*inputs)
-        return lambda: torch.autograd.grad(outputs, inputs, upstream)
-
-    return step
-
-
 def time_steps(
     steps: Mapping[str, Step], device: torch.device, seconds: float, rehearse: bool = False
 ) -> dict[str, Times]:
@@ -112,7 +100,8 @@ def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:
     """Return the milliseconds of both passes for each repeat.
 
     `do_bench` flushes the L2 cache before the forward pass; between the passes it is flushed here. Events split the
-    passes, because a second backward pass over one graph would forbid compiled code to reuse its buffers.
+    passes, because a second backward pass over one graph would forbid compiled code to reuse its buffers. The GPU
+    sleeps before each pass while the host queues it, so that launches are not what is timed.
     """
     driver = triton.runtime.driver.active
     device, cache = driver.get_device_interface(), driver.get_empty_cache_for_benchmark()
@@ -120,10 +109,12 @@ def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:
 
     def both_passes() -> None:
         events = [device.Event(enable_timing=True) for _ in range(4)]
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         events[0].record()
         backward = step()
         events[1].record()
         driver.clear_cache(cache)
+        torch.cuda._sleep(_HEAD_START_CYCLES)
         events[2].record()
         backward()
         events[3].record()
@@ -138,8 +129,7 @@ def _time_on_gpu(step: Step, seconds: float) -> list[tuple[float, float]]:
 def _time_in_turns(steps: Mapping[str, Step], seconds: float, rehearse: bool) -> dict[str, list[tuple[float, float]]]:
     """Return the milliseconds of both passes for each repeat of each step.
 
-    Every other turn runs in reverse order, because a step finds the caches as the step before it left them. `Timer` of
-    `torch.utils.benchmark` cannot take turns, so only its clock is used.
+    Every other turn runs in reverse order, because a step finds the caches as the step before it left them.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for step in steps.values():

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHITECTURES = (80, 90, 100, 120)
 
@@ -32,14 +30,6 @@ class Config:
     def value_rows(self) -> int:
         """Rows of V that the forward kernel loads at a time in full blocks."""
         return self.step // 2 if self.halves else self.step
-
-    def visited_columns(self, common: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the columns visited in full and in partial blocks by programs that see `total` columns.
-
-        All rows of a program see `common` of its columns.
-        """
-        full = common // self.step * self.step
-        return full, -(-(total - full) // self.partial_step) * self.partial_step
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion_fast.kernels.launch import check_device, check_dtype, dense_rows, on_device
+from transfusion_fast.kernels.launch import check_inputs, dense_rows, on_device
 
 VALUES = 2048  # values of a tile: in 16 bits, each thread of 4 warps loads 16 bytes twice
 MOST_COLUMNS = 1024  # columns of a tile; a program loops over wider patches
@@ -167,10 +167,7 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0
     Raises:
         ValueError: The kernels do not support the device or a dtype.
     """
-    check_device("diffusion_mse", prediction)
-    for name, x in (("prediction", prediction), ("target", target), ("x_0", x_0)):
-        if x is not None:
-            check_dtype(name, x)
+    check_inputs("diffusion_mse", prediction=prediction, target=target, x_0=x_0)
     return _forward(prediction, target, image_offsets, x_0)
 
 

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from transfusion_fast.kernels import attention_kernels as kernels
 from transfusion_fast.kernels.attention_configs import Config, config, padded_head_dim
-from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_device, check_dtype, on_device
+from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_inputs, on_device
 from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
 
 LOG2_E = math.log2(math.e)
@@ -49,9 +49,8 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     Raises:
         ValueError: The kernels do not support the device, dtype or head dimension.
     """
-    check_device("hybrid_attention", q)
+    check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
-    check_dtype("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tables = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
     return _forward(q, k, v, *tables, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]

@@ -35,19 +35,16 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def check_device(op: str, x: Tensor) -> None:
-    """Raise ValueError if the kernels of `op` cannot run on the device of x."""
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f'{op}: backend="triton" needs CUDA tensors, got {x.device}; '
-            'use backend="torch", or set TRITON_INTERPRET=1 before Python starts'
-        )
-
-
-def check_dtype(name: str, x: Tensor) -> None:
-    """Raise ValueError if the kernels do not support the dtype of x."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f'{name} must be fp16, bf16 or fp32 for backend="triton", got {x.dtype}; cast it')
+def check_inputs(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError if the kernels of `op` do not support the device or dtype of a tensor, given by its name."""
+    for name, x in tensors.items():
+        if x is not None and x.device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f'{op}: backend="triton" needs CUDA tensors, got {x.device}; '
+                'use backend="torch", or set TRITON_INTERPRET=1 before Python starts'
+            )
+        if x is not None and x.dtype not in DTYPES:
+            raise ValueError(f'{name} must be fp16, bf16 or fp32 for backend="triton", got {x.dtype}; cast it')
 
 
 @triton.jit

@@ -20,18 +20,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion_fast.kernels.attention_configs import config
+from transfusion_fast.kernels.attention_configs import Config, config
 
 Plan = TypeVar("Plan")
 
 # Tall and short: two and one times 64 rows, which one matrix instruction of Hopper takes from a group of four warps.
 TILE_HEIGHTS = (128, 64)
+
+
+class TileWork(NamedTuple):
+    """The work of one head over the tiles of one height: programs, and the columns that all of them visit together.
+
+    A program visits its columns in full blocks, whose pairs are all visible, and then in partial blocks, whose pairs
+    are compared with the mask.
+    """
+
+    config: Config
+    programs: int
+    full: int
+    partial: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,45 +145,42 @@ class AttentionLayout:
     def visited_area(self, direction: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> int:
         """Return the number of (query, key) pairs that the Triton kernels compute for one head, visible or not.
 
-        Unused rows of tiles count too. `direction` is a kernel of `work.tile_work`, whose other arguments and errors
-        these are, or "backward": the mean of dQ and of dK and dV, weighted by their three and four matrix products.
+        Unused rows of tiles count too. `direction` is a kernel of `tile_work`, whose other arguments and errors these
+        are, or "backward": the mean of dQ and of dK and dV, weighted by their three and four matrix products.
         """
+        sizes: dict[str, Any] = {"head_dim": head_dim, "arch": arch, "itemsize": itemsize}
         if direction == "backward":
-            dq, dkdv = (
-                self.visited_area(kernel, head_dim=head_dim, arch=arch, itemsize=itemsize)
-                for kernel in ("backward_dq", "backward_dkdv")
-            )
+            dq, dkdv = (self.visited_area(kernel, **sizes) for kernel in ("backward_dq", "backward_dkdv"))
             return (3 * dq + 4 * dkdv) // 7
-        area = 0
-        for height in TILE_HEIGHTS:
-            c = config(direction, arch, head_dim, itemsize, height)
-            full, partial = c.visited_columns(*self.columns_seen(direction, height, c.block))
-            area += c.block * int((full + partial).sum())
-        return area
+        return sum(work.config.block * (work.full + work.partial) for work in self.tile_work(direction, **sizes))
 
-    def columns_seen(self, kernel: str, height: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Count the columns that each program of a kernel sees: keys, or queries for "backward_dkdv".
+    def tile_work(self, kernel: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> list[TileWork]:
+        """Count the work of one head in a Triton kernel, over the tall tiles and over the short tiles.
 
         Args:
-            height: Height of the tiles, one of `TILE_HEIGHTS`.
-            block: Rows of a program; a taller tile is shared by several programs.
+            kernel: "forward", "backward_dq" or "backward_dkdv", whose rows are keys and whose columns are queries.
+            head_dim: D. arch: 80, 90, 100 or 120, as in sm_80. itemsize: Bytes of a number.
 
-        Returns:
-            (common, total), int64 [programs]: columns that all rows of the program see, and those that any row sees.
+        Raises:
+            ValueError: An unknown kernel, or a head dimension or architecture without a configuration.
         """
-        if kernel == "backward_dkdv":
-            names, counts = ("query_start", "query_end", "key_tiles"), self.tile_counts.tolist()[2:4]
-        else:
-            names, counts = ("key_start", "key_end", "query_tiles"), self.tile_counts.tolist()[:2]
+        by_keys = kernel == "backward_dkdv"
+        names = ("query_start", "query_end", "key_tiles") if by_keys else ("key_start", "key_end", "query_tiles")
         low, high, tiles = (getattr(self, name).cpu().numpy().astype(np.int64) for name in names)
-        starts, ends = (tiles[: counts[0]] if height == TILE_HEIGHTS[0] else tiles[counts[0] : sum(counts)]).T
-        parts = -(-(ends - starts) // block)
-        number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-        starts = np.repeat(starts, parts) + number * block
-        ends = np.minimum(starts + block, np.repeat(ends, parts))
-        first, last = low[starts], high[ends - 1]
-        common = np.maximum(high[starts] - low[ends - 1], 0)
-        return common, last - first
+        tall, short = self.tile_counts.tolist()[2:4] if by_keys else self.tile_counts.tolist()[:2]
+        work = []
+        for height, own in zip(TILE_HEIGHTS, (tiles[:tall], tiles[tall : tall + short]), strict=True):
+            c = config(kernel, arch, head_dim, itemsize, height)
+            starts, ends = own.T
+            parts = -(-(ends - starts) // c.block)  # programs that share a tile
+            number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+            starts = np.repeat(starts, parts) + number * c.block
+            ends = np.minimum(starts + c.block, np.repeat(ends, parts))
+            common = np.maximum(high[starts] - low[ends - 1], 0)  # columns that all rows of a program see
+            full = common // c.step * c.step
+            partial = -(-(high[ends - 1] - low[starts] - full) // c.partial_step) * c.partial_step
+            work.append(TileWork(c, len(starts), int(full.sum()), int(partial.sum())))
+        return work
 
     def key_ends(self) -> np.ndarray:
         """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""

@@ -83,6 +83,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(_fp32(gate)) * _fp32(up)).to(gate.dtype)
 
 
+def halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the inputs of `swiglu`: gate [.., F] and up, or without `up` the halves of gate [.., 2F]."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return gate, up
+
+
 def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> Tensor:
     """Compute the mean squared error of each image: prediction, target [P, C], image_offsets int32 [N + 1] -> fp32 [N].
 

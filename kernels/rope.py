@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion_fast.kernels.launch import check_device, check_dtype, dense_rows, on_device
+from transfusion_fast.kernels.launch import check_inputs, dense_rows, on_device
 from transfusion_fast.kernels.reference import Rotary
 
 EPS = 1e-6  # added to the mean square
@@ -233,10 +233,7 @@ def rope(
     Raises:
         ValueError: The kernels do not support the device or a dtype.
     """
-    check_device("rope", q)
-    for name, x in (("q", q), ("q_weight", q_weight), ("k_weight", k_weight)):
-        if x is not None:
-            check_dtype(name, x)
+    check_inputs("rope", q=q, q_weight=q_weight, k_weight=k_weight)
     return _forward(q, k, *rotary, q_weight, k_weight, False)
 
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from transfusion_fast.kernels.launch import as_rows, check_device, check_dtype, on_device
+from transfusion_fast.kernels.launch import as_rows, check_inputs, on_device
+from transfusion_fast.kernels.reference import halves
 
 BLOCK = 1024  # most numbers of a program: in 16 bits, each thread of 4 warps loads 16 bytes
 NUMBERS_OF_WARP = 256
@@ -94,14 +95,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: The kernels do not support the device or dtype.
     """
-    check_device("swiglu", gate)
-    check_dtype("gate", gate)
+    check_inputs("swiglu", gate=gate)
     return _forward(gate, up)
 
 
 @torch.library.custom_op("transfusion_fast::swiglu", mutates_args=())
 def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
-    gate, up = _halves(gate, up)
+    gate, up = halves(gate, up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _launch("forward", gate, up, y)
     return y
@@ -111,11 +111,11 @@ def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> list[Tensor]:
     """Return [dgate, dup], or [one tensor of both] if gate holds both."""
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up) if x is not None]
-    _launch("backward", dy, *_halves(gate, up), *_halves(*gradients))
+    _launch("backward", dy, *halves(gate, up), *halves(*gradients))
     return gradients
 
 
-_forward.register_fake(lambda gate, up: gate.new_empty(_halves(gate, up)[0].shape))
+_forward.register_fake(lambda gate, up: gate.new_empty(halves(gate, up)[0].shape))
 _backward.register_fake(lambda _dy, *inputs: [x.new_empty(x.shape) for x in inputs if x is not None])
 
 
@@ -129,13 +129,6 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _halves(gate: Tensor, up: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if up is not None:
-        return gate, up
-    first, second = gate.chunk(2, dim=-1)
-    return first, second
 
 
 def constants(kernel: str, F: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,14 +6,13 @@ python train/plot.py RUN [--prompt zero one two] [--pack 0] [--out overview.png]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from transfusion_fast.config import load_config
+from transfusion_fast.config import MAX_SEED, load_config
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.images import latents_to_pixels
 from transfusion_fast.data.loader import batch_builder, open_data
@@ -23,6 +22,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.training.metrics import METRICS, read_rows
 from transfusion_fast.training.run_folder import CONFIG, find_checkpoint, load_model, read_data_description, read_meta
 
 MAX_COLUMNS, MAX_PROMPTS = 6, 10  # more would be too small to see
@@ -51,8 +51,9 @@ def _plot(options: argparse.Namespace) -> None:
     data = read_data_description(run)
     if not data.modalities or data.modalities[0].encoding != "pixels":
         raise InputError(f"plot needs a run on pixels, got {run}, on latents or text alone; use train/sample.py")
-    if options.pack < 0:
-        raise InputError(f"--pack must be 0 or more, got {options.pack}")
+    for name, value in (("pack", options.pack), ("seed", options.seed)):
+        if not 0 <= value <= MAX_SEED:
+            raise InputError(f"--{name} must be in 0..{MAX_SEED}, got {value}; give another")
     check_picture(path)
     find_checkpoint(run)
     kept = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
@@ -75,8 +76,8 @@ def _plot(options: argparse.Namespace) -> None:
     columns.insert(0, torch.randn(columns[0].shape, generator=torch.Generator().manual_seed(options.seed)))
     pixels = np.stack([latents_to_pixels(column.numpy(), data.modalities[0].patch_size) for column in columns])
     steps = [0, *(read_meta(checkpoint).step for checkpoint in checkpoints)]
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    losses = [(row["step"], row["loss"]) for row in rows if row["step"] <= steps[-1] and row["loss"] is not None]
+    rows = read_rows(run / METRICS, last_step=steps[-1])
+    losses = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
     samples = Samples(prompts, steps, pixels, losses)
     draw_overview(path, samples, keyed, batch_builder(config, mixture, packs=1), data.tokenizer)
     print(f"picture: {path}")

@@ -258,7 +258,7 @@ def _preview(options: argparse.Namespace) -> None:
     reader = PackReader(options.folder)
     decode = _decoder(options, reader.index.modalities)
     documents = preview(reader, options.pack, options.epoch, options.seed, decode)
-    check_writable(options.out)
+    check_writable(options.out, ".html")
     title = f"{options.folder}: pack {options.pack}, epoch {options.epoch}, seed {options.seed}"
     options.out.write_text(page(title, documents), encoding="utf-8", errors="replace")
     print(f"{len(documents)} documents: {options.out}")

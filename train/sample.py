@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from transfusion_fast.config import MAX_SEED
 from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
 from transfusion_fast.data.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
 from transfusion_fast.data.pack import ModalityInfo
@@ -29,6 +30,8 @@ from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid
 from transfusion_fast.training.run_folder import DataDescription, find_checkpoint, load_model, read_data_description
+
+MAX_SIDE = 8192  # pixels
 
 
 def main() -> int:
@@ -77,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    if not 0 <= options.seed <= MAX_SEED:
+        raise InputError(f"--seed must be in 0..{MAX_SEED}, got {options.seed}; give another")
     for name, least in (("each", 1), ("max_images", 0), ("max_tokens", 1), ("temperature", 0)):
         if not least <= getattr(options, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
@@ -103,8 +108,8 @@ def _sample(options: argparse.Namespace) -> None:
 def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescription:
     """Return the description with images of `size` pixels; a latent value covers `stride` pixels per side."""
     multiple = stride * data.modalities[0].patch_size if data.modalities else 1
-    if any(side < 1 or side % multiple for side in size):
-        raise InputError(f"--size must be positive multiples of {multiple}, got {size[0]} {size[1]}")
+    if any(not 1 <= side <= MAX_SIDE or side % multiple for side in size):
+        raise InputError(f"--size must be multiples of {multiple} up to {MAX_SIDE}, got {size[0]} {size[1]}")
     height, width = (side // stride for side in size)
     return replace(data, image_sizes=((height, width), *data.image_sizes[1:]))
 

@@ -53,6 +53,9 @@ Folders = Annotated[
 ]
 Settings = TypeVar("Settings", bound=BaseModel)
 
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch takes."""
+Seed = Annotated[Integer, Field(ge=0, le=MAX_SEED)]
 NOISE_CAP = 500.0
 """Default for the largest timestep of an image that text follows (arXiv 2408.11039, section 4.1)."""
 
@@ -230,7 +233,7 @@ class TrainConfig(_Settings):
 
     output: FolderPath = "runs/digits"
     """Folder for checkpoints, metrics and the resolved config; the same command with the same folder resumes."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the weights, of the order of the data, and of its random layout, timesteps and noise."""
     steps: Positive = 250_000
     """Number of optimizer steps."""

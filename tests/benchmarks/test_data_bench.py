@@ -37,6 +37,9 @@ def test_the_loader_stage_makes_a_batch_of_every_pack(loader):
 def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
     groups = [loader.values(), data_bench.preparing_stages(tmp_path, texts=20, images=2)]
     rows = [row for group in groups for row in data_bench.time_group(list(group), 0)]
+    first = rows[0]
+    assert first["units_per_s"] == pytest.approx(first["count"] / (first["p50_ms"] / 1e3))
+    assert first["mb_per_s"] == pytest.approx(next(iter(loader.values())).megabytes / (first["p50_ms"] / 1e3))
     tables.write_report(tmp_path / "data", "The feed", rows, data_bench.COLUMNS, data_bench.NOTES)
     with (tmp_path / "data.csv").open() as file:
         written = list(csv.DictReader(file))

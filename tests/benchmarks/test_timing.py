@@ -74,9 +74,15 @@ class FakeEvent:
         return other.at - self.at
 
 
-def test_on_a_gpu_the_cache_is_flushed_right_before_each_timed_pass(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
     gpu = FakeGpu()
     monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.log.append("sleep"))
+    return gpu
+
+
+def test_on_a_gpu_the_cache_is_flushed_and_the_pass_queued_right_before_each_timed_pass(gpu):
 
     def step():
         gpu.log.append("forward")
@@ -86,13 +92,11 @@ def test_on_a_gpu_the_cache_is_flushed_right_before_each_timed_pass(monkeypatch)
     timings = timing.time_steps({"a": step}, torch.device("cuda"), seconds=1)
     assert list(timings["a"].values()) == [3, 3, 3, 1, 1, 1]
     # The timed repeats are the last ones; do_bench warms up without a flush.
-    repeats = gpu.log[-4 * 20 :]
-    assert repeats == ["flush", "forward", "flush", "backward"] * 20
+    assert gpu.log[-6 * 20 :] == ["flush", "sleep", "forward", "flush", "sleep", "backward"] * 20
 
 
-def test_a_slow_step_on_a_gpu_is_timed_three_times(monkeypatch):
-    gpu, taken = FakeGpu(), iter(range(1000, 9000, 1000))
-    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+def test_a_slow_step_on_a_gpu_is_timed_three_times(gpu):
+    taken = iter(range(1000, 9000, 1000))
 
     def step():
         gpu.now += next(taken)
@@ -101,12 +105,6 @@ def test_a_slow_step_on_a_gpu_is_timed_three_times(monkeypatch):
     found = timing.time_steps({"a": step}, torch.device("cuda"), seconds=0.001)["a"]
     assert found["forward_p50"] == 7001  # of 6001, 7001 and 8001
     assert found["forward_p20"] == pytest.approx(6401) and found["forward_p80"] == pytest.approx(7601)
-
-
-def test_autograd_steps_return_every_gradient():
-    x, y = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
-    gradients = timing.autograd_step(torch.mul, (x, y), [torch.ones(3)])()()
-    assert [g.tolist() for g in gradients] == [[2.0] * 3, [1.0] * 3]
 
 
 def test_peaks_are_found_by_the_name_of_the_gpu():
@@ -174,33 +172,13 @@ def test_a_block_keeps_nothing_twice():
     assert tensors <= kept <= tensors + vectors + norms
 
 
-def test_kept_bytes_are_those_that_saved_tensor_hooks_see():
-    saved = {}
-
-    def keep(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    def forward():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            return model(batch).total
-
-    model, batch = model_and_batch("none", 2, backend="torch")
-    forward()
-    saved.clear()
-    loss = forward()
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = sum(size for pointer, size in saved.items() if pointer not in known)
-    del loss
-    assert seen == pytest.approx(step_bench.kept_bytes(forward, CPU), rel=0.05)
-
-
+FORWARD = ("forward_p20", "forward_p50", "forward_p80")
 ROWS = [
-    {"name": "a", "forward_p20": 1.0, "forward_p50": 1234.5678, "forward_p80": 3.14159, "count": 123456789, "x": None,
-     "status": "ok"},
-    {"name": "b", "forward_p20": "not measured", "forward_p50": "not measured", "forward_p80": "not measured",
-     "count": None, "x": 0.5, "status": "not measured: too slow"},
-]  # fmt: skip
+    {"name": "a", "backend": "ours", **dict(zip(FORWARD, (1.0, 1234.5678, 3.14159), strict=True)), "count": 123456789}
+    | {"x": None, "status": "ok"},
+    {"name": "b", "backend": "ours", **dict.fromkeys(FORWARD, "not measured"), "count": None, "x": 0.5}
+    | {"status": "not measured: too slow"},
+]
 
 
 def test_a_csv_file_holds_floats_to_six_digits_and_integers_in_full(tmp_path):
@@ -221,4 +199,4 @@ def test_a_markdown_table_shows_three_digits_and_a_dash_for_what_was_not_measure
         "| a | 1235 (1-3.14) | - |",
         "| b | - (---) | 50.0% |",
     ]
-    assert tables.list_unmeasured(ROWS, "{name}", "{name}") == "- b, b: not measured: too slow"
+    assert tables.list_unmeasured(ROWS, "{name}") == "- ours, b: not measured: too slow"

@@ -150,6 +150,15 @@ def test_as_many_shards_stay_open_as_the_reader_was_told_or_32(many, monkeypatch
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_the_shards_that_stay_open_are_those_read_last(many, monkeypatch):
+    opened, really = [], os.open
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments) or really(*arguments))
+    reader = PackReader(many, open_shards=2)
+    for number in (0, 1, 0, 2, 0):
+        assert_holds(reader.read(number), number)
+    assert len(opened) == 3
+
+
 def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         message = refusal(read_index, folder)

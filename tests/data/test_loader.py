@@ -108,6 +108,20 @@ def test_workers_and_prefetch_change_nothing_after_a_resume(
         assert_same(found, expected)
 
 
+def test_each_worker_prepares_as_many_micro_batches_ahead_as_asked(folder: Path, monkeypatch) -> None:
+    taken, really = [], Share.micro_batches
+
+    def recorded(share: Share, packs_consumed: int) -> Iterator[list[int]]:
+        for positions in really(share, packs_consumed):
+            taken.append(positions)
+            yield positions
+
+    monkeypatch.setattr(Share, "micro_batches", recorded)
+    config = config_of(folder, "data.workers=2", "data.prefetch=3")
+    next(training_batches(config, open_data(config), Share(0, 1, 1, 8), 0))
+    assert len(taken) == 2 * 3 + 1  # the next one takes the place of the first
+
+
 @given(st.integers(0, TOTAL // 8 - 1), st.sampled_from([(1, 1), (1, 2), (2, 2), (4, 1), (4, 2), (8, 1)]), st.data())
 @settings(max_examples=12)
 def test_a_stream_resumed_after_any_step_on_any_ranks_is_the_rest_of_it(path, stream, step, shape, data) -> None:

@@ -51,12 +51,6 @@ def test_intervals_of_a_small_example():
     assert {getattr(layout, name).dtype for name in INTERVALS} == {torch.int32}
 
 
-def test_there_is_no_padding_without_a_total_length():
-    layout = AttentionLayout.from_spans([2, 3], [])
-    assert layout.total_length == 5
-    assert (layout.key_end > layout.key_start).all()
-
-
 @pytest.mark.parametrize(
     ("lengths", "spans", "total", "message"),
     [

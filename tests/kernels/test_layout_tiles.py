@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import AROUND_TILES, MIXED, any_spans, layout_of, qkv
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder
 
 from transfusion_fast.kernels import launch
 from transfusion_fast.kernels.layout import AttentionLayout
-from transfusion_fast.kernels.work import tile_work
 from transfusion_fast.model import ops
 
 TALL, SHORT = 128, 64
@@ -45,15 +44,22 @@ def columns_of(layout, table, tile):
 
 @each_table
 @given(many_spans)
-def test_each_position_of_a_document_is_in_one_tile_and_padding_is_in_none(table, spans):
-    layout = layout_of(spans)
+def test_tiles_cover_documents_once_sorted_by_work_in_a_table_whose_shape_depends_on_the_length(table, spans):
+    layout, used = layout_of(spans), sum(spans[0])
     covered = np.zeros(layout.total_length, dtype=int)
-    for start, end in tiles_of(layout, table):
-        assert start < end
-        covered[start:end] += 1
-    used = sum(spans[0])
+    for tiles in tall_and_short(layout, table):
+        work = [columns_of(layout, table, tile) for tile in tiles]
+        assert work == sorted(work, reverse=True)
+        for start, end in tiles:
+            assert start < end
+            covered[start:end] += 1
     assert (covered[:used] == 1).all() and (covered[used:] == 0).all()
     assert layout.tile_counts.tolist()[4] == used
+    tensor = getattr(layout, table)
+    assert tensor.dtype == torch.int32 and tensor.is_contiguous()
+    assert (tensor[len(tiles_of(layout, table)) :] == 0).all()
+    assert tensor.shape == getattr(AttentionLayout.from_spans([], [], layout.total_length), table).shape
+    assert len(tensor) <= layout.total_length / 32 + 4
 
 
 @each_table
@@ -75,7 +81,8 @@ def test_a_tall_tile_is_in_one_document_and_a_short_one_holds_documents_or_the_r
 
 @each_table
 @given(many_spans)
-def test_a_document_has_as_few_tiles_as_possible_with_the_remainder_where_it_costs_least(table, spans):
+@example(([32, 32, 1], [], 65))  # two documents that just fit into one tile
+def test_as_few_tiles_as_possible_with_remainders_where_they_cost_least_and_shared_by_short_documents(table, spans):
     layout = layout_of(spans)
 
     def work(tiles):
@@ -86,38 +93,15 @@ def test_a_document_has_as_few_tiles_as_possible_with_the_remainder_where_it_cos
     for start, end in pairwise(layout.document_offsets.tolist()):
         if end - start > SHORT:
             own = [tile for tile in tiles if start <= tile[0] < end]
-            cuts = (
-                list(range(start, end, TALL)),
-                sorted({start, *range(end, start, -TALL)})[: -(-(end - start) // TALL)],
-            )
-            possible = [list(pairwise([*cut, end])) for cut in cuts]
+            from_end = sorted({start, *range(end, start, -TALL)})[: -(-(end - start) // TALL)]
+            possible = [list(pairwise([*cut, end])) for cut in (range(start, end, TALL), from_end)]
             assert own in possible and work(own) == min(map(work, possible))
-
-
-@each_table
-@given(many_spans)
-def test_short_documents_that_fit_into_one_tile_share_it(table, spans):
-    layout = layout_of(spans)
     document_of = layout.key_start.tolist()
     length_of = dict(zip(layout.document_offsets.tolist(), spans[0], strict=False))
-    for (start, end), (next_start, _) in pairwise(sorted(tiles_of(layout, table))):
+    for (start, end), (next_start, _) in pairwise(tiles):
         last, following = length_of[document_of[end - 1]], length_of[document_of[next_start]]
         if max(last, following) <= SHORT:
             assert next_start + following - start > SHORT, "the next document would have fitted"
-
-
-@each_table
-@given(many_spans)
-def test_tiles_are_sorted_by_work_and_the_table_has_the_shape_of_every_table_of_its_length(table, spans):
-    layout = layout_of(spans)
-    for tiles in tall_and_short(layout, table):
-        work = [columns_of(layout, table, tile) for tile in tiles]
-        assert work == sorted(work, reverse=True)
-    tensor = getattr(layout, table)
-    assert tensor.dtype == torch.int32 and tensor.is_contiguous()
-    assert (tensor[len(tiles_of(layout, table)) :] == 0).all()
-    assert tensor.shape == getattr(AttentionLayout.from_spans([], [], layout.total_length), table).shape
-    assert len(tensor) <= layout.total_length / 32 + 4
 
 
 @pytest.mark.parametrize("cycle", [[1], [33], [32, 33], [1, 64], [65], [1, 65], [129], [129, 1]], ids=str)
@@ -164,17 +148,15 @@ def test_blocks_are_full_where_all_rows_see_all_columns_and_rounded_up_elsewhere
     by_keys = kernel == "backward_dkdv"
     visible = layout.dense_mask().T if by_keys else layout.dense_mask()
     tiles = tall_and_short(layout, "key_tiles" if by_keys else "query_tiles")
-    counted = tile_work(layout, kernel, **sizes)
+    counted = layout.tile_work(kernel, **sizes)
     for height, own, work in zip((TALL, SHORT), tiles, counted, strict=True):
         full = partial = programs = 0
         for start, end in own:
             for first in range(start, end, work.config.block):
                 rows = visible[first : min(first + work.config.block, end)]
                 in_full = int(rows.all(dim=0).sum()) // work.config.step * work.config.step
-                full += in_full
-                partial += (
-                    -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step) * work.config.partial_step
-                )
+                blocks = -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step)
+                full, partial = full + in_full, partial + blocks * work.config.partial_step
                 programs += 1
         assert (work.programs, work.full, work.partial) == (programs, full, partial), height
     assert layout.visited_area(kernel, **sizes) == sum(w.config.block * (w.full + w.partial) for w in counted)
@@ -185,7 +167,7 @@ def test_a_kernel_or_architecture_without_a_configuration_is_refused():
     with pytest.raises(ValueError, match=r"kernel must be one of forward, .*got 'sideways'"):
         layout.visited_area("sideways", head_dim=64, arch=90)
     with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*got 'sm_75'"):
-        tile_work(layout, "forward", head_dim=64, arch="sm_75")
+        layout.tile_work("forward", head_dim=64, arch="sm_75")
 
 
 # Time and memory.

@@ -110,10 +110,11 @@ def test_partial_tiles_write_to_nothing_but_outputs_and_gradients(make, monkeypa
 
 
 @EACH_CASE
-def test_a_repeated_backward_gives_equal_bits_and_nothing_writes_to_inputs_or_saved_tensors(make):
-    case = make()
-    leaves = [x.detach().clone().requires_grad_() for x in case.tensors.values()]
+def test_only_what_backward_needs_is_saved_and_a_repeated_backward_gives_equal_bits_and_writes_to_nothing_else(make):
+    case = make(torch.bfloat16)
+    leaves = [x.requires_grad_() for x in case.tensors.values()]
     saved, outputs = saved_by(case.kernel, leaves)
+    assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in case.saved)
     upstream = upstreams(outputs)
     kept = [*leaves, *saved, *upstream]
     before = [(x.detach().clone(), x._version) for x in kept]
@@ -125,13 +126,6 @@ def test_a_repeated_backward_gives_equal_bits_and_nothing_writes_to_inputs_or_sa
         assert torch.equal(x, value) and x._version == version
     results = [*outputs, *first]
     assert len({x.data_ptr() for x in results}) == len(results), "results share no memory"
-
-
-@EACH_CASE
-def test_nothing_is_saved_but_what_backward_needs(make):
-    case = make(torch.bfloat16)
-    saved, _ = saved_by(case.kernel, [x.requires_grad_() for x in case.tensors.values()])
-    assert sorted(x.data_ptr() for x in saved) == sorted(x.data_ptr() for x in case.saved)
 
 
 @EACH_CASE
@@ -162,9 +156,12 @@ def test_a_gradient_that_is_not_needed_is_none_and_each_is_right_alone(make):
 
 @EACH_CASE
 def test_a_dtype_without_a_kernel_is_refused_by_name(make):
-    case = make()
-    with pytest.raises(ValueError, match=r"(q|gate|prediction) must be fp16, bf16 or fp32 .*got torch.float64; cast"):
+    case, rule = make(), r"must be fp16, bf16 or fp32 .*got torch.float64; cast"
+    with pytest.raises(ValueError, match=rf"(q|gate|prediction) {rule}"):
         case.kernel(*(x.double() for x in case.tensors.values()))
+    for name in case.tensors.keys() & {"q_weight", "k_weight", "target", "x_0"}:
+        with pytest.raises(ValueError, match=f"{name} {rule}"):
+            case.kernel(*(case.tensors | {name: case.tensors[name].double()}).values())
 
 
 OPS = {

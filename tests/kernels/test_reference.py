@@ -21,7 +21,8 @@ def test_attention_with_equal_scores_is_the_mean_of_the_visible_values():
     assert out.flatten().tolist() == pytest.approx([1.0, 3.0, 3.0, 4.0, 10.0, 15.0, 0.0])
 
 
-def test_attention_is_the_softmax_of_scaled_products(tolerance):
+@pytest.mark.parametrize("scale", [0.7, None])
+def test_attention_is_the_softmax_of_products_scaled_by_default_by_the_root_of_the_dimension(tolerance, scale):
     torch.manual_seed(0)
     layout = AttentionLayout.from_spans([5, 3], [(2, 2)])
     q, k, v = (torch.randn(8, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
@@ -29,18 +30,10 @@ def test_attention_is_the_softmax_of_scaled_products(tolerance):
     for i in range(8):
         keys = range(layout.key_start[i], layout.key_end[i])
         for h in range(4):
-            weights = [math.exp(0.7 * float(q[i, h] @ k[j, h // 2])) for j in keys]
+            weights = [math.exp((scale or 0.5) * float(q[i, h] @ k[j, h // 2])) for j in keys]
             expected[i, h] = sum(w * v[j, h // 2] for w, j in zip(weights, keys, strict=True)) / sum(weights)
-    torch.testing.assert_close(reference.hybrid_attention(q, k, v, layout, scale=0.7), expected, **tolerance["fp64"])
-
-
-def test_attention_scales_by_the_root_of_the_head_dimension():
-    layout = AttentionLayout.from_spans([2], [])
-    q = torch.ones(2, 1, 16)
-    k = torch.stack([torch.zeros(1, 16), torch.ones(1, 16)])
-    v = torch.stack([torch.zeros(1, 16), torch.ones(1, 16)])
-    weight_of_second = torch.sigmoid(torch.tensor(16 / 4.0))
-    assert reference.hybrid_attention(q, k, v, layout)[1, 0, 0].item() == pytest.approx(weight_of_second.item())
+    got = reference.hybrid_attention(q, k, v, layout, scale=scale)
+    torch.testing.assert_close(got, expected, **tolerance["fp64"])
 
 
 def test_attention_of_padding_has_no_gradient():
@@ -52,21 +45,13 @@ def test_attention_of_padding_has_no_gradient():
         assert (leaf.grad[2:] == 0).all()
 
 
-def test_rope_rotates_a_pair_by_its_position():
-    """With D = 2 there is one pair, of frequency 1: [[cos p, -sin p], [sin p, cos p]] times (x, y)."""
-    positions = torch.tensor([0, 1, 5])
-    q = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]).view(3, 1, 2)
-    rotated, _ = reference.rope(q, q, positions)
-    for p, (x, y), got in zip([0, 1, 5], q[:, 0].tolist(), rotated[:, 0].tolist(), strict=True):
-        expected = [math.cos(p) * x - math.sin(p) * y, math.sin(p) * x + math.cos(p) * y]
-        assert got == pytest.approx(expected, abs=1e-6)
-
-
 def test_rope_pairs_the_halves_with_falling_frequencies():
     """With D = 4 and theta = 100 the pairs are (0, 2) at frequency 1 and (1, 3) at frequency 1/10."""
-    q = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 4)
+    q = torch.tensor([1.0, 1.0, 0.5, -2.0]).view(1, 1, 4)
     rotated, _ = reference.rope(q, q, torch.tensor([3]), theta=100.0)
-    assert rotated.flatten().tolist() == pytest.approx([math.cos(3), math.cos(0.3), math.sin(3), math.sin(0.3)])
+    first = [math.cos(3) - 0.5 * math.sin(3), math.cos(0.3) + 2 * math.sin(0.3)]
+    second = [math.sin(3) + 0.5 * math.cos(3), math.sin(0.3) - 2 * math.cos(0.3)]
+    assert rotated.flatten().tolist() == pytest.approx([*first, *second])
 
 
 def test_axial_rope_of_equal_coordinates_is_the_one_dimensional_rotation():

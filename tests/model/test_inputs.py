@@ -7,6 +7,7 @@ from small_models import ids, seeded
 from transfusion_fast import Losses, ModelConfig, Transfusion
 from transfusion_fast.model.diffusion import OBJECTIVES
 from transfusion_fast.model.inputs import pack_documents, pack_rows
+from transfusion_fast.model.loss import Counts
 
 SMALL = {"num_text_tokens": 16, "transformer": {"dim": 32, "depth": 2}}
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 16, 17, 18, 19, 20, 21
@@ -59,8 +60,15 @@ def test_each_form_of_a_batch_gives_its_losses():
     loss, breakdown = model(ids(1, 2, 3, 4, 5, 6).view(2, 3))
     assert (breakdown.counts.tokens, breakdown.counts.images) == (4, 0)
     assert loss.item() == breakdown.text.item()
-    with pytest.raises(ValueError, match=r"modality_tokens go with text_ids \[B, T\]"):
+    with pytest.raises(ValueError, match=r"modality_tokens must come with text_ids \[B, T\]"):
         model(DOCUMENTS, IN_ROWS[0])
+    for refused in (
+        lambda: model(packed(*DOCUMENTS), IN_ROWS[0]),
+        lambda: model(packed(*DOCUMENTS), generator=seeded()),
+        lambda: model(DOCUMENTS, counts=Counts(1, 1)),
+    ):
+        with pytest.raises(ValueError, match="must come with"):
+            refused()
 
 
 def test_noise_and_timesteps_come_from_the_generator():
@@ -78,6 +86,11 @@ def test_an_image_that_text_follows_has_at_most_half_the_noise(objective):
     batch = packed(*[[(1, latents(1, 6)), ids(1), latents(1, 4)]] * 300, config=config)
     after, before = (m.timesteps for m in batch.modalities)
     assert before.min() > 0 and 350 < before.max() <= 500 and 600 < after.max() <= 1000
+
+
+def test_an_image_at_the_very_start_of_a_row_has_at_most_half_the_noise_too():
+    batch = pack_rows(ids(0, 1).expand(300, 2), [[latents(1, 4)]] * 300, [[(0, 1)]] * 300, CONFIG, seeded())
+    assert 350 < batch.modalities[0].timesteps.max() <= 500
 
 
 @pytest.mark.parametrize(
@@ -133,10 +146,15 @@ X = latents(2, 4)
         (ROW - 1, [[], []], [[], []], r"text_ids must lie in \[0, 22\), got -1 to -1"),
         (ROW, [[X]], [[(2, 2)], []], "an entry for each of the 2 rows, got 1 and 2"),
         (ROW, [[X], []], [[(2, 2)]], "an entry for each of the 2 rows, got 2 and 1"),
-        (ROW, [[], [X]], [[], []], "row 1 has 1 modality tensors but 0 positions"),
+        (
+            ROW,
+            [[], [X]],
+            [[], []],
+            "row 1 must have a position for each .*got 1 tensors and 0 positions",
+        ),
         (ROW, [[], [X]], [[], [(2, 3)]], r"row 1, span \(2, 3\): length must be the number of patches.*got \(2, 4\)"),
-        (ROW, [[], [X]], [[], [(7, 2)]], r"row 1, span \(7, 2\): must lie inside the row of 8"),
-        (ROW, [[], [X]], [[], [(-1, 2)]], r"row 1, span \(-1, 2\): must lie inside the row of 8"),
+        (ROW, [[], [X]], [[], [(7, 2)]], r"row 1, span \(7, 2\): must lie inside the row, got its end at 9 of 8"),
+        (ROW, [[], [X]], [[], [(-1, 2)]], r"row 1, span \(-1, 2\): must lie inside the row, got its end at 1 of 8"),
         (ROW, [[], [X]], [[], [(1, 2, 2)]], r"row 1, span \(1, 2, 2\): latents of modality 1 must be .*got \(2, 4\)"),
         (ROW, [[X, X], []], [[(2, 2), (3, 2)], []], r"span \(start=3, length=2\) overlaps"),
         (ROW, [[], [X]], [[], [(0, 0, 2, 2)]], r"row 1, span \(0, 0, 2, 2\): must be \(offset, length\) or"),

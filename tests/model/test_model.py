@@ -209,5 +209,5 @@ def test_a_preset_has_the_papers_number_of_parameters(preset):
 def test_a_model_is_given_a_config_or_settings():
     config = ModelConfig(**SMALL)
     assert Transfusion(config).config == Transfusion(**SMALL).config
-    with pytest.raises(ValueError, match=r"not both; got codec"):
+    with pytest.raises(ValueError, match=r"not both, got codec"):
         Transfusion(config, codec="linear")

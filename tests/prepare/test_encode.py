@@ -60,6 +60,10 @@ def test_a_text_that_does_not_fit_behind_another_begins_a_document_of_its_own():
     assert [content(d) for d in encode(["x" * 16, "y" * 20])] == [["x" * 16], ["y" * 20]]
 
 
+def test_each_piece_of_a_cut_text_begins_a_document_even_if_it_would_fit_behind_the_one_before():
+    assert [content(d) for d in encode(["aaa\nbbb ccccc"], sequence_length=10)] == [["aaa\n"], ["bbb "], ["ccccc"]]
+
+
 def test_what_does_not_fit_is_rejected(monkeypatch):
     assert len(encode(["x" * 30], long="reject")) == 1
     with pytest.raises(Rejected, match="too long: it takes more than 32 positions, here"):

@@ -15,7 +15,7 @@ from transfusion_fast.data.loader import batch_builder
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.prepare.examples.built_in import prepare
-from transfusion_fast.prepare.preview import Picture, Special, pack_documents, page
+from transfusion_fast.prepare.preview import Picture, Special, page, shown_documents
 
 PIXELS = ModalityInfo("photos", channels=3, patch_size=2, encoding="pixels")
 LATENTS = ModalityInfo("latents", channels=4, patch_size=2, encoding="latents")
@@ -29,7 +29,7 @@ def preview(folder, document, modality=PIXELS, epoch=0, decode=None, **data):
     model = {"num_text_tokens": 256, "dim_latent": modality.channels * 4}
     config = Config.model_validate({"model": model, "data": data})
     keyed = KeyedPack(reader.read(0), epoch, 0)
-    return pack_documents(keyed, batch_builder(config, reader.index, packs=1), TOKENIZER, decode)
+    return shown_documents(keyed, batch_builder(config, reader.index, packs=1), TOKENIZER, decode)
 
 
 def shape(pieces):

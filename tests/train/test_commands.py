@@ -12,13 +12,15 @@ from launching import free_port, train, write_packs
 from PIL import Image
 from small_models import seeded
 
+from transfusion_fast.config import load_config
 from transfusion_fast.data.images import latents_to_pixels
+from transfusion_fast.data.loader import open_data
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
-from transfusion_fast.sampling import overview
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.sampling import evaluation, overview
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import draw_grid
 from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_data_description
 
@@ -54,6 +56,17 @@ def test_sample_draws_the_images_of_the_python_interface_where_it_was_asked_to(r
     assert pictures[0].read_bytes() == expected.read_bytes() != pictures[1].read_bytes()
 
 
+def test_sample_draws_with_the_sampler_and_guidance_asked_for(run: Path, tmp_path: Path, command) -> None:
+    pictures = {name: tmp_path / name for name in ("expected.png", "grid.png")}
+    options = ("--each", 1, "--steps", 2, "--sampler", "ddim", "--guidance", 9, "--out", pictures["grid.png"])
+    assert command("sample", run, "--prompt", "one", *options)[0] == 0
+    model, prompt = load_model(find_checkpoint(run)), [torch.tensor([*b"one"])]
+    settings = ImageSettings(steps=2, guidance=9.0, eta=0.0, clip=1.0)
+    latents = generate_images(model, [prompt], (4, 4), image=settings, generator=seeded())
+    draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures["expected.png"])
+    assert pictures["grid.png"].read_bytes() == pictures["expected.png"].read_bytes()
+
+
 def test_a_picture_to_caption_is_read_as_training_pictures_are(run: Path, tmp_path: Path, command) -> None:
     picture = np.zeros((16, 32, 4), np.uint8)
     picture[:, 8:24] = (200, 200, 200, 255)  # the middle; the rest is transparent
@@ -72,6 +85,24 @@ def test_images_are_drawn_at_the_size_asked_for(run: Path, tmp_path: Path, comma
     assert code == 0 and "drew 1 images of 4 x 12" in out
 
 
+def test_texts_are_continued_at_the_temperature_asked_for(run: Path, command) -> None:
+    options = ("--temperature", 2, "--seed", 3, "--max-tokens", 9, "--max-images", 0)
+    code, out, _ = command("sample", run, "--text", "one", *options)
+    model, settings = load_model(find_checkpoint(run)), {"max_text_tokens": 9, "max_images": 0, "temperature": 2.0}
+    [pieces] = sample(model, [[torch.tensor([*b"one"])]], grids=[(4, 4)], generator=seeded(3), **settings)
+    assert (code, out) == (0, f"one{''.join(ByteTokenizer().decode(piece) for piece in pieces)}\n")
+
+
+def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run: Path, command, monkeypatch) -> None:
+    measured, evaluate = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **o: (measured.append((*a, o)), evaluate(*a, **o))[1])
+    options = ("--each", 1, "--steps", 2, "--guidance", 9, "--checkpoint", "step-00000001")
+    assert command("evaluate", run, *options)[0] == 0
+    [(model, *_, settings)] = measured
+    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, clip=1.0)
+    assert torch.equal(model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
+
+
 def test_evaluate_prints_the_figures_that_it_writes(run: Path, command) -> None:
     code, out, _ = command("evaluate", run, "--each", 1, "--steps", 2)
     report = json.loads((run / "evaluation.json").read_text())
@@ -85,18 +116,22 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     drawn = []
     draw = overview.draw_overview
     monkeypatch.setattr(overview, "draw_overview", lambda *arguments: (drawn.append(arguments), draw(*arguments)))
-    picture = tmp_path / "new" / "run.png"
-    code, out, _ = command("plot", run, "--steps", 2, "--prompt", "one", "two", "--out", picture)
+    picture, rows = tmp_path / "new" / "run.png", (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(f'{rows}{{"step": 4, "lo')  # as a run leaves it that was killed
+    options = ("--steps", 2, "--prompt", "one", "two", "--pack", 3, "--seed", 5, "--out", picture)
+    code, out, _ = command("plot", run, *options)
     assert (code, out) == (0, f"picture: {picture}\n")
-    [(_, samples, *_)] = drawn
+    [(_, samples, keyed, *_)] = drawn
+    config = load_config(run / "config.yaml")
+    assert (keyed.epoch, keyed.number) == open_data(config).order(3, config.data.shuffle_window)[3]
     assert samples.steps == [0, 1, 2, 3] and samples.prompts == ["one", "two"]
     assert samples.images.shape == (4, 2, 8, 8, 1)
-    noise = torch.randn(2, 4, 4, 4, generator=seeded())
+    noise = torch.randn(2, 4, 4, 4, generator=seeded(5))
     assert np.array_equal(samples.images[0], latents_to_pixels(noise.numpy(), 2))
     model, prompts = load_model(find_checkpoint(run)), [[torch.tensor([*word.encode()])] for word in ("one", "two")]
-    last = generate_images(model, prompts, (4, 4), image=ImageSettings(2, clip=1.0), generator=seeded())
+    last = generate_images(model, prompts, (4, 4), image=ImageSettings(2, clip=1.0), generator=seeded(5))
     assert np.array_equal(samples.images[3], latents_to_pixels(last.numpy(), 2))
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in rows.splitlines()]
     assert samples.losses == [(row["step"], row["loss"]) for row in logged]
     assert len(np.unique(samples.images.reshape(4, -1), axis=0)) == 4  # noise, and three different models
     with Image.open(picture) as image:
@@ -111,9 +146,14 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --prompt one --checkpoint ../x", "has no checkpoint '../x'"),
         ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
-        ("sample RUN --prompt one --size 4 13", "--size must be positive multiples of 2, got 4 13"),
+        ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
         ("sample RUN --prompt one --guidance nan", "guidance weight must be finite, got nan"),
         ("sample RUN --text one --temperature nan", "--temperature must be at least 0, got nan"),
+        ("sample RUN --prompt one --seed -1", "--seed must be in 0..9223372036854775807, got -1"),
+        ("plot RUN --seed 9223372036854775808", "--seed must be in 0..9223372036854775807, got 9223372036854775808"),
+        ("sample garbled --prompt one", "garbled: has no checkpoint"),
+        ("prepare preview DATA --out DATA/index.json", "must be a file NAME.html, got"),
+        ("pretrain train.seed=9223372036854775808", "train.seed: Input should be less than or equal to"),
         ("sample RUN --prompt one --vae x", "--vae needs a run on latents, got"),
         ("sample RUN --prompt one --out .", "got the folder ."),
         ("sample RUN --prompt one --out config.yaml/x.png", "cannot be made"),
@@ -125,8 +165,8 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("evaluate RUN --each 0", "--each must be at least 1, got 0"),
         ("plot .", "is not a run folder"),
         ("plot text", "plot needs a run on pixels"),
-        ("plot RUN --pack -1", "--pack must be 0 or more, got -1"),
-        ("plot RUN --out picture.jpg", "picture must be a file NAME.png, got picture.jpg"),
+        ("plot RUN --pack -1", "--pack must be in 0..9223372036854775807, got -1"),
+        ("plot RUN --out picture.jpg", "output must be a file NAME.png, got picture.jpg"),
         ("pretrain nowhere.yaml", "config nowhere.yaml: cannot be read"),
         ("pretrain optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, got -1"),
         ("pretrain data.path=nowhere", "nowhere"),
@@ -154,12 +194,13 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_changes_nothing(
 
 
 def _write_bad_input(folder: Path, run: Path, data: Path) -> None:
-    """Write a config, a folder that is not a run, runs damaged and on text, an image bomb, two bad data folders."""
+    """Write a config, a folder that is not a run, bad runs, a run on text, an image bomb, and bad data folders."""
     (folder / "config.yaml").write_text("train: {steps: 3}")
     (folder / "mine").mkdir()
     (folder / "mine" / "data.json").write_text("my own")
-    for name in ("damaged", "text"):
+    for name in ("damaged", "garbled", "text"):
         shutil.copytree(run, folder / name)
+    (folder / "garbled" / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
     description = json.loads((run / "data.json").read_text())
     (folder / "text" / "data.json").write_text(json.dumps({**description, "modalities": [], "image_sizes": []}))
     weights = folder / "damaged" / "checkpoints" / "step-00000003" / "rank-00000.safetensors"

@@ -1,11 +1,23 @@
 """Training steps: their results depend neither on the number of ranks nor on DeepSpeed."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import assert_same_course, metrics, picture, refusal, small_config, start, text, train, write_packs
+from launching import (
+    assert_same_course,
+    metrics,
+    picture,
+    refusal,
+    report_tokens_as_rates,
+    small_config,
+    start,
+    text,
+    train,
+    write_packs,
+)
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
@@ -51,6 +63,14 @@ def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two
 ) -> None:
     train(1, digits, tmp_path / "run", "train.micro_batch=2", "data.workers=2", "model.activation_checkpointing=full")
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
+
+
+def test_rates_count_the_positions_of_documents_of_all_ranks(tmp_path: Path) -> None:
+    """Each pack of 56 positions holds one document of 9 ids, 16 patches and 4 special tokens."""
+    data = write_packs(tmp_path / "data", [(text(9, seed), picture(seed)) for seed in range(8)], sequence_length=56)
+    train(2, data, tmp_path / "run", "train.steps=2", setup=report_tokens_as_rates)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens_per_second"] for row in rows] == [4 * 29, 8 * 29]
 
 
 TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared")

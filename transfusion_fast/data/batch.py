@@ -1,7 +1,7 @@
 """Stored packs as a training batch: keyed order, caption drop, timesteps and noise, then the flat sequence.
 
-Everything random is a pure function of (seed, epoch, pack, image): a generator keyed by the first three draws in the
-order in which the pack stores its images. Rank, world size, worker and earlier batches play no part.
+Everything random is a pure function of (seed, epoch, pack, image): a generator keyed by (seed, epoch, pack) draws for
+one image after another, in stored order. Rank, world size, worker and earlier batches play no part.
 """
 
 from __future__ import annotations

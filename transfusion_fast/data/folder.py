@@ -57,7 +57,7 @@ class FetchError(InputError):
 
 
 class Folder(ABC):
-    """A folder with an index, a tokenizer and shards. Its `str` is its path or URL."""
+    """A folder with an index, a tokenizer and shards. `str(folder)` is its path or URL."""
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
@@ -294,7 +294,7 @@ def _download(url: str, stream: BinaryIO, shard: ShardInfo) -> None:
         found = "more" if size > shard.bytes else f"{size} bytes, sha256 {_sha256(stream.fileno())}"
         if found == expected:
             return
-    raise InputError(f"{url} must be {expected}, as its index says, got {found}")
+    raise InputError(f"{url} must be {expected}, as its index says, got {found}; upload it again, or rebuild the index")
 
 
 def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> int:
@@ -309,7 +309,7 @@ def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> int:
 
 def _open_url(url: str) -> BinaryIO:
     """Open a URL for reading. The file system is looked up each time, as one must not be used after a fork."""
-    from fsspec.core import url_to_fs  # of no use to a local folder
+    from fsspec.core import url_to_fs  # here, because local folders do not need it
 
     if not url.startswith(("http://", "https://")):
         filesystem, path = url_to_fs(url)

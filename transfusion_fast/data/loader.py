@@ -1,8 +1,8 @@
 """The stream of training batches, whose whole state is one integer: packs consumed.
 
-Global step s takes the packs [s B, (s + 1) B) of the endless order. Of these, accumulation step a of rank r takes the M
-from (a W + r) M on, for W ranks and M packs a micro-batch. A run therefore sees the same global batches on any number
-of ranks and workers.
+With B packs per global batch, M per micro-batch and W ranks, step s takes the packs s B to (s + 1) B - 1 of the endless
+order, and rank r takes in accumulation step a the M of them that begin at offset (a W + r) M. A run therefore sees the
+same global batches on any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Share:
         return self.global_batch // (self.world_size * self.micro_batch)
 
     def micro_batches(self, packs_consumed: int) -> Iterator[list[int]]:
-        """Yield endlessly the positions in the order of each micro-batch, from a global batch's first position on."""
+        """Yield without end the positions of each micro-batch; a global batch begins at `packs_consumed`."""
         start = packs_consumed + self.rank * self.micro_batch
         while True:
             yield list(range(start, start + self.micro_batch))
@@ -78,7 +78,7 @@ class LoadedBatch(NamedTuple):
 
 
 class _PackDataset(data.Dataset):
-    """Packs by position in the order. An unreadable one becomes an empty pack and its error, as workers stop no run."""
+    """Packs by position. An unreadable one becomes an empty pack and its error: only the trainer may stop the run."""
 
     def __init__(self, mixture: Mixture, seed: int, window: int) -> None:
         self.reader, self.order = MixtureReader(mixture, window), mixture.order(seed, window)

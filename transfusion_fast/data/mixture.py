@@ -96,7 +96,7 @@ class Mixture:
             dataset.folder.check_shards(dataset.index.shards[part::parts])
 
     def check_cache(self, cache: ShardCache, window: int) -> None:
-        """Raise InputError if the remote shards of a shuffle window exceed the cache: every pack would be a fetch."""
+        """Raise InputError if the remote shards of a shuffle window do not fit into the cache."""
         needed = sum(dataset.folder.cache_bytes(dataset.index.shards, window) for dataset in self.datasets)
         if needed > cache.max_bytes:
             raise InputError(

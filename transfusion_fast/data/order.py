@@ -54,7 +54,7 @@ class PackOrder:
         window = int(np.searchsorted(self._ends, within, side="right"))
         if window != self._current:
             self._current, self._packs = window, self._shuffled_window(window)
-        return epoch, int(self._packs[within - self._ends[window]])  # from the window's end: negative
+        return epoch, int(self._packs[within - self._ends[window]])  # a negative index, counted from the window's end
 
     def _shuffled_window(self, window: int) -> np.ndarray:
         shards = self._shards[window * self._window : (window + 1) * self._window]

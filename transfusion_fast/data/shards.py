@@ -1,7 +1,7 @@
 """Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles.
 
-The last file of a shard is its table, which gives the location and checksum of every pack, and a digest of the settings
-under which their numbers have a meaning. The index of a folder therefore has one line a shard, however many packs
+The last file of a shard is its table, which gives the location and checksum of every pack, and a digest of the
+tokenizer, modalities and pack length. The index of a folder therefore has one line a shard, however many packs
 there are. WebDataset skips the table, as its name is that of metadata.
 """
 

@@ -1,9 +1,9 @@
 """The two diffusion objectives: cosine DDPM with noise prediction, and flow matching.
 
 Timesteps are fp32 in (0, 1000] for both objectives: 0 is a clean image, 1000 is noise. An objective defines how a
-uniform number becomes a timestep, how noise is added, what the model predicts, and how a sampler steps back. A new
-schedule or objective is a class beside these, with a name in `OBJECTIVES`. Symbols as in the papers: x_0 clean, x_t
-noisy, eps noise, t timestep.
+uniform number becomes a timestep, how noise is added, what the model predicts, and how a sampler takes one step towards
+the clean image. A new schedule or objective is a class beside these, with a name in `OBJECTIVES`. Symbols as in the
+papers: x_0 clean, x_t noisy, eps noise, t timestep.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class CosineDDPM:
     def alpha_bar(self, t: Tensor | float) -> Tensor:
         """Return the fraction of signal variance at t, fp64.
 
-        It is f(t) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) * pi/2), bounded below by `max_beta`.
+        It is f(t) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) * pi/2), but at least
+        (1 - max_beta) f(T - 1) / f(0), so that no beta exceeds `max_beta`.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         last = self._f(torch.tensor(NUM_TIMESTEPS - 1.0, dtype=torch.float64)) * (1 - self.max_beta)

@@ -92,7 +92,10 @@ def pack_rows(
     images: list[tuple[int, int, Tensor]] = []
     for row, (of_row, spans) in enumerate(zip(latents, positions, strict=True)):
         if len(of_row) != len(spans):
-            raise ValueError(f"row {row} has {len(of_row)} modality tensors but {len(spans)} positions")
+            raise ValueError(
+                f"row {row} must have a position for each modality tensor, got {len(of_row)} tensors and "
+                f"{len(spans)} positions"
+            )
         spanned = [_check_span(row, x, span, row_length, config) for x, span in zip(of_row, spans, strict=True)]
         images += sorted(spanned, key=lambda image: image[0])
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
@@ -208,11 +211,11 @@ def _check_span(
     """Return (absolute offset, modality, latents) of one image span of a row."""
     what = f"row {row}, span {tuple(span)}"
     if len(span) not in (2, 3):
-        raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length)")
+        raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length), got {len(span)} numbers")
     modality, offset, length = span if len(span) == 3 else (0, *span)
     modality = _check_image(latents, modality, what, config)
     if _size(1 + modality, latents)[0] != length:
         raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
     if offset < 0 or offset + length > row_length:
-        raise ValueError(f"{what}: must lie inside the row of {row_length}")
+        raise ValueError(f"{what}: must lie inside the row, got its end at {offset + length} of {row_length}")
     return row * row_length + offset, modality, latents

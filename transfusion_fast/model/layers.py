@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over the modality spans of a packed sequence: [T, E] -> [T, E]."""
+    """Attention that is causal over text and bidirectional within images, over packed documents: [T, E] -> [T, E]."""
 
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The one seam between the model and the kernels: the fused ops, each on a backend that is chosen by name.
+"""The one place where the model calls kernels: the fused ops, each on a backend that is chosen by name.
 
 `backend` is one of
     torch      PyTorch, on any device
@@ -294,7 +294,7 @@ def _torch_rope(
 
 def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute the reference without its conversion to fp32, which on a CPU costs more than the matmuls around it."""
-    gate, up = _halves(gate, up)
+    gate, up = reference.halves(gate, up)
     return F.silu(gate) * up
 
 
@@ -305,14 +305,7 @@ def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tens
 
 
 def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    return reference.swiglu(*_halves(gate, up))
-
-
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    if up is not None:
-        return gate, up
-    first, second = gate.chunk(2, dim=-1)
-    return first, second
+    return reference.swiglu(*reference.halves(gate, up))
 
 
 def _triton_attention(*args: Any) -> Tensor:

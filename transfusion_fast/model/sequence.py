@@ -155,7 +155,7 @@ def positions_of(sequence: TokenSequence, is_patch: np.ndarray, scheme: Position
 
 
 def precedes_text(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
-    """Return bool [N]: whether text other than special tokens follows the image in its document."""
+    """Return bool [N], True for images that text other than special tokens follows in their document."""
     is_text = ~patch_mask(sequence) & (sequence.tokens < vocabulary.num_text_tokens)
     count = np.concatenate([[0], np.cumsum(is_text)])
     document_ends = np.cumsum(sequence.document_lengths)

@@ -53,7 +53,7 @@ class Transfusion(nn.Module):
     def __init__(self, config: ModelConfig | None = None, **settings: Any):
         super().__init__()
         if config is not None and settings:
-            raise ValueError(f"give a ModelConfig or settings by name, not both; got {', '.join(settings)} as well")
+            raise ValueError(f"give a ModelConfig or settings by name, not both, got {', '.join(settings)} as well")
         self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
         transformer = config.transformer
         self.vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
@@ -95,22 +95,28 @@ class Transfusion(nn.Module):
         Args:
             batch: a `PackedBatch`; documents as `inputs.pack_documents` takes them; or rows of ids, int64 [B, T].
             modality_tokens, modality_positions: the images of rows, as `inputs.pack_rows` takes them.
-            counts: divisors of the losses; default: the tokens and images of this batch.
+            counts: divisors of the losses of a packed batch; default: its own tokens and images.
             generator: source of the timesteps and noise of documents and rows.
 
+        Returns:
+            `Losses` for a packed batch; the total loss for documents; the total loss and `Losses` for rows.
+
         Raises:
-            ValueError: naming the input that does not fit the model.
+            ValueError: naming the input that does not fit the model, or that does not belong to this form of `batch`.
         """
+        if not isinstance(batch, Tensor) and (modality_tokens is not None or modality_positions is not None):
+            raise ValueError("modality_tokens must come with text_ids [B, T], got another batch; put images into it")
         if isinstance(batch, PackedBatch):
+            if generator is not None:
+                raise ValueError("a generator must come with documents or rows, got a PackedBatch, which has its noise")
             return super().__call__(batch, counts)
+        if counts is not None:
+            raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
         if isinstance(batch, Tensor):
             packed = pack_rows(batch, modality_tokens, modality_positions, self.config, generator)
-            losses = super().__call__(packed.to(self.device), counts)
+            losses = super().__call__(packed.to(self.device))
             return losses.total, losses
-        if modality_tokens is not None or modality_positions is not None:
-            raise ValueError("modality_tokens go with text_ids [B, T]; in documents, images stand among the text")
-        packed = pack_documents(batch, self.config, generator)
-        return super().__call__(packed.to(self.device), counts).total
+        return super().__call__(pack_documents(batch, self.config, generator).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
         """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""

@@ -101,7 +101,7 @@ class Built:
     """True if the folder was there already, of the same recipe; then nothing is counted."""
 
     def remarks(self, folder: Path) -> Iterator[str]:
-        """Yield a line about each kind of documents that are not in the folder as they were."""
+        """Yield a line for each reason why documents were left out, and one if any were split."""
         for reason, count in sorted(self.rejected.items()):
             yield f"left out {count}: {self.examples[reason]}"
         if self.rejected.total() > len(self.rejected):
@@ -210,9 +210,10 @@ class _Work:
         return number, counts
 
     def located_packs(self, documents: np.ndarray) -> Iterator[list[np.ndarray]]:
-        """Yield for each shard (unit, document) of every document of each pack; a buffer of documents is in memory.
+        """Yield a list for each shard: an array of rows (unit, document) for each of its packs.
 
-        `documents` are the counts of the units. Units come in a keyed order, as a source may be sorted by length.
+        `documents` are the counts of the units. At most `buffer` documents are in memory at a time. Units come in a
+        keyed order, as a source may be sorted by length.
         """
         recipe = self.recipe
         order = keyed_permutation(len(documents), recipe.seed, *_UNIT_STREAM)

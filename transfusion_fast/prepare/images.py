@@ -1,4 +1,4 @@
-"""Image files to upright RGB pixels, those to the size that is stored, and pixels to latents."""
+"""Conversion of image files to upright RGB pixels of the stored size, and of pixels to latents."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class LatentRule:
         return ModalityInfo(name, self.autoencoder.channels, patch_size, "latents", self.autoencoder.fingerprint)
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings as JSON; equal settings give equal latents. A GPU rounds otherwise than a CPU."""
+        """Return the settings as JSON; equal settings give equal latents. A GPU rounds differently from a CPU."""
         own = {"sampled": self.sampled, "batch": self.batch}
         return {"autoencoder": self.autoencoder.fingerprint, **own, "device": self.autoencoder.device}
 

@@ -69,7 +69,7 @@ def read_shard(path: Path, settings: Index, expected: ShardInfo | None = None) -
 
 
 def _read_one(job: tuple[Path, Index], shard: ShardInfo | str) -> FoundShard:
-    """Read a shard of a folder; one of an index is compared with its entry."""
+    """Read a shard by its name, or one that an index lists, and compare that with its entry."""
     folder, settings = job
     if isinstance(shard, str):
         return read_shard(folder / shard, settings)

@@ -36,7 +36,7 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         return
     others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
-    # Ctrl-C reaches all processes. The one in charge ends the others, which inherit that they do not receive it.
+    # Ctrl-C reaches all processes. The main process ends the others, which inherit the signal as blocked.
     resource_tracker.ensure_running()  # first, as it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -49,12 +49,12 @@ class Picture:
     caption: str
 
 
-Piece = str | Special | Picture
+Shown = str | Special | Picture
 Decoder = Callable[[np.ndarray], np.ndarray]
 """A function from latents [n, h, w, channels] to pixels, uint8 [n, height, width, 3]."""
 
 
-def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
+def page(title: str, documents: Sequence[Sequence[Shown]]) -> str:
     """Return the HTML page of some documents. Markup in them is shown as text."""
     sections = "\n".join(f"<section>{''.join(map(_html, pieces))}</section>" for pieces in documents)
     name = html.escape(title)
@@ -64,7 +64,7 @@ def page(title: str, documents: Sequence[Sequence[Piece]]) -> str:
     )
 
 
-def _html(piece: Piece) -> str:
+def _html(piece: Shown) -> str:
     match piece:
         case str(text):
             return f'<span class="text">{html.escape(text)}</span>'
@@ -81,7 +81,7 @@ def _png(image: np.ndarray) -> str:
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def preview(reader: PackReader, number: int, epoch: int, seed: int, decode: Decoder | None = None) -> list[list[Piece]]:
+def preview(reader: PackReader, number: int, epoch: int, seed: int, decode: Decoder | None = None) -> list[list[Shown]]:
     """Return the documents of a pack as a run with the default settings sees them; InputError for a wrong number."""
     index = reader.index
     if not 0 <= number < len(reader):
@@ -94,12 +94,12 @@ def preview(reader: PackReader, number: int, epoch: int, seed: int, decode: Deco
     config = parse(Config, {"model": model, "train": {"seed": seed}}, str(reader.folder))
     tokenizer = load_tokenizer(index.tokenizer, reader.folder)
     keyed = KeyedPack(reader.read(number), epoch, number)
-    return pack_documents(keyed, batch_builder(config, index, packs=1), tokenizer, decode)
+    return shown_documents(keyed, batch_builder(config, index, packs=1), tokenizer, decode)
 
 
-def pack_documents(
+def shown_documents(
     keyed: KeyedPack, builder: BatchBuilder, tokenizer: Tokenizer, decode: Decoder | None = None
-) -> list[list[Piece]]:
+) -> list[list[Shown]]:
     """Return a pack's documents as a run that draws with `builder` sees them: order, dropped captions and noise.
 
     Each image is shown clean and with its noise. Latents are decoded, or without `decode` their first channels shown,
@@ -111,7 +111,7 @@ def pack_documents(
         names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
     tokens, pictures = batch.tokens.tolist(), _pictures(keyed, builder, batch, decode)
 
-    def pieces(positions: range) -> Iterator[Piece]:
+    def pieces(positions: range) -> Iterator[Shown]:
         for is_text, run in itertools.groupby(positions, lambda i: i not in pictures and tokens[i] not in names):
             if is_text:
                 yield tokenizer.decode([tokens[i] for i in run])

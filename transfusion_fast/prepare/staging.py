@@ -45,7 +45,7 @@ def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> No
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Hold the lock of the staging folder, which is made if need be.
+    """Hold the lock of the staging folder, which is created if it is missing.
 
     The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
 

@@ -19,7 +19,7 @@ from transfusion_fast.model.inputs import Document, Piece, check_document, flat_
 from transfusion_fast.model.sequence import TEXT, PackedBatch, build_batch
 from transfusion_fast.model.transfusion import Transfusion
 
-CLEAN_TIMESTEP = 1.0  # the least noise that training shows; for images that serve as context
+CLEAN_TIMESTEP = 1.0  # for images that serve as context: almost no noise, as in training
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def generate_images(
 ) -> Tensor:
     """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
     if not prompts or not 0 <= modality < len(model.codecs):
-        raise ValueError(f"needs a prompt and a modality below {len(model.codecs)}, got {len(prompts)} and {modality}")
+        rule = f"prompts must be 1 or more and the modality below {len(model.codecs)}"
+        raise ValueError(f"{rule}, got {len(prompts)} and {modality}")
     streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))

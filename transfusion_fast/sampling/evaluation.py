@@ -78,7 +78,7 @@ def read_captioned(folder: Path, tokenizer: Tokenizer) -> Captioned:
             images.extend(own)
             (captions if own else texts).append(text)
     if not images or len({image.shape for image in images}) > 1 or images[0].dtype != np.uint8:
-        raise InputError(f"{folder}: evaluation needs captioned pixel images of one size; give a folder of such")
+        raise InputError(f"{folder}: evaluation needs captioned pixel images of one size; give a folder of them")
     return Captioned(np.stack(images), tuple(captions), tuple(texts))
 
 

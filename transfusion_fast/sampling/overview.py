@@ -34,7 +34,7 @@ class Samples:
 
     Attributes:
         images: uint8 [steps, prompts, height, width, channels]; those of step 0 are the noise.
-        losses: (step, total loss) of each logged step, the last one at most that of the last images.
+        losses: (step, total loss) of each logged step, none after the step of the last images.
     """
 
     prompts: Sequence[str]

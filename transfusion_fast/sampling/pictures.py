@@ -15,13 +15,13 @@ CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches for an image and its marg
 def check_picture(path: Path) -> None:
     """Raise InputError if no PNG can be drawn and written to a path, before hours of drawing; make its folder."""
     optional_module("matplotlib", "examples")
-    if path.suffix.lower() not in (".png", ""):
-        raise InputError(f"picture must be a file NAME.png, got {path}; change the name")
-    check_writable(path)
+    check_writable(path, ".png", "")
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError if no file can be written to a path; make its folder."""
+def check_writable(path: Path, *suffixes: str) -> None:
+    """Raise InputError if no file with one of the suffixes can be written to a path; make its folder."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InputError(f"output must be a file NAME{suffixes[0]}, got {path}; change the name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transfusion_fast.files import write_atomically
 
@@ -39,6 +40,16 @@ class Row:
     """Unreadable packs left out since the start of training."""
 
 
+METRICS = "metrics.jsonl"
+"""File of a run folder that holds a row in each line."""
+
+
+def read_rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """Return the intact rows up to a step; a run that was killed leaves an incomplete one."""
+    rows = map(_row, path.read_bytes().splitlines())
+    return [row for row in rows if row and row["step"] <= last_step]
+
+
 class MetricsLog:
     """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them.
 
@@ -47,16 +58,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        steps = [_step_of(line) for line in lines]
-        if None in steps[:-1]:
+        if not path.exists():
+            return
+        rows = read_rows(path, first_step)
+        if None in map(_row, path.read_bytes().splitlines()[:-1]):
             damaged = path.with_suffix(f".damaged-{time.time_ns()}.jsonl")
             path.rename(damaged)
             print(f"{path}: is damaged; it is now {damaged.name}, and its intact rows are kept", flush=True)
-        kept = [
-            line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= first_step
-        ]
-        write_atomically(path, b"".join(kept))
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def write(self, row: Row) -> None:
         """Append a row; numbers that are not finite become null, since JSON cannot express them."""
@@ -65,13 +74,13 @@ class MetricsLog:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def _step_of(line: bytes) -> int | None:
-    """Return the step of a row; None for a line that is no row, such as the last one of a run that was killed."""
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Return the row in a line, None if there is none."""
     try:
-        step = json.loads(line)["step"]
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
-    return step if isinstance(step, int) else None
 
 
 class Clock:

@@ -172,7 +172,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         pointer = run / CHECKPOINTS / LATEST
         if not pointer.is_file():
             raise InputError(f"{run}: holds no finished checkpoint; train first: deepspeed train/pretrain.py")
-        name = pointer.read_text().strip()
+        name = pointer.read_text(errors="replace").strip()
     checkpoint = run / CHECKPOINTS / name
     if not CHECKPOINT_NAME.fullmatch(name) or not checkpoint.is_dir():
         raise InputError(f"{run}: has no checkpoint {name!r}; see {run / CHECKPOINTS}")

@@ -21,7 +21,7 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import learning_rate, make_engine
-from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
+from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
 from transfusion_fast.training.slices import update_ema
@@ -65,7 +65,7 @@ class Trainer:
             return True
         stop, pin_memory = StopRequest(), self.ranks.device.type == "cuda"
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
-        self.log = MetricsLog(self.folder / "metrics.jsonl", self.meta.step) if self.ranks.is_main else None
+        self.log = MetricsLog(self.folder / METRICS, self.meta.step) if self.ranks.is_main else None
         self.clock = Clock()
         try:
             self._take_steps(stop)

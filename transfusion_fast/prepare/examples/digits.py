@@ -18,7 +18,7 @@ _TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SPLIT_SEED = 1797
 _LARGEST_VALUE = 16  # of a pixel in scikit-learn's data
-_HELDOUT_IMAGES, _HELDOUT_SUMS = 6, 10  # one in so many
+_HELDOUT_IMAGES, _HELDOUT_SUMS = 6, 10  # one of 6 images, and one of 10 sums
 
 
 class Digits(BuiltIn):

@@ -35,7 +35,7 @@ class SourceDocument:
 
 @dataclass(frozen=True)
 class Unit:
-    """The documents of a file that begin in [start, end), in bytes or in whatever the source counts by."""
+    """A part of the source that one process reads: entries [start, end) of `path`, in bytes, rows, packs or files."""
 
     path: Path
     start: int
@@ -44,7 +44,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Files of documents, all that are read. Picklable."""
+    """All files of documents that a run reads. Picklable."""
 
     files: tuple[Path, ...]
     suffixes: ClassVar[tuple[str, ...]] = ()

@@ -59,7 +59,7 @@ def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
 
 
 def _skip_line(file: Any, most: int) -> int:
-    """Read to the end of a line, or `most` bytes of it, as its other units do the same; return the number of bytes."""
+    """Skip to the end of a line, at most `most` bytes; later units skip the rest. Return the number of bytes."""
     count = 0
     while count < most and (rest := file.readline(min(MAX_BYTES, most - count))):
         count += len(rest)
@@ -71,7 +71,7 @@ def _skip_line(file: Any, most: int) -> int:
 def _damage(path: Path, most: int = sys.maxsize) -> str:
     """Return what is wrong with the first `most` bytes of a compressed file, before any of it is used; else "".
 
-    The checksum, which every .gz has, and a .zst unless it was written without, lies behind the data.
+    The checksum stands behind the data. Every .gz has one; a .zst may lack it.
     """
     if path.suffix.lower() not in COMPRESSIONS:
         return ""

@@ -13,7 +13,7 @@ from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decod
 from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
 FILES_TOGETHER = 256
-"""A unit of .txt is at most so many consecutive files, by their numbers."""
+"""Most .txt files in a unit."""
 _ROWS_TOGETHER = 16  # few, as each row may be large once it is decompressed
 _MAX_GROUP_BYTES = 16 << 30
 _STRINGS = (
@@ -23,7 +23,7 @@ _STRINGS = (
 
 @dataclass(frozen=True)
 class TextSource(Source):
-    """The texts of files: one a line of JSON lines and one a row of .parquet, under `field`; one a .txt."""
+    """The texts of files: one per line of JSON lines and per row of .parquet, under `field`, and one per .txt."""
 
     field: str = "text"
 
