@@ -35,6 +35,8 @@ from transfusion_fast.training.run_folder import (
 )
 from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices, write_slices
 
+_DELETED = ".deleted-"
+_LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
 _HINTS = {
     "model": "give the model settings of the run, or another train.output",
     "data": "give the run's data.path, or another train.output",
@@ -171,7 +173,7 @@ class Checkpoints:
     def repair(self, newest: Path | None) -> None:
         """Remove what killed saves left behind, and make `latest` name the newest intact checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*"):
+        for leftover in (path for pattern in _LEFTOVERS for path in self.folder.glob(pattern)):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         latest = self.folder / LATEST
         if newest is not None and (not latest.is_file() or latest.read_text().strip() != newest.name):
@@ -183,7 +185,7 @@ class Checkpoints:
     def _delete(self, name: str) -> None:
         """Remove a checkpoint under another name, so that one that is half removed is not taken for damaged."""
         if (self.folder / name).exists():
-            hidden = self.folder / f".deleted-{name}"
+            hidden = self.folder / f"{_DELETED}{name}"
             os.rename(self.folder / name, hidden)
             shutil.rmtree(hidden)
 
