@@ -36,7 +36,8 @@ def heartbeat(ranks: Ranks, limit: float) -> Iterator[None]:
     host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=limit)
     server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if ranks.is_main else None
     [port] = ranks.gather([server.port] if server else [])
-    monitor = _Monitor(ranks, limit, dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
+    processes = ranks.gather([(socket.gethostname(), os.getpid())])
+    monitor = _Monitor(ranks, limit, processes, dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout))
     try:
         yield
         monitor.stop()
@@ -51,12 +52,12 @@ def heartbeat(ranks: Ranks, limit: float) -> Iterator[None]:
 class _Monitor:
     """The threads of one rank. Rank 0 listens to all others; they listen to rank 0, which names a lost rank."""
 
-    def __init__(self, ranks: Ranks, limit: float, store: dist.TCPStore):
-        self.ranks, self.limit, self.store, self.ended = ranks, limit, store, threading.Event()
-        self.host = socket.gethostname()
+    def __init__(self, ranks: Ranks, limit: float, processes: list[tuple[str, int]], store: dist.TCPStore):
+        self.ranks, self.limit, self.processes, self.store = ranks, limit, processes, store
+        self.ended = threading.Event()
         others = range(1, ranks.world_size) if ranks.is_main else [0]
-        self.heard = {str(rank): (b"0 an-unknown-host 0", time.monotonic()) for rank in others}
-        """The last message of each rank that this one listens to, `COUNT HOST PROCESS`, and when it arrived."""
+        self.heard = {str(rank): (b"", time.monotonic()) for rank in others}
+        """The last count of each rank that this one listens to, and when it arrived."""
         # A thread that speaks to the store waits for ever if the process of rank 0 is stopped, so another one watches.
         self.threads = [threading.Thread(target=task, daemon=True) for task in (self._speak, self._watch)]
         for thread in self.threads:
@@ -73,32 +74,33 @@ class _Monitor:
         with contextlib.suppress(dist.DistError):  # rank 0 has ended
             while not self.ended.wait(self.limit / 6):
                 count += 1
-                self.store.set(str(self.ranks.rank), f"{count} {self.host} {os.getpid()}")
+                self.store.set(str(self.ranks.rank), str(count))
                 present = [rank for rank in self.heard if self.store.check([rank])]
                 for rank, message in zip(present, self.store.multi_get(present), strict=True):
                     if message != self.heard[rank][0]:
                         self.heard[rank] = message, time.monotonic()
                 if self.store.check([_VERDICT]):
-                    self._end(*self.store.get(_VERDICT).decode().split())
+                    self._end(int(self.store.get(_VERDICT)))
 
     def _watch(self) -> None:
         while not self.ended.wait(self.limit / 6):
-            for rank, (message, since) in self.heard.items():
+            for rank, (_, since) in self.heard.items():
                 if time.monotonic() - since > self.limit:
-                    self._end(rank, *message.decode().split()[1:])
+                    self._end(int(rank))
 
-    def _end(self, rank: str, host: str, process: str) -> None:
+    def _end(self, lost: int) -> None:
         """Name the lost rank, print the stacks of this rank's threads, and exit without waiting for anything."""
+        (host, process), (own_host, _) = self.processes[lost], self.processes[self.ranks.rank]
         if self.ranks.is_main:
-            self.store.set(_VERDICT, f"{rank} {host} {process}")
-        if self.ranks.is_main or rank == "0":
-            lost = f"rank {rank} on {host} (process {process}) has not answered for {self.limit:.0f} s"
-            print(f"pretrain: {lost}; the stacks of the others follow", file=sys.stderr, flush=True)
-        print(f"rank {self.ranks.rank} on {self.host}:", file=sys.stderr, flush=True)
+            self.store.set(_VERDICT, str(lost))
+        if self.ranks.is_main or lost == 0:
+            named = f"rank {lost} on {host} (process {process}) has not answered for {self.limit:.0f} s"
+            print(f"pretrain: {named}; the stacks of the others follow", file=sys.stderr, flush=True)
+        print(f"rank {self.ranks.rank} on {own_host}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if self.ranks.is_main:
             time.sleep(self.limit / 3)  # the others read the verdict from the store in this process
-        if host == self.host:  # a stopped process does not act on milder signals
+        if host == own_host:  # a stopped process does not act on milder signals
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
         os._exit(EXIT_LOST_RANK)
