@@ -56,11 +56,11 @@ def test_sample_draws_the_images_of_the_python_interface_where_it_was_asked_to(r
     assert pictures[0].read_bytes() == expected.read_bytes() != pictures[1].read_bytes()
 
 
-def test_sample_draws_with_the_sampler_and_guidance_asked_for(run: Path, tmp_path: Path, command) -> None:
+def test_sample_draws_with_the_sampler_guidance_and_weights_asked_for(run: Path, tmp_path: Path, command) -> None:
     pictures = {name: tmp_path / name for name in ("expected.png", "grid.png")}
-    options = ("--each", 1, "--steps", 2, "--sampler", "ddim", "--guidance", 9, "--out", pictures["grid.png"])
+    options = ("--each", 1, "--steps", 2, "--sampler", "ddim", "--guidance", 9, "--raw", "--out", pictures["grid.png"])
     assert command("sample", run, "--prompt", "one", *options)[0] == 0
-    model, prompt = load_model(find_checkpoint(run)), [torch.tensor([*b"one"])]
+    model, prompt = load_model(find_checkpoint(run), raw=True), [torch.tensor([*b"one"])]
     settings = ImageSettings(steps=2, guidance=9.0, eta=0.0, clip=1.0)
     latents = generate_images(model, [prompt], (4, 4), image=settings, generator=seeded())
     draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures["expected.png"])
