@@ -51,6 +51,12 @@ def test_any_range_of_a_parameter_is_read_from_any_division(
     assert torch.equal(stored.read(kind, name, start, end - start), full[start:end])
 
 
+def test_a_file_may_be_read_by_those_who_may_read_its_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    [file] = write(tmp_path, {"matrix": [], "vector": []})
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
 def test_elements_that_no_file_holds_are_named(tmp_path: Path) -> None:
     files = write(tmp_path, {"matrix": [4, 9], "vector": [2, 2]})
     with pytest.raises(ValueError, match="elements of matrix from 4 on are in none of the files"):

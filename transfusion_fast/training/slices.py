@@ -111,6 +111,7 @@ def write_slices(path: Path, slices: Iterable[Slice], tensors: Mapping[str, Tens
     spans = {one.name: {"offset": one.offset, "length": one.length, "shape": one.shape} for one in slices}
     try:
         save_file(dict(tensors), path, {"slices": json.dumps(spans)})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets its owner alone read a file
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path}: cannot be written ({error})") from error
 
