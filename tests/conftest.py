@@ -1,4 +1,4 @@
-"""What every test shares: one thread, so that sums round alike, the same examples in every run, and the commands."""
+"""Shared set-up: one thread, so that sums round alike; the same examples in every run; and a way to run commands."""
 
 import os
 import runpy

@@ -23,7 +23,14 @@ from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
 from transfusion_fast.training.metrics import METRICS, read_rows
-from transfusion_fast.training.run_folder import CONFIG, find_checkpoint, load_model, read_data_description, read_meta
+from transfusion_fast.training.run_folder import (
+    CONFIG,
+    find_checkpoint,
+    list_checkpoints,
+    load_model,
+    read_data_description,
+    read_meta,
+)
 
 MAX_COLUMNS, MAX_PROMPTS = 6, 10  # more would be too small to see
 
@@ -55,8 +62,8 @@ def _plot(options: argparse.Namespace) -> None:
         if not 0 <= value <= MAX_SEED:
             raise InputError(f"--{name} must be in 0..{MAX_SEED}, got {value}; give another")
     check_picture(path)
-    find_checkpoint(run)
-    kept = sorted((run / "checkpoints").glob("step-" + "[0-9]" * 8))
+    find_checkpoint(run)  # fails if there is none
+    kept = list_checkpoints(run)
     checkpoints = [kept[i] for i in np.linspace(0, len(kept) - 1, min(len(kept), MAX_COLUMNS)).round().astype(int)]
     config = load_config(run / CONFIG)
     mixture, window = open_data(config), config.data.shuffle_window

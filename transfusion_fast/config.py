@@ -246,7 +246,7 @@ class TrainConfig(_Settings):
     ema_decay: Beta = 0.9999
     """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
-    """What DeepSpeed divides among the ranks: the optimizer's state (1), gradients as well (2), weights as well (3)."""
+    """ZeRO stage: ranks divide the optimizer's state among them (1), also the gradients (2), also the weights (3)."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and take its steps on the CPU."""
     checkpoint_every: Positive = 1000

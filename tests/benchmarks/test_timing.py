@@ -163,8 +163,8 @@ def test_a_checkpointed_block_keeps_its_input_and_selectively_what_attention_ret
 
 
 def test_a_block_keeps_nothing_twice():
-    """Of [T, E] and [T, F] tensors: the block's input and what lies between attention and MLP, two norms' outputs, the
-    projection (for v, which lies in it), q and k rotated, o, the MLP's projection and product; and some vectors."""
+    """A block keeps its input, what lies between attention and MLP, the outputs of two norms, the projection (for v,
+    which lies in it), the rotated q and k, o, the MLP's projection and product, and some vectors."""
     vectors = 4 * (H + 4)  # the log-sum-exp, and statistics of two norms
     tensors = 4 * (2 * E + 2 * E + 3 * E + 2 * E + E + 2 * F + F)
     norms = 2 * 2 * 4 * E  # torch's norm on a CPU is made of smaller operations that keep results of their own

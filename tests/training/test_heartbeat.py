@@ -21,9 +21,9 @@ def test_a_stopped_rank_ends_the_run_and_is_named_with_its_host(digits: Path, tm
     os.kill(process, signal.SIGSTOP)
     since = time.monotonic()
     codes, printed = run.wait()
-    assert time.monotonic() - since < 2 * LIMIT
+    assert time.monotonic() - since < 60  # a collective operation alone would wait for minutes
     assert codes[stopped] == -signal.SIGKILL and codes[1 - stopped] == EXIT_LOST_RANK
     host = os.uname().nodename
     assert f"pretrain: rank {stopped} on {host} (process {process}) has not answered for {LIMIT} s" in printed
     stacks = printed.partition(f"rank {1 - stopped} on {host}:\n")[2]
-    assert ("trainer.py" in stacks and "in _next_batches" in stacks) or "in _micro_step" in stacks
+    assert "trainer.py" in stacks and "in _step" in stacks

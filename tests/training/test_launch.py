@@ -24,6 +24,7 @@ MPIRUN = {
         ({**SRUN, "SLURM_STEP_NODELIST": "a1,a2", "SLURM_JOB_NODELIST": "a[0-9]"}, Launch(5, 8, 1, 4), "a1"),
         (MPIRUN, Launch(1, 2, 1, 2), "127.0.0.1"),
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Launch(), "127.0.0.1"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, Launch(), "127.0.0.1"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Launch(), "127.0.0.1"),  # a batch script
     ],
 )  # fmt: skip

@@ -108,7 +108,7 @@ QUICK = {(0, 9), (0, 16), (1, 3)}
 def test_a_run_killed_at_any_change_of_its_files_ends_with_the_same_bits(
     digits: Path, uninterrupted: Path, tmp_path: Path, rank: int, number: int
 ) -> None:
-    run, settings = tmp_path / "run", ("train.checkpoint_every=1", "train.keep_checkpoints=2", "train.heartbeat=6")
+    run, settings = tmp_path / "run", ("train.checkpoint_every=1", "train.keep_checkpoints=2")
     killed = start(2, digits, run, *settings, setup=partial(kill_at_event, rank, number))
     assert killed.wait_for_launcher(rank) == -signal.SIGKILL
     train(2, digits, run, *settings)

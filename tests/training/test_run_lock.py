@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -49,17 +50,20 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over_at_once(holder, tmp
     assert time.monotonic() - start < 5 and not (tmp_path / "run" / ".lock").exists()
 
 
-def test_the_lock_of_another_host_is_taken_over_when_it_shows_no_sign_of_life(
-    holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("host", ["elsewhere", f"{socket.gethostname()}?pidns-f0000001"])
+def test_the_lock_of_another_host_or_container_is_taken_over_when_it_shows_no_sign_of_life(
+    holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, host: str
 ) -> None:
     lock = tmp_path / "run" / ".lock"
     holder.kill()
     holder.join()
     monkeypatch.setattr(run_lock, "STALE", 2.0)
-    lock.write_text(lock.read_text().replace(f"host={socket.gethostname()}", "host=elsewhere").replace("60.0", "2.0"))
+    content = re.sub("(?m)^host=.*$", f"host={host}", lock.read_text())
+    lock.write_text(content.replace("duration=60.0", "duration=2.0"))
     with lock_run(tmp_path / "run", OneRank()):
         assert f"pid={os.getpid()}" in lock.read_text()
-    assert "waiting up to 2 s for a sign of life from process" in capsys.readouterr().out
+    named = f"process {holder.pid} on {host.partition('?')[0]}\n"
+    assert f"waiting up to 2 s for a sign of life from {named}" in capsys.readouterr().out
 
 
 def test_a_refused_run_leaves_no_folder_behind_and_a_started_one_keeps_its_own(tmp_path: Path) -> None:

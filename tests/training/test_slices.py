@@ -65,7 +65,7 @@ def test_elements_that_no_file_holds_are_named(tmp_path: Path) -> None:
         StoredSlices(files[:2])
 
 
-@pytest.mark.parametrize("content", ["pickle", "empty", "no metadata", "wrong metadata", "cut off"])
+@pytest.mark.parametrize("content", ["pickle", "empty", "no metadata", "wrong metadata", "other length", "cut off"])
 def test_a_file_that_holds_no_slices_is_refused_and_never_unpickled(tmp_path: Path, content: str) -> None:
     class Planted:
         def __reduce__(self) -> tuple:
@@ -76,7 +76,8 @@ def test_a_file_that_holds_no_slices_is_refused_and_never_unpickled(tmp_path: Pa
         planted = {"pickle": pickle.dumps(Planted()), "empty": b"", "cut off": file.read_bytes()[:-8]}
         file.write_bytes(planted[content])
     else:
-        save_file(FULL, file, None if content == "no metadata" else {"slices": json.dumps({"matrix": 3})})
+        spans = {"matrix": 3 if content == "wrong metadata" else {"offset": 0, "length": 15, "shape": [5, 3]}}
+        save_file(FULL, file, None if content == "no metadata" else {"slices": json.dumps(spans)})
     with pytest.raises(ValueError, match="cannot be read as slices"):
         StoredSlices([file])
     assert not (tmp_path / "ran").exists()

@@ -248,7 +248,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _uncovered(text: str, spans: np.ndarray) -> list[str]:
-    """Return the runs of characters that no span covers, without those that a tokenizer's rules may remove."""
+    """Return each run of characters that no token covers, except characters that a tokenizer may remove."""
     starts, ends = (np.bincount(column, minlength=len(text) + 1) for column in spans.T)
     bare = np.flatnonzero(np.cumsum(starts - ends)[:-1] <= 0).tolist()
     lost = np.array([at for at in bare if not _is_removable(text[at])], dtype=np.int64)

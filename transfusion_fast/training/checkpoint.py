@@ -21,13 +21,13 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import (
-    CHECKPOINT_NAME,
     CHECKPOINTS,
     LATEST,
     MANIFEST,
     META,
     Meta,
     find_damage,
+    list_checkpoints,
     measure,
     meta_json,
     open_slices,
@@ -62,7 +62,7 @@ class Checkpoints:
     """The checkpoints of one run folder, shared by all ranks."""
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
-        self.folder, self.ranks, self.keep = run / CHECKPOINTS, ranks, keep
+        self.run, self.folder, self.ranks, self.keep = run, run / CHECKPOINTS, ranks, keep
         self._save: _Save | None = None
 
     def save(self, engine: Any, meta: Meta) -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
         Raises:
             InputError: all checkpoints are damaged.
         """
-        names = self._names() if self.folder.is_dir() else []
+        names = self._names()
         for name in reversed(names):
             problems = self.ranks.gather(find_damage(self.folder / name, self._own_share))
             if not problems:
@@ -180,7 +180,7 @@ class Checkpoints:
             write_durably(latest, newest.name + "\n")
 
     def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if CHECKPOINT_NAME.fullmatch(path.name))
+        return [path.name for path in list_checkpoints(self.run)]
 
     def _delete(self, name: str) -> None:
         """Remove a checkpoint under another name, so that one that is half removed is not taken for damaged."""

@@ -69,9 +69,8 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     }
     if train.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
-        derived["zero_force_ds_cpu_optimizer"] = (
-            False  # DeepSpeed's own would be compiled, and its state has other names
-        )
+        # DeepSpeed's own optimizer for the CPU would have to be compiled.
+        derived["zero_force_ds_cpu_optimizer"] = False
     return _merge(derived, config.deepspeed, "deepspeed")
 
 
@@ -112,7 +111,6 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
         decay_steps = config.decay_steps or max(1, steps // 10)
         left = min(1.0, (steps - 1 - step) / decay_steps)
     else:
-        left = (
-            1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)))
-        ) / 2
+        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+        left = (1 + math.cos(math.pi * progress)) / 2
     return config.min_lr + (config.lr - config.min_lr) * left

@@ -70,8 +70,10 @@ def _translate(environment: Mapping[str, str]) -> Launch:
     """Read the variables of a launcher that does not set torch's; without one, this process is alone."""
     for launcher, names in _LAUNCHERS.items():
         rank, size, local_rank, local_size = (environment.get(name) for name in names)
-        if rank is None or size in (None, "1"):
+        if rank is None or size is None:
             continue
+        if size == "1":
+            return Launch()
         if local_rank is None or local_size is None:
             missing = " and ".join(name for name in names[2:] if name not in environment)
             raise InputError(f"launch: {launcher} must set {missing} for its {size} processes, got none; {_ADVICE}")

@@ -41,8 +41,6 @@ MANIFEST = "manifest.json"
 META = "meta.json"
 DATA = "data.json"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
-
-
 _FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # model settings that change the computation, not the model
 
 
@@ -164,6 +162,11 @@ def check_output(run: Path) -> None:
         read_data_description(run)  # fails unless a run wrote it
     elif not run.is_dir() or any(run.iterdir()):
         raise InputError(f"train.output must be new, empty or the folder of a run, got {run}; give another")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, the oldest first; they may be damaged."""
+    return sorted(path for path in (run / CHECKPOINTS).glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:

@@ -18,6 +18,7 @@ from transfusion_fast.training.run_folder import CHECKPOINTS, CONFIG
 LOCK = ".lock"
 STALE = 60.0
 """Seconds without a sign of life after which a lock of another host is taken over; of this host, at once."""
+_INITIAL_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of Linux
 _VISIBLE = 30.0  # seconds that a network file system may take to show a new file
 
 
@@ -51,8 +52,8 @@ def _acquire(lease: SoftFileLease, run: Path) -> None:
         lease.acquire(timeout=0.5)
         return
     except Timeout:
-        holder = _holder(run)
-    if not holder.endswith(f" on {socket.gethostname()}"):
+        holder, is_local = _holder(run)
+    if not is_local:  # of a local process filelock would have known that it has ended
         print(f"{run}: waiting up to {STALE:.0f} s for a sign of life from {holder}", flush=True)
         with contextlib.suppress(Timeout):
             lease.acquire(timeout=STALE + 5)
@@ -66,12 +67,17 @@ def _acquire(lease: SoftFileLease, run: Path) -> None:
     )
 
 
-def _holder(run: Path) -> str:
+def _holder(run: Path) -> tuple[str, bool]:
+    """Return the process that holds the lock, and whether it is one of this host and, in a container, of this one."""
     try:
         fields = dict(line.partition("=")[::2] for line in (run / LOCK).read_text().splitlines())
+        own_namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
-        fields = {}
-    return f"process {fields.get('pid', 'unknown')} on {fields.get('host', 'an unknown host')}"
+        fields, own_namespace = {}, _INITIAL_NAMESPACE
+    # filelock appends the namespace of process numbers to the host, but for the initial one.
+    host, _, namespace = fields.get("host", "an unknown host").partition("?pidns-")
+    own = "" if own_namespace == _INITIAL_NAMESPACE else f"{own_namespace:x}"
+    return f"process {fields.get('pid', 'unknown')} on {host}", (host, namespace) == (socket.gethostname(), own)
 
 
 def _check_shared(run: Path, token: str, ranks: Ranks) -> None:

@@ -132,9 +132,11 @@ class StoredSlices:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: set[str] = set()
         for file in files:
-            opened, spans = _read_header(file)
-            keys: list[str] = opened.keys()
-            self.kinds.update(key.partition("/")[0] for key in keys)
+            opened, kinds, spans = _read_header(file)
+            self.kinds = self.kinds or kinds
+            if spans and kinds != self.kinds:  # a rank may hold no slice
+                names = ", ".join(sorted(kinds))
+                raise ValueError(f"{file.name} holds tensors of the kinds {names}, other files those of others")
             for name, (offset, length, shape) in spans.items():
                 self._slices.setdefault(name, []).append((offset, length, opened))
                 self.shapes[name] = tuple(shape)
@@ -159,14 +161,21 @@ class StoredSlices:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _read_header(file: Path) -> tuple[Any, dict[str, tuple[int, int, list[int]]]]:
-    """Return the open file, and offset, length and shape of the slice of each parameter."""
+def _read_header(file: Path) -> tuple[Any, set[str], dict[str, tuple[int, int, list[int]]]]:
+    """Return the open file, its kinds of tensors, and offset, length and shape of the slice of each parameter."""
     try:
         opened = safe_open(file, framework="pt")
-        return opened, {
+        keys: list[str] = opened.keys()
+        kinds = {key.partition("/")[0] for key in keys}
+        spans = {
             name: (span["offset"], span["length"], span["shape"])
             for name, span in json.loads(opened.metadata()["slices"]).items()
         }
+        for name, (_, length, _) in spans.items():
+            for kind in kinds:
+                if (found := opened.get_slice(f"{kind}/{name}").get_shape()) != [length]:
+                    raise ValueError(f"{kind}/{name} has the shape {found}, its span the length {length}")
+        return opened, kinds, spans
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
 

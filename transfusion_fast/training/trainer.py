@@ -192,7 +192,10 @@ class Trainer:
         config, data, meta, steps = self.config, self.data, self.meta, self.config.train.steps
         self.checkpoints.repair(checkpoint)  # its folder comes first, since it marks the run folder as one
         if meta.step >= steps:
-            print(f"{self.folder}: trained to step {meta.step} already; raise train.steps, or change train.output")
+            print(
+                f"{self.folder}: trained to step {meta.step} already; change train.output, or extend it with "
+                "optimizer.schedule=wsd and more train.steps"
+            )
             return
         write_data_description(self.folder, describe_data(data, config.data.quarantine > 0))
         changed = write_config(self.folder, config)

@@ -35,10 +35,10 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
 
 
 def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
-    """Yield the place and the content, without the line end, of each line that begins in the unit and is not blank.
+    """Yield (place, content) of each line that begins in the unit and is not blank. The content has no line end.
 
-    Nothing is read of a damaged compressed file, and at most MAX_BYTES of a line are in memory: such a file or line is
-    Rejected.
+    A damaged compressed file is Rejected as a whole, and a line of more than MAX_BYTES is Rejected without being held
+    in memory.
     """
     if damage := _damage(unit.path):
         yield f"byte 0 of {unit.path}", Rejected("file damaged", f"nothing of it is used ({damage})")
