@@ -68,6 +68,7 @@ setup(
             "pyarrow>=17.0",
             "scikit-learn>=1.4",
             "tokenizers>=0.20",
+            "transformers>=4.45",
             "triton>=3.6",
         ],
     },

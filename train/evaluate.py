@@ -22,13 +22,13 @@ from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
 from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, Report, evaluate, read_captioned
 from transfusion_fast.sampling.pictures import check_picture, draw_grid
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_data_description
+from transfusion_fast.training.run_folder import open_model, read_data_description
 
 
 def main() -> int:
     """Evaluate the run that the command line names, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py or train/export.py")
     parser.add_argument("--data", type=Path, help="folder with train/ and heldout/ (default: the run's own)")
     parser.add_argument("--checkpoint", help="name, such as step-00000500 (default: the latest)")
     parser.add_argument("--raw", action="store_true", help="use the weights of the last step, not their average")
@@ -53,7 +53,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not data.modalities:
         raise InputError(f"evaluation needs a run on captioned images, got {options.run}, on text alone")
     check_picture(picture)
-    model = load_model(find_checkpoint(options.run, options.checkpoint), raw=options.raw)
+    model = open_model(options.run, options.checkpoint, raw=options.raw)
     folder = options.data or _data_of(options.run)
     if not (folder / "heldout").is_dir() or not (folder / "train").is_dir():
         raise InputError(

@@ -29,7 +29,7 @@ from transfusion_fast.prepare.images import decode_image, scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid
-from transfusion_fast.training.run_folder import DataDescription, find_checkpoint, load_model, read_data_description
+from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description
 
 MAX_SIDE = 8192  # pixels
 
@@ -55,7 +55,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_HelpFormatter)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    add("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py or train/export.py")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompt", nargs="+", action="extend", help="captions to draw")
     task.add_argument("--caption", nargs="+", action="extend", type=Path, metavar="IMAGE", help="images to caption")
@@ -88,7 +88,7 @@ def _sample(options: argparse.Namespace) -> None:
     is_page = options.out.suffix == ".html" and options.text
     (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
-    model = load_model(find_checkpoint(options.run, options.checkpoint), raw=options.raw)
+    model = open_model(options.run, options.checkpoint, raw=options.raw)
     if not data.modalities and not options.text:
         raise InputError(
             f"--prompt and --caption need a run on images, got {options.run}, a run on text alone; give --text"

@@ -233,6 +233,13 @@ class TrainConfig(_Settings):
 
     output: FolderPath = "runs/digits"
     """Folder for checkpoints, metrics and the resolved config; the same command with the same folder resumes."""
+    init_from: FolderPath | None = None
+    """A run, a checkpoint of a run, or a folder of train/export.py, whose weights a new run begins from. Parameters
+    that it lacks are initialised."""
+    init_raw: bool = False
+    """Begin from the weights of the last step of `init_from`, not from their average."""
+    init_text_from: FolderPath | None = None
+    """A folder in the layout of Hugging Face's Llama, whose weights the text side of a new run begins from."""
     seed: Seed = 0
     """Seed of the weights, of the order of the data, and of its random layout, timesteps and noise."""
     steps: Positive = 250_000
@@ -263,6 +270,12 @@ class TrainConfig(_Settings):
     """Seconds without an answer from a rank after which the run ends and names it."""
     cpu_threads: Positive | None = None
     """Threads per rank on a CPU; default: cores divided by ranks. Results depend on it in the last bits."""
+
+    @model_validator(mode="after")
+    def _check_initial_weights(self) -> TrainConfig:
+        if self.init_from is not None and self.init_text_from is not None:
+            raise ValueError("init_from and init_text_from must not be given together; drop one of them")
+        return self
 
 
 class Config(_Settings):

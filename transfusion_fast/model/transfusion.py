@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfusion_fast.config import ModelConfig, parse
+from transfusion_fast.errors import InputError
+from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import OBJECTIVES
@@ -17,6 +20,10 @@ from transfusion_fast.model.inputs import Document, pack_documents, pack_rows
 from transfusion_fast.model.layers import CHECKPOINTING, INIT_STD, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
+from transfusion_fast.model.weights import WeightFiles, load_weights
+
+MODEL_CONFIG = "config.json"
+"""File of an exported folder that holds the settings of the model."""
 
 
 class LanguageHead(nn.Module):
@@ -64,6 +71,19 @@ class Transfusion(nn.Module):
         self.norm = RMSNorm(transformer.dim, transformer.norm_eps)
         tied = self.embedding.weight if config.tie_embeddings else None
         self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Transfusion:
+        """Return the model in a folder that train/export.py wrote, fp32, on one device, in evaluation mode.
+
+        Raises:
+            InputError: the folder is not an export, or its files are damaged or do not fit each other.
+        """
+        folder = Path(folder)
+        with torch.device(device):
+            model = cls(read_model_config(folder))
+        load_weights(model, WeightFiles(folder), folder)
+        return model.eval()
 
     @overload
     def __call__(self, batch: PackedBatch, *, counts: Counts | None = None) -> Losses: ...
@@ -163,3 +183,13 @@ class Transfusion(nn.Module):
 def _per_patch(timesteps: Tensor, images: ModalityBatch) -> Tensor:
     """Repeat each image's timestep for its patches: [N] -> [P, 1]."""
     return timesteps.repeat_interleave(images.image_offsets.diff(), output_size=len(images.latents))[:, None]
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Return the model settings of a folder that train/export.py wrote; raise InputError if it is none."""
+    config = read_json(folder / MODEL_CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise InputError(
+            f"{folder} must be a folder that train/export.py wrote, got no {MODEL_CONFIG} of a model; export a run"
+        )
+    return parse(ModelConfig, config["model"], str(folder / MODEL_CONFIG))

@@ -44,7 +44,8 @@ _HINTS = {
     "order": "give the run's train.seed and data.shuffle_window, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
-    "steps": "the cosine schedule depends on train.steps; give the run's, or extend it with optimizer.schedule=wsd",
+    "steps": "the cosine schedule depends on train.steps; give the run's, begin a new run with "
+    "train.init_from, or extend this one with optimizer.schedule=wsd",
 }
 
 
@@ -104,9 +105,8 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        measured: list[tuple[str, int, str]] = []
-        self.ranks.together(lambda: measured.append((save.file, *save.measured.result())))
-        files = self.ranks.gather(measured)
+        measured = self.ranks.together(save.measured.result)
+        files = self.ranks.gather([(save.file, *measured)])
         self.ranks.together(lambda: self._publish(save, files))
 
     def _publish(self, save: _Save, files: list[tuple[str, int, str]]) -> None:
@@ -133,7 +133,7 @@ class Checkpoints:
         """
         names = self._names()
         for name in reversed(names):
-            problems = self.ranks.gather(find_damage(self.folder / name, self._own_share))
+            problems = self.ranks.gather(find_damage(self.folder / name, self.ranks.share))
             if not problems:
                 return self.folder / name
             if self.ranks.is_main:
@@ -188,10 +188,6 @@ class Checkpoints:
             hidden = self.folder / f"{_DELETED}{name}"
             os.rename(self.folder / name, hidden)
             shutil.rmtree(hidden)
-
-    def _own_share(self, files: list[str]) -> list[str]:
-        """Return the files that this rank hashes."""
-        return files[self.ranks.rank :: self.ranks.world_size]
 
 
 def _name(meta: Meta) -> str:

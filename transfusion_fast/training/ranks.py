@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import psutil
@@ -21,6 +21,7 @@ from transfusion_fast.config import TrainConfig
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.launch import read_launch
 
+_T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # the most that glibc accepts
@@ -60,15 +61,20 @@ class Ranks:
         dist.all_gather_object(gathered, items, group=self.control)
         return [item for part in gathered for item in part]
 
-    def together(self, action: Callable[[], None], error: type[InputError] = InputError) -> None:
-        """Run an action on every rank; raise an InputError or OSError of any rank as an `error` on all ranks."""
-        errors = []
+    def together(self, action: Callable[[], _T], error: type[InputError] = InputError) -> _T:
+        """Return what an action returns on this rank; raise an InputError or OSError of any rank as `error` on all."""
+        errors, result = [], None
         try:
-            action()
+            result = action()
         except (InputError, OSError) as own:
             errors.append(str(own))
         if errors := self.gather(errors):
             raise error(errors[0])
+        return cast(_T, result)
+
+    def share(self, items: list[_T]) -> list[_T]:
+        """Return the items that this rank takes of those that all ranks divide among themselves."""
+        return items[self.rank :: self.world_size]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

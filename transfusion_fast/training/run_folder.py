@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
-from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.training.slices import EMA, WEIGHT, StoredSlices
+from transfusion_fast.model.transfusion import MODEL_CONFIG, Transfusion
+from transfusion_fast.model.weights import load_weights
+from transfusion_fast.training.slices import EMA, WEIGHT, SliceWeights, StoredSlices
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -41,6 +42,8 @@ MANIFEST = "manifest.json"
 META = "meta.json"
 DATA = "data.json"
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
+Select = Callable[[list[str]], list[str]]
+"""A function that picks the files of a checkpoint to check."""
 _FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # model settings that change the computation, not the model
 
 
@@ -182,29 +185,55 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     return checkpoint
 
 
-def load_model(checkpoint: Path, *, raw: bool = False) -> Transfusion:
-    """Return the model of a checkpoint, fp32, in evaluation mode; on the GPU if there is one.
+def open_model(folder: Path, checkpoint: str | None = None, *, raw: bool = False) -> Transfusion:
+    """Return the model of a run or of an exported folder, fp32, in evaluation mode; on the GPU if there is one.
 
     Args:
+        checkpoint: name of a checkpoint of the run; default: the latest.
         raw: take the weights of the last step, even if the run keeps an average of the weights.
 
     Raises:
-        InputError: the checkpoint is damaged, or its weights do not fit its model settings.
+        InputError: the folder has no model, or its files are damaged or do not fit each other.
     """
-    meta = read_meta(checkpoint)
-    for problem in find_damage(checkpoint):
+    if not is_export(folder):
+        return load_model(find_checkpoint(folder, checkpoint), raw=raw)
+    if checkpoint is not None or raw:
+        raise InputError(f"a checkpoint or raw weights must come from a run, got {folder}, an exported folder")
+    return Transfusion.from_pretrained(folder, _device())
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether train/export.py wrote a folder."""
+    return (folder / MODEL_CONFIG).is_file()
+
+
+def load_model(checkpoint: Path, *, raw: bool = False) -> Transfusion:
+    """Return the model of a checkpoint, as `open_model` does."""
+    with torch.device(_device()):
+        model = Transfusion(read_meta(checkpoint).config.model)
+    load_weights(model, open_weights(checkpoint, raw=raw), checkpoint)
+    return model.eval()
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_weights(
+    checkpoint: Path, *, raw: bool = False, select: Callable[[list[str]], list[str]] = list
+) -> SliceWeights:
+    """Return the weights of a checkpoint, to be read in part: their average over steps if there is one and not `raw`.
+
+    Args:
+        select: picks the files to check, for ranks that divide them among themselves.
+
+    Raises:
+        InputError: a file does not match the manifest.
+    """
+    for problem in find_damage(checkpoint, select):
         raise InputError(f"{checkpoint}: is damaged ({problem}); name another checkpoint, or resume training")
-    stored, model = open_slices(checkpoint), Transfusion(meta.config.model)
-    parameters = dict(model.named_parameters())
-    for difference in changes(stored.shapes, {name: tuple(x.shape) for name, x in parameters.items()}):
-        raise InputError(
-            f"{checkpoint}: weights must have the shapes of the model, got {difference}; name another checkpoint"
-        )
-    kind = EMA if EMA in stored.kinds and not raw else WEIGHT
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored.read(kind, name).view(parameter.shape))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stored = open_slices(checkpoint)
+    return SliceWeights(stored, EMA if EMA in stored.kinds and not raw else WEIGHT)
 
 
 def open_slices(checkpoint: Path) -> StoredSlices:
@@ -231,7 +260,7 @@ def meta_json(meta: Meta) -> str:
     return json.dumps({**vars(meta), "config": meta.config.model_dump(mode="json")}, indent=1)
 
 
-def find_damage(checkpoint: Path, select: Callable[[list[str]], Iterable[str]] = list) -> list[str]:
+def find_damage(checkpoint: Path, select: Select = list) -> list[str]:
     """Return the problems of a checkpoint's files against its manifest; `select` picks the files to check."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,28 @@ class StoredSlices:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True, eq=False)
+class SliceWeights:
+    """One kind of the tensors in files of slices, as `model.weights.Weights`."""
+
+    stored: StoredSlices
+    kind: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter."""
+        return self.stored.shapes
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are the average of the weights over steps."""
+        return self.kind == EMA
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:
+        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on."""
+        return self.stored.read(self.kind, name, offset, length)
+
+
 def _read_header(file: Path) -> tuple[Any, set[str], dict[str, tuple[int, int, list[int]]]]:
     """Return the open file, its kinds of tensors, and offset, length and shape of the slice of each parameter."""
     try:
@@ -182,19 +205,44 @@ def _read_header(file: Path) -> tuple[Any, set[str], dict[str, tuple[int, int, l
 
 def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
     """Copy stored state into the weights and this rank's slices; `step` is the number of steps that Adam has taken."""
+
+    def copy(kind: str, name: str, offset: int, target: Tensor) -> None:
+        missing = kind == EMA and EMA not in stored.kinds  # the run was saved without it: begin with the weights
+        target.copy_(stored.read(WEIGHT if missing else kind, name, offset, len(target)))
+
+    optimizer = engine.optimizer.optimizer
+    for one in local_slices(engine):
+        optimizer.state[one.partition]["step"].fill_(step)
+        for kind, view in one.views(optimizer).items():
+            copy(kind, one.name, one.offset, view)
+    _copy_to_parameters(engine, partial(copy, WEIGHT))
+
+
+def write_weights_into(engine: Any, copy: Callable[[str, int, Tensor], None]) -> None:
+    """Begin a run from other weights, of which its average is then made too.
+
+    Args:
+        copy: a function of a parameter's name, an offset and a flat tensor [n], which it may fill with elements
+            [offset, offset + n) of the flattened parameter. What it leaves keeps its initial value.
+    """
+    optimizer = engine.optimizer.optimizer
+    for one in local_slices(engine):
+        views = one.views(optimizer)
+        for kind in views.keys() & {WEIGHT, EMA}:
+            copy(one.name, one.offset, views[kind])
+    _copy_to_parameters(engine, copy)
+
+
+def _copy_to_parameters(engine: Any, copy: Callable[[str, int, Tensor], None]) -> None:
+    """Copy to the weights that the forward pass uses: half precision, or the memory of the slices themselves."""
     zero = engine.optimizer
     if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()  # divides the small parameters that stage 3 keeps gathered
-    for one in local_slices(engine):
-        zero.optimizer.state[one.partition]["step"].fill_(step)
-        views = one.views(zero.optimizer)
-        for kind, view in views.items():
-            missing = kind == EMA and EMA not in stored.kinds  # the run was saved without it: begin with the weights
-            view.copy_(stored.read(WEIGHT if missing else kind, one.name, one.offset, one.length))
-        if hasattr(one.parameter, "ds_tensor"):  # what stage 3 gathers: half precision, or the same memory
-            one.parameter.ds_tensor.data[: one.length].copy_(views[WEIGHT])
     for name, parameter in engine.module.named_parameters():
         if not hasattr(parameter, "ds_tensor"):
-            parameter.data.copy_(stored.read(WEIGHT, name).view(parameter.shape))
+            copy(name, 0, parameter.data.view(-1))
+    for one in local_slices(engine):
+        if hasattr(one.parameter, "ds_tensor"):
+            one.parameter.ds_tensor.data[: one.length].copy_(one.views(zero.optimizer)[WEIGHT])
     if hasattr(zero, "checkpoint_event_epilogue"):
         zero.checkpoint_event_epilogue()

@@ -21,10 +21,11 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.engine import learning_rate, make_engine
+from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
-from transfusion_fast.training.slices import update_ema
+from transfusion_fast.training.slices import update_ema, write_weights_into
 
 
 class Trainer:
@@ -44,10 +45,15 @@ class Trainer:
         ranks.together(lambda: check_shared_memory(config, data, ranks.on_node[1]))
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
+        initial = None if checkpoint else ranks.together(lambda: open_initial_weights(config, data, ranks.share))
         self.engine = make_engine(config, ranks, self.share)
         self.meta = initial_meta(config, data, ranks.world_size, bf16=self.engine.bfloat16_enabled())
         if checkpoint is not None:
             self.meta = self.checkpoints.restore(self.engine, checkpoint, self.meta)
+        if initial is not None:
+            write_weights_into(self.engine, initial.copy)
+            if ranks.is_main:
+                print(initial.report)
         ranks.together(lambda: self._announce(checkpoint) if ranks.is_main else None)
         self.skipped_in_a_row = 0
 
