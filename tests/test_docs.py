@@ -172,7 +172,7 @@ def test_files_settings_options_and_functions_that_a_page_names_exist(page: str)
         if re.fullmatch(r"[\w./]+\.py", span) and "NAME" not in span and "/" in span:
             assert any((root / span).exists() for root in roots), f"{page} names {span}"
         if setting := re.match(r"(model|data|optimizer|train)\.(\w+)(?:=|$)", span):
-            known = {*Config.model_fields[setting[1]].annotation.model_fields, "json", "sample"}
+            known = {*Config.model_fields[setting[1]].annotation.model_fields, "json", "safetensors", "sample"}
             assert setting[2] in known, f"{page} names {span}"
         assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= options, f"{page} names {span}"
         name = span.partition("(")[0].rpartition(".")[2]
