@@ -19,16 +19,21 @@ import torch
 from PIL import Image
 
 from transfusion_fast.config import MAX_SEED
-from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
-from transfusion_fast.data.images import from_grid, latents_to_pixels, pixels_to_latents, to_grid
-from transfusion_fast.data.pack import ModalityInfo
+from transfusion_fast.data.autoencoder import Autoencoder
+from transfusion_fast.data.images import pixels_to_latents, to_grid
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.prepare.images import decode_image, scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
-from transfusion_fast.sampling.pictures import check_picture, check_writable, draw_grid
+from transfusion_fast.sampling.pictures import (
+    check_picture,
+    check_writable,
+    draw_grid,
+    images_to_pixels,
+    open_autoencoder,
+)
 from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description
 
 MAX_SIDE = 8192  # pixels
@@ -93,7 +98,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise InputError(
             f"--prompt and --caption need a run on images, got {options.run}, a run on text alone; give --text"
         )
-    vae = _autoencoder(options, data)
+    vae = open_autoencoder(options.vae, data.modalities, "--vae", str(options.run))
     if options.size:
         data = _sized(data, options.size, 1 if vae is None else vae.stride)
     clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
@@ -114,21 +119,6 @@ def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescr
     return replace(data, image_sizes=((height, width), *data.image_sizes[1:]))
 
 
-def _autoencoder(options: argparse.Namespace, data: DataDescription) -> Autoencoder | None:
-    """Return the autoencoder of the run's latents; None for a run on pixels or text alone."""
-    latents = [modality for modality in data.modalities if modality.encoding == "latents"]
-    if not latents and options.vae is None:
-        return None
-    if not latents:
-        raise InputError(f"--vae needs a run on latents, got {options.run} on pixels or text; leave it out")
-    if options.vae is None:
-        raise InputError(f"--vae must be given for {options.run}, a run on latents; give the autoencoder of its data")
-    vae = read_autoencoder(options.vae)
-    for modality in latents:
-        vae.check_made(modality.autoencoder, modality.channels, str(options.run))
-    return vae
-
-
 def _draw(
     options: argparse.Namespace,
     model: Transfusion,
@@ -140,7 +130,7 @@ def _draw(
     """Draw a row of images for each --prompt."""
     prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
     latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
-    pixels = _pixels(latents, data.modalities[0], vae)
+    pixels = images_to_pixels(latents, data.modalities[0], vae)
     rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
     draw_grid(rows, options.out)
     height, width = pixels.shape[1:3]
@@ -190,18 +180,11 @@ def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str 
     modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
     if not tensor.is_floating_point():
         return data.tokenizer.decode(tensor.numpy())
-    return Picture((_pixels(tensor[None], data.modalities[modality], vae)[0],), "")
+    return Picture((images_to_pixels(tensor[None], data.modalities[modality], vae)[0],), "")
 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:
     return torch.from_numpy(data.tokenizer.encode(text)).long()
-
-
-def _pixels(latents: torch.Tensor, modality: ModalityInfo, vae: Autoencoder | None) -> np.ndarray:
-    """Convert the model's images [N, rows, columns, C] to pixels, uint8 [N, height, width, channels]."""
-    if vae is None:
-        return latents_to_pixels(latents.numpy(), modality.patch_size)
-    return vae.decode(from_grid(latents.numpy(), modality.patch_size))
 
 
 def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:

@@ -51,6 +51,11 @@ Folders = Annotated[
     Annotated[FolderPath, Tag("folder")] | Annotated[_Weights, Tag("weight")],
     Discriminator(lambda value: "weight" if isinstance(value, Mapping) else "folder"),
 ]
+_Share = Annotated[Number, Field(gt=0, le=0.5)]
+HeldOut = Annotated[
+    Annotated[FolderPath, Tag("folder")] | Annotated[_Share, Tag("share")],
+    Discriminator(lambda value: "folder" if isinstance(value, str) else "share"),
+]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 MAX_SEED = 2**63 - 1
@@ -177,6 +182,9 @@ class DataConfig(_Settings):
     """A data folder that train/prepare.py made, or its URL. Or folders with weights, `{ONE: 1, OTHER: 3}`: tokens are
     drawn in proportion to weight, and each folder repeats independently. Mixed folders must share tokenizer and pack
     length, and have the same modalities or none."""
+    heldout: HeldOut | None = None
+    """Packs for validation: a data folder or its URL, or a share of the packs of `path`, spread evenly, which training
+    then leaves out."""
     cache: str = "~/.cache/transfusion_fast"
     """Folder for shards fetched from URLs; runs may share it."""
     cache_gb: PositiveFloat = 50.0
@@ -262,6 +270,20 @@ class TrainConfig(_Settings):
     """Number of newest checkpoints to keep."""
     log_every: Positive = 10
     """Steps between progress lines and metrics."""
+    validate_every: Count = 0
+    """Steps between measurements of the loss of held-out packs, with the average of the weights; 0 makes none."""
+    validate_packs: Positive = 64
+    """Number of held-out packs that are measured, always the same ones with the same noise and timesteps."""
+    sample_every: Count = 0
+    """Steps between pictures of what the model draws, with the average of the weights; 0 makes none."""
+    sample_prompts: tuple[str, ...] = ()
+    """Captions that are drawn, always from the same noise."""
+    sample_each: Positive = 2
+    """Images of each caption."""
+    sample_steps: Positive = 50
+    """Diffusion steps of an image."""
+    sample_vae: FolderPath | None = None
+    """Folder of the autoencoder that made the data, to draw from a run on latents."""
     max_skipped_steps: Positive = 10
     """Number of consecutive steps without a finite gradient after which training stops."""
     stop_after: PositiveFloat | None = None
@@ -288,6 +310,14 @@ class Config(_Settings):
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings beyond those derived from this config, passed on unchecked. Contradicting a derived one is
     an error."""
+
+    @model_validator(mode="after")
+    def _check_observations(self) -> Config:
+        if self.train.validate_every and self.data.heldout is None:
+            raise ValueError("train.validate_every needs data.heldout, got none; give a folder or a share")
+        if self.train.sample_every and not self.train.sample_prompts:
+            raise ValueError("train.sample_every needs train.sample_prompts, got none; give captions to draw")
+        return self
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

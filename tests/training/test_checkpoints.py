@@ -42,8 +42,13 @@ class Engine:
                 param_group_index=0, hp_fragment_address=place, lp_fragment_address=whole
             )
             start += parameter.numel()
-        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]))
+        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]), update_lp_params=self.update_parameters)
         init_state(self, ema=True)
+
+    def update_parameters(self) -> None:
+        """Copy the optimizer's flat weights to the model."""
+        [flat] = self.optimizer.optimizer.param_groups[0]["params"]
+        torch.nn.utils.vector_to_parameters(flat.detach(), self.module.parameters())
 
 
 def save(run: Path, *steps: int, keep: int = 9) -> None:
@@ -213,8 +218,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: P
         ({"data": "b" * 64}, "data (index aaaaaaaaaaaa) -> data (index bbbbbbbbbbbb); give the run's data.path"),
         ({"shares": ("1/4", "3/4")}, "shares ('1',) -> ('1/4', '3/4'); give the run's weights in data.path"),
         ("train.global_batch=8", "global_batch 1024 -> 8; give the run's train.global_batch"),
-        ("train.seed=5", "order (0, 16) -> (5, 16); give the run's train.seed and data.shuffle_window"),
-        ("data.shuffle_window=5", "order (0, 16) -> (0, 5)"),
+        ("train.seed=5", "order (0, 16, None) -> (5, 16, None); give the run's train.seed, data.shuffle_window"),
+        ("data.shuffle_window=5", "order (0, 16, None) -> (0, 5, None)"),
+        ("data.heldout=0.25", "order (0, 16, None) -> (0, 16, 0.25)"),
         ("model.transformer.dim=64", "model.transformer.dim 512 -> 64; give the model settings"),
         ("train.steps=300000", "steps 250000 -> 300000; the cosine schedule depends on train.steps"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -101,10 +101,38 @@ def _collate(builder: BatchBuilder, items: Sequence[tuple[KeyedPack, InputError 
 
 def open_data(config: Config) -> Mixture:
     """Return the mixture of the run's data folders, checked against the cache. No shard is opened."""
-    cache = ShardCache(Path(config.data.cache).expanduser(), round(config.data.cache_gb * 1e9))
+    cache, heldout = _cache(config), config.data.heldout
     mixture = open_mixture(config.data.weights, cache)
     mixture.check_cache(cache, config.data.shuffle_window)
+    if isinstance(heldout, float):
+        mixture = replace(mixture, held_out_every=round(1 / heldout))
+        if not mixture.held_out:
+            packs = f"{mixture.num_packs} packs of {mixture}"
+            raise InputError(
+                f"data.heldout must hold out at least one of the {packs}, got {heldout}; give a larger share"
+            )
     return mixture
+
+
+def open_heldout(config: Config, mixture: Mixture) -> tuple[Mixture, list[int]]:
+    """Return the data that `data.heldout` names, and the numbers of the packs that validation measures.
+
+    Raises:
+        InputError: the folder does not fit the data of training.
+    """
+    heldout, packs = mixture, mixture.held_out
+    if isinstance(config.data.heldout, str):
+        heldout = open_mixture({config.data.heldout: 1.0}, _cache(config))
+        packs = list(range(heldout.num_packs))
+        Mixture((*mixture.datasets, *heldout.datasets))  # fails unless they go together
+        if heldout.modalities and not mixture.modalities:
+            raise InputError(f"data.heldout must be text alone, as {mixture} is, got images in {heldout}; give another")
+    count = min(config.train.validate_packs, len(packs))
+    return heldout, [packs[i * len(packs) // count] for i in range(count)]
+
+
+def _cache(config: Config) -> ShardCache:
+    return ShardCache(Path(config.data.cache).expanduser(), round(config.data.cache_gb * 1e9))
 
 
 def complete_config(config: Config, mixture: Mixture) -> Config:

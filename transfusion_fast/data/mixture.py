@@ -46,6 +46,8 @@ class Mixture:
     """One or more datasets that train one model. Packs are numbered across all of them, in their order."""
 
     datasets: tuple[Dataset, ...]
+    held_out_every: int = 0
+    """Every n-th pack of a dataset is left out of the order of training; 0 leaves out none."""
 
     def __post_init__(self) -> None:
         """Raise InputError naming two folders that cannot be mixed. Text alone goes with any images."""
@@ -108,7 +110,17 @@ class Mixture:
         """Return the order in which a run reads the packs."""
         counts = [dataset.index.pack_counts for dataset in self.datasets]
         weights = [d.share * Fraction(d.index.num_packs, d.index.tokens) for d in self.datasets]
-        return MixtureOrder(seed, counts, weights, window)
+        return MixtureOrder(seed, counts, weights, window, self.held_out_every)
+
+    @property
+    def held_out(self) -> list[int]:
+        """The numbers of the packs that are left out of the order of training."""
+        if not self.held_out_every:
+            return []
+        sizes = [dataset.index.num_packs for dataset in self.datasets]
+        starts = [0, *itertools.accumulate(sizes)]
+        first, step = self.held_out_every - 1, self.held_out_every
+        return [start + n for start, size in zip(starts, sizes, strict=False) for n in range(first, size, step)]
 
     def __str__(self) -> str:
         if len(self.datasets) == 1:
@@ -140,20 +152,31 @@ class MixtureOrder:
     """
 
     def __init__(
-        self, seed: int, pack_counts: Sequence[Sequence[int]], weights: Sequence[Fraction], window: int = 16
+        self,
+        seed: int,
+        pack_counts: Sequence[Sequence[int]],
+        weights: Sequence[Fraction],
+        window: int = 16,
+        held_out_every: int = 0,
     ) -> None:
-        """Mix datasets whose shards hold `pack_counts` packs, by positive `weights` of their numbers of packs."""
+        """Mix datasets whose shards hold `pack_counts` packs, by positive `weights` of their numbers of packs.
+
+        Every `held_out_every`-th pack of a dataset never appears.
+        """
         scale = math.lcm(*(weight.denominator for weight in weights))
         self._weights = [int(weight * scale) for weight in weights]
-        self._orders = [PackOrder(_dataset_seed(seed, i), counts, window) for i, counts in enumerate(pack_counts)]
-        self._starts = [0, *itertools.accumulate(order.num_packs for order in self._orders)]
+        self._every = held_out_every
+        kept = [_kept(counts, held_out_every) for counts in pack_counts]
+        self._orders = [PackOrder(_dataset_seed(seed, i), counts, window) for i, counts in enumerate(kept)]
+        self._starts = [0, *itertools.accumulate(int(sum(counts)) for counts in pack_counts)]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise IndexError(f"position must be 0 or more, got {position}")
         dataset, before = self.locate(position)
         epoch, number = self._orders[dataset][before]
-        return epoch, self._starts[dataset] + number
+        held_out = number // (self._every - 1) if self._every else 0  # those before the n-th pack that is kept
+        return epoch, self._starts[dataset] + number + held_out
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the dataset of a position, and how many earlier positions belong to that dataset."""
@@ -165,6 +188,13 @@ class MixtureOrder:
             position -= before
             remaining -= weight
         raise AssertionError("the last dataset takes every position that remains")
+
+
+def _kept(pack_counts: Sequence[int], held_out_every: int) -> np.ndarray:
+    """Return how many packs of each shard are not held out, without the shards that have none."""
+    ends = np.cumsum(np.asarray(pack_counts, dtype=np.int64))
+    kept = np.diff(ends - (ends // held_out_every if held_out_every else 0), prepend=0)
+    return kept[kept > 0]
 
 
 def _dataset_seed(seed: int, dataset: int) -> int:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from torch import Tensor
 
+from transfusion_fast.data.autoencoder import Autoencoder, read_autoencoder
+from transfusion_fast.data.images import from_grid, latents_to_pixels
+from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, optional_module
 
 CELL, GAP, LEFT, TOP = 0.72, 0.3, 0.95, 0.32  # inches for an image and its margin, between groups, captions, headings
@@ -30,15 +35,45 @@ def check_writable(path: Path, *suffixes: str) -> None:
         raise InputError(f"output must be a file, got the folder {path}; give the path of a file")
 
 
+def images_to_pixels(latents: Tensor, modality: ModalityInfo, autoencoder: Autoencoder | None) -> np.ndarray:
+    """Convert a model's images [N, rows, columns, C] to pixels, uint8 [N, height, width, channels]."""
+    if autoencoder is None:
+        return latents_to_pixels(latents.numpy(), modality.patch_size)
+    return autoencoder.decode(from_grid(latents.numpy(), modality.patch_size))
+
+
+def open_autoencoder(
+    folder: Path | None, modalities: Sequence[ModalityInfo], setting: str, what: str
+) -> Autoencoder | None:
+    """Return the autoencoder that made the latents of `what`; None for images that are pixels.
+
+    Raises:
+        InputError: the folder is missing or holds another autoencoder, or there are no latents; names `setting`.
+    """
+    latents = [modality for modality in modalities if modality.encoding == "latents"]
+    if not latents and folder is None:
+        return None
+    if not latents:
+        raise InputError(f"{setting} needs a run on latents, got {what} on pixels or text; leave it out")
+    if folder is None:
+        raise InputError(f"{setting} must be given for {what}, a run on latents; give the autoencoder of its data")
+    autoencoder = read_autoencoder(folder)
+    for modality in latents:
+        autoencoder.check_made(modality.autoencoder, modality.channels, what)
+    return autoencoder
+
+
 Images = Sequence[np.ndarray] | np.ndarray
 
 
-def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings: Sequence[str] = ()) -> None:
+def draw_grid(
+    rows: Sequence[tuple[str, Sequence[Images]]], file: Path | BinaryIO, headings: Sequence[str] = ()
+) -> None:
     """Write a PNG with a row for each caption, and groups of images side by side.
 
     Args:
         rows: (caption, groups of images uint8 [height, width, 1 or 3]); every row has the same number of groups.
-        path: the file to write.
+        file: the file to write.
         headings: a heading for each group, or none.
     """
     widths = [max(len(groups[g]) for _, groups in rows) for g in range(len(rows[0][1]))]
@@ -58,4 +93,4 @@ def draw_grid(rows: Sequence[tuple[str, Sequence[Images]]], path: Path, headings
                 axes = figure.add_axes(box)
                 axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
                 axes.set_axis_off()
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")

@@ -41,7 +41,7 @@ _HINTS = {
     "model": "give the model settings of the run, or another train.output",
     "data": "give the run's data.path, or another train.output",
     "shares": "give the run's weights in data.path, or another train.output",
-    "order": "give the run's train.seed and data.shuffle_window, or another train.output",
+    "order": "give the run's train.seed, data.shuffle_window and share of data.heldout, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
     "steps": "the cosine schedule depends on train.steps; give the run's, begin a new run with "

@@ -67,8 +67,8 @@ class MetricsLog:
             print(f"{path}: is damaged; it is now {damaged.name}, and its intact rows are kept", flush=True)
         write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
-    def write(self, row: Row) -> None:
-        """Append a row; numbers that are not finite become null, since JSON cannot express them."""
+    def write(self, row: Any) -> None:
+        """Append a row, a dataclass; numbers that are not finite become null, since JSON cannot express them."""
         finite = {k: v if math.isfinite(v) else None for k, v in asdict(row).items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -93,6 +93,13 @@ class Clock:
         """Count a finished step."""
         self.tokens += int(tokens)
         self.steps += 1
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave out the seconds within, which are not those of training."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
     @contextmanager
     def stall(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ class Meta:
             "model": self.config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
             "data": self.data,
             "shares": self.shares,
-            "order": (train.seed, data.shuffle_window),
+            "order": (train.seed, data.shuffle_window, data.heldout if isinstance(data.heldout, float) else None),
             "global_batch": train.global_batch,
             "precision": self.precision,
             "steps": train.steps if optimizer.schedule == "cosine" else None,

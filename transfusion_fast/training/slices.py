@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 WEIGHT = "weight"
 """The kind of a tensor of fp32 weights. The other kinds are the names of optimizer state: exp_avg, exp_avg_sq, ema."""
 EMA = "ema"
 """The kind of the average of the weights over steps, which is kept as one more state of the optimizer."""
+_EXCHANGED = 1 << 24  # elements that are copied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class Slice:
     """This rank's elements [offset, offset + length) of a flattened parameter, in a flat tensor of the optimizer."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Any
+    """The `nn.Parameter`, to which ZeRO adds attributes."""
     shape: tuple[int, ...]
     offset: int
     length: int
@@ -215,11 +217,11 @@ def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
         optimizer.state[one.partition]["step"].fill_(step)
         for kind, view in one.views(optimizer).items():
             copy(kind, one.name, one.offset, view)
-    _copy_to_parameters(engine, partial(copy, WEIGHT))
+    _refresh_parameters(engine)
 
 
 def write_weights_into(engine: Any, copy: Callable[[str, int, Tensor], None]) -> None:
-    """Begin a run from other weights, of which its average is then made too.
+    """Begin a run from other weights, with which its average then begins too.
 
     Args:
         copy: a function of a parameter's name, an offset and a flat tensor [n], which it may fill with elements
@@ -230,19 +232,39 @@ def write_weights_into(engine: Any, copy: Callable[[str, int, Tensor], None]) ->
         views = one.views(optimizer)
         for kind in views.keys() & {WEIGHT, EMA}:
             copy(one.name, one.offset, views[kind])
-    _copy_to_parameters(engine, copy)
+    _refresh_parameters(engine)
 
 
-def _copy_to_parameters(engine: Any, copy: Callable[[str, int, Tensor], None]) -> None:
-    """Copy to the weights that the forward pass uses: half precision, or the memory of the slices themselves."""
+@contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """Use the average of the weights in place of the weights, if the run keeps one. Collective."""
+    _exchange_weights_and_average(engine)
+    try:
+        yield
+    finally:
+        _exchange_weights_and_average(engine)
+
+
+def _exchange_weights_and_average(engine: Any) -> None:
+    state = engine.optimizer.optimizer.state
+    partitions = [partition for partition in _partitions(engine) if EMA in state[partition]]
+    for partition in partitions:
+        both = (x.detach().split(_EXCHANGED) for x in (partition, state[partition][EMA]))
+        for weights, average in zip(*both, strict=True):
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+    if partitions:
+        _refresh_parameters(engine)
+
+
+def _refresh_parameters(engine: Any) -> None:
+    """Copy the slices to the weights that the forward pass uses, half precision or fp32. Collective."""
     zero = engine.optimizer
-    if hasattr(zero, "checkpoint_event_prologue"):
-        zero.checkpoint_event_prologue()  # divides the small parameters that stage 3 keeps gathered
-    for name, parameter in engine.module.named_parameters():
-        if not hasattr(parameter, "ds_tensor"):
-            copy(name, 0, parameter.data.view(-1))
+    if hasattr(zero, "update_lp_params"):  # stages 1 and 2: all ranks get all weights
+        zero.update_lp_params()
+        return
+    zero.checkpoint_event_prologue()  # divides the small parameters that stage 3 keeps gathered
     for one in local_slices(engine):
-        if hasattr(one.parameter, "ds_tensor"):
-            one.parameter.ds_tensor.data[: one.length].copy_(one.views(zero.optimizer)[WEIGHT])
-    if hasattr(zero, "checkpoint_event_epilogue"):
-        zero.checkpoint_event_epilogue()
+        one.parameter.ds_tensor.data[: one.length].copy_(one.views(zero.optimizer)[WEIGHT])
+    zero.checkpoint_event_epilogue()

@@ -6,9 +6,11 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 from torch import Tensor
 
@@ -24,8 +26,16 @@ from transfusion_fast.training.engine import learning_rate, make_engine
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
-from transfusion_fast.training.slices import update_ema, write_weights_into
+from transfusion_fast.training.run_folder import (
+    DataDescription,
+    Meta,
+    describe_data,
+    write_config,
+    write_data_description,
+)
+from transfusion_fast.training.samples import Samples
+from transfusion_fast.training.slices import averaged_weights, update_ema, write_weights_into
+from transfusion_fast.training.validation import VALIDATION, Validation
 
 
 class Trainer:
@@ -46,6 +56,11 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
         initial = None if checkpoint else ranks.together(lambda: open_initial_weights(config, data, ranks.share))
+        self.validation = self.samples = None
+        if config.train.validate_every:
+            self.validation = ranks.together(lambda: Validation(config, data, ranks))
+        if config.train.sample_every:
+            self.samples = ranks.together(lambda: Samples(config.train, self.description, self.folder))
         self.engine = make_engine(config, ranks, self.share)
         self.meta = initial_meta(config, data, ranks.world_size, bf16=self.engine.bfloat16_enabled())
         if checkpoint is not None:
@@ -56,6 +71,11 @@ class Trainer:
                 print(initial.report)
         ranks.together(lambda: self._announce(checkpoint) if ranks.is_main else None)
         self.skipped_in_a_row = 0
+
+    @cached_property
+    def description(self) -> DataDescription:
+        """The properties of the data that sampling needs."""
+        return describe_data(self.data, self.config.data.quarantine > 0)
 
     def run(self) -> bool:
         """Take steps until `train.steps`, or until some rank is asked to stop; save a checkpoint in either case.
@@ -72,6 +92,7 @@ class Trainer:
         stop, pin_memory = StopRequest(), self.ranks.device.type == "cuda"
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
         self.log = MetricsLog(self.folder / METRICS, self.meta.step) if self.ranks.is_main else None
+        self.validation_log = MetricsLog(self.folder / VALIDATION, self.meta.step) if self.ranks.is_main else None
         self.clock = Clock()
         try:
             self._take_steps(stop)
@@ -88,11 +109,48 @@ class Trainer:
         settings = self.config.train
         while self.meta.step < settings.steps:
             stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+            self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 with self.clock.stall():
                     self.checkpoints.save(self.engine, self.meta)
             if stopping:
                 return
+
+    def _observe(self) -> None:
+        """Measure the held-out packs and draw samples where they are due, with the average of the weights."""
+        settings = self.config.train
+        validate, draw = (self._is_due(every) for every in (settings.validate_every, settings.sample_every))
+        if not validate and not draw:
+            return
+        with self.clock.apart(), averaged_weights(self.engine):
+            if validate:
+                self._validate()
+            if draw:
+                self._draw()
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether something is due that happens every so many steps, 0 for never, and at the last step."""
+        return every > 0 and (self.meta.step % every == 0 or self.meta.step == self.config.train.steps)
+
+    def _validate(self) -> None:
+        start = time.perf_counter()
+        row = cast(Validation, self.validation).measure(self.engine.module, self.meta.step)
+        if self.validation_log is not None:
+            self.validation_log.write(row)
+            losses = f"loss {row.loss:.4f}  text {row.text_loss:.4f}  diffusion {row.diffusion_loss:.4f}"
+            print(f"step {row.step}, held-out packs: {losses}  ({time.perf_counter() - start:.1f} s)", flush=True)
+
+    def _draw(self) -> None:
+        start, samples, step = time.perf_counter(), cast(Samples, self.samples), self.meta.step
+        images = samples.draw(self.engine.module)
+
+        def write() -> None:
+            path = samples.write(images, step)
+            print(f"step {step}, samples: {path}  ({time.perf_counter() - start:.1f} s)", flush=True)
+            if step == self.config.train.steps and (animation := samples.animate(step)):
+                print(f"samples of all steps: {animation}", flush=True)
+
+        self.ranks.together(lambda: write() if self.ranks.is_main else None)
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.stop_after
@@ -203,7 +261,7 @@ class Trainer:
                 "optimizer.schedule=wsd and more train.steps"
             )
             return
-        write_data_description(self.folder, describe_data(data, config.data.quarantine > 0))
+        write_data_description(self.folder, self.description)
         changed = write_config(self.folder, config)
         if meta.step and changed:
             print(f"settings changed since the run was last started: {', '.join(changed)}")

@@ -1,0 +1,130 @@
+"""Validation: the same packs with the same noise on any number of ranks, with the average of the weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import metrics, refusal, small_config, start, state_of, train
+
+from transfusion_fast.data.batch import KeyedPack
+from transfusion_fast.data.loader import batch_builder, open_data, open_heldout
+from transfusion_fast.data.mixture import MixtureReader
+from transfusion_fast.errors import InputError
+from transfusion_fast.model.loss import Counts
+from transfusion_fast.training.run_folder import find_checkpoint, load_model
+
+OBSERVED = (
+    "train.validate_every=2",
+    "train.validate_packs=7",
+    "train.sample_every=4",
+    "train.sample_steps=2",
+    "train.sample_prompts=[one, two]",
+    "train.micro_batch=2",
+    "train.steps=5",
+    "train.checkpoint_every=5",
+)
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+
+
+def expected_loss(run: Path, data: Path, *overrides: str) -> tuple[float, float]:
+    """Return the losses of the held-out packs one by one, as the last average of the weights gives them."""
+    config = small_config(data, *overrides, "train.seed=0")
+    mixture = open_data(config)
+    heldout, numbers = open_heldout(config, mixture)
+    reader, builder, model = (
+        MixtureReader(heldout, 4),
+        batch_builder(config, mixture, 1),
+        load_model(find_checkpoint(run)),
+    )
+    assert len(numbers) == 7
+    sums, tokens, images = torch.zeros(2), 0, 0
+    for number in numbers:
+        batch = builder([KeyedPack(reader.read(number), 0, number)])
+        with torch.no_grad():
+            losses = model(batch, counts=Counts(1, 1))
+        sums += torch.stack([losses.text, losses.diffusion])
+        tokens, images = tokens + len(batch.supervised), images + batch.num_images
+    return sums[0].item() / tokens, sums[1].item() / images
+
+
+@pytest.fixture(scope="module")
+def observed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks at stage 3 with validation on a folder and samples."""
+    run = tmp_path_factory.mktemp("observed") / "run"
+    printed = train(2, digits, run, *OBSERVED, f"data.heldout={digits.parent / 'heldout'}")
+    assert "step 4, held-out packs: loss " in printed and f"samples of all steps: {run / 'samples'}" in printed
+    return run
+
+
+def test_validation_gives_the_loss_of_the_average_on_any_number_of_ranks_and_at_any_stage(
+    digits: Path, observed: Path, tmp_path: Path
+) -> None:
+    heldout = f"data.heldout={digits.parent / 'heldout'}"
+    assert [row["step"] for row in rows(observed)] == [2, 4, 5]
+    text, diffusion = expected_loss(observed, digits, *OBSERVED, heldout)
+    last = rows(observed)[-1]
+    assert (last["text_loss"], last["diffusion_loss"]) == pytest.approx((text, diffusion), rel=1e-5)
+    assert last["loss"] == pytest.approx(text + 5 * diffusion, rel=1e-5)
+    train(1, digits, tmp_path / "one", *OBSERVED, heldout, "train.zero_stage=1")
+    assert rows(tmp_path / "one") == [pytest.approx(row, rel=1e-5) for row in rows(observed)]
+
+
+def test_neither_validation_nor_samples_change_the_training(digits: Path, observed: Path, tmp_path: Path) -> None:
+    train(2, digits, tmp_path / "run", *OBSERVED, "train.validate_every=0", "train.sample_every=0")
+    assert state_of(tmp_path / "run", 5) == state_of(observed, 5)
+    assert metrics(tmp_path / "run") == metrics(observed)
+    assert not (tmp_path / "run" / "validation.jsonl").exists() and not (tmp_path / "run" / "samples").exists()
+
+
+def test_the_packs_of_a_share_are_validated_and_never_trained_on(digits: Path, tmp_path: Path) -> None:
+    share = (*OBSERVED, "data.heldout=0.25", "train.sample_every=0")
+    train(1, digits, tmp_path / "run", *share)
+    config = small_config(digits, *share)
+    mixture = open_data(config)
+    order, packs = mixture.order(3, 4), mixture.num_packs
+    trained = {order[i][1] for i in range(packs)}
+    assert trained == set(range(packs)) - set(range(3, packs, 4))
+    assert set(open_heldout(config, mixture)[1]) <= set(range(3, packs, 4))
+    text, diffusion = expected_loss(tmp_path / "run", digits, *share)
+    last = rows(tmp_path / "run")[-1]
+    assert (last["text_loss"], last["diffusion_loss"]) == pytest.approx((text, diffusion), rel=1e-5)
+    told = refusal(start(1, digits, tmp_path / "run", *share, "data.heldout=0.5", "train.steps=9"))
+    assert "order" in told and "share of data.heldout" in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.validate_every=2"], "train.validate_every needs data.heldout, got none"),
+        (["train.sample_every=2"], "train.sample_every needs train.sample_prompts, got none"),
+        (["data.heldout=0.7"], "data.heldout.share: Input should be less than or equal to 0.5, got 0.7"),
+    ],
+)
+def test_settings_that_lack_their_other_half_are_refused(digits: Path, overrides: list[str], told: str) -> None:
+    with pytest.raises(InputError) as refused:
+        small_config(digits, *overrides)
+    assert told in str(refused.value)
+
+
+def test_a_share_that_holds_out_nothing_is_refused(digits: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.heldout must hold out at least one of the .* packs of .*, got 0\.001"):
+        open_data(small_config(digits, "data.heldout=0.001"))
+
+
+def test_a_resumed_run_measures_and_draws_what_an_uninterrupted_one_does(
+    digits: Path, observed: Path, tmp_path: Path
+) -> None:
+    heldout, run = f"data.heldout={digits.parent / 'heldout'}", tmp_path / "run"
+    wsd = ("optimizer.schedule=constant",)
+    train(2, digits, tmp_path / "whole", *OBSERVED, heldout, *wsd)
+    train(2, digits, run, *OBSERVED, heldout, *wsd, "train.steps=3")
+    train(2, digits, run, *OBSERVED, heldout, *wsd)
+    assert [row["step"] for row in rows(run)] == [2, 3, 4, 5]
+    assert [row for row in rows(run) if row["step"] != 3] == rows(tmp_path / "whole")
+    for name in ("step-00000004.png", "step-00000005.png"):
+        assert (run / "samples" / name).read_bytes() == (tmp_path / "whole" / "samples" / name).read_bytes()
+    assert (run / "samples" / "learned.png").is_file() and state_of(run, 5) == state_of(tmp_path / "whole", 5)
