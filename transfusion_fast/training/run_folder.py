@@ -3,6 +3,8 @@
 RUN/config.yaml       the resolved config of the last start
 RUN/data.json         how to read and draw the run's data: tokenizer, modalities, image sizes
 RUN/metrics.jsonl     a row every `log_every` steps
+RUN/validation.jsonl  the loss of held-out packs
+RUN/samples/          pictures of what the model draws
 RUN/checkpoints/latest                  the name of the newest checkpoint
 RUN/checkpoints/step-00000500/
     meta.json                           step, packs consumed, config, data, versions

@@ -156,12 +156,12 @@ class StoredSlices:
     def read(self, kind: str, name: str, offset: int = 0, length: int | None = None) -> Tensor:
         """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all of them."""
         end = math.prod(self.shapes[name]) if length is None else offset + length
-        parts = [
-            file.get_slice(f"{kind}/{name}")[max(offset - start, 0) : min(end - start, size)]
-            for start, size, file in self._slices[name]
-            if start < end and start + size > offset
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        found = torch.empty(end - offset)
+        for start, size, file in self._slices[name]:
+            first, last = max(start, offset), min(start + size, end)
+            if first < last:
+                found[first - offset : last - offset] = file.get_slice(f"{kind}/{name}")[first - start : last - start]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
