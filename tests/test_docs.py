@@ -42,6 +42,7 @@ SHORTER = {
     "sample.py": ["--steps", "2", "--max-tokens", "3"],
     "evaluate.py": ["--steps", "2", "--each", "1"],
     "plot.py": ["--steps", "2"],
+    "pretrain.py": ["--packs", "1"],
     "prepare.py": ["--processes", "1"],  # of the subcommands that have it
 }
 UNDERSTOOD = 99  # exit code of a command that was parsed only

@@ -29,6 +29,15 @@ from transfusion_fast.training.run_folder import check_output
 # DeepSpeed calls collectives by names that torch has deprecated, which would print a warning on every rank.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
+_DRY_RUN_OPTIONS = (
+    ("--gpus", int, None, "number of GPUs; default: those of the launcher, or 1"),
+    ("--gpus-per-node", int, None, "default: those of the launcher, or 8"),
+    ("--gpu", str, "H100", "name of the GPU"),
+    ("--mfu", float, 0.4, "model FLOPs utilization to assume"),
+    ("--network", float, 400.0, "Gbit/s of each GPU to other nodes"),
+    ("--storage", float, 10.0, "GB/s of the shared storage, for all nodes together"),
+    ("--packs", int, 32, "packs to read; those at a URL are fetched into data.cache, as in training"),
+)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 
@@ -42,16 +51,15 @@ def main() -> int:
     arguments = options.arguments
     path = Path(arguments.pop(0)) if arguments and "=" not in arguments[0] else DEFAULT_CONFIG
     try:
+        _check_dry_run(parser, options)
         config = load_config(path, arguments)
         data = open_data(config)
         config = complete_config(config, data)
         check_output(Path(config.train.output))
         ops.describe(config.model.backend, torch.device("cpu"))  # fails if it cannot run here
-        code = (
-            _dry_run(options, config, data, sources(config, path, arguments))
-            if options.dry_run
-            else _train(config, data)
-        )
+        if options.dry_run:
+            return _dry_run(options, config, data, sources(config, path, arguments))
+        code = _train(config, data)
     except (InputError, NotImplementedError, OSError) as error:
         _report(error)
         code = error.exit_code if isinstance(error, InputError) else 2
@@ -66,17 +74,17 @@ def main() -> int:
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("estimate of a run")
     group.add_argument("--dry-run", action="store_true", help="print what the run would need, and train nothing")
-    for name, kind, default, meaning in (
-        ("--gpus", int, None, "number of GPUs; default: those of the launcher, or 1"),
-        ("--gpus-per-node", int, None, "default: those of the launcher, or 8"),
-        ("--gpu", str, "H100", "name of the GPU"),
-        ("--mfu", float, 0.4, "model FLOPs utilization to assume"),
-        ("--network", float, 400.0, "Gbit/s of each GPU to other nodes"),
-        ("--storage", float, 10.0, "GB/s of the shared storage, for all nodes together"),
-        ("--packs", int, 32, "packs to read; those at a URL are fetched into data.cache, as in training"),
-    ):
+    for name, kind, default, meaning in _DRY_RUN_OPTIONS:
         suffix = "" if default is None else "; default: %(default)s"
         group.add_argument(name, type=kind, default=default, help=meaning + suffix)
+
+
+def _check_dry_run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Raise InputError for an option of the estimate in a command that would train."""
+    for name, *_ in _DRY_RUN_OPTIONS:
+        key = name.strip("-").replace("-", "_")
+        if not options.dry_run and (got := getattr(options, key)) != parser.get_default(key):
+            raise InputError(f"{name} must come with --dry-run, got {got} without; add it, or leave {name} out")
 
 
 def _dry_run(

@@ -18,9 +18,9 @@ from transfusion_fast.training.run_folder import check_output, list_checkpoints
 _DAY = 86400
 _USES = {
     "weights": "weights",
-    "gradients": "gradients, summed in fp32",
+    "gradients": "gradients",
     "optimizer": "AdamW: fp32 weights and two moments",
-    "ema": "average of the weights (EMA), fp32",
+    "ema": "average of the weights (EMA)",
     "buffers": "gathered weights and reduce buckets",
 }
 
@@ -73,7 +73,8 @@ def _checks(config: Config, data: Mixture, run: Estimate, folder: Path) -> Itera
     shards = sum(len(d.index.shards) for d in data.datasets if isinstance(d.folder, LocalFolder))
     yield "\nCHECKS (passed)"
     yield f"  data    {data}: index readable, {data.num_packs:,} packs of {data.sequence_length} positions"
-    yield f"          {shards} local shards are present in full; {run.packs.packs} packs were read and laid out"
+    present = f"{shards} local shards are present in full" if shards else "shards at URLs were not looked at"
+    yield f"          {present}; {run.packs.packs} packs were read and laid out"
     checkpoints = list_checkpoints(Path(config.train.output))
     state = f"a run; training would resume from {checkpoints[-1].name}" if checkpoints else "training would start anew"
     yield f"  output  {config.train.output}: {state}"
@@ -98,8 +99,8 @@ def _parameters(config: Config, run: Estimate) -> Iterator[str]:
 def _memory(config: Config, data: Mixture, cluster: Cluster, run: Estimate) -> Iterator[str]:
     train, available = config.train, cluster.gpu.memory
     offload = ", optimizer in host memory" if train.offload_optimizer else ""
-    kind = f"{cluster.gpu_name} with {_size(available)}"
-    yield f"\nMEMORY of a GPU ({kind}), ZeRO stage {train.zero_stage} on {cluster.gpus:,} GPUs, {_precision(run)}{offload}"
+    setup = f"ZeRO stage {train.zero_stage} on {cluster.gpus:,} GPUs, {_precision(run)}{offload}"
+    yield f"\nMEMORY of a GPU ({cluster.gpu_name} with {_size(available)}), {setup}"
     for use, size in run.memory.items():
         yield f"  {_USES[use]:<40} {_size(size):>10}"
     yield f"  and activations of {train.micro_batch} x {data.sequence_length} positions, by activation_checkpointing:"
@@ -115,14 +116,15 @@ def _memory(config: Config, data: Mixture, cluster: Cluster, run: Estimate) -> I
 def _work(config: Config, data: Mixture, cluster: Cluster, run: Estimate) -> Iterator[str]:
     packs, batch, steps = run.packs, config.train.global_batch, config.train.steps
     seconds, tokens = run.step_parts["compute"], batch * packs.tokens
-    split = f"{run.accumulation_steps} x {config.train.micro_batch}"
+    share = f"{batch:,} packs, {run.accumulation_steps} x {config.train.micro_batch} a GPU"
+    epochs = f"{steps * batch / data.num_packs:.3g} epochs"
     yield f"\nWORK, from the mean of the first {packs.packs} packs in training order"
     yield f"  padding          {run.padding:.2%} of positions"
     yield f"  patches          {sum(packs.patches) / packs.tokens:.1%} of tokens"
     yield f"  FLOPs            {run.flops_per_token:.3e} a token, forward and backward, without recomputation"
     yield f"                   {run.attention_share:.1%} of them for the visible pairs of attention"
-    yield f"  step             {tokens:,.0f} tokens and {batch * packs.images:,.0f} images in {batch:,} packs, {split} a GPU"
-    yield f"  run              {steps * tokens:.3e} tokens in {steps:,} steps, {steps * batch / data.num_packs:.3g} epochs"
+    yield f"  step             {tokens:,.0f} tokens and {batch * packs.images:,.0f} images in {share}"
+    yield f"  run              {steps * tokens:.3e} tokens in {steps:,} steps, {epochs}"
     yield f"  at MFU {cluster.mfu:<9.2g} {tokens * _DAY / seconds:.3e} tokens a day, {_time(seconds)} a step"
     yield f"                   {_time(steps * seconds)} for the run, if compute alone limits it"
 
@@ -135,25 +137,23 @@ def _step(config: Config, cluster: Cluster, run: Estimate) -> Iterator[str]:
         "compute": f"at MFU {cluster.mfu:.2g}",
         "communication": f"each GPU gathers {_size(sent.gathered)} and reduces {_size(sent.reduced)} "
         f"at {_size(cluster.ring_bandwidth)}/s",
-        "loader": f"{1000 * run.packs.seconds:.2g} ms a pack (measured here) in {loaders}",
+        "loader": f"{_time(run.packs.seconds)} a pack (measured here) in {loaders}",
         "checkpoints": f"{_size(run.checkpoint_bytes)} in {cluster.gpus + 2:,} files take "
         f"{_time(run.checkpoint_seconds)} every {train.checkpoint_every:,} steps",
     }
     yield f"\nA STEP on {cluster.gpus:,} GPUs ({cluster.nodes:,} nodes): the time that each part needs"
     for part, seconds in parts.items():
         yield f"  {part:<15}{_time(seconds):>10}   {detail[part]}"
-    mfu = cluster.mfu * parts["compute"] / longest
-    yield (
-        f"  limited by {run.limit}: at least {_time(longest)} a step and {_time(longest * train.steps)} for the run, "
-        + (f"MFU {mfu:.2g} at most")
-    )
-    yield f"  at that speed all loaders together read {reads:,.3g} packs and {_size(reads * run.pack_bytes)} a second"
+    mfu, whole = cluster.mfu * parts["compute"] / longest, _time(longest * train.steps)
+    yield f"  limited by {run.limit}: at least {_time(longest)} a step, {whole} for the run; MFU at most {mfu:.2g}"
+    yield f"  at that speed all loaders together read {reads:,.0f} packs and {_size(reads * run.pack_bytes)} a second"
 
 
 def _assumptions(cluster: Cluster, run: Estimate) -> Iterator[str]:
     peak, link = f"{run.peak / 1e12:.4g} TFLOP/s in {_precision(run)}", _size(cluster.gpu.link)
     yield "\nASSUMPTIONS"
     yield f"  {cluster.gpu_name} by its data sheet: {peak}, {link}/s to the GPUs of its node"
+    yield f"  MFU, the fraction of that peak which training reaches: {cluster.mfu:.2g} (--mfu)"
     yield f"  network: {_size(cluster.network)}/s a GPU between nodes of {cluster.gpus_per_node} GPUs (--network)"
     yield f"  shared storage: {_size(cluster.storage)}/s for all nodes together (--storage)"
     yield "  links and storage reach these rates, and the parts of a step overlap fully, so a real step takes longer"
@@ -176,7 +176,7 @@ def _time(seconds: float) -> str:
     for unit, scale in (("days", _DAY), ("hours", 3600), ("min", 60)):
         if seconds >= 2 * scale:
             return f"{seconds / scale:.1f} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 0.1 or not seconds else f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 or not seconds else f"{1000 * seconds:.3g} ms"
 
 
 def _short(value: Any) -> str:
