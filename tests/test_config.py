@@ -2,7 +2,7 @@
 
 import pytest
 
-from transfusion_fast.config import Config, ModelConfig, TransformerConfig, load_config, parse
+from transfusion_fast.config import Config, ModelConfig, TransformerConfig, load_config, parse, sources
 from transfusion_fast.errors import InputError
 
 
@@ -169,3 +169,18 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch):
     config = load_config(None, ["train.output=~/run", "data.path={~/a: 1, s3://b/~c: 2}"])
     assert config.train.output == "/home/somebody/run"
     assert config.data.weights == {"/home/somebody/a": 1.0, "s3://b/~c": 2.0}
+
+
+def test_the_source_of_every_value_is_known(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("{model: {preset: 0.16b, dim_latent: 8}, data: {path: {a: 1}}, train: {seed: 1, steps: 2}}")
+    overrides = ["train={seed: 3}", "data.path.b=2"]
+    found = {name: (value, source) for name, value, source in sources(load_config(path, overrides), path, overrides)}
+    assert found["model.transformer.depth"] == (16, "preset")
+    assert found["model.transformer.qk_norm"] == (False, "default")
+    assert found["model.preset"] == ("0.16b", "file")
+    assert found["model.dim_latent"] == ((8,), "file")
+    assert found["model.num_text_tokens"] == (256, "data")
+    assert found["data.path"] == ({"a": 1, "b": 2}, "override")
+    assert found["train.seed"] == (3, "override")
+    assert found["train.steps"] == (250_000, "default")  # the override replaced the section

@@ -43,6 +43,7 @@ SHORTER = {
     "evaluate.py": ["--steps", "2", "--each", "1"],
     "plot.py": ["--steps", "2"],
     "export.py": [],
+    "pretrain.py": ["--packs", "1"],
     "prepare.py": ["--processes", "1"],  # of the subcommands that have it
 }
 UNDERSTOOD = 99  # exit code of a command that was parsed only

@@ -127,6 +127,8 @@ PRESETS = {
     )
 }
 """The model sizes of the paper (arXiv 2408.11039, table 2)."""
+FROM_DATA = ("num_text_tokens", "dim_latent")
+"""Settings of the model that training reads from the data if they are not given."""
 
 
 class ModelConfig(_Settings):
@@ -326,20 +328,53 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         InputError: a file that does not exist or is not YAML, an unknown key, or a value out of its range.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text())
-            values = {} if loaded is None else loaded
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"config {path}: cannot be read ({error}); give an existing YAML file") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"config {path}: must be YAML, but {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
+    values = _read(path)
     for override in overrides:
         _apply(values, override)
     return parse(Config, values, str(path or "defaults"))
+
+
+def sources(config: Config, path: str | Path | None, overrides: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield name, value and source of each setting of a config that was loaded from these and completed from the data.
+
+    The source is default, preset, file, override or data.
+    """
+    given = _labelled(_read(path), "file")
+    for override in overrides:
+        _apply(given, override, "override")
+    yield from _sources(config, given, "")
+
+
+def _sources(settings: BaseModel, given: Any, prefix: str, preset: frozenset[str] = frozenset()) -> Iterator[Any]:
+    for name in type(settings).model_fields:
+        value, source = getattr(settings, name), given.get(name) if isinstance(given, Mapping) else given
+        if isinstance(value, BaseModel):
+            expanded = value.model_fields_set if getattr(settings, "preset", None) else ()
+            yield from _sources(value, source or {}, f"{prefix}{name}.", frozenset(expanded))
+            continue
+        if isinstance(source, Mapping):  # a setting that is a mapping itself
+            source = "override" if "override" in source.values() else "file"
+        fallback = "preset" if name in preset else "data" if name in FROM_DATA else "default"
+        yield f"{prefix}{name}", value, source or fallback
+
+
+def _labelled(value: Any, label: str) -> Any:
+    """Return a nested mapping with `label` in place of every value."""
+    return {key: _labelled(x, label) for key, x in value.items()} if isinstance(value, Mapping) else label
+
+
+def _read(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: cannot be read ({error}); give an existing YAML file") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path}: must be YAML, but {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise InputError(f"config {path}: must be a mapping of sections, got {type(values).__name__}")
+    return values or {}
 
 
 def parse(settings: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
@@ -350,7 +385,8 @@ def parse(settings: type[Settings], values: Mapping[str, Any], source: str) -> S
         raise InputError(f"config {source}: {_explain(settings, error)}") from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, label: str | None = None) -> None:
+    """Put an override into nested values, or a label in its place."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise InputError(f"override must be section.key=value, got {override!r}")
@@ -363,7 +399,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise InputError(f"override {override!r}: {section} is a value, not a section")
-    values[key] = value
+    values[key] = value if label is None else _labelled(value, label)
 
 
 def _explain(settings: type[BaseModel], error: ValidationError) -> str:

@@ -1,0 +1,157 @@
+"""The estimate of a run against what the model keeps, what training reads, and numbers by hand."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import picture, small_config, text, write_packs
+
+from transfusion_fast import Transfusion
+from transfusion_fast.config import Config, ModelConfig
+from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.errors import DataError
+from transfusion_fast.model import layers
+from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.training.estimate import (
+    Cluster,
+    Traffic,
+    count_parameters,
+    estimate,
+    kept_activations,
+    read_packs,
+    state_memory,
+    traffic,
+)
+
+
+class NormOfCuda(torch.autograd.Function):
+    """RMS norm that keeps what torch's CUDA kernel keeps; on a CPU torch keeps copies in fp32 as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).to(x.dtype) * weight
+
+
+def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
+    """Count the memory that the forward pass leaves allocated: what autograd saved, and what Python objects hold."""
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def tensors() -> list[torch.Tensor]:
+        gc.collect()
+        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+
+    before = {x.untyped_storage().data_ptr() for x in tensors()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses = model(batch)
+    for x in tensors():
+        keep(x)
+    assert losses.total.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in before)
+
+
+@pytest.mark.filterwarnings("ignore")  # looking at every object wakes some that warn
+@pytest.mark.parametrize(
+    ("setting", "dtype"),
+    [("none", torch.float32), ("none", torch.bfloat16), ("selective", torch.bfloat16), ("full", torch.bfloat16)],
+)
+def test_activations_are_those_that_the_forward_pass_keeps(
+    setting: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = {"dim": 96, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 160}
+    config = ModelConfig(backend="triton", activation_checkpointing=setting, transformer=transformer)
+    monkeypatch.setattr(layers.RMSNorm, "forward", lambda norm, x: NormOfCuda.apply(x, norm.weight, norm.eps))
+    model, ids = Transfusion(config).to(dtype), torch.zeros(50, dtype=torch.long)
+    batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, None)
+    expected = kept_activations(config, setting, len(batch.tokens), len(batch.supervised), 16, dtype.itemsize)
+    weight = 4 * model.head.weight.numel() * (dtype != torch.float32)  # the head's copy, as the vocabulary is small
+    # The rest is the timestep MLP, and the indices of patches and supervised positions.
+    assert kept_bytes(model, batch) == pytest.approx(expected + weight, rel=0.02, abs=12_000)
+
+
+def test_parameters_are_counted_by_part_and_not_allocated() -> None:
+    counts = count_parameters(ModelConfig(preset="7b", num_text_tokens=32000, dim_latent=256))
+    assert 6.6e9 < sum(counts.values()) < 7e9  # Llama's 7B has 6.74e9
+    tied = ModelConfig(tie_embeddings=True)
+    assert sum(count_parameters(tied).values()) == sum(p.numel() for p in Transfusion(tied).parameters())
+
+
+def test_ranks_divide_what_their_zero_stage_says() -> None:
+    def bytes_of_a_parameter(gpus: int, **train: Any) -> tuple[float, ...]:
+        memory, host = state_memory(10**9, Config(train=train), gpus, 2)
+        return *(round(gpus * memory[use] / 1e9) for use in ("weights", "gradients", "optimizer", "ema")), host * gpus
+
+    assert bytes_of_a_parameter(64) == (2, 4, 12, 4, 0)  # ZeRO's 16 with gradients in bf16, and the average
+    assert bytes_of_a_parameter(64, zero_stage=2) == (128, 4, 12, 4, 0)
+    assert bytes_of_a_parameter(64, zero_stage=1, ema_decay=0) == (128, 384, 12, 0, 0)
+    assert bytes_of_a_parameter(64, offload_optimizer=True) == (2, 0, 0, 0, 24e9)
+
+
+def test_traffic_counts_the_collectives_of_a_step() -> None:
+    share = 1000 * 2 * 3 / 4  # of 1,000 parameters in bf16 on 4 GPUs
+    assert traffic(1000, 1, 5, 4, 2) == Traffic(gathered=share, reduced=2 * share)
+    assert traffic(1000, 2, 5, 4, 2) == Traffic(gathered=share, reduced=10 * share)
+    assert traffic(1000, 3, 5, 4, 2) == Traffic(gathered=10 * share, reduced=5 * share)
+    assert traffic(1000, 3, 5, 1, 2) == Traffic(0, 0)
+
+
+def test_the_slower_of_nvlink_and_a_nodes_network_limits_communication() -> None:
+    def bandwidth(gpus: int, network: float) -> float:
+        return Cluster("H100", gpus, 8, mfu=0.4, network=network, storage=1).ring_bandwidth
+
+    assert [bandwidth(8, 50e9), bandwidth(16, 50e9), bandwidth(16, 100e9)] == [450e9, 400e9, 450e9]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("estimate")
+    documents = [(text(10 + n, n), picture(n)) for n in range(24)] + [(text(50, 99),)]
+    config = small_config(write_packs(folder / "data", documents, 128), f"train.output={folder / 'run'}")
+    return complete_config(config, open_data(config))
+
+
+def test_the_means_are_those_of_the_packs_that_training_takes_first(config: Config) -> None:
+    data = open_data(config)
+    means = read_packs(config, data, 3)
+    stream = training_batches(config, data, Share(0, 1, 1, 4), 0)
+    batches = [loaded.batch for loaded in itertools.islice(stream, 3)]
+    assert means.packs == 3 and means.seconds > 0
+    assert means.tokens == sum(b.num_tokens for b in batches) / 3
+    assert means.supervised == sum(len(b.supervised) for b in batches) / 3
+    assert means.images == sum(b.num_images for b in batches) / 3
+    assert means.patches == (sum(len(b.modalities[0].latents) for b in batches) / 3,)
+    assert means.area == sum(int(b.layout.dense_mask().sum()) for b in batches) / 3
+
+
+def test_a_faster_gpu_leaves_another_part_to_limit_the_step(config: Config) -> None:
+    data = open_data(config)
+    packs = read_packs(config, data, 2)
+
+    def limit(**settings: Any) -> str:
+        machine = {"gpu_name": "H100", "gpus": 4, "gpus_per_node": 2, "mfu": 1e-12, "network": 1e12, "storage": 1e12}
+        return estimate(config, data, Cluster(**{**machine, **settings}), packs).limit
+
+    assert limit() == "compute"
+    assert limit(mfu=1.0) == "loader"
+    assert limit(mfu=1.0, network=1.0) == "communication"
+    assert limit(mfu=1.0, storage=1.0) == "checkpoints"
+
+
+def test_a_missing_shard_is_an_error_of_the_data(config: Config) -> None:
+    shard = Path(config.data.path) / "shard-000000.tar"
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(DataError, match="must exist"):
+        read_packs(config, open_data(config), 2)
+    shard.write_bytes(content)

@@ -1,0 +1,63 @@
+"""Operations of training against torch's own counter, and the peaks of devices."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from transfusion_fast import Transfusion
+from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.training.flops import find_gpu, gpu_peak, peak_flops, training_flops
+
+
+def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_timestep_mlp() -> None:
+    transformer = {"dim": 64, "depth": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
+    model = Transfusion(num_text_tokens=250, dim_latent=[12, 20], backend="reference", transformer=transformer)
+    text = torch.zeros(9, dtype=torch.long)
+    batch = pack_documents([[text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20))], [text]], model.config, None)
+    with FlopCounterMode(display=False) as counter:
+        model(batch).total.backward()
+    counted = {str(op).partition(".")[2]: count for op, count in counter.get_flop_counts()["Global"].items()}
+    timestep_mlps = sum(2 * (2 * 256 * 256 + 3 * 256 * width) for width in (12, 20))  # an image of each modality
+    patches, total = [6, 8], len(batch.tokens)
+
+    def expected(area: int) -> float:
+        return training_flops(model.config, total, len(batch.supervised), patches, area)
+
+    assert expected(0) == counted["mm"] + counted["addmm"] - timestep_mlps
+    assert expected(total**2) - expected(0) == counted["bmm"]  # the reference computes all pairs of positions
+    documents = (1 + 9 + 1 + 6 + 1 + 9 + 1 + 8 + 1 + 1, 11)
+    assert batch.layout.area == sum(n * (n + 1) // 2 for n in documents) + (6 * 5 + 8 * 7) // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA L40S", 362.05e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_gpus_are_known_by_the_names_that_cuda_gives_them(name: str, peak: float | None) -> None:
+    gpu = find_gpu(name)
+    assert (gpu and gpu_peak(gpu, torch.bfloat16)) == peak
+
+
+def test_the_fp32_peak_is_that_of_tf32_where_torch_is_allowed_to_use_it() -> None:
+    gpu = find_gpu("H100")
+    assert gpu_peak(gpu, torch.float32) == gpu.fp32
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert gpu_peak(gpu, torch.float32) == gpu.tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_peak_of_a_cpu_is_measured_once_for_each_dtype() -> None:
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu, torch.float32) == peak_flops(cpu, torch.float32) > 1e8

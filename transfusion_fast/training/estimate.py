@@ -1,0 +1,300 @@
+"""What a run needs and how long it takes, calculated before it starts: memory, time, traffic, checkpoints, reads.
+
+Bytes of ZeRO and Adam: arXiv 1910.02054, sections 3 and 7, as DeepSpeed 0.19 arranges them for the settings of
+engine.py and its own defaults; the config's raw `deepspeed` section is not read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from transfusion_fast.config import Config, ModelConfig
+from transfusion_fast.data.batch import KeyedPack
+from transfusion_fast.data.loader import Share, batch_builder
+from transfusion_fast.data.mixture import Mixture, MixtureReader
+from transfusion_fast.errors import DataError, InputError
+from transfusion_fast.model.loss import SMALL_VOCABULARY
+from transfusion_fast.model.sequence import Vocabulary
+from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.training.flops import GPU_NAMES, Gpu, find_gpu, gpu_peak, training_flops
+
+_FP32 = 4
+_REDUCE_BUCKET, _LIVE_PARAMETERS = 5e8, 1e9  # DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machine that a run is estimated for. Bandwidths are in bytes a second and in each direction."""
+
+    gpu_name: str
+    gpus: int
+    gpus_per_node: int
+    mfu: float
+    """Assumed model FLOPs utilization."""
+    network: float
+    """Bandwidth between nodes for each GPU."""
+    storage: float
+    """Bandwidth of the shared storage for all nodes together."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a machine that cannot be."""
+        for good, what, rule, got in (
+            (find_gpu(self.gpu_name), "--gpu", f"one of {', '.join(GPU_NAMES)}", self.gpu_name),
+            (self.gpus > 0, "--gpus", "at least 1", self.gpus),
+            (self.gpus_per_node > 0, "--gpus-per-node", "at least 1", self.gpus_per_node),
+            (0 < self.mfu <= 1, "--mfu", "above 0 and at most 1", self.mfu),
+            (self.network > 0, "--network", "above 0", self.network),
+            (self.storage > 0, "--storage", "above 0", self.storage),
+        ):
+            if not good:
+                raise InputError(f"{what} must be {rule}, got {got}; correct it")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise InputError(
+                f"--gpus must be a multiple of --gpus-per-node={self.gpus_per_node}, got {self.gpus}; correct it"
+            )
+
+    @property
+    def gpu(self) -> Gpu:
+        """Data sheet of the GPU."""
+        gpu = find_gpu(self.gpu_name)
+        assert gpu is not None
+        return gpu
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def ring_bandwidth(self) -> float:
+        """Bandwidth for each GPU of a collective over all GPUs.
+
+        A ring enters and leaves each node once, so that a node's network adapters share what one GPU sends.
+        """
+        return self.gpu.link if self.nodes == 1 else min(self.gpu.link, self.gpus_per_node * self.network)
+
+
+@dataclass(frozen=True)
+class PackMeans:
+    """Means over the first packs of a run, in training order, laid out as training does."""
+
+    packs: int
+    """Number of packs that were read."""
+    tokens: float
+    supervised: float
+    images: float
+    patches: tuple[float, ...]
+    """Patches of each modality."""
+    area: float
+    """Visible (query, key) pairs."""
+    seconds: float
+    """Seconds to read and lay out a pack, measured in this process."""
+
+
+def read_packs(config: Config, data: Mixture, count: int) -> PackMeans:
+    """Read the first packs that a run would train on, at most `count`.
+
+    Raises:
+        DataError: a local shard is missing or truncated, or a pack cannot be read.
+    """
+    builder, window = batch_builder(config, data, 1), config.data.shuffle_window
+    order, count = data.order(config.train.seed, window), min(count, data.num_packs)
+    try:
+        data.check_shards()
+        reader, start, rows = MixtureReader(data, window), time.perf_counter(), []
+        for epoch, number in map(order.__getitem__, range(count)):
+            batch = builder([KeyedPack(reader.read(number), epoch, number)])
+            patches = [len(images.latents) for images in batch.modalities]
+            rows.append([batch.num_tokens, len(batch.supervised), batch.num_images, batch.layout.area, *patches])
+    except InputError as error:
+        raise DataError(str(error)) from error
+    tokens, supervised, images, area, *patches = (sum(column) / count for column in zip(*rows, strict=True))
+    return PackMeans(count, tokens, supervised, images, tuple(patches), area, (time.perf_counter() - start) / count)
+
+
+def bytes_per_pack(data: Mixture) -> float:
+    """Return the mean size of a pack in its shard, over the mixture's packs as they are drawn."""
+    drawn = [float(d.share) * d.index.num_packs / d.index.tokens for d in data.datasets]
+    sizes = [sum(shard.bytes for shard in d.index.shards) / d.index.num_packs for d in data.datasets]
+    return sum(weight * size for weight, size in zip(drawn, sizes, strict=True)) / sum(drawn)
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Return the number of parameters of each part of the model, without allocating them."""
+    with torch.device("meta"):
+        model = Transfusion(config)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()} | (
+        {"head": 0} if config.tie_embeddings else {}
+    )
+
+
+def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> tuple[dict[str, float], float]:
+    """Return bytes of a GPU by use, and bytes of host memory for each GPU.
+
+    Adam keeps fp32 weights and two moments. Gradients are summed in fp32; at stage 1 in bf16 DeepSpeed also keeps those
+    of the whole model in bf16. Stage 3 holds the weights of about a billion parameters gathered.
+    """
+    train, shard = config.train, parameters / gpus
+    gradients = _FP32 * shard if train.zero_stage > 1 else parameters * (_FP32 + (itemsize if itemsize < _FP32 else 0))
+    optimizer, ema = 3 * _FP32 * shard, _FP32 * shard if train.ema_decay else 0.0
+    if train.zero_stage == 3:
+        weights, buffers = itemsize * shard, itemsize * (_REDUCE_BUCKET + min(parameters, _LIVE_PARAMETERS))
+    else:
+        weights, buffers = itemsize * parameters, 2 * itemsize * min(parameters, _REDUCE_BUCKET)
+    host = 0.0
+    if train.offload_optimizer:  # the step on the CPU also needs the gradients there, once more while they accumulate
+        host, optimizer, ema = optimizer + ema + 2 * _FP32 * shard, 0.0, 0.0
+        gradients = 0.0 if train.zero_stage > 1 else gradients
+    uses = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "ema": ema, "buffers": buffers}
+    return uses, host
+
+
+def kept_activations(
+    model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
+) -> float:
+    """Return the bytes that the forward pass of a micro-batch keeps for backward, on the Triton backend.
+
+    Args:
+        setting: value of `model.activation_checkpointing`.
+        positions: T, with padding. supervised: positions with a label. patches: of all modalities.
+    """
+    vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.dim_latent)).size, model.transformer.dim
+    rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim + _FP32
+    # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
+    head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim
+    blocks = model.transformer.depth * _kept_by_block(model, setting, itemsize)
+    return positions * (blocks + rotary + norm) + supervised * head + patches * itemsize * dim
+
+
+def activation_memory(
+    model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
+) -> float:
+    """Return the largest memory of activations: those that are kept, and those of one block that are recomputed."""
+    recomputed = _kept_by_block(model, "none", itemsize) - _kept_by_block(model, setting, itemsize)
+    return kept_activations(model, setting, positions, supervised, patches, itemsize) + positions * recomputed
+
+
+def _kept_by_block(model: ModelConfig, setting: str, itemsize: int) -> float:
+    """Return the bytes that a block keeps for each position."""
+    t = model.transformer
+    q, kv = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    if setting == "full":
+        return itemsize * t.dim
+    output_and_lse = itemsize * q + _FP32 * t.num_heads
+    if setting == "selective":
+        return itemsize * t.dim + output_and_lse
+    # The inputs of two norms with their statistics, and of the two matrices after them; q, k and v as projected, of
+    # which attention reads v; q and k rotated; gate and up, and their product.
+    norms = 2 * (2 * itemsize * t.dim + _FP32)
+    return norms + itemsize * (q + 2 * kv) + itemsize * (q + kv) + output_and_lse + itemsize * 3 * t.hidden_dim
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each GPU sends in a step; it receives as many."""
+
+    gathered: float
+    reduced: float
+
+
+def traffic(parameters: int, stage: int, accumulation_steps: int, gpus: int, itemsize: int) -> Traffic:
+    """Return the traffic of ring collectives for ZeRO (arXiv 1910.02054, section 7).
+
+    Stage 3 gathers all weights in forward and again in backward, and reduces and scatters the gradients, once for each
+    micro-batch. Stages 1 and 2 gather the new weights once; DeepSpeed sums their gradients by an all-reduce, which is
+    twice the bytes, at stage 2 for each micro-batch.
+    """
+    once = parameters * itemsize * (gpus - 1) / gpus
+    if stage == 3:
+        return Traffic(2 * accumulation_steps * once, accumulation_steps * once)
+    return Traffic(once, 2 * once * (accumulation_steps if stage == 2 else 1))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on paper. Bytes, seconds, and floating point operations; memory and traffic are those of one GPU."""
+
+    parameters: Mapping[str, int]
+    itemsize: int
+    """Bytes of a weight in computation."""
+    accumulation_steps: int
+    memory: Mapping[str, float]
+    """Bytes by use, without activations."""
+    host_memory: float
+    activations: Mapping[str, float]
+    """Bytes by `model.activation_checkpointing`."""
+    packs: PackMeans
+    padding: float
+    """Fraction of positions."""
+    flops_per_token: float
+    attention_share: float
+    """Fraction of the operations that attention over pairs of positions takes."""
+    peak: float
+    """Operations a second of one GPU."""
+    traffic: Traffic
+    checkpoint_bytes: float
+    checkpoint_seconds: float
+    pack_bytes: float
+    step_parts: Mapping[str, float]
+    """Seconds a step by what could limit it: compute, communication, loader, checkpoints."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all parts."""
+        return sum(self.parameters.values())
+
+    @property
+    def limit(self) -> str:
+        """What takes the longest in a step."""
+        return max(self.step_parts, key=lambda part: self.step_parts[part])
+
+
+def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) -> Estimate:
+    """Calculate a run of `config` on `data`, whose first packs have these means.
+
+    Raises:
+        InputError: GPUs and micro-batches do not divide the global batch.
+    """
+    train, model, gpus = config.train, config.model, cluster.gpus
+    share = Share(0, gpus, train.micro_batch, train.global_batch)
+    dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16  # which all known GPUs compute natively
+    peak, itemsize = gpu_peak(cluster.gpu, dtype), dtype.itemsize
+    parameters = count_parameters(model)
+    total = sum(parameters.values())
+    memory, host = state_memory(total, config, gpus, itemsize)
+    micro = (train.micro_batch * x for x in (data.sequence_length, packs.supervised, sum(packs.patches)))
+    positions, supervised, patches = micro
+    flops = training_flops(model, packs.tokens, packs.supervised, packs.patches, packs.area)
+    matrices = training_flops(model, packs.tokens, packs.supervised, packs.patches, 0)
+    sent = traffic(total, train.zero_stage, share.accumulation_steps, gpus, itemsize)
+    checkpoint = total * _FP32 * (4 if train.ema_decay else 3)
+    return Estimate(
+        parameters=parameters,
+        itemsize=itemsize,
+        accumulation_steps=share.accumulation_steps,
+        memory=memory,
+        host_memory=host,
+        activations={
+            setting: activation_memory(model, setting, positions, supervised, patches, itemsize)
+            for setting in ("none", "selective", "full")
+        },
+        packs=packs,
+        padding=1 - packs.tokens / data.sequence_length,
+        flops_per_token=flops / packs.tokens,
+        attention_share=1 - matrices / flops,
+        peak=peak,
+        traffic=sent,
+        checkpoint_bytes=checkpoint,
+        checkpoint_seconds=checkpoint / cluster.storage,
+        pack_bytes=bytes_per_pack(data),
+        step_parts={
+            "compute": flops * train.global_batch / (gpus * peak * cluster.mfu),
+            "communication": (sent.gathered + sent.reduced) / cluster.ring_bandwidth,
+            "loader": train.global_batch / gpus * packs.seconds / max(1, config.data.workers),
+            "checkpoints": checkpoint / cluster.storage / train.checkpoint_every,
+        },
+    )
