@@ -255,6 +255,14 @@ class TrainConfig(_Settings):
     """Number of newest checkpoints to keep."""
     log_every: Positive = 10
     """Steps between progress lines and metrics."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, to the folder tensorboard of the run; needs the extra tensorboard."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases that gets the metrics as well; needs the extra wandb, and a login or
+    WANDB_MODE=offline."""
+    profile: tuple[Positive, Positive] | None = None
+    """First and last of the steps of which each rank writes a trace, and on CUDA a memory snapshot, to the folder
+    profile of the run."""
     max_skipped_steps: Positive = 10
     """Number of consecutive steps without a finite gradient after which training stops."""
     stop_after: PositiveFloat | None = None
@@ -263,6 +271,13 @@ class TrainConfig(_Settings):
     """Seconds without an answer from a rank after which the run ends and names it."""
     cpu_threads: Positive | None = None
     """Threads per rank on a CPU; default: cores divided by ranks. Results depend on it in the last bits."""
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
+        if profile is not None and profile[0] > profile[1]:
+            raise ValueError("must be the first and the last step")
+        return profile
 
 
 class Config(_Settings):
