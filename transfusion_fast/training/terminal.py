@@ -21,8 +21,8 @@ class Terminal(Logger):
     """One line that is rewritten in place on a terminal, and a new line for each row otherwise."""
 
     def __init__(self, steps: int, first_step: int):
-        self.steps, self.row, self.last = steps, None, (first_step, time.time())
-        self.seconds_per_step = 0.0
+        self.steps, self.last, self.seconds_per_step = steps, (first_step, time.time()), 0.0
+        self.row: Row | None = None
         # disable=None: off where the output is not a terminal.
         self.bar = tqdm(total=steps, initial=first_step, bar_format="{desc}", file=sys.stdout, disable=None)
 

@@ -79,8 +79,9 @@ class Trainer:
         self.profiler = StepProfiler(settings.profile, self.folder / "profile", self.ranks)
         self.interval = Interval()
         with ExitStack() as stack:
-            for part in (*self.loggers, self.profiler):
-                stack.callback(part.close)
+            for logger in self.loggers:
+                stack.callback(logger.close)
+            stack.callback(self.profiler.close)
             try:
                 self._take_steps(stop)
             except InputError:  # on all ranks at the same step
