@@ -9,15 +9,18 @@ import torch
 from launching import (
     assert_same_course,
     fix_what_is_measured,
+    hide_wandb_from_rank_0,
     metrics,
     picture,
     refusal,
     small_config,
     start,
+    state_of,
     text,
     train,
     write_packs,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
@@ -95,6 +98,24 @@ def test_rates_count_the_work_of_all_ranks_since_the_last_row(tmp_path: Path) ->
     for row in rows:
         assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert [row["step"] for row in rows] == [2, 4] and 0 <= rows[1]["time"] - rows[0]["time"] < 60
+
+
+def test_loggers_and_a_profile_change_no_loss_and_no_weight(digits: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(2, digits, run, "train.tensorboard=true", "train.profile=[2,3]")
+    assert metrics(run) == metrics(uninterrupted) and state_of(run, 6) == state_of(uninterrupted, 6)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    for rank in (0, 1):
+        trace = json.loads((run / "profile" / f"rank-0000{rank}.trace.json").read_text())["traceEvents"]
+        annotations = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
+        assert {name for name in annotations if name.startswith("step ")} == {"step 2", "step 3"}
+
+
+def test_a_logger_that_is_missing_on_rank_0_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    line = refusal(start(2, digits, tmp_path / "run", "train.wandb=x", setup=hide_wandb_from_rank_0))
+    assert "package wandb must be installed" in line and not (tmp_path / "run").exists()
 
 
 TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared")
