@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -274,9 +275,9 @@ class TrainConfig(_Settings):
 
     @field_validator("profile")
     @classmethod
-    def _check_profile(cls, profile: tuple[int, int] | None) -> tuple[int, int] | None:
-        if profile is not None and profile[0] > profile[1]:
-            raise ValueError("must be the first and the last step")
+    def _check_profile(cls, profile: tuple[int, int] | None, info: ValidationInfo) -> tuple[int, int] | None:
+        if profile is not None and not profile[0] <= profile[1] <= info.data.get("steps", math.inf):
+            raise ValueError("must be the first and the last of steps up to train.steps")
         return profile
 
 

@@ -254,19 +254,6 @@ def test_a_logger_that_is_not_installed_is_refused_in_one_line(monkeypatch: pyte
         check_packages(small_config("data", f"train.{setting}=true" if setting == "tensorboard" else "train.wandb=x"))
 
 
-def test_a_profile_holds_the_chosen_steps_alone(tmp_path: Path) -> None:
-    profiler = StepProfiler((3, 4), tmp_path / "profile", OneRank())
-    for number in range(1, 7):
-        with profiler.step(number):
-            torch.ones(number, 8) @ torch.ones(8, 8)
-    profiler.close()
-    [path] = (tmp_path / "profile").iterdir()
-    events = json.loads(path.read_text())["traceEvents"]
-    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert path.name == "rank-00000.trace.json" and sorted(names) == ["step 3", "step 4"]
-    assert len([event for event in events if event["name"] == "aten::mm"]) == 2
-
-
 def test_a_run_that_stops_among_the_chosen_steps_writes_the_profile_of_those_it_took(tmp_path: Path) -> None:
     profiler = StepProfiler((3, 9), tmp_path / "profile", OneRank())
     with profiler.step(5):

@@ -14,10 +14,10 @@ from transfusion_fast.files import write_atomically
 
 @dataclass(frozen=True)
 class Row:
-    """The metrics of one logged step. Losses and gradient norm are those of the step's global batch, but for `_q`.
+    """The metrics of one logged step. Losses and gradient norm are those of the step's global batch.
 
-    Rates, fractions and means are over the steps since the last row, or, for the first row, since training started or
-    resumed. None is null in the file.
+    Rates, fractions and the losses by quarter cover the steps since the last row; the first row after training started
+    or resumed covers those since then. None is null in the file.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Row:
     diffusion_loss: float
     """Squared error per image."""
     diffusion_loss_q1: float | None
-    """Mean squared error of all images with timesteps in (0, 250] since the last row; None without such images."""
+    """Mean squared error of all images with timesteps in (0, 250]; None without such images."""
     diffusion_loss_q2: float | None
     """The same for timesteps in (250, 500]."""
     diffusion_loss_q3: float | None
