@@ -53,6 +53,9 @@ setup(
         # A baseline of the benchmarks, which compiles for long where there is no wheel for the machine.
         "flash-attn": ["flash-attn>=2.7"],
         "bench": ["matplotlib>=3.8", "pandas>=2.2", "triton>=3.6"],
+        # Loggers of training, beside the file of metrics.
+        "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.18"],
         # Everything that the tests use. Triton is there for its interpreter and its compiler, which need no GPU.
         "test": [
             "pytest>=8.0",
@@ -67,6 +70,7 @@ setup(
             "pandas>=2.2",
             "pyarrow>=17.0",
             "scikit-learn>=1.4",
+            "tensorboard>=2.17",
             "tokenizers>=0.20",
             "transformers>=4.45",
             "triton>=3.6",

@@ -1,6 +1,7 @@
-"""Draw a finished run on pixels: samples at each kept checkpoint, beside the attention mask of a pack of its data.
+"""Draw the curves of runs, or, with --overview, the samples of one run on pixels beside the attention mask of a pack.
 
-python train/plot.py RUN [--prompt zero one two] [--pack 0] [--out overview.png]
+python train/plot.py RUN [RUN ...] [--out curves.png]
+python train/plot.py RUN --overview [--prompt zero one two] [--pack 0] [--out overview.png]
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.training.curves import draw_curves, read_curves
 from transfusion_fast.training.metrics import METRICS, read_rows
 from transfusion_fast.training.run_folder import (
     CONFIG,
@@ -38,26 +40,39 @@ MAX_COLUMNS, MAX_PROMPTS = 6, 10  # more would be too small to see
 def main() -> int:
     """Draw what the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train/pretrain.py")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png or overview.png in the first RUN")
+    parser.add_argument("--overview", action="store_true", help="draw samples and a mask; the other options are for it")
     parser.add_argument("--prompt", nargs="+", action="extend", help="captions to draw (default: those of the pack)")
     parser.add_argument("--pack", type=int, default=0, help="number in the order of training (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="diffusion steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="picture (default: RUN/overview.png)")
     options = parser.parse_args()
     try:
-        _plot(options)
+        for name in ("prompt", "pack", "steps", "seed"):
+            if not options.overview and getattr(options, name) != parser.get_default(name):
+                raise InputError(f"--{name} must come with --overview, got it alone; add --overview")
+        path = options.out or options.runs[0] / ("overview.png" if options.overview else "curves.png")
+        if options.overview:
+            _draw_overview(options, path)
+        else:
+            curves = read_curves(options.runs)
+            check_picture(path)
+            draw_curves(path, curves)
+        print(f"picture: {path}")
     except (InputError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _plot(options: argparse.Namespace) -> None:
-    path, run = options.out or options.run / "overview.png", options.run
+def _draw_overview(options: argparse.Namespace, path: Path) -> None:
+    if len(options.runs) > 1:
+        raise InputError(f"--overview must be given one run, got {len(options.runs)}; draw them one at a time")
+    [run] = options.runs
     data = read_data_description(run)
     if not data.modalities or data.modalities[0].encoding != "pixels":
-        raise InputError(f"plot needs a run on pixels, got {run}, on latents or text alone; use train/sample.py")
+        raise InputError(f"--overview needs a run on pixels, got {run}, on latents or text alone; use train/sample.py")
     for name, value in (("pack", options.pack), ("seed", options.seed)):
         if not 0 <= value <= MAX_SEED:
             raise InputError(f"--{name} must be in 0..{MAX_SEED}, got {value}; give another")
@@ -87,7 +102,6 @@ def _plot(options: argparse.Namespace) -> None:
     losses = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None]
     samples = Samples(prompts, steps, pixels, losses)
     draw_overview(path, samples, keyed, batch_builder(config, mixture, packs=1), data.tokenizer)
-    print(f"picture: {path}")
 
 
 if __name__ == "__main__":

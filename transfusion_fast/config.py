@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -286,6 +287,14 @@ class TrainConfig(_Settings):
     """Diffusion steps of an image."""
     sample_vae: FolderPath | None = None
     """Folder of the autoencoder that made the data, to draw from a run on latents."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, to the folder tensorboard of the run; needs the extra tensorboard."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases that gets the metrics as well; needs the extra wandb, and a login or
+    WANDB_MODE=offline."""
+    profile: tuple[Positive, Positive] | None = None
+    """First and last of the steps of which each rank writes a trace, and on CUDA a memory snapshot, to the folder
+    profile of the run."""
     max_skipped_steps: Positive = 10
     """Number of consecutive steps without a finite gradient after which training stops."""
     stop_after: PositiveFloat | None = None
@@ -300,6 +309,13 @@ class TrainConfig(_Settings):
         if self.init_from is not None and self.init_text_from is not None:
             raise ValueError("init_from and init_text_from must not be given together; drop one of them")
         return self
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, profile: tuple[int, int] | None, info: ValidationInfo) -> tuple[int, int] | None:
+        if profile is not None and not profile[0] <= profile[1] <= info.data.get("steps", math.inf):
+            raise ValueError("must be the first and the last of steps up to train.steps")
+        return profile
 
 
 class Config(_Settings):

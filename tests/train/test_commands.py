@@ -119,7 +119,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     picture, rows = tmp_path / "new" / "run.png", (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(f'{rows}{{"step": 4, "lo')  # as a run leaves it that was killed
     options = ("--steps", 2, "--prompt", "one", "two", "--pack", 3, "--seed", 5, "--out", picture)
-    code, out, _ = command("plot", run, *options)
+    code, out, _ = command("plot", run, "--overview", *options)
     assert (code, out) == (0, f"picture: {picture}\n")
     [(_, samples, keyed, *_)] = drawn
     config = load_config(run / "config.yaml")
@@ -150,7 +150,10 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --prompt one --guidance nan", "guidance weight must be finite, got nan"),
         ("sample RUN --text one --temperature nan", "--temperature must be at least 0, got nan"),
         ("sample RUN --prompt one --seed -1", "--seed must be in 0..9223372036854775807, got -1"),
-        ("plot RUN --seed 9223372036854775808", "--seed must be in 0..9223372036854775807, got 9223372036854775808"),
+        (
+            "plot RUN --overview --seed 9223372036854775808",
+            "--seed must be in 0..9223372036854775807, got 9223372036854775808",
+        ),
         ("sample garbled --prompt one", "garbled: has no checkpoint"),
         ("prepare preview DATA --out DATA/index.json", "must be a file NAME.html, got"),
         ("pretrain train.seed=9223372036854775808", "train.seed: Input should be less than or equal to"),
@@ -163,9 +166,12 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("evaluate RUN --data nowhere", "evaluation needs a folder with train/ and heldout/"),
         ("evaluate RUN --data stories", "documents of one image and its caption"),
         ("evaluate RUN --each 0", "--each must be at least 1, got 0"),
-        ("plot .", "is not a run folder"),
-        ("plot text", "plot needs a run on pixels"),
-        ("plot RUN --pack -1", "--pack must be in 0..9223372036854775807, got -1"),
+        ("plot . --overview", "is not a run folder"),
+        ("plot RUN nowhere --out x.png", "nowhere: is not a run folder with logged steps (no rows in metrics.jsonl)"),
+        ("plot RUN text --overview", "--overview must be given one run, got 2"),
+        ("plot RUN --pack 3", "--pack must come with --overview"),
+        ("plot text --overview", "--overview needs a run on pixels"),
+        ("plot RUN --overview --pack -1", "--pack must be in 0..9223372036854775807, got -1"),
         ("plot RUN --out picture.jpg", "output must be a file NAME.png, got picture.jpg"),
         ("pretrain nowhere.yaml", "config nowhere.yaml: cannot be read"),
         ("pretrain optimizer.lr=-1", "optimizer.lr: Input should be greater than 0, got -1"),

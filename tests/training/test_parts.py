@@ -1,9 +1,7 @@
-"""The parts of training that need no ranks: optimizer, learning rate, settings, metrics, errors of one rank."""
+"""The parts of training that need no ranks: optimizer, learning rate, settings, errors of one rank."""
 
-import json
 import math
 import signal
-from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memor
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
-from transfusion_fast.training.metrics import Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.run_folder import (
     describe_data,
     read_data_description,
@@ -28,7 +25,6 @@ from transfusion_fast.training.run_folder import (
 from transfusion_fast.training.trainer import StopRequest
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
-ROW = Row(90, 720, 1.5, 1.0, 0.1, 1e-3, 2.0, 12345.6, 0.0, 0, 0)
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
@@ -125,53 +121,6 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
 def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
-
-
-def test_rows_after_the_step_resumed_from_are_dropped_and_so_is_a_torn_one(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path, 0)
-    for step in (1, 2, 3):
-        log.write(replace(ROW, step=step))
-    with path.open("a") as file:
-        file.write('{"step": 4, "lo')
-    MetricsLog(path, 2).write(replace(ROW, step=3, loss=math.nan, grad_norm=math.inf))
-    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[-1] == {**asdict(ROW), "step": 3, "loss": None, "grad_norm": None}  # JSON has no NaN
-
-
-def test_damaged_rows_are_kept_aside_and_the_others_kept(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    row = json.dumps(asdict(ROW)).encode()
-    path.write_bytes(row + b"\n\xff\x00 half a row\n[]\n" + row + b"\n")
-    before = path.read_bytes()
-    MetricsLog(path, ROW.step)
-    assert path.read_bytes() == row + b"\n" + row + b"\n"
-    [damaged] = tmp_path.glob("metrics.damaged-*.jsonl")
-    assert damaged.read_bytes() == before
-
-
-def test_rates_cover_all_tokens_and_steps_since_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 101.0, 103.0, 104.0, 105.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    clock = Clock()
-    clock.add(30)
-    clock.add(50)
-    with clock.stall():
-        pass
-    assert clock.lap() == (20, 2, 0.5)  # 80 tokens and 2 steps in 4 seconds, of which 2 in the stall
-    clock.add(7)
-    assert clock.lap() == (7, 1, 0)
-
-
-def test_the_progress_line_names_what_a_person_watches() -> None:
-    line = progress_line(ROW, 100, seconds_per_step=372.5)
-    for part in ("step  90/100", "loss 1.5000", "12,346 tokens/s", "lr 1.00e-03", "norm 2.00", "left 1:02:05"):
-        assert part in line
-    assert "quarantined" not in line and "skipped" not in line
-    line = progress_line(replace(ROW, skipped_steps=2), 100, seconds_per_step=1)
-    assert "skipped 2  left 0:00:10" in line
-    assert "  quarantined 3  left" in progress_line(replace(ROW, quarantined=3), 100, seconds_per_step=1)
 
 
 def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their_batches(

@@ -8,16 +8,19 @@ import pytest
 import torch
 from launching import (
     assert_same_course,
+    fix_what_is_measured,
+    hide_wandb_from_rank_0,
     metrics,
     picture,
     refusal,
-    report_tokens_as_rates,
     small_config,
     start,
+    state_of,
     text,
     train,
     write_packs,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
@@ -43,13 +46,19 @@ def plain_course(config: Config) -> list[dict]:
         lr = learning_rate(step, config.train.steps, config.optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = model(next(stream).batch)
+        batch = next(stream).batch
+        losses = model(batch)
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
         text, diffusion, total = (loss.item() for loss in losses[:3])
         row = {"step": step + 1, "packs": (step + 1) * size, "lr": lr, "grad_norm": norm.item(), "loss": total}
+        row["padding"] = 1 - batch.num_tokens / len(batch.tokens)
+        timesteps = torch.cat([images.timesteps for images in batch.modalities])
+        for quarter in range(4):
+            own = losses.per_image[(timesteps > 250 * quarter) & (timesteps <= 250 * (quarter + 1))]
+            row[f"diffusion_loss_q{quarter + 1}"] = own.mean().item() if len(own) else None
         rows.append({**row, "text_loss": text, "diffusion_loss": diffusion, "skipped_steps": 0, "quarantined": 0})
     return rows
 
@@ -65,12 +74,48 @@ def test_one_rank_with_workers_and_recomputed_activations_takes_the_steps_of_two
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 
-def test_rates_count_the_positions_of_documents_of_all_ranks(tmp_path: Path) -> None:
-    """Each pack of 56 positions holds one document of 9 ids, 16 patches and 4 special tokens."""
-    data = write_packs(tmp_path / "data", [(text(9, seed), picture(seed)) for seed in range(8)], sequence_length=56)
-    train(2, data, tmp_path / "run", "train.steps=2", setup=report_tokens_as_rates)
+def test_rates_count_the_work_of_all_ranks_since_the_last_row(tmp_path: Path) -> None:
+    """Each pack of 56 positions holds one document of 9 ids, 16 patches and 4 special tokens, of which 11 have a label.
+
+    Each position sees those before it and itself, and each patch those after it in its image, so 555 pairs are visible.
+    """
+    data = write_packs(tmp_path / "data", [(text(9, seed), picture(seed)) for seed in range(16)], sequence_length=56)
+    settings = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=9", "data.guidance_drop=0")
+    train(2, data, tmp_path / "run", *settings, "data.caption_first=1", setup=fix_what_is_measured)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["tokens_per_second"] for row in rows] == [4 * 29, 8 * 29]
+    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 64)  # weights of attention and feed-forward, two blocks
+    flops = 6 * (blocks * 29 + 32 * 260 * 11 + 2 * 4 * 32 * 16) + 12 * 2 * 32 * 555
+    expected = {
+        "tokens_per_second": 2 * 4 * 29 / 2,
+        "tokens_per_second_per_device": 2 * 4 * 29 / 2 / 2,
+        "images_per_second": 2 * 4 / 2,
+        "mfu": 2 * 4 * flops / 2 / 2e9,
+        "padding": 27 / 56,
+        "data_wait": 2 * (2 / 4) / 2,
+        "checkpoint_stall": 0,
+        "peak_memory_gb": 4,
+    }
+    for row in rows:
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert [row["step"] for row in rows] == [2, 4] and 0 <= rows[1]["time"] - rows[0]["time"] < 60
+
+
+def test_loggers_and_a_profile_change_no_loss_and_no_weight(digits: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(2, digits, run, "train.tensorboard=true", "train.profile=[2,3]")
+    assert metrics(run) == metrics(uninterrupted) and state_of(run, 6) == state_of(uninterrupted, 6)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    for rank in (0, 1):
+        trace = json.loads((run / "profile" / f"rank-0000{rank}.trace.json").read_text())["traceEvents"]
+        annotations = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
+        assert {name for name in annotations if name.startswith("step ")} == {"step 2", "step 3"}
+
+
+def test_a_logger_that_is_missing_on_rank_0_ends_all_ranks_with_the_same_line(digits: Path, tmp_path: Path) -> None:
+    line = refusal(start(2, digits, tmp_path / "run", "train.wandb=x", setup=hide_wandb_from_rank_0))
+    assert "package wandb must be installed" in line and not (tmp_path / "run").exists()
 
 
 TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared")

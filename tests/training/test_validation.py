@@ -27,7 +27,9 @@ OBSERVED = (
 
 
 def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    """Return the rows of validation without their seconds, which differ."""
+    found = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in found]
 
 
 def expected_loss(run: Path, data: Path, *overrides: str) -> tuple[float, float]:
@@ -56,7 +58,7 @@ def observed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks at stage 3 with validation on a folder and samples."""
     run = tmp_path_factory.mktemp("observed") / "run"
     printed = train(2, digits, run, *OBSERVED, f"data.heldout={digits.parent / 'heldout'}")
-    assert "step 4, held-out packs: loss " in printed and f"samples of all steps: {run / 'samples'}" in printed
+    assert "step 4, held-out packs: text " in printed and f"samples of all steps: {run / 'samples'}" in printed
     return run
 
 

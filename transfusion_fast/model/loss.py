@@ -23,7 +23,8 @@ class Counts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; and this batch's counts.
+    """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; this batch's counts; and
+    the squared error of each image, fp32 [N], in the order of modalities, without gradient.
 
     With half-precision weights and a vocabulary above `SMALL_VOCABULARY`, the cross-entropy of each token has half
     precision. This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
@@ -33,6 +34,7 @@ class Losses(NamedTuple):
     diffusion: Tensor
     total: Tensor
     counts: Counts
+    per_image: Tensor
 
 
 def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
@@ -41,7 +43,7 @@ def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float,
     counts = counts or own
     text = token_losses.sum() / max(counts.tokens, 1)
     diffusion = image_losses.sum() / max(counts.images, 1)
-    return Losses(text, diffusion, text + diffusion_weight * diffusion, own)
+    return Losses(text, diffusion, text + diffusion_weight * diffusion, own, image_losses.detach())
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

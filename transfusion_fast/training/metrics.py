@@ -1,12 +1,10 @@
-"""The metrics of a run: each row becomes a line for people and a JSON line for programs."""
+"""The metrics of a run: a row for each logged step, the interface of what logs them, and the file of rows."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,74 @@ from transfusion_fast.files import write_atomically
 
 @dataclass(frozen=True)
 class Row:
-    """The metrics of one logged step. Losses are those of the step's global batch; rates are since the last row."""
+    """The metrics of one logged step. Losses and gradient norm are those of the step's global batch.
+
+    Rates, fractions and the losses by quarter cover the steps since the last row; the first row after training started
+    or resumed covers those since then. None is null in the file.
+    """
 
     step: int
     packs: int
     """Packs consumed since the start of training."""
+    time: float
+    """Unix time, in seconds."""
     loss: float
     """Weighted sum of the two losses below."""
     text_loss: float
     """Cross-entropy per supervised token, in nats."""
     diffusion_loss: float
     """Squared error per image."""
+    diffusion_loss_q1: float | None
+    """Mean squared error of all images with timesteps in (0, 250]; None without such images."""
+    diffusion_loss_q2: float | None
+    """The same for timesteps in (250, 500]."""
+    diffusion_loss_q3: float | None
+    """The same for timesteps in (500, 750]."""
+    diffusion_loss_q4: float | None
+    """The same for timesteps in (750, 1000]."""
     lr: float
     grad_norm: float
     """Global norm of the gradient before clipping."""
     tokens_per_second: float
-    """Tokens without padding, over all ranks."""
+    """Positions of documents (text, special tokens and patches, no padding), over all ranks."""
+    tokens_per_second_per_device: float
+    """The same, divided by the number of ranks."""
+    images_per_second: float
+    """Images, over all ranks."""
+    mfu: float | None
+    """Model FLOPs utilization: the operations that training needs (flops.py) as a fraction of what all devices could
+    do at their peak; None for a device of unknown peak. A CPU's peak is its measured rate of matrix products."""
+    padding: float
+    """Fraction of positions that belong to no document."""
+    data_wait: float
+    """Fraction of the time that training waited for data, on the rank that waited longest."""
     checkpoint_stall: float
-    """Fraction of the time since the last row that training waited for checkpoints."""
+    """Fraction of the time that training waited for checkpoints, on rank 0."""
+    peak_memory_gb: float
+    """10^9 bytes on the rank that takes most: the peak of what tensors took on a CUDA device, or the present resident
+    set of the process on a CPU."""
     skipped_steps: int
     """Steps without a finite gradient since the start of training."""
     quarantined: int
     """Unreadable packs left out since the start of training."""
 
 
+@dataclass(frozen=True)
+class ValidationRow:
+    """The losses of the held-out packs after a step, with the average of the weights."""
+
+    step: int
+    loss: float
+    text_loss: float
+    diffusion_loss: float
+    seconds: float
+    """Duration of the measurement."""
+
+
 METRICS = "metrics.jsonl"
-"""File of a run folder that holds a row in each line."""
+"""File of a run folder that holds a `Row` in each line."""
+VALIDATION = "validation.jsonl"
+"""File of a run folder that holds a `ValidationRow` in each line."""
 
 
 def read_rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
@@ -50,7 +90,39 @@ def read_rows(path: Path, last_step: float = math.inf) -> list[dict[str, Any]]:
     return [row for row in rows if row and row["step"] <= last_step]
 
 
-class MetricsLog:
+class Logger:
+    """What shows or keeps the progress of a run, on rank 0. The methods that a logger does not define do nothing."""
+
+    def step(self, step: int) -> None:
+        """Note a finished step, logged or not; this must not wait for the device."""
+
+    def log(self, row: Row) -> None:
+        """Take the row of a logged step; steps increase."""
+
+    def validation(self, row: ValidationRow) -> None:
+        """Take the losses of held-out packs."""
+
+    def image(self, name: str, path: Path, step: int) -> None:
+        """Take a picture, a PNG file, of a step."""
+
+    def close(self) -> None:
+        """Finish what is begun; called once, when training ends."""
+
+
+class MetricsLog(Logger):
+    """The files of rows of a run folder."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.rows, self.validation_rows = (_RowFile(folder / name, first_step) for name in (METRICS, VALIDATION))
+
+    def log(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def validation(self, row: ValidationRow) -> None:
+        self.validation_rows.append(row)
+
+
+class _RowFile:
     """A JSONL file of rows. Rows after the step that a run resumes from are dropped, since the run repeats them.
 
     A file with anything else than rows, but for an incomplete last one, is kept under another name.
@@ -67,9 +139,9 @@ class MetricsLog:
             print(f"{path}: is damaged; it is now {damaged.name}, and its intact rows are kept", flush=True)
         write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
-    def write(self, row: Any) -> None:
-        """Append a row, a dataclass; numbers that are not finite become null, since JSON cannot express them."""
-        finite = {k: v if math.isfinite(v) else None for k, v in asdict(row).items()}
+    def append(self, row: Row | ValidationRow) -> None:
+        """Append a row; numbers that are not finite become null, since JSON cannot express them."""
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in asdict(row).items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
@@ -81,48 +153,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return row if isinstance(row["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-class Clock:
-    """A counter of tokens, steps and seconds between logged rows."""
-
-    def __init__(self) -> None:
-        self.tokens, self.steps, self.stalled, self.start = 0, 0, 0.0, time.perf_counter()
-
-    def add(self, tokens: float) -> None:
-        """Count a finished step."""
-        self.tokens += int(tokens)
-        self.steps += 1
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Leave out the seconds within, which are not those of training."""
-        start = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - start
-
-    @contextmanager
-    def stall(self) -> Iterator[None]:
-        """Count the seconds within as time that training waited."""
-        start = time.perf_counter()
-        yield
-        self.stalled += time.perf_counter() - start
-
-    def lap(self) -> tuple[float, float, float]:
-        """Return tokens per second, seconds per step and the fraction stalled since the last lap; start a new one."""
-        elapsed = time.perf_counter() - self.start
-        rates = self.tokens / elapsed, elapsed / max(1, self.steps), self.stalled / elapsed
-        self.tokens, self.steps, self.stalled, self.start = 0, 0, 0.0, self.start + elapsed
-        return rates
-
-
-def progress_line(row: Row, steps: int, seconds_per_step: float) -> str:
-    """Return a row as a line for people, with the time left of a run of `steps` steps."""
-    left = int(seconds_per_step * (steps - row.step))
-    skipped = f"  skipped {row.skipped_steps}" if row.skipped_steps else ""
-    quarantined = f"  quarantined {row.quarantined}" if row.quarantined else ""
-    return (
-        f"step {row.step:>{len(str(steps))}}/{steps}  loss {row.loss:.4f}  text {row.text_loss:.4f}  "
-        f"diffusion {row.diffusion_loss:.4f}  {row.tokens_per_second:,.0f} tokens/s  lr {row.lr:.2e}  "
-        f"norm {row.grad_norm:.2f}{skipped}{quarantined}  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    )

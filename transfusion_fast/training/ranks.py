@@ -51,8 +51,15 @@ class Ranks:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return the elementwise sums over all ranks, computed in fp64."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def max(self, numbers: Sequence[float]) -> list[float]:
+        """Return the elementwise maxima over all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def _reduce(self, numbers: Sequence[float], op: Any) -> list[float]:
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
+        dist.all_reduce(tensor, op, group=self.control)
         return tensor.tolist()
 
     def gather(self, items: list[Any]) -> list[Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
+import torch
 from torch import Tensor
 
 from transfusion_fast.config import Config
@@ -22,9 +23,13 @@ from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
+from transfusion_fast.training.counters import Interval, QuarterLosses, Work, mean_losses, peak_memory
 from transfusion_fast.training.engine import learning_rate, make_engine
+from transfusion_fast.training.flops import peak_flops
 from transfusion_fast.training.initialize import open_initial_weights
-from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
+from transfusion_fast.training.loggers import check_packages, make_loggers
+from transfusion_fast.training.metrics import Row
+from transfusion_fast.training.profiling import StepProfiler
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import (
     DataDescription,
@@ -35,7 +40,8 @@ from transfusion_fast.training.run_folder import (
 )
 from transfusion_fast.training.samples import Samples
 from transfusion_fast.training.slices import averaged_weights, update_ema, write_weights_into
-from transfusion_fast.training.validation import VALIDATION, Validation
+from transfusion_fast.training.terminal import say
+from transfusion_fast.training.validation import Validation
 
 
 class Trainer:
@@ -53,6 +59,7 @@ class Trainer:
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
             ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
         ranks.together(lambda: check_shared_memory(config, data, ranks.on_node[1]))
+        ranks.together(lambda: check_packages(config) if ranks.is_main else None)
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
         initial = None if checkpoint else ranks.together(lambda: open_initial_weights(config, data, ranks.share))
@@ -91,66 +98,74 @@ class Trainer:
             return True
         stop, pin_memory = StopRequest(), self.ranks.device.type == "cuda"
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
-        self.log = MetricsLog(self.folder / METRICS, self.meta.step) if self.ranks.is_main else None
-        self.validation_log = MetricsLog(self.folder / VALIDATION, self.meta.step) if self.ranks.is_main else None
-        self.clock = Clock()
-        try:
-            self._take_steps(stop)
-        except InputError:  # on all ranks at the same step
+        self.peak = self._peak_flops()
+        self.quarters = QuarterLosses(self.ranks.device)
+        self.loggers = make_loggers(self.config, self.folder, first_step=self.meta.step) if self.ranks.is_main else []
+        self.profiler = StepProfiler(settings.profile, self.folder / "profile", self.ranks)
+        self.interval = Interval()
+        with ExitStack() as stack:
+            for logger in self.loggers:
+                stack.callback(logger.close)
+            stack.callback(self.profiler.close)
+            try:
+                self._take_steps(stop)
+            except InputError:  # on all ranks at the same step
+                self.checkpoints.finish()
+                raise
             self.checkpoints.finish()
-            raise
-        self.checkpoints.finish()
         finished = self.meta.step >= settings.steps
         if not finished and self.ranks.is_main:
             print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
         return finished
 
+    def _peak_flops(self) -> float | None:
+        """Return the operations a second that all devices can do; None if that is unknown of any of them."""
+        dtype = torch.bfloat16 if self.meta.precision == "bf16" else torch.float32
+        peaks = self.ranks.gather([peak_flops(self.ranks.device, dtype)])
+        return None if None in peaks else sum(peaks)
+
     def _take_steps(self, stop: StopRequest) -> None:
         settings = self.config.train
         while self.meta.step < settings.steps:
-            stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+            with self.profiler.step(self.meta.step + 1):
+                stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
             self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
-                with self.clock.stall():
+                with self.interval.stall():
                     self.checkpoints.save(self.engine, self.meta)
             if stopping:
                 return
 
     def _observe(self) -> None:
         """Measure the held-out packs and draw samples where they are due, with the average of the weights."""
-        settings = self.config.train
-        validate, draw = (self._is_due(every) for every in (settings.validate_every, settings.sample_every))
+        settings, validation, samples = self.config.train, self.validation, self.samples
+        validate = validation is not None and self._is_due(settings.validate_every)
+        draw = samples is not None and self._is_due(settings.sample_every)
         if not validate and not draw:
             return
-        with self.clock.apart(), averaged_weights(self.engine):
-            if validate:
-                self._validate()
-            if draw:
-                self._draw()
+        with self.interval.apart(), averaged_weights(self.engine):
+            if validation and validate:
+                row = validation.measure(self.engine.module, self.meta.step)
+                for logger in self.loggers:
+                    logger.validation(row)
+            if samples and draw:
+                self._draw(samples)
+
+    def _draw(self, samples: Samples) -> None:
+        images, step, last = samples.draw(self.engine.module), self.meta.step, self.config.train.steps
+
+        def write() -> None:
+            path = samples.write(images, step)
+            for logger in self.loggers:
+                logger.image("samples", path, step)
+            if step == last and (animation := samples.animate(step)):
+                say(f"samples of all steps: {animation}")
+
+        self.ranks.together(lambda: write() if self.ranks.is_main else None)
 
     def _is_due(self, every: int) -> bool:
         """Return whether something is due that happens every so many steps, 0 for never, and at the last step."""
         return every > 0 and (self.meta.step % every == 0 or self.meta.step == self.config.train.steps)
-
-    def _validate(self) -> None:
-        start = time.perf_counter()
-        row = cast(Validation, self.validation).measure(self.engine.module, self.meta.step)
-        if self.validation_log is not None:
-            self.validation_log.write(row)
-            losses = f"loss {row.loss:.4f}  text {row.text_loss:.4f}  diffusion {row.diffusion_loss:.4f}"
-            print(f"step {row.step}, held-out packs: {losses}  ({time.perf_counter() - start:.1f} s)", flush=True)
-
-    def _draw(self) -> None:
-        start, samples, step = time.perf_counter(), cast(Samples, self.samples), self.meta.step
-        images = samples.draw(self.engine.module)
-
-        def write() -> None:
-            path = samples.write(images, step)
-            print(f"step {step}, samples: {path}  ({time.perf_counter() - start:.1f} s)", flush=True)
-            if step == self.config.train.steps and (animation := samples.animate(step)):
-                print(f"samples of all steps: {animation}", flush=True)
-
-        self.ranks.together(lambda: write() if self.ranks.is_main else None)
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.stop_after
@@ -158,10 +173,11 @@ class Trainer:
 
     def _step(self, stop_requested: bool) -> bool:
         """Take one optimizer step; return whether any rank was asked to stop."""
-        batches, counts, tokens, stopping, quarantined = self._next_batches(stop_requested)
+        batches, work, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        counts = Counts(int(work.supervised), int(work.images))
         losses = [self._micro_step(batch, counts) for batch in batches]
         self._check_skipped()
         self.meta = replace(
@@ -173,35 +189,38 @@ class Trainer:
         )
         if self.config.train.ema_decay and not self.skipped_in_a_row:
             update_ema(self.engine, self.config.train.ema_decay, self.meta.step - self.meta.skipped_steps)
-        self.clock.add(tokens)
+        self.interval.add(work)
+        for logger in self.loggers:
+            logger.step(self.meta.step)
         if self.meta.step % self.config.train.log_every == 0 or self.meta.step == self.config.train.steps:
             self._report(losses, lr)
         return stopping
 
-    def _next_batches(self, stop_requested: bool) -> tuple[list[PackedBatch], Counts, float, bool, int]:
+    def _next_batches(self, stop_requested: bool) -> tuple[list[PackedBatch], Work, bool, int]:
         """Load this rank's batches of a step, and agree with all ranks before any of them computes.
 
         Returns:
-            (batches, divisors of the losses, tokens of the step, whether any rank was asked to stop, packs quarantined
-            so far), all but the batches over all ranks.
+            (batches, work of the step, whether any rank was asked to stop, packs quarantined so far), all but the
+            batches over all ranks.
         """
-        loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
+        with self.interval.waiting():
+            loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
         batches = [one.batch for one in loaded]
         unreadable = [error for one in loaded for error in one.unreadable]
         unfetched = [error for one in loaded for error in one.unfetched]
-        own = [(len(b.supervised), b.num_images, b.num_tokens) for b in batches]
+        own = [Work.of(batch, self.config.model) for batch in batches]
         flags = (stop_requested, self.checkpoints.written, len(unreadable), len(unfetched))
         sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
-        supervised, images, tokens, stop, written, left_out, failed = sums
+        *work, stop, written, left_out, failed = sums
         if self.checkpoints.in_progress and written == self.ranks.world_size:
-            with self.clock.stall():
+            with self.interval.stall():
                 self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
             raise DataError(self.ranks.gather(unfetched)[0])
         quarantined = self.meta.quarantined + int(left_out)
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
-        return batches, Counts(int(supervised), int(images)), tokens, stop > 0, quarantined
+        return batches, Work(*work), stop > 0, quarantined
 
     def _quarantine(self, errors: list[str], quarantined: int) -> None:
         """Report the packs left out of a step, or fail if they exceed `data.quarantine`; all ranks decide alike."""
@@ -211,11 +230,13 @@ class Trainer:
             raise DataError(errors[0] + beyond)
         if self.ranks.is_main:
             for error in errors:
-                print(f"quarantined: {error}", flush=True)
+                say(f"quarantined: {error}")
 
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """Run forward, backward and DeepSpeed's step, which updates the weights after the last micro-batch only."""
-        losses = self.engine(batch.to(self.ranks.device, non_blocking=True), counts=counts)
+        batch = batch.to(self.ranks.device, non_blocking=True)
+        losses = self.engine(batch, counts=counts)
+        self.quarters.add(batch, losses.per_image)
         # The losses are divided by global counts already; DeepSpeed averages gradients over the ranks.
         self.engine.backward(losses.total * self.ranks.world_size, scale_wrt_gas=False)
         self.engine.step()
@@ -231,25 +252,41 @@ class Trainer:
             )
 
     def _report(self, losses: list[tuple[Tensor, Tensor]], lr: float) -> None:
-        text, diffusion = self.ranks.sum([float(sum(part)) for part in zip(*losses, strict=True)])
-        tokens_per_second, seconds_per_step, checkpoint_stall = self.clock.lap()
-        if self.log is None:
+        """Wait for the device, and log the row of this step. Collective."""
+        own = [float(sum(part)) for part in zip(*losses, strict=True)]
+        text, diffusion, *quarters = self.ranks.sum([*own, *self.quarters.pop()])
+        waited, memory = self.ranks.max([self.interval.waited, peak_memory(self.ranks.device)])
+        ended, self.interval = self.interval, Interval()
+        seconds, work, devices = self.interval.start - ended.start, ended.work, self.ranks.world_size
+        q1, q2, q3, q4 = mean_losses(quarters)
+        if not self.loggers:
             return
         row = Row(
             step=self.meta.step,
             packs=self.meta.packs_consumed,
+            time=time.time(),
             loss=text + self.config.model.diffusion_weight * diffusion,
             text_loss=text,
             diffusion_loss=diffusion,
+            diffusion_loss_q1=q1,
+            diffusion_loss_q2=q2,
+            diffusion_loss_q3=q3,
+            diffusion_loss_q4=q4,
             lr=lr,
             grad_norm=float(self.engine.get_global_grad_norm()),
-            tokens_per_second=tokens_per_second,
-            checkpoint_stall=checkpoint_stall,
+            tokens_per_second=work.tokens / seconds,
+            tokens_per_second_per_device=work.tokens / seconds / devices,
+            images_per_second=work.images / seconds,
+            mfu=work.flops / seconds / self.peak if self.peak else None,
+            padding=1 - work.tokens / (ended.steps * self.share.global_batch * self.data.sequence_length),
+            data_wait=waited / seconds,
+            checkpoint_stall=ended.stalled / seconds,
+            peak_memory_gb=memory / 1e9,
             skipped_steps=self.meta.skipped_steps,
             quarantined=self.meta.quarantined,
         )
-        self.log.write(row)
-        print(progress_line(row, self.config.train.steps, seconds_per_step), flush=True)
+        for logger in self.loggers:
+            logger.log(row)
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Prepare the run folder, which holds this checkpoint, and print what is about to run."""

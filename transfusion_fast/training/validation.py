@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from functools import partial
 
 import torch
@@ -16,21 +16,10 @@ from transfusion_fast.errors import DataError
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.training.metrics import ValidationRow
 from transfusion_fast.training.ranks import Ranks
 
-VALIDATION = "validation.jsonl"
-"""File of a run folder that holds a row in each line."""
 _EPOCH = 0  # with the seed 0 and a pack's number the key of its noise, so that runs can be compared
-
-
-@dataclass(frozen=True)
-class ValidationRow:
-    """The losses of the held-out packs at one step, as those of `metrics.Row`."""
-
-    step: int
-    loss: float
-    text_loss: float
-    diffusion_loss: float
 
 
 class Validation:
@@ -52,6 +41,7 @@ class Validation:
         Raises:
             DataError: on all ranks, if a pack cannot be read.
         """
+        began = time.perf_counter()
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         tokens = images = 0
@@ -64,7 +54,7 @@ class Validation:
         model.train()
         text_sum, diffusion_sum, all_tokens, all_images = self.ranks.sum([*sums.tolist(), tokens, images])
         text, diffusion = text_sum / max(all_tokens, 1), diffusion_sum / max(all_images, 1)
-        return ValidationRow(step, text + self.weight * diffusion, text, diffusion)
+        return ValidationRow(step, text + self.weight * diffusion, text, diffusion, time.perf_counter() - began)
 
     def _read(self, start: int) -> PackedBatch:
         """Return this rank's packs of those from `start` on; where none are left, empty ones."""
