@@ -101,7 +101,7 @@ def test_the_packs_of_a_share_are_validated_and_never_trained_on(digits: Path, t
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["train.validate_every=2"], "train.validate_every needs data.heldout, got none"),
+        (["data.heldout=null", "train.validate_every=2"], "train.validate_every needs data.heldout, got none"),
         (["train.sample_every=2"], "train.sample_every needs train.sample_prompts, got none"),
         (["data.heldout=0.7"], "data.heldout.share: Input should be less than or equal to 0.5, got 0.7"),
     ],
