@@ -241,6 +241,8 @@ class TrainConfig(_Settings):
     """Packs per optimizer step, over all ranks and accumulation steps."""
     micro_batch: Positive = 1
     """Packs per forward pass on one rank."""
+    sequence_parallel: Positive = 1
+    """Ranks that share each pack and hold a part of its positions, for packs too long for one device (Ulysses)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 where the device computes it natively, else fp32."""
     ema_decay: Beta = 0.9999

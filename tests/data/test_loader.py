@@ -208,6 +208,11 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     [
         ("model.num_text_tokens=300", "model.num_text_tokens must be 256 for .*, got 300; correct it or leave it out"),
         ("model.dim_latent=16", r"model.dim_latent must be \(4,\) for .*, got \(16,\)"),
+        (
+            "train.sequence_parallel=3",
+            "must divide train.micro_batch x positions of a pack = 64, got 3; give a divisor",
+        ),
+        ("train.sequence_parallel=16", "train.sequence_parallel must divide key/value heads = 8, got 16"),
         ("train.micro_batch=33554432", "train.micro_batch must be at most 33554431 for packs of 64 positions, got"),
     ],
 )

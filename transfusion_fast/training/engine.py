@@ -13,6 +13,7 @@ from torch import nn
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.slices import init_state
@@ -28,6 +29,9 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     sharded = config.train.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False, enabled=sharded):
         model = Transfusion(config.model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.sequence_group = ranks.sequence_group
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
@@ -51,7 +55,8 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     """
     train = config.train
     derived: dict[str, Any] = {
-        "train_batch_size": share.global_batch,
+        # DeepSpeed counts the packs of every rank, even of those that share them.
+        "train_batch_size": share.global_batch * share.sequence_parallel,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,
         "gradient_clipping": config.optimizer.clip,

@@ -42,6 +42,8 @@ class Ranks:
     """Rank on this node, and number of ranks on this node."""
     command: psutil.Process | None = None
     """The `deepspeed` command that started the run, the parent of this process's parent."""
+    sequence_group: str = ""
+    """Name of the process group of the ranks that share packs with this one; empty if none does."""
 
     @property
     def is_main(self) -> bool:
@@ -88,10 +90,15 @@ def join_ranks(config: TrainConfig) -> Ranks:
     """Join the process group of the launcher; without a launcher, a group of one process.
 
     Raises:
-        InputError: several processes were started without an agreed rank.
+        InputError: several processes were started without an agreed rank, or in a number that cannot share packs.
     """
     launched, launch = "RANK" in os.environ, read_launch(os.environ)
     launched = launched or launch.world_size > 1
+    if launch.world_size % config.sequence_parallel:
+        raise InputError(
+            f"train.sequence_parallel must divide the number of ranks, {launch.world_size}, "
+            f"got {config.sequence_parallel}; give a divisor, or start more ranks"
+        )
     if launched and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # The shared-memory all-reduce that DeepSpeed would compile for the CPU needs a C++ compiler and minutes.
@@ -112,7 +119,13 @@ def join_ranks(config: TrainConfig) -> Ranks:
         control=dist.new_group(backend="gloo"),
         on_node=(launch.local_rank % launch.local_size, launch.local_size),
         command=_deepspeed_command() if launched else None,
+        sequence_group=_sequence_group(config.sequence_parallel),
     )
+
+
+def _sequence_group(size: int) -> str:
+    """Return the name of this rank's group of `size` consecutive ranks, or nothing for a size of 1. Collective."""
+    return dist.new_subgroups(size)[0].group_name if size > 1 else ""
 
 
 def _deepspeed_command() -> psutil.Process | None:
