@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.distributed_c10d import GroupName
 
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch
 
@@ -72,4 +74,4 @@ def exchange_heads(
 
 def _exchange(x: Tensor, group: str) -> Tensor:
     """Send x[i] to rank i of the group, and return what each rank has sent, in their order."""
-    return collectives.wait_tensor(collectives.all_to_all_single(x, None, None, group))
+    return collectives.wait_tensor(collectives.all_to_all_single(x, None, None, cast(GroupName, group)))

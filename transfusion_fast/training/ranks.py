@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.launch import read_launch
+from transfusion_fast.training.launch import check_network, read_launch
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -99,6 +99,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
             f"train.sequence_parallel must divide the number of ranks, {launch.world_size}, "
             f"got {config.sequence_parallel}; give a divisor, or start more ranks"
         )
+    check_network(launch, os.environ)
     if launched and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # The shared-memory all-reduce that DeepSpeed would compile for the CPU needs a C++ compiler and minutes.
@@ -111,7 +112,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // launch.local_size))
         keep_freed_memory()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    _init_process_group("nccl" if cuda else "gloo")
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -121,6 +122,18 @@ def join_ranks(config: TrainConfig) -> Ranks:
         command=_deepspeed_command() if launched else None,
         sequence_group=_sequence_group(config.sequence_parallel),
     )
+
+
+def _init_process_group(backend: str) -> None:
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"launch: port {os.environ['MASTER_PORT']} must be free on the host of rank 0, got one that another "
+            "process uses; set MASTER_PORT to another (deepspeed and torchrun: --master_port)"
+        ) from error
 
 
 def _sequence_group(size: int) -> str:
