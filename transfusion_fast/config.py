@@ -275,8 +275,8 @@ class Config(_Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed settings beyond those derived from this config, passed on unchecked. Contradicting a derived one is
-    an error."""
+    """Raw DeepSpeed settings beyond those derived from this config. A key that DeepSpeed does not read is an error, and
+    so is contradicting a derived setting."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

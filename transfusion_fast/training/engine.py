@@ -16,14 +16,15 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.raw_settings import check_raw_settings
 from transfusion_fast.training.slices import init_state
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     bf16 = uses_bf16(config.train.precision, ranks.device)
-    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     deepspeed.utils.logger.setLevel("WARNING")
+    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
     sharded = config.train.zero_stage == 3
@@ -51,7 +52,7 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     """Return the settings derived from the config, with the config's raw `deepspeed` section merged in.
 
     Raises:
-        InputError: a raw setting contradicts a derived one.
+        InputError: a raw setting contradicts a derived one, or DeepSpeed does not know it.
     """
     train = config.train
     derived: dict[str, Any] = {
@@ -76,7 +77,18 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         # DeepSpeed's own optimizer for the CPU would have to be compiled.
         derived["zero_force_ds_cpu_optimizer"] = False
-    return _merge(derived, config.deepspeed, "deepspeed")
+    settings = _merge(derived, config.deepspeed, "deepspeed")
+    zero = settings["zero_optimization"]
+    if not train.offload_optimizer and (zero.get("offload_optimizer") or zero.get("cpu_offload")):
+        raise InputError(
+            "config: deepspeed.zero_optimization.offload_optimizer must come with train.offload_optimizer=true, got "
+            "false; set that instead"
+        )
+    if "sequence_parallel_size" in settings:
+        raise InputError("config: deepspeed.sequence_parallel_size must not be given; set train.sequence_parallel")
+    if config.deepspeed:
+        check_raw_settings(settings)
+    return settings
 
 
 def _merge(derived: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[str, Any]:
