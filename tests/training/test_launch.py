@@ -121,6 +121,15 @@ def test_a_node_that_others_can_reach_is_not_refused(
     check_network(place, variables)
 
 
+def become_the_second_node() -> None:
+    os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="localhost")
+
+
+def test_a_node_that_is_refused_says_so_itself(tmp_path: Path, digits: Path) -> None:
+    line = refusal(start(1, digits, tmp_path / "run", setup=become_the_second_node))
+    assert "MASTER_ADDR must be an address at which all nodes reach the host of rank 0, got localhost" in line
+
+
 def use_port(port: str) -> None:
     os.environ["MASTER_PORT"] = port
 

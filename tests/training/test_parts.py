@@ -138,8 +138,9 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
         ({"comms_logger": {"enabled": True, "zzzz": 1}}, "'deepspeed.comms_logger.zzzz'; DeepSpeed does not read it"),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "deepspeed.zero_optimization.reduce_bucket_size: Input "
          "should be a valid integer, .* got 'big'"),
-        ({"elasticity": {"enabled": True}}, "config: deepspeed: Elastic training has been removed"),
+        ({"elasticity": {"enabled": True}}, "got: Elastic training has been removed"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "with train.offload_optimizer=true, got"),
+        ({"activation_checkpointing": True}, "config: deepspeed must be settings that DeepSpeed accepts, got: "),
         ({"sequence_parallel_size": 2}, "set train.sequence_parallel"),
     ],
 )  # fmt: skip

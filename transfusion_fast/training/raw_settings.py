@@ -16,8 +16,6 @@ from pydantic import ValidationError
 
 from transfusion_fast.errors import InputError
 
-_WHOLE = "params"  # an optimizer's settings, which it reads later
-
 
 class _Watched(dict[str, Any]):
     """Settings that remember, at every level, which keys were asked for."""
@@ -63,19 +61,24 @@ def check_raw_settings(settings: Mapping[str, Any]) -> None:
         if first["type"] == "extra_forbidden":
             raise _unknown(path, watched) from error
         raise InputError(f"config: {path}: {first['msg']}, got {first['input']!r}") from error
-    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        raise InputError(f"config: deepspeed: {' '.join(str(error).split())}; correct it") from error
+    except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"config: deepspeed must be settings that DeepSpeed accepts, got an error: {reason}"
+        ) from error
     for path in _unasked(watched, "deepspeed"):
         raise _unknown(path, watched)
 
 
 def _unasked(settings: _Watched, name: str) -> Iterator[str]:
+    """Yield the full names of the keys that nothing asked for.
+
+    A section of which nothing was asked for was read by pydantic. The `params` of an optimizer are read later.
+    """
     for key, value in dict.items(settings):
         if key not in settings.asked:
             yield f"{name}.{key}"
-        elif (
-            isinstance(value, _Watched) and value.asked and key != _WHOLE
-        ):  # if nothing was asked, pydantic has read it
+        elif isinstance(value, _Watched) and value.asked and key != "params":
             yield from _unasked(value, f"{name}.{key}")
 
 
