@@ -20,7 +20,7 @@ MPIRUN = {
 
 
 @pytest.mark.parametrize(
-    ("given", "place", "address"),
+    ("given", "expected", "address"),
     [
         ({}, Launch(), "127.0.0.1"),
         ({"LOCAL_RANK": "0"}, Launch(), "127.0.0.1"),
@@ -37,11 +37,11 @@ MPIRUN = {
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Launch(), "127.0.0.1"),  # a batch script
     ],
 )  # fmt: skip
-def test_each_launcher_gives_rank_and_address(given: dict[str, str], place: Launch, address: str) -> None:
+def test_each_launcher_gives_rank_and_address(given: dict[str, str], expected: Launch, address: str) -> None:
     environment = dict(given)
-    assert read_launch(environment) == place
-    assert environment["RANK"] == str(place.rank) and environment["WORLD_SIZE"] == str(place.world_size)
-    assert environment["LOCAL_RANK"] == str(place.local_rank) and environment["MASTER_ADDR"] == address
+    assert read_launch(environment) == expected
+    assert environment["RANK"] == str(expected.rank) and environment["WORLD_SIZE"] == str(expected.world_size)
+    assert environment["LOCAL_RANK"] == str(expected.local_rank) and environment["MASTER_ADDR"] == address
     assert 1024 < int(environment["MASTER_PORT"]) < 65536
 
 
@@ -87,7 +87,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, **hosts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "main", "here", "complaint"),
+    ("rank", "main", "here", "complaint"),
     [
         (Launch(1, 2, 0, 1), "10.0.0.1", ["127.0.1.1", "10.0.0.2"], "got 127.0.1.1 for here; set GLOO_SOCKET_IFNAME"),
         (Launch(1, 2, 0, 1), "10.0.0.1", ["10.9.9.9", "::1"], "got ::1 for here"),
@@ -98,15 +98,15 @@ def resolve(monkeypatch: pytest.MonkeyPatch, **hosts: list[str]) -> None:
     ],
 )
 def test_a_node_whose_addresses_lead_to_itself_is_refused_with_the_variable_to_set(
-    place: Launch, main: str, here: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+    rank: Launch, main: str, here: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve(monkeypatch, here=here, first=["127.0.1.1"])
     with pytest.raises(NodeError, match=complaint):
-        check_network(place, {"MASTER_ADDR": main})
+        check_network(rank, {"MASTER_ADDR": main})
 
 
 @pytest.mark.parametrize(
-    ("place", "variables", "here"),
+    ("rank", "variables", "here"),
     [
         (Launch(1, 2, 1, 2), {"MASTER_ADDR": "127.0.0.1"}, ["127.0.0.1"]),  # one node
         (Launch(1, 2, 0, 1), {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "eth0"}, ["127.0.0.1"]),
@@ -115,10 +115,10 @@ def test_a_node_whose_addresses_lead_to_itself_is_refused_with_the_variable_to_s
     ],
 )
 def test_a_node_that_others_can_reach_is_not_refused(
-    place: Launch, variables: dict[str, str], here: list[str], monkeypatch: pytest.MonkeyPatch
+    rank: Launch, variables: dict[str, str], here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve(monkeypatch, here=here, elsewhere=["10.0.0.1"])
-    check_network(place, variables)
+    check_network(rank, variables)
 
 
 def become_the_second_node() -> None:

@@ -1,15 +1,15 @@
-"""Two nodes, as two network namespaces of this machine that are joined by a cable, start one run with DeepSpeed."""
+"""Two nodes, as two network namespaces of this machine that a veth pair joins, start one run with DeepSpeed."""
 
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import PRETRAIN, SMALL, assert_same_course, deepspeed_command, metrics
+from launching import PRETRAIN, SMALL, assert_same_course, metrics
 
-NODES = ("tf-node-a", "tf-node-b")
 CAN_MAKE_NODES = os.geteuid() == 0 and subprocess.run(["which", "ip"], capture_output=True).returncode == 0
 pytestmark = [
     pytest.mark.slow,
@@ -17,33 +17,34 @@ pytestmark = [
 ]
 
 
-def ip(line: str, *words: str) -> None:
-    subprocess.run(["ip", *line.split(), *words], check=True, capture_output=True)
+def ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
 
 
 @pytest.fixture
-def nodes() -> Iterator[None]:
-    """Two namespaces with the addresses 10.99.0.1 and 10.99.0.2 on their interfaces `cable`."""
+def nodes() -> Iterator[list[str]]:
+    """Two namespaces with the addresses 10.99.0.1 and 10.99.0.2 on their interfaces veth0."""
+    names = [f"node-{name}-{os.getpid()}" for name in "ab"]
     try:
-        for node in NODES:
+        for node in names:
             ip(f"netns add {node}")
-        ip(f"link add cable netns {NODES[0]} type veth peer name cable netns {NODES[1]}")
-        for number, node in enumerate(NODES, start=1):
-            ip(f"-n {node} address add 10.99.0.{number}/24 dev cable")
-            ip(f"-n {node} link set cable up")
+        ip(f"link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}")
+        for number, node in enumerate(names, start=1):
+            ip(f"-n {node} address add 10.99.0.{number}/24 dev veth0")
+            ip(f"-n {node} link set veth0 up")
             ip(f"-n {node} link set lo up")
-        yield
+        yield names
     finally:
-        for node in NODES:
+        for node in names:
             subprocess.run(["ip", "netns", "delete", node], capture_output=True)
 
 
-def run_on_nodes(folder: Path, before: str, *overrides: str) -> tuple[list[int], str]:
+def run_on(nodes: list[str], folder: Path, before: str, *overrides: str) -> tuple[list[int], str]:
     """Run a rank on each node, the second one after a shell command; return the exit codes and what was printed."""
+    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed")]
     (folder / "hostfile").write_text("node-a slots=1\nnode-b slots=1\n")
     started = []
-    for number, node in enumerate(NODES):
-        launcher = deepspeed_command(Path(), Path())[:2]
+    for number, node in enumerate(nodes):
         where = f"--hostfile {folder}/hostfile --no_ssh --node_rank {number} --master_addr 10.99.0.1"
         command = shlex.join([*launcher, *where.split(), "--master_port", "29500", str(PRETRAIN), *SMALL, *overrides])
         prepared = f"{before} && exec {command}" if number else f"exec {command}"
@@ -51,11 +52,11 @@ def run_on_nodes(folder: Path, before: str, *overrides: str) -> tuple[list[int],
             subprocess.Popen(
                 ["ip", "netns", "exec", node, "sh", "-c", prepared],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "cable"},
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "veth0"},
             )
         )  # fmt: skip
     try:
-        printed = "".join(process.communicate(timeout=120)[0] for process in started)
+        printed = "".join(process.communicate(timeout=300)[0] for process in started)
         return [process.returncode for process in started], printed
     finally:
         for process in started:
@@ -63,19 +64,19 @@ def run_on_nodes(folder: Path, before: str, *overrides: str) -> tuple[list[int],
 
 
 def test_two_nodes_take_the_steps_of_one_machine(
-    nodes: None, digits: Path, uninterrupted: Path, tmp_path: Path
+    nodes: list[str], digits: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    codes, printed = run_on_nodes(tmp_path, "true", f"data.path={digits}", f"train.output={tmp_path}/run")
+    codes, printed = run_on(nodes, tmp_path, "true", f"data.path={digits}", f"train.output={tmp_path}/run")
     assert codes == [0, 0] and "2 x cpu" in printed, printed
     assert_same_course(metrics(uninterrupted), metrics(tmp_path / "run"))
 
 
-def test_nodes_that_do_not_share_the_run_folder_are_refused(nodes: None, digits: Path, tmp_path: Path) -> None:
+def test_nodes_that_do_not_share_the_run_folder_are_refused(nodes: list[str], digits: Path, tmp_path: Path) -> None:
     """Each namespace has its own mounts, so that the same path can lead to another disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
     own_disk = f"mount -t tmpfs none {disk}"
-    codes, printed = run_on_nodes(tmp_path, own_disk, f"data.path={digits}", f"train.output={disk}/run")
+    codes, printed = run_on(nodes, tmp_path, own_disk, f"data.path={digits}", f"train.output={disk}/run")
     lines = [line for line in printed.splitlines() if line.startswith("pretrain: ")]
     assert 0 not in codes and len(lines) == 1 and "Traceback" not in printed, printed
     assert f"train.output must be on storage that all nodes share, got {disk}/run, where rank 1" in lines[0]

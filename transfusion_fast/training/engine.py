@@ -85,7 +85,10 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
             "false; set that instead"
         )
     if "sequence_parallel_size" in settings:
-        raise InputError("config: deepspeed.sequence_parallel_size must not be given; set train.sequence_parallel")
+        got = settings["sequence_parallel_size"]
+        raise InputError(
+            f"config: deepspeed.sequence_parallel_size must not be given, got {got}; set train.sequence_parallel"
+        )
     if config.deepspeed:
         check_raw_settings(settings)
     return settings

@@ -63,9 +63,7 @@ def check_raw_settings(settings: Mapping[str, Any]) -> None:
         raise InputError(f"config: {path}: {first['msg']}, got {first['input']!r}") from error
     except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"config: deepspeed must be settings that DeepSpeed accepts, got an error: {reason}"
-        ) from error
+        raise InputError(f"config: deepspeed must be settings that DeepSpeed accepts, got: {reason}") from error
     for path in _unasked(watched, "deepspeed"):
         raise _unknown(path, watched)
 
