@@ -34,6 +34,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "make ": "the targets take minutes or install packages",
     "deepspeed ": "starts a launcher and ranks, as tests/training/test_launcher.py does",
+    "torchrun ": "needs several hosts",
+    "sbatch ": "needs SLURM",
     ". .venv/bin/activate": "needs the environment that make creates",
     "python train/prepare.py pairs laion/*.tar --out data/latents": "needs an autoencoder, as in tests/prepare",
 }
@@ -64,6 +66,13 @@ COMMANDS = list(dict.fromkeys(re.sub(r"\s+#.*", "", line) for line in LINES))
 INLINE = [s for page in TEXTS for s in spans(page) if re.match(r"(make|python|deepspeed|pip|\.venv/bin/pytest) ", s)]
 
 
+def check_training(script: str, arguments: list[str]) -> None:
+    """Read the config that a training command names."""
+    assert script == "train/pretrain.py"
+    path, *overrides = arguments or ["train/configs/digits.yaml"]
+    load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
+
+
 def check_parses(line: str, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand a command to the parser of its program, which exits where it does not understand it."""
     program, *words = shlex.split(line)
@@ -80,9 +89,15 @@ def check_parses(line: str, command: Callable[..., Any], monkeypatch: pytest.Mon
         from deepspeed.launcher.runner import parse_args
 
         launched = parse_args(words)
-        assert launched.user_script == "train/pretrain.py"
-        path, *overrides = launched.user_args
-        load_config(path if Path(path).name == "config.yaml" else ROOT / path, overrides)
+        check_training(launched.user_script, launched.user_args)
+    elif program == "torchrun":
+        from torch.distributed.run import parse_args as parse_torchrun
+
+        launched = parse_torchrun(words)
+        check_training(launched.training_script, launched.training_script_args)
+    elif program == "sbatch":
+        assert (ROOT / words[0]).exists()
+        check_training("train/pretrain.py", words[1:])
     elif program == "pip":
         setup = (ROOT / "setup.py").read_text(encoding="utf-8")
         extras = [extra for group in re.findall(r"\[(.+)\]", line) for extra in group.split(",")]
@@ -169,7 +184,7 @@ def test_relative_links_and_anchors_exist(page: str) -> None:
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_settings_options_and_functions_that_a_page_names_exist(page: str) -> None:
     roots = (ROOT, ROOT / "transfusion_fast", ROOT / "transfusion_fast" / "prepare", ROOT / "train")
-    options = {*re.findall(r'"(--[a-z-]+)"', COMMAND_LINES), "--num_gpus", "--help"}
+    options = {*re.findall(r'"(--[a-z-]+)"', COMMAND_LINES), "--num_gpus", "--help", "--master_port", "--shm-size"}
     for span in spans(page):
         if re.fullmatch(r"[\w./]+\.py", span) and "NAME" not in span and "/" in span:
             assert any((root / span).exists() for root in roots), f"{page} names {span}"

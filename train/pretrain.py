@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transfusion_fast.config import Config, load_config, sources
 from transfusion_fast.data.loader import complete_config, open_data
 from transfusion_fast.data.mixture import Mixture
-from transfusion_fast.errors import EXIT_STOPPED, InputError
+from transfusion_fast.errors import EXIT_STOPPED, InputError, NodeError
 from transfusion_fast.model import ops
 from transfusion_fast.training.launch import read_launch
 from transfusion_fast.training.run_folder import check_output
@@ -124,9 +124,11 @@ def _train(config: Config, data: Mixture) -> int:
 def _report(error: Exception) -> None:
     """Print an error once: rank 0 prints errors that all ranks have, and the others give it time before they exit.
 
-    An error of the operating system, such as a full disk, may concern one rank alone, so each rank prints its own.
+    An error of the operating system, such as a full disk, may concern one rank alone, so each rank prints its own. An
+    error of a node is printed by its first rank.
     """
-    if int(os.environ.get("RANK", "0")) and not isinstance(error, OSError):
+    rank = os.environ.get("LOCAL_RANK" if isinstance(error, NodeError) else "RANK", "0")
+    if int(rank) and not isinstance(error, OSError):
         time.sleep(3)
     else:
         print(f"pretrain: {error}", file=sys.stderr, flush=True)

@@ -259,6 +259,8 @@ class TrainConfig(_Settings):
     """Packs per optimizer step, over all ranks and accumulation steps."""
     micro_batch: Positive = 1
     """Packs per forward pass on one rank."""
+    sequence_parallel: Positive = 1
+    """Ranks that share each pack and hold a part of its positions, for packs too long for one device (Ulysses)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"auto" is bf16 where the device computes it natively, else fp32."""
     ema_decay: Beta = 0.9999
@@ -326,8 +328,8 @@ class Config(_Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: dict[str, Any] = {}
-    """Raw DeepSpeed settings beyond those derived from this config, passed on unchecked. Contradicting a derived one is
-    an error."""
+    """Raw DeepSpeed settings beyond those derived from this config. A key that DeepSpeed does not read is an error, and
+    so is contradicting a derived setting."""
 
     @model_validator(mode="after")
     def _check_observations(self) -> Config:

@@ -29,6 +29,10 @@ class DivergedError(InputError):
     exit_code = 4
 
 
+class NodeError(InputError):
+    """A node that is not set up for the run; the others may be."""
+
+
 class Rejected(ValueError):
     """A document that cannot be used. `reason` is one of a few, for counting; the message is for people."""
 

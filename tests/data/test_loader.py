@@ -198,6 +198,19 @@ def test_another_epoch_has_the_same_packs_in_another_order_with_other_noise(fold
     assert noise[0] and noise[0].isdisjoint(noise[1])
 
 
+def test_ranks_that_share_packs_hold_the_parts_of_the_batches_of_one(folder: Path) -> None:
+    config = config_of(folder)
+    data = open_data(config)
+    for group in range(2):
+        whole = list(islice(training_batches(config, data, Share(group, 2, 2, 8), 8), 3))
+        shares = [Share(2 * group + part, 4, 2, 8, sequence_parallel=2) for part in range(2)]
+        assert all(share.accumulation_steps == 2 for share in shares)
+        parts = [list(islice(training_batches(config, data, share, 8), 3)) for share in shares]
+        for one, first, second in zip(whole, *parts, strict=True):
+            assert torch.equal(torch.cat([first.batch.tokens, second.batch.tokens]), one.batch.tokens)
+            assert first.batch.num_tokens == second.batch.num_tokens == one.batch.num_tokens
+
+
 def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of .* = 3 x 2, got 8"):
         Share(0, 3, 2, 8)
@@ -208,6 +221,11 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     [
         ("model.num_text_tokens=300", "model.num_text_tokens must be 256 for .*, got 300; correct it or leave it out"),
         ("model.dim_latent=16", r"model.dim_latent must be \(4,\) for .*, got \(16,\)"),
+        (
+            "train.sequence_parallel=3",
+            "must divide train.micro_batch x positions of a pack = 64, got 3; give a divisor",
+        ),
+        ("train.sequence_parallel=16", "train.sequence_parallel must divide key/value heads = 8, got 16"),
         ("train.micro_batch=33554432", "train.micro_batch must be at most 33554431 for packs of 64 positions, got"),
     ],
 )

@@ -80,9 +80,12 @@ def test_the_seconds_within_a_wait_are_counted_as_such(monkeypatch: pytest.Monke
     assert (interval.waited, interval.stalled) == (2.5, 4.0)
 
 
-def images_of(*timesteps: list[float]) -> SimpleNamespace:
-    """Return a batch with images at these timesteps, one list for each modality."""
-    return SimpleNamespace(modalities=[SimpleNamespace(timesteps=torch.tensor(own)) for own in timesteps])
+def images_of(*timesteps: list[float], fraction: float = 1.0) -> SimpleNamespace:
+    """Return a batch with images, or a fraction of each, at these timesteps, one list for each modality."""
+    modalities = [
+        SimpleNamespace(timesteps=torch.tensor(own), fractions=torch.full((len(own),), fraction)) for own in timesteps
+    ]
+    return SimpleNamespace(modalities=modalities)
 
 
 def test_image_losses_are_averaged_by_quarter_of_the_timesteps_over_batches_and_modalities() -> None:
@@ -93,6 +96,9 @@ def test_image_losses_are_averaged_by_quarter_of_the_timesteps_over_batches_and_
     losses.add(images_of(), torch.zeros(0))
     assert mean_losses(losses.pop()) == [3.0, 8.0, None, 6.0]
     assert mean_losses(losses.pop()) == [None] * 4
+    losses.add(images_of([300.0, 900.0], fraction=0.25), torch.tensor([0.5, 1.0]))
+    losses.add(images_of([300.0, 900.0], fraction=0.75), torch.tensor([2.5, 2.0]))
+    assert mean_losses(losses.pop()) == [None, 3.0, None, 3.0]
 
 
 def test_memory_on_a_cpu_is_what_the_process_has() -> None:

@@ -123,6 +123,44 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
         deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
 
 
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        ({"zero_optimisation": {}}, "unknown key 'deepspeed.zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stage3_max_live_params": 1}}, "'deepspeed.zero_optimization.stage3_max_live_params'; "
+         "did you mean 'stage3_max_live_parameters'?"),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "unknown key .*offload_param.devise"),
+        ({"activation_checkpointing": {"cpu_checkpointin": True}}, "did you mean 'cpu_checkpointing'?"),
+        ({"comms_logger": {"enabled": True, "zzzz": 1}}, "'deepspeed.comms_logger.zzzz'; DeepSpeed does not read it"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "deepspeed.zero_optimization.reduce_bucket_size: Input "
+         "should be a valid integer, .* got 'big'"),
+        ({"elasticity": {"enabled": True}}, "got: Elastic training has been removed"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "with train.offload_optimizer=true, got"),
+        ({"activation_checkpointing": True}, "config: deepspeed must be settings that DeepSpeed accepts, got: "),
+        ({"sequence_parallel_size": 2}, "set train.sequence_parallel"),
+    ],
+)  # fmt: skip
+def test_a_raw_setting_that_deepspeed_would_ignore_or_refuse_is_named(raw: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint) as refused:
+        deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"zero_optimization": {"stage3_prefetch_bucket_size": 9, "offload_param": {"device": "none"}}},
+        {"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}, "prescale_gradients": False},
+        {"activation_checkpointing": {"number_checkpoints": 3}, "tensorboard": {"enabled": False, "job_name": "a"}},
+        {"optimizer": {"type": "Muon", "params": {"lr": 1.0, "momentum": 0.9}}, "data_types": {"buffer_dtype": "fp32"}},
+    ],
+)
+def test_raw_settings_that_deepspeed_reads_are_passed_on(raw: dict) -> None:
+    settings = deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
+    for key, value in raw.items():
+        assert settings[key] == (settings[key] | value if isinstance(value, dict) else value)
+
+
 def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their_batches(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,3 +217,23 @@ def test_unreadable_packs_in_quarantine_are_left_out_and_counted_alike_on_any_nu
         DataError.exit_code,
     )
     assert shard in line and "(3 such packs, data.quarantine allows 2)" in line
+
+
+def test_two_ranks_that_share_packs_take_the_steps_of_one(digits: Path, tmp_path: Path) -> None:
+    """The packs hold images that are cut between the ranks, and one of the packs cannot be read."""
+    data = tmp_path / "data"
+    damage_packs(digits, data, 1)
+    courses, tokens = [], []
+    for ranks in (1, 2):
+        run, shape = tmp_path / str(ranks), f"train.sequence_parallel={ranks}"
+        train(ranks, data, run, "data.quarantine=1", "train.steps=3", shape, setup=report_tokens_as_rates)
+        courses.append(metrics(run))
+        tokens += [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_second"]]
+    assert_same_course(*courses)
+    assert tokens[0] == tokens[1] and courses[1][-1]["quarantined"] == 1
+
+
+def test_ranks_that_cannot_share_packs_are_refused(digits: Path, tmp_path: Path) -> None:
+    line = refusal(start(1, digits, tmp_path / "run", "train.sequence_parallel=2"))
+    assert "train.sequence_parallel must divide the number of ranks, 1, got 2" in line
+    assert not (tmp_path / "run").exists()

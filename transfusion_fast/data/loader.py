@@ -2,7 +2,7 @@
 
 With B packs per global batch, M per micro-batch and W ranks, step s takes the packs s B to (s + 1) B - 1 of the endless
 order, and rank r takes in accumulation step a the M of them that begin at offset (a W + r) M. A run therefore sees the
-same global batches on any number of ranks and workers.
+same global batches on any number of ranks and workers. N ranks that share packs take the place of one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import OBJECTIVES
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.sequence_parallel import split_batch
 
 STOP_SIGNALS = tuple(
     getattr(signal, name)
@@ -45,26 +46,40 @@ class Share:
     world_size: int
     micro_batch: int
     global_batch: int
+    sequence_parallel: int = 1
+    """Number of consecutive ranks that share each pack."""
 
     def __post_init__(self) -> None:
         """Raise InputError for a global batch that ranks and micro-batches do not divide."""
-        if self.global_batch % (self.world_size * self.micro_batch):
+        if self.global_batch % (self.groups * self.micro_batch):
+            ranks = "ranks" if self.sequence_parallel == 1 else "ranks / train.sequence_parallel"
             raise InputError(
-                f"train.global_batch must be a multiple of ranks x train.micro_batch = {self.world_size} x "
+                f"train.global_batch must be a multiple of {ranks} x train.micro_batch = {self.groups} x "
                 f"{self.micro_batch}, got {self.global_batch}"
             )
 
     @property
+    def groups(self) -> int:
+        """Number of groups of ranks that share packs; without sequence parallelism, the number of ranks."""
+        return self.world_size // self.sequence_parallel
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one rank in a global batch."""
-        return self.global_batch // (self.world_size * self.micro_batch)
+        return self.global_batch // (self.groups * self.micro_batch)
 
     def micro_batches(self, packs_consumed: int) -> Iterator[list[int]]:
         """Yield without end the positions of each micro-batch; a global batch begins at `packs_consumed`."""
-        start = packs_consumed + self.rank * self.micro_batch
+        start = packs_consumed + self.rank // self.sequence_parallel * self.micro_batch
         while True:
             yield list(range(start, start + self.micro_batch))
-            start += self.world_size * self.micro_batch
+            start += self.groups * self.micro_batch
+
+    def part_of(self, batch: PackedBatch) -> PackedBatch:
+        """Return the positions of a micro-batch that this rank holds."""
+        if self.sequence_parallel == 1:
+            return batch
+        return split_batch(batch, self.rank % self.sequence_parallel, self.sequence_parallel)
 
 
 class LoadedBatch(NamedTuple):
@@ -92,11 +107,11 @@ class _PackDataset(data.Dataset):
             return KeyedPack(self.empty, epoch, number), error
 
 
-def _collate(builder: BatchBuilder, items: Sequence[tuple[KeyedPack, InputError | None]]) -> LoadedBatch:
+def _collate(builder: BatchBuilder, share: Share, items: Sequence[tuple[KeyedPack, InputError | None]]) -> LoadedBatch:
     errors = [error for _, error in items if error]
     unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
     unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-    return LoadedBatch(builder([pack for pack, _ in items]), unreadable, unfetched)
+    return LoadedBatch(share.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
 
 
 def open_data(config: Config) -> Mixture:
@@ -150,7 +165,17 @@ def complete_config(config: Config, mixture: Mixture) -> Config:
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
             f"got {config.train.micro_batch}; lower it"
         )
+    _check_sequence_parallel(config, mixture)
     return config.model_copy(update={"model": config.model.model_copy(update=known)})
+
+
+def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
+    """Raise InputError if positions or heads cannot be divided among the ranks that share a pack."""
+    parts = config.train.sequence_parallel
+    positions, heads = config.train.micro_batch * mixture.sequence_length, config.model.transformer.num_kv_heads
+    for what, number in (("train.micro_batch x positions of a pack", positions), ("key/value heads", heads)):
+        if number % parts:
+            raise InputError(f"train.sequence_parallel must divide {what} = {number}, got {parts}; give a divisor")
 
 
 def training_batches(
@@ -163,7 +188,7 @@ def training_batches(
     yield from data.DataLoader(
         _PackDataset(mixture, config.train.seed, config.data.shuffle_window),
         batch_sampler=share.micro_batches(packs_consumed),
-        collate_fn=partial(_collate, batch_builder(config, mixture, share.micro_batch)),
+        collate_fn=partial(_collate, batch_builder(config, mixture, share.micro_batch), share),
         num_workers=config.data.workers,
         worker_init_fn=_ignore_signals,
         prefetch_factor=config.data.prefetch if config.data.workers else None,

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transfusion_fast.config import TransformerConfig
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
+from transfusion_fast.model.sequence_parallel import exchange_heads
 
 INIT_STD = 0.02
 
@@ -55,7 +56,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention that is causal over text and bidirectional within images, over packed documents: [T, E] -> [T, E]."""
+    """Attention that is causal over text and bidirectional within images, over packed documents: [T, E] -> [T, E].
+
+    Given fewer positions than the layout has, it attends to those of the other ranks of its `sequence_group` too.
+    """
+
+    sequence_group: str = ""
+    """Name of the process group of the ranks that share a pack."""
 
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
@@ -70,7 +77,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
         q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, q_weight=self.q_norm, k_weight=self.k_norm, backend=self.backend)
-        out_THD = ops.hybrid_attention(q_THD, k_TGD, v_TGD, layout, backend=self.backend)
+        attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
+        if self.sequence_group and len(x) < layout.total_length:
+            parts = layout.total_length // len(x)
+            out_THD = exchange_heads(attention, q_THD, k_TGD, v_TGD, self.sequence_group, parts)
+        else:
+            out_THD = attention(q_THD, k_TGD, v_TGD)
         return self.out(out_THD.flatten(1))
 
 

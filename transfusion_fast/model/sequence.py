@@ -169,7 +169,8 @@ class ModalityBatch:
     """The images of one modality in a packed batch: N images with P patches in total.
 
     latents: fp32 [P, C], clean; noise: fp32 [P, C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], the position of each patch in the sequence.
+    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N], the
+    fraction of each image's patches that this batch holds: 1, unless ranks share the pack.
     """
 
     latents: Tensor
@@ -177,6 +178,7 @@ class ModalityBatch:
     timesteps: Tensor
     image_offsets: Tensor
     sequence_index: Tensor
+    fractions: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +198,13 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Number of positions that belong to a document."""
+        """Number of positions that belong to a document, of all ranks that share the pack."""
         return int(self.layout.document_offsets[-1])
 
     @property
     def num_images(self) -> int:
-        """Number of images of all modalities."""
-        return sum(len(m.timesteps) for m in self.modalities)
+        """Number of images of all modalities, of all ranks that share the pack."""
+        return len(self.layout.image_spans)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on `device`."""
@@ -246,7 +248,8 @@ def build_batch(
         own = sequence.modality == modality
         index = torch.from_numpy(_ranges(sequence.start[own], sequence.length[own]))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sequence.length[own])]).astype(np.int32))
-        return ModalityBatch(latents, noise, timesteps[torch.from_numpy(own)], offsets, index)
+        own_timesteps = timesteps[torch.from_numpy(own)]
+        return ModalityBatch(latents, noise, own_timesteps, offsets, index, torch.ones_like(own_timesteps))
 
     return PackedBatch(
         tokens=padded(sequence.tokens, 0),

@@ -148,9 +148,10 @@ class Transfusion(nn.Module):
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
             clean, noise, offsets = images.latents, images.noise, images.image_offsets
-            image_losses.append(
-                ops.diffusion_mse_from_noise(prediction, clean, noise, offsets, self.config.objective, backend=backend)
+            errors = ops.diffusion_mse_from_noise(
+                prediction, clean, noise, offsets, self.config.objective, backend=backend
             )
+            image_losses.append(errors * images.fractions)
         return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:

@@ -30,12 +30,15 @@ class Work(NamedTuple):
     flops: float = 0
 
     @classmethod
-    def of(cls, batch: PackedBatch, model: ModelConfig) -> Work:
-        """Count the work of a micro-batch in host memory."""
-        supervised, tokens = len(batch.supervised), batch.num_tokens
-        patches = [len(images.latents) for images in batch.modalities]
-        flops = training_flops(model, tokens, supervised, patches, batch.layout.area)
-        return cls(supervised, batch.num_images, tokens, flops)
+    def of(cls, batch: PackedBatch, model: ModelConfig, *, common: bool = True) -> Work:
+        """Count the work of a micro-batch in host memory.
+
+        Args:
+            common: count also what the ranks that share packs have in common; true on one rank of them.
+        """
+        supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
+        images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
+        return cls(supervised, images, tokens, training_flops(model, tokens, supervised, patches, area))
 
 
 @dataclass
@@ -85,7 +88,7 @@ class QuarterLosses:
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
-        """Add the losses [N] of a micro-batch, whose images are in the order of its modalities."""
+        """Add the losses [N] of the images, or pieces of images, of a micro-batch, in the order of its modalities."""
         timesteps = [images.timesteps for images in batch.modalities]
         if not timesteps:
             return
@@ -93,7 +96,7 @@ class QuarterLosses:
         chosen = quarter.clamp(0, QUARTERS - 1) == self.quarters
         # Sums of masks, since index_add_ on CUDA would add in another order each time.
         self.sums[0] += torch.where(chosen, losses.double(), 0).sum(1)
-        self.sums[1] += chosen.sum(1)
+        self.sums[1] += torch.where(chosen, torch.cat([images.fractions for images in batch.modalities]), 0).sum(1)
 
     def pop(self) -> list[float]:
         """Return the sums and then the numbers, and begin again. Waits for the device."""

@@ -13,21 +13,26 @@ from torch import nn
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.raw_settings import check_raw_settings
 from transfusion_fast.training.slices import init_state
 
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     bf16 = uses_bf16(config.train.precision, ranks.device)
-    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     deepspeed.utils.logger.setLevel("WARNING")
+    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
     sharded = config.train.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False, enabled=sharded):
         model = Transfusion(config.model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.sequence_group = ranks.sequence_group
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
@@ -47,11 +52,12 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     """Return the settings derived from the config, with the config's raw `deepspeed` section merged in.
 
     Raises:
-        InputError: a raw setting contradicts a derived one.
+        InputError: a raw setting contradicts a derived one, or DeepSpeed does not know it.
     """
     train = config.train
     derived: dict[str, Any] = {
-        "train_batch_size": share.global_batch,
+        # DeepSpeed counts the packs of every rank, even of those that share them.
+        "train_batch_size": share.global_batch * share.sequence_parallel,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,
         "gradient_clipping": config.optimizer.clip,
@@ -71,7 +77,21 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         # DeepSpeed's own optimizer for the CPU would have to be compiled.
         derived["zero_force_ds_cpu_optimizer"] = False
-    return _merge(derived, config.deepspeed, "deepspeed")
+    settings = _merge(derived, config.deepspeed, "deepspeed")
+    zero = settings["zero_optimization"]
+    if not train.offload_optimizer and (zero.get("offload_optimizer") or zero.get("cpu_offload")):
+        raise InputError(
+            "config: deepspeed.zero_optimization.offload_optimizer must come with train.offload_optimizer=true, got "
+            "false; set that instead"
+        )
+    if "sequence_parallel_size" in settings:
+        got = settings["sequence_parallel_size"]
+        raise InputError(
+            f"config: deepspeed.sequence_parallel_size must not be given, got {got}; set train.sequence_parallel"
+        )
+    if config.deepspeed:
+        check_raw_settings(settings)
+    return settings
 
 
 def _merge(derived: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[str, Any]:

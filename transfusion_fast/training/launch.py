@@ -10,8 +10,9 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, NodeError
 
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # Variables of rank, number of ranks, rank on the node, number of ranks on the node. srun sets those of its step;
@@ -51,8 +52,9 @@ def read_launch(environment: MutableMapping[str, str]) -> Launch:
         missing = ", ".join(name for name in _TORCH if name not in environment)
         raise InputError(f"launch: RANK, WORLD_SIZE and LOCAL_RANK must be set together, got no {missing}; {_ADVICE}")
     if "RANK" in environment:
-        # deepspeed sets LOCAL_SIZE, and torchrun LOCAL_WORLD_SIZE.
-        local_size = environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", "1"))
+        # deepspeed sets LOCAL_SIZE, and torchrun LOCAL_WORLD_SIZE. Without them, this address means a single node.
+        unknown = environment["WORLD_SIZE"] if _is_loopback(environment.get("MASTER_ADDR", "")) else "1"
+        local_size = environment.get("LOCAL_SIZE", environment.get("LOCAL_WORLD_SIZE", unknown))
         values = [environment[name] for name in _TORCH] + [local_size]
         launch = _parse("RANK, WORLD_SIZE, LOCAL_RANK", values)
     else:
@@ -64,6 +66,51 @@ def read_launch(environment: MutableMapping[str, str]) -> Launch:
     if "MASTER_PORT" not in environment:
         environment["MASTER_PORT"] = _port(environment, launch)
     return launch
+
+
+def check_network(launch: Launch, environment: Mapping[str, str]) -> None:
+    """Raise NodeError if this node would offer the others, or look for rank 0 at, an address that leads to itself."""
+    if launch.local_size == launch.world_size:
+        return
+    main = environment["MASTER_ADDR"]
+    on_first_node = launch.rank < launch.local_size
+    if _is_loopback(main) or (not on_first_node and set(map(_is_loopback, _addresses(main))) == {True}):
+        raise NodeError(
+            f"launch: MASTER_ADDR must be an address at which all nodes reach the host of rank 0, got {main}, which is "
+            f"{socket.gethostname()} itself here; set it (deepspeed: --master_addr)"
+        )
+    name = socket.gethostname()
+    address = next(filter(_can_listen, _addresses(name)), "")  # as gloo chooses it
+    if "GLOO_SOCKET_IFNAME" not in environment and (not address or _is_loopback(address)):
+        found = address or "no address of this host"
+        raise NodeError(
+            f"launch: the host name must resolve to an address that other nodes reach, got {found} for {name}; set "
+            "GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME on GPUs, to the network interface, such as eth0"
+        )
+
+
+def _addresses(host: str) -> list[str]:
+    """Return the addresses of a host, in the order in which they are tried; none if the host is unknown."""
+    try:
+        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
+    except OSError:
+        return []
+
+
+def _can_listen(address: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+            listener.bind((address, 0))
+        return True
+    except OSError:
+        return False
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _translate(environment: Mapping[str, str]) -> Launch:

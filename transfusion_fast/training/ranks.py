@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.launch import read_launch
+from transfusion_fast.training.launch import check_network, read_launch
 
 _T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -43,6 +43,8 @@ class Ranks:
     """Rank on this node, and number of ranks on this node."""
     command: psutil.Process | None = None
     """The `deepspeed` command that started the run, the parent of this process's parent."""
+    sequence_group: str = ""
+    """Name of the process group of the ranks that share packs with this one; empty if none does."""
 
     @property
     def is_main(self) -> bool:
@@ -101,10 +103,16 @@ def join_ranks(config: TrainConfig) -> Ranks:
     """Join the process group of the launcher; without a launcher, a group of one process.
 
     Raises:
-        InputError: several processes were started without an agreed rank.
+        InputError: several processes were started without an agreed rank, or in a number that cannot share packs.
     """
     launched, launch = "RANK" in os.environ, read_launch(os.environ)
     launched = launched or launch.world_size > 1
+    if launch.world_size % config.sequence_parallel:
+        raise InputError(
+            f"train.sequence_parallel must divide the number of ranks, {launch.world_size}, "
+            f"got {config.sequence_parallel}; give a divisor, or start more ranks"
+        )
+    check_network(launch, os.environ)
     if launched and sys.platform == "linux":  # without this, ranks outlive a launcher that is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # The shared-memory all-reduce that DeepSpeed would compile for the CPU needs a C++ compiler and minutes.
@@ -117,7 +125,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(config.cpu_threads or max(1, cores // launch.local_size))
         keep_freed_memory()
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    _init_process_group("nccl" if cuda else "gloo")
     return Ranks(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -125,7 +133,25 @@ def join_ranks(config: TrainConfig) -> Ranks:
         control=dist.new_group(backend="gloo"),
         on_node=(launch.local_rank % launch.local_size, launch.local_size),
         command=_deepspeed_command() if launched else None,
+        sequence_group=_sequence_group(config.sequence_parallel),
     )
+
+
+def _init_process_group(backend: str) -> None:
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            f"launch: port {os.environ['MASTER_PORT']} must be free on the host of rank 0, got one that another "
+            "process uses; set MASTER_PORT to another (deepspeed and torchrun: --master_port)"
+        ) from error
+
+
+def _sequence_group(size: int) -> str:
+    """Return the name of this rank's group of `size` consecutive ranks, or nothing for a size of 1. Collective."""
+    return dist.new_subgroups(size)[0].group_name if size > 1 else ""
 
 
 def _deepspeed_command() -> psutil.Process | None:

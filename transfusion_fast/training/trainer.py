@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -55,7 +56,8 @@ class Trainer:
         """
         self.config, self.data, self.ranks, self.folder = config, data, ranks, Path(config.train.output)
         self.started = time.monotonic()
-        self.share = Share(ranks.rank, ranks.world_size, config.train.micro_batch, config.train.global_batch)
+        train = config.train
+        self.share = Share(ranks.rank, ranks.world_size, train.micro_batch, train.global_batch, train.sequence_parallel)
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
             ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
         ranks.together(lambda: check_shared_memory(config, data, ranks.on_node[1]))
@@ -208,7 +210,8 @@ class Trainer:
         batches = [one.batch for one in loaded]
         unreadable = [error for one in loaded for error in one.unreadable]
         unfetched = [error for one in loaded for error in one.unfetched]
-        own = [Work.of(batch, self.config.model) for batch in batches]
+        first = self.ranks.rank % self.share.sequence_parallel == 0  # of the ranks that share these packs
+        own = [Work.of(batch, self.config.model, common=first) for batch in batches]
         flags = (stop_requested, self.checkpoints.written, len(unreadable), len(unfetched))
         sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
         *work, stop, written, left_out, failed = sums
@@ -217,19 +220,21 @@ class Trainer:
                 self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
             raise DataError(self.ranks.gather(unfetched)[0])
-        quarantined = self.meta.quarantined + int(left_out)
+        quarantined = self.meta.quarantined + int(left_out) // self.share.sequence_parallel
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
         return batches, Work(*work), stop > 0, quarantined
 
     def _quarantine(self, errors: list[str], quarantined: int) -> None:
         """Report the packs left out of a step, or fail if they exceed `data.quarantine`; all ranks decide alike."""
-        allowed = self.config.data.quarantine
+        allowed, times = self.config.data.quarantine, Counter(errors)
+        if apart := [error for error, ranks in times.items() if ranks % self.share.sequence_parallel]:
+            raise DataError(f"{apart[0]} (on some of the ranks that share it: they must read the same data)")
         if quarantined > allowed:
             beyond = f" ({quarantined} such packs, data.quarantine allows {allowed})" if allowed else ""
             raise DataError(errors[0] + beyond)
         if self.ranks.is_main:
-            for error in errors:
+            for error in times:
                 say(f"quarantined: {error}")
 
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Tensor, Tensor]:

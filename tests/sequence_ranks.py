@@ -1,0 +1,76 @@
+"""Ranks that share packed batches, for the tests of sequence parallelism."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from launching import free_port
+from small_models import laid_out, seeded, small_model
+from torch import Tensor
+
+from transfusion_fast.model.layers import Attention
+from transfusion_fast.model.loss import Counts
+from transfusion_fast.model.sequence import PackedBatch, Vocabulary, build_batch
+from transfusion_fast.model.sequence_parallel import split_batch
+
+MODALITIES = (6, 3)
+Result = dict[str, Tensor]
+
+
+def cut_batch() -> PackedBatch:
+    """Return 48 positions with padding. Two images of one modality lie in the halves, and one of the other in both."""
+    vocabulary = Vocabulary(16, len(MODALITIES))
+    documents = [[[1, 2, 3], (0, 2, 6), [4, 5]], [(1, 2, 5), [6, 7], (0, 1, 2), [8]]]
+    sequence = laid_out(documents, vocabulary)
+    images = [
+        tuple(torch.randn(int(sequence.length[sequence.modality == m].sum()), width, generator=seeded(i))
+              for i in (m, m + 9))
+        for m, width in enumerate(MODALITIES)
+    ]  # fmt: skip
+    return build_batch(sequence, images, torch.tensor([300.0, 700.0, 50.0]), "axial", total_length=48)
+
+
+def loss_and_gradients(settings: dict[str, Any], part: int, parts: int, group: str) -> Result:
+    """Return this rank's part of the losses, and the gradients of its total, of the batch's losses per token."""
+    model = small_model(num_text_tokens=16, dim_latent=MODALITIES, positions="axial", **settings)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.sequence_group = group
+    whole = cut_batch()
+    counts = Counts(len(whole.supervised), whole.num_images)
+    losses = model(split_batch(whole, part, parts) if parts > 1 else whole, counts=counts)
+    losses.total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"text": losses.text.detach(), "diffusion": losses.diffusion.detach(), **gradients}
+
+
+def _rank(rank: int, ranks: int, port: str, cases: Sequence[dict[str, Any]], out: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(ranks))
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD.group_name
+    results = [loss_and_gradients(settings, rank, ranks, group) for settings in cases]
+    for result in results:
+        for value in result.values():
+            dist.all_reduce(value)
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[Result]:
+    """Return the sums over ranks that share the batch, for each of the model settings."""
+    context, port, out = multiprocessing.get_context("forkserver"), free_port(), folder / "results"
+    processes = [context.Process(target=_rank, args=(rank, ranks, port, cases, out)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return torch.load(out)
