@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "model": MODEL,
     "data": DATA,
     "sampling": DATA,
-    "training": DATA,
+    "training": DATA | {"sampling"},
     "prepare": DATA,
     "__init__": DATA | {"sampling"},
 }

@@ -102,7 +102,9 @@ def test_traffic_counts_the_collectives_of_a_step() -> None:
     share = 1000 * 2 * 3 / 4  # of 1,000 parameters in bf16 on 4 GPUs
     assert traffic(1000, 1, 5, 4, 2) == Traffic(gathered=share, reduced=2 * share)
     assert traffic(1000, 2, 5, 4, 2) == Traffic(gathered=share, reduced=10 * share)
-    assert traffic(1000, 3, 5, 4, 2) == Traffic(gathered=10 * share, reduced=5 * share)
+    assert traffic(1000, 3, 5, 4, 2) == Traffic(gathered=5 * share, reduced=5 * share)
+    large = traffic(4 * 10**9, 3, 5, 4, 2)  # a billion parameters stay gathered from forward to backward
+    assert large.gathered == 1.75 * large.reduced == 1.75 * 5 * 6e9
     assert traffic(1000, 3, 5, 1, 2) == Traffic(0, 0)
 
 

@@ -204,13 +204,14 @@ class Traffic:
 def traffic(parameters: int, stage: int, accumulation_steps: int, gpus: int, itemsize: int) -> Traffic:
     """Return the traffic of ring collectives for ZeRO (arXiv 1910.02054, section 7).
 
-    Stage 3 gathers all weights in forward and again in backward, and reduces and scatters the gradients, once for each
-    micro-batch. Stages 1 and 2 gather the new weights once; DeepSpeed sums their gradients by an all-reduce, which is
-    twice the bytes, at stage 2 for each micro-batch.
+    Stage 3 gathers all weights in forward, and in backward again those beyond the billion that stay gathered, and
+    reduces and scatters the gradients, for each micro-batch. Stages 1 and 2 gather the new weights once; DeepSpeed sums
+    their gradients by an all-reduce, which is twice the bytes, at stage 2 for each micro-batch.
     """
     once = parameters * itemsize * (gpus - 1) / gpus
     if stage == 3:
-        return Traffic(2 * accumulation_steps * once, accumulation_steps * once)
+        again = max(0.0, 1 - _LIVE_PARAMETERS / parameters)
+        return Traffic(accumulation_steps * once * (1 + again), accumulation_steps * once)
     return Traffic(once, 2 * once * (accumulation_steps if stage == 2 else 1))
 
 
