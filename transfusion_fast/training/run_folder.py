@@ -75,6 +75,7 @@ class Meta:
             "order": (train.seed, data.shuffle_window),
             "global_batch": train.global_batch,
             "precision": self.precision,
+            "optimizer": optimizer.name,
             "steps": train.steps if optimizer.schedule == "cosine" else None,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
+import torch
 from torch import Tensor
 
 from transfusion_fast.config import Config
@@ -20,11 +22,14 @@ from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
-from transfusion_fast.training.engine import learning_rate, make_engine
+from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
 from transfusion_fast.training.slices import update_ema
+
+_NAMED = 4
+"""Micro-batches that the message about a skipped step names; when training diverges, every one of them is concerned."""
 
 
 class Trainer:
@@ -96,10 +101,9 @@ class Trainer:
         """Take one optimizer step; return whether any rank was asked to stop."""
         batches, counts, tokens, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         losses = [self._micro_step(batch, counts) for batch in batches]
-        self._check_skipped()
+        self._check_skipped(losses)
         self.meta = replace(
             self.meta,
             step=self.meta.step + 1,
@@ -152,19 +156,40 @@ class Trainer:
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """Run forward, backward and DeepSpeed's step, which updates the weights after the last micro-batch only."""
         losses = self.engine(batch.to(self.ranks.device, non_blocking=True), counts=counts)
+        # A loss that is not finite may have a finite gradient. This makes the gradient NaN, without waiting for the device,
+        # and DeepSpeed then skips the step on all ranks.
+        finite = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
         # The losses are divided by global counts already; DeepSpeed averages gradients over the ranks.
-        self.engine.backward(losses.total * self.ranks.world_size, scale_wrt_gas=False)
+        self.engine.backward(losses.total * (finite * self.ranks.world_size), scale_wrt_gas=False)
         self.engine.step()
         return losses.text.detach(), losses.diffusion.detach()
 
-    def _check_skipped(self) -> None:
-        skipped = self.engine.skipped_steps > self.meta.skipped_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+    def _check_skipped(self, losses: list[tuple[Tensor, Tensor]]) -> None:
+        """If DeepSpeed has skipped this step, print why; raise DivergedError after too many such steps in a row."""
+        if self.engine.skipped_steps == self.meta.skipped_steps:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        step, found = self.meta.step + 1, self.ranks.gather(self._non_finite(losses))
+        if self.ranks.is_main:
+            named = "; ".join(found[:_NAMED]) or "the gradient alone, of finite losses on all ranks"
+            more = f"; and those of {len(found) - _NAMED} more micro-batches" if len(found) > _NAMED else ""
+            print(f"step {step} is skipped: NaN or infinity in {named}{more}", flush=True)
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise DivergedError(
                 f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a row "
-                f"up to step {self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
+                f"up to step {step}; lower optimizer.lr and resume from the last checkpoint"
             )
+
+    def _non_finite(self, losses: list[tuple[Tensor, Tensor]]) -> list[str]:
+        """Return the losses of this rank's step that are not finite, one description for each micro-batch."""
+        found, order = [], self.data.order(self.config.train.seed, self.config.data.shuffle_window)
+        for positions, pair in zip(self.share.micro_batches(self.meta.packs_consumed), losses, strict=False):
+            names = [name for name, loss in zip(("text", "diffusion"), pair, strict=True) if not math.isfinite(loss)]
+            if names:
+                packs = ", ".join(self.data.describe_pack(order[position][1]) for position in positions)
+                found.append(f"the {' and '.join(names)} loss of rank {self.ranks.rank}, pack {packs}")
+        return found
 
     def _report(self, losses: list[tuple[Tensor, Tensor]], lr: float) -> None:
         text, diffusion = self.ranks.sum([float(sum(part)) for part in zip(*losses, strict=True)])
