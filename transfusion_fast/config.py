@@ -35,6 +35,10 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _no_false(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads off as false
+
+
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Integer, Field(gt=0)]
@@ -263,8 +267,8 @@ class TrainConfig(_Settings):
     """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
     """ZeRO stage: ranks divide the optimizer's state among them (1), also the gradients (2), also the weights (3)."""
-    compile: Literal["off", "blocks"] = "off"
-    """Compile each block with torch.compile for training; the first step then takes tens of seconds."""
+    compile: Annotated[Literal["off", "blocks"], BeforeValidator(_no_false)] = "off"
+    """"blocks" compiles each block for training with torch.compile, for which the first step takes tens of seconds."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and take its steps on the CPU."""
     checkpoint_every: Positive = 1000

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.layers import Block
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.slices import init_state
@@ -23,6 +27,7 @@ LR_SCALE = "lr_scale"
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
+    check_compiler(config, ranks.device)
     bf16 = uses_bf16(config.train.precision, ranks.device)
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     deepspeed.utils.logger.setLevel("WARNING")
@@ -31,10 +36,35 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     sharded = config.train.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False, enabled=sharded):
         model = Transfusion(config.model)
+    if config.train.compile == "blocks":
+        compile_blocks(model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
     return engine
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise InputError if torch.compile is to run and lacks the C++ compiler that it needs on a CPU."""
+    train, optimizer = config.train, config.optimizer
+    needed = {"train.compile=off": train.compile == "blocks", "optimizer.name=adamw": optimizer.name == "muon"}
+    others = " and ".join(setting for setting, is_needed in needed.items() if is_needed)
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if others and device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(f"torch.compile must have a C++ compiler, got no {compiler}; install one, or set {others}")
+
+
+def compile_blocks(model: Transfusion) -> None:
+    """Compile the forward pass of each block for training; evaluation, whose shapes vary, runs it as it is."""
+    # ZeRO-3 gathers the parameters of a leaf module before its forward pass, and so has no hooks in what is compiled.
+    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    for block in model.blocks:
+        block.forward = _compiled_for_training(block)
+
+
+def _compiled_for_training(block: nn.Module) -> Callable[..., Tensor]:
+    eager, compiled = block.forward, torch.compile(block.forward, dynamic=False)
+    return lambda *inputs: compiled(*inputs) if block.training else eager(*inputs)
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -58,13 +88,14 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,
         "gradient_clipping": config.optimizer.max_norm,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # skip steps whose gradient is not finite
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": train.zero_stage,
             "overlap_comm": cuda,
             "contiguous_gradients": True,
+            "compute_grad_norm": True,  # and in fp32, where it is the check
             "memory_efficient_linear": False,  # a linear layer in Python, which saves no memory here
         },
         "zero_allow_untested_optimizer": True,
@@ -137,6 +168,12 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set the learning rate of all groups of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get(LR_SCALE, 1.0)
+
+
+def drop_gradients(engine: Any) -> None:
+    """Drop the gradients of a skipped step, which DeepSpeed 0.19 adds to those of later steps under offload."""
+    sums = engine.optimizer.averaged_gradients if engine.zero_cpu_offload() else {}
+    sums.update(dict.fromkeys(sums))
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -22,7 +22,7 @@ from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
-from transfusion_fast.training.engine import learning_rate, make_engine, set_learning_rate
+from transfusion_fast.training.engine import drop_gradients, learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.metrics import METRICS, Clock, MetricsLog, Row, progress_line
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import Meta, describe_data, write_config, write_data_description
@@ -84,9 +84,11 @@ class Trainer:
         return finished
 
     def _take_steps(self, stop: StopRequest) -> None:
-        settings = self.config.train
+        settings, first, start = self.config.train, self.meta.step + 1, time.monotonic()
         while self.meta.step < settings.steps:
             stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+            if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
+                print(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s", flush=True)
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 with self.clock.stall():
                     self.checkpoints.save(self.engine, self.meta)
@@ -156,8 +158,8 @@ class Trainer:
     def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """Run forward, backward and DeepSpeed's step, which updates the weights after the last micro-batch only."""
         losses = self.engine(batch.to(self.ranks.device, non_blocking=True), counts=counts)
-        # A loss that is not finite may have a finite gradient. This makes the gradient NaN, without waiting for the device,
-        # and DeepSpeed then skips the step on all ranks.
+        # A loss that is not finite may have a finite gradient. This makes the gradient NaN without waiting for the
+        # device, and DeepSpeed then skips the step on all ranks.
         finite = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
         # The losses are divided by global counts already; DeepSpeed averages gradients over the ranks.
         self.engine.backward(losses.total * (finite * self.ranks.world_size), scale_wrt_gas=False)
@@ -170,6 +172,7 @@ class Trainer:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
+        drop_gradients(self.engine)
         step, found = self.meta.step + 1, self.ranks.gather(self._non_finite(losses))
         if self.ranks.is_main:
             named = "; ".join(found[:_NAMED]) or "the gradient alone, of finite losses on all ranks"
