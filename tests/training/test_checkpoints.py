@@ -42,7 +42,7 @@ class Engine:
                 param_group_index=0, hp_fragment_address=place, lp_fragment_address=whole
             )
             start += parameter.numel()
-        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]))
+        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]), cpu_offload=False, params_in_partition=[])
         init_state(self, ema=True)
 
 
@@ -216,6 +216,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: P
         ("train.seed=5", "order (0, 16) -> (5, 16); give the run's train.seed and data.shuffle_window"),
         ("data.shuffle_window=5", "order (0, 16) -> (0, 5)"),
         ("model.transformer.dim=64", "model.transformer.dim 512 -> 64; give the model settings"),
+        ("optimizer.name=muon", "optimizer adamw -> muon; give the run's optimizer.name"),
         ("train.steps=300000", "steps 250000 -> 300000; the cosine schedule depends on train.steps"),
     ],
 )
