@@ -14,16 +14,18 @@ from transfusion_fast.training.engine import compile_blocks
 from transfusion_fast.training.slices import StoredSlices
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "checkpointing", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("selective", "full"))]
+)
 def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
     digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
 ) -> None:
-    """The compiler here stops before C++, which takes long; the reference attention has no break in its graph."""
+    """The compiler here stops before C++, which takes long. The only break is the CPU's attention, a loop in Python."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     transformer = "model.transformer={dim: 16, depth: 10, heads: 1, ffn_dim: 16}"  # more blocks than recompilations
-    settings = (transformer, "model.backend=reference", f"model.activation_checkpointing={checkpointing}")
+    settings = (transformer, f"model.activation_checkpointing={checkpointing}")
     config = small_config(digits, *settings)
     data = open_data(config)
     config = complete_config(config, data)
@@ -34,6 +36,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     counters.clear()
     stream = training_batches(config, data, Share(0, 1, 1, 1), 0)
     for batch in (next(stream).batch for _ in range(3)):
+        graphs = counters["stats"]["unique_graphs"]
         losses, expected = model(batch), eager(batch)
         losses.total.backward()
         expected.total.backward()
@@ -43,7 +46,9 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
     model(next(training_batches(config, data, Share(0, 1, 3, 3), 0)).batch)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"] and not counters["recompiles"]
+    assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
+    [reason] = counters["graph_break"]
+    assert "tiled_attention" in reason
 
 
 @pytest.mark.slow
