@@ -28,7 +28,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.13",
-        "deepspeed>=0.18",
+        "deepspeed>=0.19.8",
         "einops>=0.8",
         "filelock>=4.2",
         "fsspec>=2024.2",

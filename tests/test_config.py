@@ -20,7 +20,7 @@ def test_nothing_given_is_the_papers_recipe(tmp_path):
     assert config == Config()
     assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps) == (3e-4, 1.5e-5, 4000)
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
-    assert (config.optimizer.clip, config.model.diffusion_weight) == (1.0, 5.0)
+    assert (config.optimizer.max_norm, config.model.diffusion_weight) == (1.0, 5.0)
     assert (config.data.caption_first, config.data.guidance_drop, config.data.noise_cap) == (0.8, 0.1, 500)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == config

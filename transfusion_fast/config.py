@@ -36,6 +36,10 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _no_false(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads off as false
+
+
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Positive = Annotated[Integer, Field(gt=0)]
@@ -214,8 +218,12 @@ class DataConfig(_Settings):
 
 
 class OptimizerConfig(_Settings):
-    """AdamW with linear warm-up and a schedule."""
+    """The optimizer, and its learning rate: linear warm-up, then a schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for everything else."""
+    momentum: Beta = 0.95
+    """Decay of Muon's average of gradients."""
     lr: PositiveFloat = 3e-4
     """Learning rate after the warm-up."""
     min_lr: NonNegativeFloat = 1.5e-5
@@ -235,8 +243,20 @@ class OptimizerConfig(_Settings):
     """Added to the root of the mean square."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of matrices and embeddings; norms and biases are not decayed."""
-    clip: PositiveFloat = 1.0
-    """Global gradient norm above which the gradient is scaled down."""
+    clip: PositiveFloat | None = None
+    """Global gradient norm above which the gradient is scaled down; default: 1. Muon does not clip: DeepSpeed would
+    scale its updates, whose size does not depend on the gradient's."""
+
+    @model_validator(mode="after")
+    def _check_clip(self) -> OptimizerConfig:
+        if self.name == "muon" and self.clip is not None:
+            raise ValueError(f"clip must be left out with name=muon, which does not clip, got {self.clip}")
+        return self
+
+    @property
+    def max_norm(self) -> float:
+        """Norm to clip the gradient at; 0 does not clip."""
+        return 0.0 if self.name == "muon" else self.clip or 1.0
 
 
 class TrainConfig(_Settings):
@@ -267,6 +287,8 @@ class TrainConfig(_Settings):
     """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
     """ZeRO stage: ranks divide the optimizer's state among them (1), also the gradients (2), also the weights (3)."""
+    compile: Annotated[Literal["off", "blocks"], BeforeValidator(_no_false)] = "off"
+    """"blocks" compiles each block for training with torch.compile, for which the first step takes tens of seconds."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and take its steps on the CPU."""
     checkpoint_every: Positive = 1000

@@ -42,7 +42,12 @@ class Engine:
                 param_group_index=0, hp_fragment_address=place, lp_fragment_address=whole
             )
             start += parameter.numel()
-        self.optimizer = SimpleNamespace(optimizer=torch.optim.AdamW([flat]), update_lp_params=self.update_parameters)
+        self.optimizer = SimpleNamespace(
+            optimizer=torch.optim.AdamW([flat]),
+            update_lp_params=self.update_parameters,
+            cpu_offload=False,
+            params_in_partition=[],
+        )
         init_state(self, ema=True)
 
     def update_parameters(self) -> None:
@@ -222,6 +227,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: P
         ("data.shuffle_window=5", "order (0, 16, None) -> (0, 5, None)"),
         ("data.heldout=0.25", "order (0, 16, None) -> (0, 16, 0.25)"),
         ("model.transformer.dim=64", "model.transformer.dim 512 -> 64; give the model settings"),
+        ("optimizer.name=muon", "optimizer adamw -> muon; give the run's optimizer.name"),
         ("train.steps=300000", "steps 250000 -> 300000; the cosine schedule depends on train.steps"),
     ],
 )

@@ -98,11 +98,12 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},  # else bf16 gradients would be summed in bf16
         "zero_optimization": {
-            "stage": 3, "overlap_comm": bf16, "contiguous_gradients": True, "memory_efficient_linear": False,
+            "stage": 3, "overlap_comm": bf16, "contiguous_gradients": True, "compute_grad_norm": True,
+            "memory_efficient_linear": False,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -115,7 +116,8 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
     [
         ({"train_batch_size": 7}, "deepspeed.train_batch_size must be 16, the derived value, got 7; drop it"),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage must be 3"),
-        ({"bf16": False}, "deepspeed.bf16 must be {'enabled': True}"),
+        ({"bf16": False}, "deepspeed.bf16 must be {'enabled': True, 'check_grad_overflow': True}"),
+        ({"bf16": {"check_grad_overflow": False}}, "deepspeed.bf16.check_grad_overflow must be True"),
     ],
 )
 def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, complaint: str) -> None:

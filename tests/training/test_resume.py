@@ -122,7 +122,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered_by_a
     digits: Path, tmp_path: Path
 ) -> None:
     settings = ("train.micro_batch=4", "train.checkpoint_every=1", "optimizer.schedule=constant")
-    train(1, digits, tmp_path, *settings, "train.steps=3", setup=spoil_second_backward)
+    printed = train(1, digits, tmp_path, *settings, "train.steps=3", setup=spoil_second_backward)
+    assert "step 2 is skipped: NaN or infinity in the gradient alone, of finite losses on all ranks" in printed
     checkpoints = sorted((tmp_path / "checkpoints").glob("step-*"))
     assert [read_meta(checkpoint).skipped_steps for checkpoint in checkpoints] == [0, 1, 1]
     states = [state_of(tmp_path, step) for step in (1, 2, 3)]

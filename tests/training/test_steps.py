@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from launching import (
     picture,
     refusal,
     small_config,
+    spoil_losses,
     start,
     state_of,
     text,
@@ -49,7 +51,7 @@ def plain_course(config: Config) -> list[dict]:
         batch = next(stream).batch
         losses = model(batch)
         losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_norm)
         optimizer.step()
         optimizer.zero_grad()
         text, diffusion, total = (loss.item() for loss in losses[:3])
@@ -164,6 +166,39 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
         run, DivergedError.exit_code
     )
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
+STAGES = [(stage, precision, offload) for stage in (1, 2, 3) for precision in ("fp32", "bf16") for offload in (0, 1)]
+QUICK = {(1, "bf16", 0), (1, "bf16", 1), (2, "fp32", 0), (3, "fp32", 0)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload"), [pytest.param(*s, marks=[] if s in QUICK else pytest.mark.slow) for s in STAGES]
+)
+def test_a_loss_that_is_not_finite_never_reaches_the_weights_though_its_gradient_is(
+    digits: Path, tmp_path: Path, stage: int, precision: str, offload: int
+) -> None:
+    """In step 2 of micro-batches of one pack on two ranks, rank 1 has no finite diffusion loss for its first pack."""
+    settings = (f"train.zero_stage={stage}", f"train.precision={precision}", f"train.offload_optimizer={bool(offload)}")
+    spoil = partial(spoil_losses, {(1, 3): "diffusion"})
+    printed = train(2, digits, tmp_path, *settings, "train.steps=4", "train.checkpoint_every=1", setup=spoil)
+    config = small_config(digits)
+    order = open_data(config).order(config.train.seed, config.data.shuffle_window)
+    [line] = [line for line in printed.splitlines() if "is skipped" in line]
+    assert line == f"step 2 is skipped: NaN or infinity in the diffusion loss of rank 1, pack {order[5][1]}"
+    states = [state_of(tmp_path, step) for step in (1, 2, 3, 4)]
+    assert states[0] == states[1] and states[1] != states[2] != states[3]
+
+
+def test_every_rank_and_loss_that_is_not_finite_is_named_until_training_stops(digits: Path, tmp_path: Path) -> None:
+    losses = {(rank, call): "text" if rank else "diffusion" for rank in (0, 1) for call in range(3, 9)}
+    run = start(2, digits, tmp_path, "train.max_skipped_steps=2", setup=partial(spoil_losses, losses))
+    assert "in 2 steps in a row up to step 3" in refusal(run, DivergedError.exit_code)
+    lines = [line for line in run.output.read_text().splitlines() if "is skipped" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert "the diffusion loss of rank 0, pack" in line and "the text loss of rank 1, pack" in line
+    assert find_checkpoint(tmp_path).name == "step-00000002"
 
 
 def damage_packs(digits: Path, data: Path, *positions: int) -> str:

@@ -106,6 +106,14 @@ class Mixture:
                 f"remote folder, got {cache.max_bytes / 1e9}; raise it, or lower data.shuffle_window"
             )
 
+    def describe_pack(self, number: int) -> str:
+        """Return the number of a pack in its own folder, and the folder if there are several."""
+        for dataset in self.datasets:
+            if number < dataset.index.num_packs:
+                break
+            number -= dataset.index.num_packs
+        return str(number) if len(self.datasets) == 1 else f"{number} of {dataset.folder}"
+
     def order(self, seed: int, window: int) -> MixtureOrder:
         """Return the order in which a run reads the packs."""
         counts = [dataset.index.pack_counts for dataset in self.datasets]

@@ -44,6 +44,7 @@ _HINTS = {
     "order": "give the run's train.seed, data.shuffle_window and share of data.heldout, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
+    "optimizer": "give the run's optimizer.name, or another train.output",
     "steps": "the cosine schedule depends on train.steps; give the run's, begin a new run with "
     "train.init_from, or extend this one with optimizer.schedule=wsd",
 }

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import Share
 from transfusion_fast.errors import InputError
-from transfusion_fast.model.layers import Attention
+from transfusion_fast.model.layers import Attention, Block
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.raw_settings import check_raw_settings
 from transfusion_fast.training.slices import init_state
 
+LR_SCALE = "lr_scale"
+"""Key of the factor of a group's learning rate."""
+
 
 def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
+    check_compiler(config, ranks.device)
     bf16 = uses_bf16(config.train.precision, ranks.device)
     deepspeed.utils.logger.setLevel("WARNING")
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
@@ -33,10 +40,35 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     for module in model.modules():
         if isinstance(module, Attention):
             module.sequence_group = ranks.sequence_group
+    if config.train.compile == "blocks":
+        compile_blocks(model)
     optimizer = make_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
     return engine
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise InputError if torch.compile is to run and lacks the C++ compiler that it needs on a CPU."""
+    train, optimizer = config.train, config.optimizer
+    needed = {"train.compile=off": train.compile == "blocks", "optimizer.name=adamw": optimizer.name == "muon"}
+    others = " and ".join(setting for setting, is_needed in needed.items() if is_needed)
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if others and device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(f"torch.compile must have a C++ compiler, got no {compiler}; install one, or set {others}")
+
+
+def compile_blocks(model: Transfusion) -> None:
+    """Compile the forward pass of each block for training; evaluation, whose shapes vary, runs it as it is."""
+    # ZeRO-3 gathers the parameters of a leaf module before its forward pass, and so has no hooks in what is compiled.
+    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    for block in model.blocks:
+        block.forward = _compiled_for_training(block)
+
+
+def _compiled_for_training(block: nn.Module) -> Callable[..., Tensor]:
+    eager, compiled = block.forward, torch.compile(block.forward, dynamic=False)
+    return lambda *inputs: compiled(*inputs) if block.training else eager(*inputs)
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -60,19 +92,22 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
         "train_batch_size": share.global_batch * share.sequence_parallel,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip,
-        "bf16": {"enabled": bf16},
+        "gradient_clipping": config.optimizer.max_norm,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # skip steps whose gradient is not finite
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": train.zero_stage,
             "overlap_comm": cuda,
             "contiguous_gradients": True,
+            "compute_grad_norm": True,  # and in fp32, where it is the check
             "memory_efficient_linear": False,  # a linear layer in Python, which saves no memory here
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
+    if config.optimizer.name == "muon" and train.zero_stage == 3:
+        derived["zero_optimization"]["reduce_scatter"] = False  # DeepSpeed's Muon refuses it
     if train.offload_optimizer:
         derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         # DeepSpeed's own optimizer for the CPU would have to be compiled.
@@ -108,14 +143,60 @@ def _merge(derived: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[s
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return AdamW with two groups: matrices, which are decayed, and vectors (norms and biases), which are not."""
+    """Return the optimizer: AdamW that decays matrices, but not vectors (norms and biases); or Muon beside it."""
     # ZeRO-3 leaves an empty parameter on each rank, and the full shape in ds_shape.
-    ndim = {parameter: len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
+    shapes = {parameter: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
+    hidden = (
+        [p for block in model.modules() if isinstance(block, Block) for p in block.parameters() if len(shapes[p]) == 2]
+        if config.name == "muon"
+        else []
+    )
+    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    others = [parameter for parameter in shapes if parameter not in {*hidden}]
     groups = [
-        {"params": [parameter for parameter in ndim if ndim[parameter] > 1], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in ndim if ndim[parameter] <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if len(shapes[p]) > 1], "weight_decay": config.weight_decay, **adamw},
+        {"params": [p for p in others if len(shapes[p]) <= 1], "weight_decay": 0.0, **adamw},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    # This import takes seconds, since it imports torch's compiler.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    muon = _muon_groups(hidden, shapes, config)
+    groups = [*muon, *({**group, "use_muon": False} for group in groups)]
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def _muon_groups(
+    matrices: list[nn.Parameter], shapes: Mapping[nn.Parameter, tuple[int, ...]], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Return groups whose steps are lr * (0.2 sqrt(max(A, B)) * O + weight_decay * W) for a matrix W [A, B].
+
+    O is the momentum, orthogonalised, and the factor gives it the root mean square of AdamW's updates, so that both
+    share a learning rate (arXiv 2502.16982, equation 4). DeepSpeed scales O by sqrt(max(1, A / B)) alone. The rest of
+    the factor is 0.2 sqrt(B), and belongs to the group's learning rate, by which the weight decay is multiplied too.
+    """
+    groups = []
+    for width in sorted({shapes[matrix][1] for matrix in matrices}):
+        scale = 0.2 * width**0.5
+        group = {"params": [m for m in matrices if shapes[m][1] == width], "use_muon": True, LR_SCALE: scale}
+        for matrix in group["params"]:
+            matrix.use_muon = True
+        momentum, decay = config.momentum, config.weight_decay / scale
+        groups.append({**group, "lr": config.lr * scale, "momentum": momentum, "weight_decay": decay})
+    return groups
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of all groups of parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)
+
+
+def drop_gradients(engine: Any) -> None:
+    """Drop the gradients of a skipped step, which DeepSpeed 0.19 adds to those of later steps under offload."""
+    sums = engine.optimizer.averaged_gradients if engine.zero_cpu_offload() else {}
+    sums.update(dict.fromkeys(sums))
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

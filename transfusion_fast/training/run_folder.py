@@ -80,6 +80,7 @@ class Meta:
             "order": (train.seed, data.shuffle_window, data.heldout if isinstance(data.heldout, float) else None),
             "global_batch": train.global_batch,
             "precision": self.precision,
+            "optimizer": optimizer.name,
             "steps": train.steps if optimizer.schedule == "cosine" else None,
         }
 

@@ -21,9 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHT = "weight"
-"""The kind of a tensor of fp32 weights. The other kinds are the names of optimizer state: exp_avg, exp_avg_sq, ema."""
+"""The kind of a tensor of fp32 weights. The other kinds are the names of optimizer state, such as exp_avg and ema."""
 EMA = "ema"
 """The kind of the average of the weights over steps, which is kept as one more state of the optimizer."""
+MOMENTUM = "momentum_buffer"
+"""The kind of Muon's average of gradients, which its matrices have in place of Adam's moments."""
 _EXCHANGED = 1 << 24  # elements that are copied at a time
 
 
@@ -41,12 +43,16 @@ class Slice:
     """The fp32 weights of several parameters that torch's optimizer takes as one parameter."""
     start: int
     """Index in `partition` of the slice's first element."""
+    matrix_start: int | None = None
+    """Index of the parameter's first element in Muon's momentum, where a rank keeps that of whole matrices."""
 
     def views(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return the memory of the weights and of the optimizer's state, fp32 [length], by kind."""
-        state = {kind: x for kind, x in optimizer.state[self.partition].items() if x.shape == self.partition.shape}
-        flat = {WEIGHT: self.partition, **state}
-        return {kind: x.detach().narrow(0, self.start, self.length) for kind, x in flat.items()}
+        """Return the memory of the weights and of the optimizer's state, [length], by kind; fp32 but for momentum."""
+        flat = {WEIGHT: self.partition, **{kind: x for kind, x in optimizer.state[self.partition].items() if x.ndim}}
+        starts = dict.fromkeys(flat, self.start)
+        if self.matrix_start is not None:
+            starts[MOMENTUM] = self.matrix_start + self.offset
+        return {kind: x.detach().narrow(0, starts[kind], self.length) for kind, x in flat.items()}
 
 
 def local_slices(engine: Any) -> list[Slice]:
@@ -55,6 +61,7 @@ def local_slices(engine: Any) -> list[Slice]:
     DeepSpeed's public functions for slices cover stage 3 alone. This reads the attributes behind them.
     """
     zero, found = engine.optimizer, []
+    matrix_starts = {} if getattr(zero, "cpu_offload", True) else _matrix_starts(zero)
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_tensor"):  # stage 3
             group, start, size = zero.grad_position[zero.get_param_id(parameter)]
@@ -69,17 +76,39 @@ def local_slices(engine: Any) -> list[Slice]:
         else:
             continue
         if length:
-            found.append(Slice(name, parameter, shape, offset, length, partition, start))
+            found.append(Slice(name, parameter, shape, offset, length, partition, start, matrix_starts.get(parameter)))
     return found
 
 
+def _matrix_starts(zero: Any) -> dict[Any, int]:
+    """Return the index at which each of Muon's matrices begins in the momentum of its group.
+
+    DeepSpeed's optimizer for ZeRO stages 1 and 2 keeps the momentum of a whole matrix on each rank that holds a part of
+    it, unless it is offloaded. The others (at stage 3, and at stage 1 in bf16) divide it like the weights.
+    """
+    starts: dict[Any, int] = {}
+    for group in zero.params_in_partition:
+        start = 0
+        for matrix in (parameter for parameter in group if hasattr(parameter, "use_muon")):
+            starts[matrix] = start
+            start += matrix.numel()
+    return starts
+
+
 def init_state(engine: Any, *, ema: bool) -> None:
-    """Make the state that torch's AdamW would make at its first step, and the average of the weights."""
+    """Make the state that AdamW and Muon would make at their first step, and the average of the weights."""
     optimizer = engine.optimizer.optimizer
-    for partition in _partitions(engine):
-        moments = {kind: torch.zeros_like(partition) for kind in ("exp_avg", "exp_avg_sq")}
-        average = {EMA: partition.detach().clone()} if ema else {}
-        optimizer.state[partition] = {"step": torch.zeros((), device=partition.device), **moments, **average}
+    for slices in _by_partition(engine):
+        first, partition = slices[0], slices[0].partition
+        if not hasattr(first.parameter, "use_muon"):
+            state = {kind: torch.zeros_like(partition) for kind in ("exp_avg", "exp_avg_sq")}
+            state["step"] = torch.zeros((), device=partition.device)
+        elif first.matrix_start is not None:
+            state = {MOMENTUM: partition.new_zeros(sum(one.parameter.numel() for one in slices))}
+        else:
+            dtype = engine.communication_data_type if hasattr(first.parameter, "ds_tensor") else partition.dtype
+            state = {MOMENTUM: torch.zeros_like(partition, dtype=dtype)}
+        optimizer.state[partition] = {**state, **({EMA: partition.detach().clone()} if ema else {})}
 
 
 @torch.no_grad()
@@ -88,13 +117,17 @@ def update_ema(engine: Any, decay: float, step: int) -> None:
 
     The decay is at most (1 + step) / (10 + step), so that early weights are soon forgotten.
     """
-    partitions = _partitions(engine)
+    partitions = [slices[0].partition for slices in _by_partition(engine)]
     averages = [engine.optimizer.optimizer.state[partition][EMA] for partition in partitions]
     torch._foreach_lerp_(averages, partitions, 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def _partitions(engine: Any) -> list[Tensor]:
-    return list({id(one.partition): one.partition for one in local_slices(engine)}.values())
+def _by_partition(engine: Any) -> list[list[Slice]]:
+    """Return this rank's slices, those of one partition together."""
+    found: dict[int, list[Slice]] = {}
+    for one in local_slices(engine):
+        found.setdefault(id(one.partition), []).append(one)
+    return list(found.values())
 
 
 def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -127,22 +160,22 @@ class StoredSlices:
         kinds: the kinds of tensors that are stored.
 
     Raises:
-        ValueError: a file is no file of slices, or elements of a parameter are missing.
+        ValueError: a file is no file of slices, or elements or kinds of tensors of a parameter are missing.
     """
 
     def __init__(self, files: Iterable[Path]):
         self._slices: dict[str, list[tuple[int, int, Any]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.kinds: set[str] = set()
+        kinds: dict[str, set[str]] = {}
         for file in files:
-            opened, kinds, spans = _read_header(file)
-            self.kinds = self.kinds or kinds
-            if spans and kinds != self.kinds:  # a rank may hold no slice
-                names = ", ".join(sorted(kinds))
-                raise ValueError(f"{file.name} holds tensors of the kinds {names}, other files those of others")
+            opened, found, spans = _read_header(file)
             for name, (offset, length, shape) in spans.items():
+                if found[name] != kinds.setdefault(name, found[name]):
+                    names = ", ".join(sorted(found[name]))
+                    raise ValueError(f"{file.name} holds {name} as tensors of the kinds {names}, other files as others")
                 self._slices.setdefault(name, []).append((offset, length, opened))
                 self.shapes[name] = tuple(shape)
+        self.kinds = set().union(*kinds.values())
         for name, slices in self._slices.items():
             slices.sort(key=lambda one: one[0])
             covered = 0
@@ -186,18 +219,20 @@ class SliceWeights:
         return self.stored.read(self.kind, name, offset, length)
 
 
-def _read_header(file: Path) -> tuple[Any, set[str], dict[str, tuple[int, int, list[int]]]]:
-    """Return the open file, its kinds of tensors, and offset, length and shape of the slice of each parameter."""
+def _read_header(file: Path) -> tuple[Any, dict[str, set[str]], dict[str, tuple[int, int, list[int]]]]:
+    """Return the open file; and for each parameter its kinds of tensors, and its slice's offset, length and shape."""
     try:
         opened = safe_open(file, framework="pt")
         keys: list[str] = opened.keys()
-        kinds = {key.partition("/")[0] for key in keys}
+        kinds: dict[str, set[str]] = {}
+        for kind, _, name in (key.partition("/") for key in keys):
+            kinds.setdefault(name, set()).add(kind)
         spans = {
             name: (span["offset"], span["length"], span["shape"])
             for name, span in json.loads(opened.metadata()["slices"]).items()
         }
         for name, (_, length, _) in spans.items():
-            for kind in kinds:
+            for kind in kinds[name]:
                 if (found := opened.get_slice(f"{kind}/{name}").get_shape()) != [length]:
                     raise ValueError(f"{kind}/{name} has the shape {found}, its span the length {length}")
         return opened, kinds, spans
@@ -206,7 +241,7 @@ def _read_header(file: Path) -> tuple[Any, set[str], dict[str, tuple[int, int, l
 
 
 def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
-    """Copy stored state into the weights and this rank's slices; `step` is the number of steps that Adam has taken."""
+    """Copy stored state into the weights and this rank's slices; `step` is the number of steps that were taken."""
 
     def copy(kind: str, name: str, offset: int, target: Tensor) -> None:
         missing = kind == EMA and EMA not in stored.kinds  # the run was saved without it: begin with the weights
@@ -214,7 +249,11 @@ def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
 
     optimizer = engine.optimizer.optimizer
     for one in local_slices(engine):
-        optimizer.state[one.partition]["step"].fill_(step)
+        state = optimizer.state[one.partition]
+        if "step" in state:
+            state["step"].fill_(step)
+        if one.matrix_start is not None:  # beyond the slice too
+            copy(MOMENTUM, one.name, 0, state[MOMENTUM].narrow(0, one.matrix_start, one.parameter.numel()))
         for kind, view in one.views(optimizer).items():
             copy(kind, one.name, one.offset, view)
     _refresh_parameters(engine)
@@ -247,7 +286,8 @@ def averaged_weights(engine: Any) -> Iterator[None]:
 
 def _exchange_weights_and_average(engine: Any) -> None:
     state = engine.optimizer.optimizer.state
-    partitions = [partition for partition in _partitions(engine) if EMA in state[partition]]
+    every = (slices[0].partition for slices in _by_partition(engine))
+    partitions = [partition for partition in every if EMA in state[partition]]
     for partition in partitions:
         both = (x.detach().split(_EXCHANGED) for x in (partition, state[partition][EMA]))
         for weights, average in zip(*both, strict=True):

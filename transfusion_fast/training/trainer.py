@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.counters import Interval, QuarterLosses, Work, mean_losses, peak_memory
-from transfusion_fast.training.engine import learning_rate, make_engine
+from transfusion_fast.training.engine import drop_gradients, learning_rate, make_engine, set_learning_rate
 from transfusion_fast.training.flops import peak_flops
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.loggers import check_packages, make_loggers
@@ -43,6 +44,9 @@ from transfusion_fast.training.samples import Samples
 from transfusion_fast.training.slices import averaged_weights, update_ema, write_weights_into
 from transfusion_fast.training.terminal import say
 from transfusion_fast.training.validation import Validation
+
+_NAMED = 4
+"""Micro-batches that the message about a skipped step names; when training diverges, every one of them is concerned."""
 
 
 class Trainer:
@@ -127,10 +131,12 @@ class Trainer:
         return None if None in peaks else sum(peaks)
 
     def _take_steps(self, stop: StopRequest) -> None:
-        settings = self.config.train
+        settings, first, start = self.config.train, self.meta.step + 1, time.monotonic()
         while self.meta.step < settings.steps:
             with self.profiler.step(self.meta.step + 1):
                 stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+            if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
+                say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
             self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 with self.interval.stall():
@@ -177,11 +183,10 @@ class Trainer:
         """Take one optimizer step; return whether any rank was asked to stop."""
         batches, work, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         counts = Counts(int(work.supervised), int(work.images))
         losses = [self._micro_step(batch, counts) for batch in batches]
-        self._check_skipped()
+        self._check_skipped(losses)
         self.meta = replace(
             self.meta,
             step=self.meta.step + 1,
@@ -242,19 +247,41 @@ class Trainer:
         batch = batch.to(self.ranks.device, non_blocking=True)
         losses = self.engine(batch, counts=counts)
         self.quarters.add(batch, losses.per_image)
+        # A loss that is not finite may have a finite gradient. This makes the gradient NaN without waiting for the
+        # device, and DeepSpeed then skips the step on all ranks.
+        finite = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
         # The losses are divided by global counts already; DeepSpeed averages gradients over the ranks.
-        self.engine.backward(losses.total * self.ranks.world_size, scale_wrt_gas=False)
+        self.engine.backward(losses.total * (finite * self.ranks.world_size), scale_wrt_gas=False)
         self.engine.step()
         return losses.text.detach(), losses.diffusion.detach()
 
-    def _check_skipped(self) -> None:
-        skipped = self.engine.skipped_steps > self.meta.skipped_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+    def _check_skipped(self, losses: list[tuple[Tensor, Tensor]]) -> None:
+        """If DeepSpeed has skipped this step, print why; raise DivergedError after too many such steps in a row."""
+        if self.engine.skipped_steps == self.meta.skipped_steps:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        drop_gradients(self.engine)
+        step, found = self.meta.step + 1, self.ranks.gather(self._non_finite(losses))
+        if self.ranks.is_main:
+            named = "; ".join(found[:_NAMED]) or "the gradient alone, of finite losses on all ranks"
+            more = f"; and those of {len(found) - _NAMED} more micro-batches" if len(found) > _NAMED else ""
+            print(f"step {step} is skipped: NaN or infinity in {named}{more}", flush=True)
         if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise DivergedError(
                 f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a row "
-                f"up to step {self.meta.step + 1}; lower optimizer.lr and resume from the last checkpoint"
+                f"up to step {step}; lower optimizer.lr and resume from the last checkpoint"
             )
+
+    def _non_finite(self, losses: list[tuple[Tensor, Tensor]]) -> list[str]:
+        """Return the losses of this rank's step that are not finite, one description for each micro-batch."""
+        found, order = [], self.data.order(self.config.train.seed, self.config.data.shuffle_window)
+        for positions, pair in zip(self.share.micro_batches(self.meta.packs_consumed), losses, strict=False):
+            names = [name for name, loss in zip(("text", "diffusion"), pair, strict=True) if not math.isfinite(loss)]
+            if names:
+                packs = ", ".join(self.data.describe_pack(order[position][1]) for position in positions)
+                found.append(f"the {' and '.join(names)} loss of rank {self.ranks.rank}, pack {packs}")
+        return found
 
     def _report(self, losses: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """Wait for the device, and log the row of this step. Collective."""

@@ -1,0 +1,70 @@
+"""Compiled blocks: the same numbers, and one compilation for all blocks and batches."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from launching import assert_same_course, metrics, small_config, train
+
+from transfusion_fast import Transfusion
+from transfusion_fast.config import load_config
+from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.training.engine import compile_blocks
+from transfusion_fast.training.slices import StoredSlices
+
+
+@pytest.mark.parametrize(
+    "checkpointing", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("selective", "full"))]
+)
+def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+) -> None:
+    """The compiler here stops before C++, which takes long. The only break is the CPU's attention, a loop in Python."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    transformer = "model.transformer={dim: 16, depth: 10, heads: 1, ffn_dim: 16}"  # more blocks than recompilations
+    settings = (transformer, f"model.activation_checkpointing={checkpointing}")
+    config = small_config(digits, *settings)
+    data = open_data(config)
+    config = complete_config(config, data)
+    model, eager = Transfusion(config.model), Transfusion(config.model)
+    eager.load_state_dict(model.state_dict())
+    compile_blocks(model)
+    torch._dynamo.reset()
+    counters.clear()
+    stream = training_batches(config, data, Share(0, 1, 1, 1), 0)
+    for batch in (next(stream).batch for _ in range(3)):
+        graphs = counters["stats"]["unique_graphs"]
+        losses, expected = model(batch), eager(batch)
+        losses.total.backward()
+        expected.total.backward()
+        torch.testing.assert_close(losses.total, expected.total, rtol=1e-5, atol=1e-5)
+    for (name, one), (other_name, other) in zip(model.named_parameters(), eager.named_parameters(), strict=True):
+        assert name == other_name
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    model.eval()
+    model(next(training_batches(config, data, Share(0, 1, 3, 3), 0)).batch)
+    assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
+    [reason] = counters["graph_break"]
+    assert "tiled_attention" in reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_with_compiled_blocks_takes_the_same_steps(
+    digits: Path, uninterrupted: Path, tmp_path: Path, stage: int
+) -> None:
+    printed = train(2, digits, tmp_path, "train.compile=blocks", f"train.zero_stage={stage}")
+    assert printed.count("compiled the blocks: the first step took") == 1
+    assert_same_course(metrics(tmp_path), metrics(uninterrupted))
+    ours, theirs = (
+        StoredSlices((run / "checkpoints" / "step-00000006").glob("rank-*")) for run in (tmp_path, uninterrupted)
+    )
+    assert ours.shapes == theirs.shapes
+
+
+@pytest.mark.parametrize("value", ["off", "false", "blocks"])
+def test_off_may_be_written_as_yaml_reads_it(value: str) -> None:
+    assert load_config(None, [f"train.compile={value}"]).train.compile == ("blocks" if value == "blocks" else "off")
