@@ -146,11 +146,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     """Return the optimizer: AdamW that decays matrices, but not vectors (norms and biases); or Muon beside it."""
     # ZeRO-3 leaves an empty parameter on each rank, and the full shape in ds_shape.
     shapes = {parameter: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
-    hidden = (
-        [p for block in model.modules() if isinstance(block, Block) for p in block.parameters() if len(shapes[p]) == 2]
-        if config.name == "muon"
-        else []
-    )
+    blocks = [module for module in model.modules() if isinstance(module, Block)] if config.name == "muon" else []
+    hidden = [p for block in blocks for p in block.parameters() if len(shapes[p]) == 2]
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     others = [parameter for parameter in shapes if parameter not in {*hidden}]
     groups = [
