@@ -49,7 +49,7 @@ def test_a_float_may_be_written_in_any_way(tmp_path, number):
 @pytest.mark.parametrize(
     ("override", "key", "hint"),
     [
-        ("optimizer.learning_rate=1", "'optimizer.learning_rate'", "known: lr, min_lr"),
+        ("optimizer.learning_rate=1", "'optimizer.learning_rate'", "known: name, lr, min_lr"),
         ("model.transformer.dept=1", "'model.transformer.dept'", "did you mean 'depth'?"),
         ("modle.num_text_tokens=1", "'modle'", "did you mean 'model'?"),
     ],

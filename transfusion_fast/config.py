@@ -211,8 +211,6 @@ class OptimizerConfig(_Settings):
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW; or Muon (arXiv 2502.16982) for the matrices of the blocks and AdamW for everything else."""
-    momentum: Beta = 0.95
-    """Decay of Muon's average of gradients."""
     lr: PositiveFloat = 3e-4
     """Learning rate after the warm-up."""
     min_lr: NonNegativeFloat = 1.5e-5
@@ -230,6 +228,8 @@ class OptimizerConfig(_Settings):
     """Decay of the gradient's mean square."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the mean square."""
+    momentum: Beta = 0.95
+    """Decay of Muon's average of gradients."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of matrices and embeddings; norms and biases are not decayed."""
     clip: PositiveFloat | None = None
