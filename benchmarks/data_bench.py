@@ -25,7 +25,8 @@ import webdataset as wds
 from PIL import Image
 from tables import Row
 
-from transfusion_fast.config import Config, parse
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import parse
 from transfusion_fast.data.batch import KeyedPack, draw
 from transfusion_fast.data.loader import Share, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, TextSegment

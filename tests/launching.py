@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import torch
 
-from transfusion_fast.config import Config, load_config
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.pack import Document, ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare

@@ -2,7 +2,8 @@
 
 import pytest
 
-from transfusion_fast.config import Config, ModelConfig, TransformerConfig, load_config, parse, sources
+from transfusion_fast.config import Config, ModelConfig, TransformerConfig
+from transfusion_fast.config_reading import load_config, parse, sources
 from transfusion_fast.errors import InputError
 
 
@@ -49,7 +50,7 @@ def test_a_float_may_be_written_in_any_way(tmp_path, number):
 @pytest.mark.parametrize(
     ("override", "key", "hint"),
     [
-        ("optimizer.learning_rate=1", "'optimizer.learning_rate'", "known: lr, min_lr"),
+        ("optimizer.learning_rate=1", "'optimizer.learning_rate'", "known: name, lr, min_lr"),
         ("model.transformer.dept=1", "'model.transformer.dept'", "did you mean 'depth'?"),
         ("modle.num_text_tokens=1", "'modle'", "did you mean 'model'?"),
     ],

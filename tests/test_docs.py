@@ -19,7 +19,8 @@ from launching import train
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from transfusion_fast.config import Config, load_config
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from transfusion_fast.config import MAX_SEED, load_config
+from transfusion_fast.config import MAX_SEED
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.images import latents_to_pixels
 from transfusion_fast.data.loader import batch_builder, open_data

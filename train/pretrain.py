@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from transfusion_fast.config import Config, load_config, sources
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import load_config, sources
 from transfusion_fast.data.loader import complete_config, open_data
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import EXIT_STOPPED, InputError, NodeError

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from shard_damage import flip
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from transfusion_fast.config import Config, load_config
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.shards import read_table

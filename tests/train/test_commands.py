@@ -12,7 +12,7 @@ from launching import free_port, train, write_packs
 from PIL import Image
 from small_models import seeded
 
-from transfusion_fast.config import load_config
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.images import latents_to_pixels
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.data.pack import ImageSegment, TextSegment

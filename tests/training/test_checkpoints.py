@@ -14,7 +14,8 @@ import pytest
 import torch
 from launching import OneRank, small_config
 
-from transfusion_fast.config import ModelConfig, load_config
+from transfusion_fast.config import ModelConfig
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ import torch
 from launching import assert_same_course, metrics, small_config, train
 
 from transfusion_fast import Transfusion
-from transfusion_fast.config import load_config
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
 from transfusion_fast.training.engine import compile_blocks
 from transfusion_fast.training.slices import StoredSlices

@@ -50,7 +50,7 @@ def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
 
     def tensors() -> list[torch.Tensor]:
         gc.collect()
-        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
 
     before = {x.untyped_storage().data_ptr() for x in tensors()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

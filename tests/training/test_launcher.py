@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import await_until, deepspeed_command, last_step, run_in_child, start
+from launching import await_until, deepspeed_command, last_step, metrics, run_in_child, start, state_of, train
 
 
 @pytest.mark.parametrize(("how", "workers"), [("SIGTERM to the command alone", 0), ("Ctrl-C", 1)])
@@ -26,8 +26,7 @@ def test_ranks_that_are_asked_to_stop_save_and_end(digits: Path, tmp_path: Path,
     else:
         os.killpg(started.pid, signal.SIGINT)
         os.killpg(started.pid, signal.SIGTERM)  # the launcher sends one too, at a time that varies
-    started.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs([started, *family], timeout=30)
     for process in alive:
         process.kill()
     assert not alive
@@ -43,6 +42,26 @@ def test_a_rank_whose_launcher_is_killed_saves_and_ends(digits: Path, tmp_path: 
     launched.signal_when(lambda: last_step(run) >= 1, signal.SIGKILL)
     await_until(lambda: "stopped at step" in launched.output.read_text() or last_step(run) == steps)
     assert last_step(run) < steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before the first step", "while training"])
+@pytest.mark.parametrize("victim", ["the command", "the launcher"])
+def test_a_run_whose_launcher_is_killed_ends_and_resumes_with_the_same_bits(
+    digits: Path, tmp_path: Path, victim: str, moment: str
+) -> None:
+    settings = ("train.steps=80", "train.checkpoint_every=7")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(2, digits, whole, *settings)
+    with (tmp_path / "printed").open("w") as printed:
+        started = subprocess.Popen(deepspeed_command(digits, run, *settings), stdout=printed, stderr=printed)
+    await_until(lambda: last_step(run) >= 3 if moment == "while training" else (run / "config.yaml").exists())
+    family = psutil.Process(started.pid).children(recursive=True)
+    (started if victim == "the command" else family[0]).kill()
+    _, alive = psutil.wait_procs([started, *family], timeout=30)
+    assert not alive and last_step(run) < 80, (tmp_path / "printed").read_text()
+    train(2, digits, run, *settings)
+    assert metrics(run) == metrics(whole) and state_of(run, 80) == state_of(whole, 80)
 
 
 def test_input_that_all_ranks_refuse_ends_the_launcher_with_one_line(tmp_path: Path) -> None:

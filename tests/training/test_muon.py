@@ -8,7 +8,8 @@ import torch
 from launching import assert_same_course, metrics, state_of, train
 
 from transfusion_fast import Transfusion
-from transfusion_fast.config import OptimizerConfig, load_config
+from transfusion_fast.config import OptimizerConfig
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import check_compiler, make_optimizer, set_learning_rate
 from transfusion_fast.training.run_folder import find_checkpoint, load_model

@@ -11,7 +11,8 @@ import pytest
 import torch
 from launching import OneRank, small_config, text, write_packs
 
-from transfusion_fast.config import Config, OptimizerConfig, load_config
+from transfusion_fast.config import Config, OptimizerConfig
+from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, open_data
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError

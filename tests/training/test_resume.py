@@ -71,7 +71,7 @@ def test_damaged_checkpoints_are_skipped_and_training_arrives_at_the_same_bits(
 def test_a_checkpoint_of_another_run_is_refused_in_one_line_and_left_alone(digits: Path, uninterrupted: Path) -> None:
     """test_checkpoints.py lists all the settings that are compared."""
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    assert "got order (3, 16) -> (4, 16); give the run's train.seed" in refusal(
+    assert "got order (3, 16, None) -> (4, 16, None); give the run's train.seed" in refusal(
         start(1, digits, uninterrupted, "train.seed=4")
     )
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before

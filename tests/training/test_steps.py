@@ -165,7 +165,7 @@ def test_training_stops_in_one_line_after_too_many_steps_without_a_finite_gradie
     assert "the gradient must be finite, got NaN or infinity in 2 steps in a row up to step 3" in refusal(
         run, DivergedError.exit_code
     )
-    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+    assert find_checkpoint(tmp_path / "run").name == "step-00000003"
 
 
 STAGES = [(stage, precision, offload) for stage in (1, 2, 3) for precision in ("fp32", "bf16") for offload in (0, 1)]
@@ -192,13 +192,20 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_though_its_gradient
 
 def test_every_rank_and_loss_that_is_not_finite_is_named_until_training_stops(digits: Path, tmp_path: Path) -> None:
     losses = {(rank, call): "text" if rank else "diffusion" for rank in (0, 1) for call in range(3, 9)}
-    run = start(2, digits, tmp_path, "train.max_skipped_steps=2", setup=partial(spoil_losses, losses))
+    run = start(
+        2,
+        digits,
+        tmp_path,
+        "train.max_skipped_steps=2",
+        "train.checkpoint_every=3",
+        setup=partial(spoil_losses, losses),
+    )
     assert "in 2 steps in a row up to step 3" in refusal(run, DivergedError.exit_code)
     lines = [line for line in run.output.read_text().splitlines() if "is skipped" in line]
     assert len(lines) == 2
     for line in lines:
         assert "the diffusion loss of rank 0, pack" in line and "the text loss of rank 1, pack" in line
-    assert find_checkpoint(tmp_path).name == "step-00000002"
+    assert find_checkpoint(tmp_path).name == "step-00000003"
 
 
 def damage_packs(digits: Path, data: Path, *positions: int) -> str:

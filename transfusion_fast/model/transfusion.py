@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion_fast.config import ModelConfig, parse
+from transfusion_fast.config import ModelConfig
+from transfusion_fast.config_reading import parse
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 from transfusion_fast.model import ops

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from transfusion_fast.config import changes
+from transfusion_fast.config_reading import changes
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 

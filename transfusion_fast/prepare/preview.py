@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from transfusion_fast.config import Config, parse
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import parse
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.images import unpatchify, unscale_pixels
 from transfusion_fast.data.loader import batch_builder

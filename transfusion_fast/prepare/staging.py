@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.config import changes
+from transfusion_fast.config_reading import changes
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import partial_path, read_json, write_atomically

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from transfusion_fast.config import changes
+from transfusion_fast.config_reading import changes
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
 from transfusion_fast.training.ranks import Ranks

@@ -146,10 +146,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     """Return the optimizer: AdamW that decays matrices, but not vectors (norms and biases); or Muon beside it."""
     # ZeRO-3 leaves an empty parameter on each rank, and the full shape in ds_shape.
     shapes = {parameter: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
-    blocks = [module for module in model.modules() if isinstance(module, Block)] if config.name == "muon" else []
-    hidden = [p for block in blocks for p in block.parameters() if len(shapes[p]) == 2]
-    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.") and config.name == "muon"]
+    hidden = [parameter for parameter in blocks if len(shapes[parameter]) > 1]
     others = [parameter for parameter in shapes if parameter not in {*hidden}]
+    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     groups = [
         {"params": [p for p in others if len(shapes[p]) > 1], "weight_decay": config.weight_decay, **adamw},
         {"params": [p for p in others if len(shapes[p]) <= 1], "weight_decay": 0.0, **adamw},

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, TypeAdapter, model_validator
 from torch import Tensor
 
-from transfusion_fast.config import Config, ModelConfig, TrainConfig, changes
+from transfusion_fast.config import Config, ModelConfig, TrainConfig
+from transfusion_fast.config_reading import changes
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import parse_json

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import yaml
 
-from transfusion_fast.config import Config, changes, parse
+from transfusion_fast.config import Config
+from transfusion_fast.config_reading import changes, parse
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo

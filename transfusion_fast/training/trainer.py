@@ -141,6 +141,11 @@ class Trainer:
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 with self.interval.stall():
                     self.checkpoints.save(self.engine, self.meta)
+            if self.skipped_in_a_row >= settings.max_skipped_steps:
+                raise DivergedError(
+                    f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a "
+                    f"row up to step {self.meta.step}; lower optimizer.lr and resume from the last checkpoint"
+                )
             if stopping:
                 return
 
@@ -186,7 +191,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, lr)
         counts = Counts(int(work.supervised), int(work.images))
         losses = [self._micro_step(batch, counts) for batch in batches]
-        self._check_skipped(losses)
+        self._report_skipped(losses)
         self.meta = replace(
             self.meta,
             step=self.meta.step + 1,
@@ -255,23 +260,18 @@ class Trainer:
         self.engine.step()
         return losses.text.detach(), losses.diffusion.detach()
 
-    def _check_skipped(self, losses: list[tuple[Tensor, Tensor]]) -> None:
-        """If DeepSpeed has skipped this step, print why; raise DivergedError after too many such steps in a row."""
+    def _report_skipped(self, losses: list[tuple[Tensor, Tensor]]) -> None:
+        """If DeepSpeed has skipped this step, count it and print why."""
         if self.engine.skipped_steps == self.meta.skipped_steps:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         drop_gradients(self.engine)
-        step, found = self.meta.step + 1, self.ranks.gather(self._non_finite(losses))
+        found = self.ranks.gather(self._non_finite(losses))
         if self.ranks.is_main:
             named = "; ".join(found[:_NAMED]) or "the gradient alone, of finite losses on all ranks"
             more = f"; and those of {len(found) - _NAMED} more micro-batches" if len(found) > _NAMED else ""
-            print(f"step {step} is skipped: NaN or infinity in {named}{more}", flush=True)
-        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise DivergedError(
-                f"training: the gradient must be finite, got NaN or infinity in {self.skipped_in_a_row} steps in a row "
-                f"up to step {step}; lower optimizer.lr and resume from the last checkpoint"
-            )
+            print(f"step {self.meta.step + 1} is skipped: NaN or infinity in {named}{more}", flush=True)
 
     def _non_finite(self, losses: list[tuple[Tensor, Tensor]]) -> list[str]:
         """Return the losses of this rank's step that are not finite, one description for each micro-batch."""
