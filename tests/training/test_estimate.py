@@ -24,6 +24,7 @@ from transfusion_fast.training.estimate import (
     count_parameters,
     estimate,
     kept_activations,
+    optimizer_values,
     read_packs,
     state_memory,
     traffic,
@@ -96,6 +97,14 @@ def test_ranks_divide_what_their_zero_stage_says() -> None:
     assert bytes_of_a_parameter(64, zero_stage=2) == (128, 4, 12, 4, 0)
     assert bytes_of_a_parameter(64, zero_stage=1, ema_decay=0) == (128, 384, 12, 0, 0)
     assert bytes_of_a_parameter(64, offload_optimizer=True) == (2, 0, 0, 0, 24e9)
+
+
+def test_muon_keeps_one_value_less_for_each_element_of_the_blocks_matrices() -> None:
+    model = Transfusion(preset="0.16b")
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    configs = {name: Config(model={"preset": "0.16b"}, optimizer={"name": name}) for name in ("adamw", "muon")}
+    assert optimizer_values(10**9, configs["adamw"]) == 3 * 10**9
+    assert optimizer_values(10**9, configs["muon"]) == 3 * 10**9 - matrices
 
 
 def test_traffic_counts_the_collectives_of_a_step() -> None:

@@ -10,16 +10,18 @@ from typing import Any
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.folder import LocalFolder
+from transfusion_fast.data.loader import open_heldout
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.estimate import Cluster, Estimate, estimate, read_packs
+from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.run_folder import check_output, list_checkpoints
 
 _DAY = 86400
 _USES = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "AdamW: fp32 weights and two moments",
+    "optimizer": "optimizer: fp32 weights and its state",
     "ema": "average of the weights (EMA)",
     "buffers": "gathered weights and reduce buckets",
 }
@@ -75,6 +77,11 @@ def _checks(config: Config, data: Mixture, run: Estimate, folder: Path) -> Itera
     yield f"  data    {data}: index readable, {data.num_packs:,} packs of {data.sequence_length} positions"
     present = f"{shards} local shards are present in full" if shards else "shards at URLs were not looked at"
     yield f"          {present}; {run.packs.packs} packs were read and laid out"
+    if config.data.heldout is not None:
+        heldout, packs = open_heldout(config, data)
+        yield f"  heldout {heldout}: {len(packs)} packs would be measured"
+    if initial := open_initial_weights(config, data, select=lambda _: []):
+        yield f"  initial {initial.report}".replace("\n", "\n          ")
     checkpoints = list_checkpoints(Path(config.train.output))
     state = f"a run; training would resume from {checkpoints[-1].name}" if checkpoints else "training would start anew"
     yield f"  output  {config.train.output}: {state}"
@@ -159,6 +166,7 @@ def _assumptions(cluster: Cluster, run: Estimate) -> Iterator[str]:
     yield "  links and storage reach these rates, and the parts of a step overlap fully, so a real step takes longer"
     yield "  memory leaves out temporary buffers, fragmentation, NCCL and CUDA: keep a tenth of the GPU free"
     yield "  activations are those of the Triton kernels; loaders are as fast as this process"
+    yield "  the exchange of heads between GPUs that share packs (train.sequence_parallel) is not counted"
 
 
 def _precision(run: Estimate) -> str:

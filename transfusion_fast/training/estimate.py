@@ -135,12 +135,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> tuple[dict[str, float], float]:
     """Return bytes of a GPU by use, and bytes of host memory for each GPU.
 
-    Adam keeps fp32 weights and two moments. Gradients are summed in fp32; at stage 1 in bf16 DeepSpeed also keeps those
-    of the whole model in bf16. Stage 3 holds the weights of about a billion parameters gathered.
+    AdamW keeps fp32 weights and two moments; Muon keeps one momentum of the blocks' matrices instead. Gradients are
+    summed in fp32; at stage 1 in bf16 DeepSpeed also keeps those of the whole model in bf16. Stage 3 holds the weights
+    of about a billion parameters gathered.
     """
     train, shard = config.train, parameters / gpus
     gradients = _FP32 * shard if train.zero_stage > 1 else parameters * (_FP32 + (itemsize if itemsize < _FP32 else 0))
-    optimizer, ema = 3 * _FP32 * shard, _FP32 * shard if train.ema_decay else 0.0
+    optimizer = _FP32 * optimizer_values(parameters, config) / gpus
+    ema = _FP32 * shard if train.ema_decay else 0.0
     if train.zero_stage == 3:
         weights, buffers = itemsize * shard, itemsize * (_REDUCE_BUCKET + min(parameters, _LIVE_PARAMETERS))
     else:
@@ -151,6 +153,14 @@ def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> t
         gradients = 0.0 if train.zero_stage > 1 else gradients
     uses = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "ema": ema, "buffers": buffers}
     return uses, host
+
+
+def optimizer_values(parameters: int, config: Config) -> int:
+    """Return the number of fp32 values that the optimizer keeps on all GPUs together: weights and its state."""
+    t = config.model.transformer
+    heads = (2 * t.num_heads + 2 * t.num_kv_heads) * t.head_dim
+    matrices = t.depth * t.dim * (heads + 3 * t.hidden_dim) if config.optimizer.name == "muon" else 0
+    return 3 * parameters - matrices
 
 
 def kept_activations(
@@ -261,18 +271,19 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
         InputError: GPUs and micro-batches do not divide the global batch.
     """
     train, model, gpus = config.train, config.model, cluster.gpus
-    share = Share(0, gpus, train.micro_batch, train.global_batch)
+    share = Share(0, gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
     dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16  # which all known GPUs compute natively
     peak, itemsize = gpu_peak(cluster.gpu, dtype), dtype.itemsize
     parameters = count_parameters(model)
     total = sum(parameters.values())
     memory, host = state_memory(total, config, gpus, itemsize)
-    micro = (train.micro_batch * x for x in (data.sequence_length, packs.supervised, sum(packs.patches)))
+    packs_of_gpu = train.micro_batch / train.sequence_parallel
+    micro = (packs_of_gpu * x for x in (data.sequence_length, packs.supervised, sum(packs.patches)))
     positions, supervised, patches = micro
     flops = training_flops(model, packs.tokens, packs.supervised, packs.patches, packs.area)
     matrices = training_flops(model, packs.tokens, packs.supervised, packs.patches, 0)
     sent = traffic(total, train.zero_stage, share.accumulation_steps, gpus, itemsize)
-    checkpoint = total * _FP32 * (4 if train.ema_decay else 3)
+    checkpoint = _FP32 * (optimizer_values(total, config) + (total if train.ema_decay else 0))
     return Estimate(
         parameters=parameters,
         itemsize=itemsize,
@@ -295,7 +306,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
         step_parts={
             "compute": flops * train.global_batch / (gpus * peak * cluster.mfu),
             "communication": (sent.gathered + sent.reduced) / cluster.ring_bandwidth,
-            "loader": train.global_batch / gpus * packs.seconds / max(1, config.data.workers),
+            "loader": train.global_batch / share.groups * packs.seconds / max(1, config.data.workers),
             "checkpoints": checkpoint / cluster.storage / train.checkpoint_every,
         },
     )
