@@ -137,7 +137,8 @@ class Trainer:
                 stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
             if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
                 say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
-            self._observe()
+            if not stopping or self.meta.step == settings.steps:  # whoever stops a run does not wait for long
+                self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
                 with self.interval.stall():
                     self.checkpoints.save(self.engine, self.meta)
