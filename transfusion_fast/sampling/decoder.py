@@ -19,6 +19,7 @@ from transfusion_fast.model.inputs import Document, Piece, check_document, flat_
 from transfusion_fast.model.sequence import TEXT, PackedBatch, build_batch
 from transfusion_fast.model.transfusion import Transfusion
 
+Noise = torch.Generator | Sequence[torch.Generator] | None
 CLEAN_TIMESTEP = 1.0  # for images that serve as context: almost no noise, as in training
 
 
@@ -122,9 +123,13 @@ def generate_images(
     *,
     modality: int = 0,
     image: ImageSettings | None = None,
-    generator: torch.Generator | None = None,
+    generator: Noise = None,
 ) -> Tensor:
-    """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C]."""
+    """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C].
+
+    Args:
+        generator: a CPU generator; or one for each prompt, so that no image depends on the others.
+    """
     if not prompts or not 0 <= modality < len(model.codecs):
         rule = f"prompts must be 1 or more and the modality below {len(model.codecs)}"
         raise ValueError(f"{rule}, got {len(prompts)} and {modality}")
@@ -189,7 +194,7 @@ def _draw(
     modality: int,
     grid: tuple[int, int],
     settings: ImageSettings,
-    generator: torch.Generator | None,
+    generator: Noise,
 ) -> None:
     """Diffuse one image at the end of each stream, then close it with <eoi>.
 
@@ -197,7 +202,7 @@ def _draw(
     """
     width = model.config.dim_latent[modality]
     shape = (len(streams), *grid, width)
-    x = torch.randn(shape, generator=generator)
+    x = _noise(shape, generator)
     objective = model.objective
     schedule = np.linspace(objective.first_timestep(), 0, settings.steps + 1).tolist()
     for t, t_next in pairwise(schedule):
@@ -209,13 +214,19 @@ def _draw(
         if settings.guidance != 1:
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + settings.guidance * (conditional - unconditional)
-        noise = torch.randn(shape, generator=generator) if settings.eta > 0 else None
+        noise = _noise(shape, generator) if settings.eta > 0 else None
         x = objective.step(x, prediction, t, t_next, eta=settings.eta, noise=noise, clip=settings.clip)
     for stream, latents in zip(streams, x, strict=True):
         stream.append_image(modality, latents, CLEAN_TIMESTEP)
         stream.tokens.append(model.vocabulary.eoi(modality))
         stream.produced.append(latents if modality == 0 else (modality, latents))
         stream.num_drawn += 1
+
+
+def _noise(shape: tuple[int, ...], generator: Noise) -> Tensor:
+    if isinstance(generator, Sequence):
+        return torch.stack([torch.randn(shape[1:], generator=one) for one in generator])
+    return torch.randn(shape, generator=generator)
 
 
 def _with_image(stream: _Stream, modality: int, latents: Tensor, timestep: float) -> _Stream:

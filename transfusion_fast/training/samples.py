@@ -14,6 +14,7 @@ from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.pictures import draw_grid, images_to_pixels, open_autoencoder
+from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import DataDescription
 
 SAMPLES = "samples"
@@ -25,7 +26,7 @@ _FRAME, _LAST_FRAME = 600, 2400  # milliseconds
 class Samples:
     """The captions of `train.sample_prompts`, and where their pictures go."""
 
-    def __init__(self, settings: TrainConfig, data: DataDescription, run: Path):
+    def __init__(self, settings: TrainConfig, data: DataDescription, run: Path, ranks: Ranks):
         """Open the autoencoder, if the run is on latents.
 
         Raises:
@@ -33,7 +34,7 @@ class Samples:
         """
         if not data.modalities:
             raise InputError(f"train.sample_every must be 0 for {run}, a run on text alone; leave it out")
-        self.settings, self.data, self.folder = settings, data, run / SAMPLES
+        self.settings, self.data, self.folder, self.ranks = settings, data, run / SAMPLES, ranks
         vae = None if settings.sample_vae is None else Path(settings.sample_vae)
         self.autoencoder = open_autoencoder(vae, data.modalities[:1], "train.sample_vae", str(run))
         optional_module("matplotlib", "examples")
@@ -45,13 +46,20 @@ class Samples:
         return self.folder / f"step-{step:08d}.png"
 
     def draw(self, model: Transfusion) -> torch.Tensor:
-        """Return the images, fp32 [prompts x each, rows, columns, C]. Collective: all ranks compute the same ones."""
+        """Return the images, fp32 [prompts x each, rows, columns, C], drawn by all ranks together. Collective.
+
+        Each rank draws some of them. Each has noise of its own, so that the number of ranks does not matter.
+        """
         clip = 1.0 if self.data.modalities[0].encoding == "pixels" else None
-        settings, noise = ImageSettings(self.settings.sample_steps, clip=clip), torch.Generator().manual_seed(0)
+        settings, numbers = ImageSettings(self.settings.sample_steps, clip=clip), range(len(self.prompts))
+        own = self.ranks.share([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
+        noise = [torch.Generator().manual_seed(number) for number in own]
+        prompts = [self.prompts[number] for number in own]
         model.eval()
-        images = generate_images(model, self.prompts, self.data.grid(0), image=settings, generator=noise)
+        images = generate_images(model, prompts, self.data.grid(0), image=settings, generator=noise)
         model.train()
-        return images
+        drawn = dict(self.ranks.gather([*zip(own, images, strict=True)]))
+        return torch.stack([drawn[number] for number in numbers])
 
     def write(self, images: torch.Tensor, step: int) -> Path:
         """Write the picture of a step: a row for each caption."""

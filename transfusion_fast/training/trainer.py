@@ -73,7 +73,7 @@ class Trainer:
         if config.train.validate_every:
             self.validation = ranks.together(lambda: Validation(config, data, ranks))
         if config.train.sample_every:
-            self.samples = ranks.together(lambda: Samples(config.train, self.description, self.folder))
+            self.samples = ranks.together(lambda: Samples(config.train, self.description, self.folder, ranks))
         self.engine = make_engine(config, ranks, self.share)
         self.meta = initial_meta(config, data, ranks.world_size, bf16=self.engine.bfloat16_enabled())
         if checkpoint is not None:
