@@ -61,7 +61,7 @@ def save(run: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
         checkpoints = Checkpoints(run, OneRank(), keep)
         checkpoints.save(Engine(step), replace(META, step=step))
-        checkpoints.finish()
+        checkpoints.close()
 
 
 def names(run: Path) -> list[str]:

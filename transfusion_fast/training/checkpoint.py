@@ -66,6 +66,7 @@ class Checkpoints:
     def __init__(self, run: Path, ranks: Ranks, keep: int):
         self.run, self.folder, self.ranks, self.keep = run, run / CHECKPOINTS, ranks, keep
         self._save: _Save | None = None
+        self._removals: list[Thread] = []
 
     def save(self, engine: Any, meta: Meta) -> None:
         """Begin to write a checkpoint; finish the one before first. Collective."""
@@ -106,9 +107,14 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return
-        measured = self.ranks.together(save.measured.result)
-        files = self.ranks.gather([(save.file, *measured)])
+        files = self.ranks.collect(lambda: (save.file, *save.measured.result()))
         self.ranks.together(lambda: self._publish(save, files))
+
+    def close(self) -> None:
+        """Publish the last checkpoint, and wait until the old ones are removed. Collective."""
+        self.finish()
+        for thread in self._removals:
+            thread.join()
 
     def _publish(self, save: _Save, files: list[tuple[str, int, str]]) -> None:
         if not self.ranks.is_main:
@@ -184,11 +190,13 @@ class Checkpoints:
         return [path.name for path in list_checkpoints(self.run)]
 
     def _delete(self, name: str) -> None:
-        """Remove a checkpoint under another name, so that one that is half removed is not taken for damaged."""
+        """Remove a checkpoint in a thread under another name, so that one half removed is not taken for damaged."""
         if (self.folder / name).exists():
             hidden = self.folder / f"{_DELETED}{name}"
             os.rename(self.folder / name, hidden)
-            shutil.rmtree(hidden)
+            self._removals = [thread for thread in self._removals if thread.is_alive()]
+            self._removals.append(Thread(target=shutil.rmtree, args=(hidden,)))
+            self._removals[-1].start()
 
 
 def _name(meta: Meta) -> str:

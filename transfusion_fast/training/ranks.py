@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import deepspeed
 import psutil
@@ -70,16 +70,27 @@ class Ranks:
         dist.all_gather_object(gathered, items, group=self.control)
         return [item for part in gathered for item in part]
 
-    def together(self, action: Callable[[], _T], error: type[InputError] = InputError) -> _T:
-        """Return what an action returns on this rank; raise an InputError or OSError of any rank as `error` on all."""
-        errors, result = [], None
+    def collect(self, action: Callable[[], _T], error: type[InputError] = InputError) -> list[_T]:
+        """Run an action on every rank, and return what it returned on each, in the order of ranks, on every rank.
+
+        Raises:
+            error: on all ranks, if the action raised an InputError or OSError on any; it has that message.
+        """
         try:
-            result = action()
-        except (InputError, OSError) as own:
-            errors.append(str(own))
-        if errors := self.gather(errors):
-            raise error(errors[0])
-        return cast(_T, result)
+            own: tuple[_T | None, str] = action(), ""
+        except (InputError, OSError) as failed:
+            own = None, str(failed) or type(failed).__name__
+        gathered = self.gather([own])
+        for _, message in gathered:
+            if message:
+                raise error(message)
+        return [result for result, _ in gathered]
+
+    def together(self, action: Callable[[], _T], error: type[InputError] = InputError) -> _T:
+        """Run an action on every rank, and return what it returned on this one; raise as `collect` does."""
+        results: list[_T] = []
+        self.collect(lambda: results.append(action()), error)
+        return results[0]
 
     def share(self, items: list[_T]) -> list[_T]:
         """Return the items that this rank takes of those that all ranks divide among themselves."""

@@ -116,9 +116,9 @@ class Trainer:
             try:
                 self._take_steps(stop)
             except InputError:  # on all ranks at the same step
-                self.checkpoints.finish()
+                self.checkpoints.close()
                 raise
-            self.checkpoints.finish()
+            self.checkpoints.close()
         finished = self.meta.step >= settings.steps
         if not finished and self.ranks.is_main:
             print(f"stopped at step {self.meta.step}; run the same command to resume", flush=True)
