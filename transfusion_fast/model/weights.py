@@ -49,39 +49,37 @@ class WeightFiles:
 
     def __init__(self, folder: Path):
         self.shapes: dict[str, Shape] = {}
-        self._files: dict[str, Any] = {}
-        for name in self._names(folder):
+        self._files: dict[str, Path] = {}
+        for path in (folder / name for name in self._names(folder)):
             try:
-                file = safe_open(folder / name, framework="pt")
+                with safe_open(path, framework="pt") as file:
+                    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{folder / name} must be a safetensors file ({error}); give another folder"
-                ) from error
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                self._files[key], self.shapes[key] = file, tuple(file.get_slice(key).get_shape())
+                raise InputError(f"{path} must be a safetensors file ({error}); give another") from error
+            self.shapes |= shapes
+            self._files |= dict.fromkeys(shapes, path)
 
     @staticmethod
     def _names(folder: Path) -> list[str]:
         if not (folder / INDEX).exists():
             return [WEIGHTS]
-        index = read_json(folder / INDEX)
         try:
-            names = sorted(set(index["weight_map"].values()))
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{folder / INDEX} must map tensors to files, got other contents; write it again"
-            ) from error
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        except (TypeError, KeyError, AttributeError):
+            raise InputError(f"{folder / INDEX} must map tensors to files, got no such map; write it again") from None
         if any(Path(name).name != name for name in names):
             raise InputError(f"{folder / INDEX} must name files of its own folder, got {', '.join(names)}; correct it")
         return names
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:
         """Return elements [offset, offset + length) of a flattened tensor, fp32; default: all from `offset` on."""
-        shape, stored = self.shapes[name], self._files[name].get_slice(name)
+        shape = self.shapes[name]
         row = math.prod(shape[1:])
         end = math.prod(shape) if length is None else offset + length
         first = offset // row
-        return stored[first : -(-end // row)].flatten()[offset - first * row : end - first * row].float()
+        with safe_open(self._files[name], framework="pt") as file:  # an open file's pages would stay in memory
+            rows = file.get_slice(name)[first : -(-end // row)].flatten()
+        return rows[offset - first * row : end - first * row].to(torch.float32, copy=True)
 
 
 def load_weights(model: nn.Module, weights: Weights, where: Path) -> None:

@@ -164,16 +164,16 @@ class StoredSlices:
     """
 
     def __init__(self, files: Iterable[Path]):
-        self._slices: dict[str, list[tuple[int, int, Any]]] = {}
+        self._slices: dict[str, list[tuple[int, int, Path]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         kinds: dict[str, set[str]] = {}
         for file in files:
-            opened, found, spans = _read_header(file)
+            found, spans = _read_header(file)
             for name, (offset, length, shape) in spans.items():
                 if found[name] != kinds.setdefault(name, found[name]):
                     names = ", ".join(sorted(found[name]))
                     raise ValueError(f"{file.name} holds {name} as tensors of the kinds {names}, other files as others")
-                self._slices.setdefault(name, []).append((offset, length, opened))
+                self._slices.setdefault(name, []).append((offset, length, file))
                 self.shapes[name] = tuple(shape)
         self.kinds = set().union(*kinds.values())
         for name, slices in self._slices.items():
@@ -190,10 +190,12 @@ class StoredSlices:
         """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all of them."""
         end = math.prod(self.shapes[name]) if length is None else offset + length
         found = torch.empty(end - offset)
-        for start, size, file in self._slices[name]:
+        for start, size, path in self._slices[name]:
             first, last = max(start, offset), min(start + size, end)
             if first < last:
-                found[first - offset : last - offset] = file.get_slice(f"{kind}/{name}")[first - start : last - start]
+                with safe_open(path, framework="pt") as file:  # an open file's pages would stay in memory
+                    part = file.get_slice(f"{kind}/{name}")[first - start : last - start]
+                    found[first - offset : last - offset] = part
         return found
 
 
@@ -219,8 +221,8 @@ class SliceWeights:
         return self.stored.read(self.kind, name, offset, length)
 
 
-def _read_header(file: Path) -> tuple[Any, dict[str, set[str]], dict[str, tuple[int, int, list[int]]]]:
-    """Return the open file; and for each parameter its kinds of tensors, and its slice's offset, length and shape."""
+def _read_header(file: Path) -> tuple[dict[str, set[str]], dict[str, tuple[int, int, list[int]]]]:
+    """Return for each parameter in a file its kinds of tensors, and its slice's offset, length and shape."""
     try:
         opened = safe_open(file, framework="pt")
         keys: list[str] = opened.keys()
@@ -235,7 +237,7 @@ def _read_header(file: Path) -> tuple[Any, dict[str, set[str]], dict[str, tuple[
             for kind in kinds[name]:
                 if (found := opened.get_slice(f"{kind}/{name}").get_shape()) != [length]:
                     raise ValueError(f"{kind}/{name} has the shape {found}, its span the length {length}")
-        return opened, kinds, spans
+        return kinds, spans
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
 
