@@ -8,6 +8,7 @@ import pytest
 from launching import metrics, picture, refusal, start, state_of, text, train, write_packs
 
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import DataError
 from transfusion_fast.prepare.examples.built_in import prepare
 
 SETTINGS = ("train.steps=4", "train.checkpoint_every=2", "train.micro_batch=2")
@@ -76,5 +77,5 @@ def test_a_shard_that_cannot_be_fetched_ends_all_ranks_with_one_line_despite_qua
     (remote / "shard-000000.tar").unlink()
     settings = (*SETTINGS, "data.quarantine=99", f"model.dim_latent={widths}", f"data.cache={tmp_path / 'cache'}")
     launched = start(2, f"file://{remote}", tmp_path / "run", *settings)
-    assert f"file://{remote}/shard-000000.tar must be fetched" in refusal(launched)
+    assert f"file://{remote}/shard-000000.tar must be fetched" in refusal(launched, DataError.exit_code)
     assert "quarantined" not in launched.output.read_text()
