@@ -208,6 +208,19 @@ def kill_at_event(rank: int, number: int) -> None:
     watch(slices, "save_file")
 
 
+def stop_at_the_engine() -> None:
+    """Send SIGTERM to this process when its engine is made."""
+    from transfusion_fast.training import trainer
+
+    make = trainer.make_engine
+
+    def stopping(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(*arguments)
+
+    trainer.make_engine = stopping
+
+
 def spoil_second_backward() -> None:
     """Make the gradient of the second micro-batch NaN."""
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -2,7 +2,7 @@
 
     python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--guidance 3] [--out PICTURE.png]
 
-It prints three figures and writes them to RUN/evaluation.json.
+It prints three figures and writes them to RUN/evaluation.json, or beside the picture for an exported folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
 from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, Report, evaluate, read_captioned
 from transfusion_fast.sampling.pictures import check_picture, draw_grid
-from transfusion_fast.training.run_folder import open_model, read_data_description
+from transfusion_fast.training.run_folder import is_export, open_model, read_data_description
 
 
 def main() -> int:
@@ -48,7 +48,12 @@ def main() -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.each < 1:
         raise InputError(f"--each must be at least 1, got {options.each}")
+    if is_export(options.run) and (options.out is None or options.data is None):
+        raise InputError(
+            f"--data and --out must be given for {options.run}, an exported folder, got one or none; add them"
+        )
     picture = options.out or options.run / "samples.png"
+    figures = picture.with_suffix(".json") if is_export(options.run) else options.run / "evaluation.json"
     data = read_data_description(options.run)
     if not data.modalities:
         raise InputError(f"evaluation needs a run on captioned images, got {options.run}, on text alone")
@@ -65,7 +70,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     report, drawn = evaluate(
         model, data.tokenizer, train, heldout, each=options.each, image=image, patch_size=patch_size
     )
-    (options.run / "evaluation.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+    figures.write_text(json.dumps(asdict(report), indent=1) + "\n")
     rows = [(caption, [drawn[caption], _real(heldout, caption)]) for caption in sorted(drawn, key=_in_counting_order)]
     draw_grid(rows, picture, headings=("drawn by the model", "real, held out"))
     print(

@@ -103,7 +103,11 @@ def _explain(settings: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{path or 'value'}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+        message = f"{path}: {first['msg']}" if path else first["msg"]
+        got = (
+            "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
+        )  # a whole section says too much
+        return message.replace("Value error, ", "", 1) + got
     section: Any = settings
     for part in first["loc"][:-1]:
         section = section.model_fields[part].annotation

@@ -74,3 +74,16 @@ def test_an_export_has_no_checkpoints_and_one_set_of_weights(uninterrupted: Path
     (out / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"must be a folder that train/export\.py wrote, got no config\.json of"):
         Transfusion.from_pretrained(out)
+
+
+def test_evaluation_of_an_export_needs_its_data_and_writes_nothing_into_it(
+    uninterrupted: Path, digits: Path, tmp_path: Path, command
+) -> None:
+    out, picture = tmp_path / "out", tmp_path / "drawn" / "samples.png"
+    export_model(uninterrupted, find_checkpoint(uninterrupted), out)
+    before = sorted(os.listdir(out))
+    code, _, err = command("evaluate", out, "--data", digits.parent)
+    assert code == 2 and f"--data and --out must be given for {out}, an exported folder" in err
+    options = ("--data", digits.parent, "--out", picture, "--each", 1, "--steps", 1)
+    assert command("evaluate", out, *options)[0] == 0
+    assert sorted(os.listdir(out)) == before and sorted(os.listdir(picture.parent)) == ["samples.json", "samples.png"]

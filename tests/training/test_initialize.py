@@ -164,6 +164,20 @@ def test_a_llama_model_that_is_not_that_of_the_config_is_refused_by_name(
     assert told.replace("FOLDER", str(tmp_path)) in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_tensors_that_the_model_cannot_hold_are_refused_and_vocabulary_left_out_is_named(
+    digits: Path, tmp_path: Path
+) -> None:
+    llama(tmp_path)
+    _, initial = text_model(digits, tmp_path)
+    assert "left out: rows 256-299 of its vocabulary, but for <bos> and <eos>" in initial.notes
+    shutil.rmtree(tmp_path)
+    model = llama(tmp_path)
+    biased = {**model.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}
+    model.save_pretrained(tmp_path / "biased", state_dict=biased)
+    with pytest.raises(InputError, match="must hold tensors of Llama alone, got .*q_proj.bias"):
+        text_model(digits, tmp_path / "biased")
+
+
 @pytest.mark.parametrize("content", ["{}", "{", '{"hidden_size": "16"}', None])
 def test_a_folder_that_is_no_llama_model_is_refused(digits: Path, tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -210,7 +210,7 @@ def test_an_error_of_one_rank_is_an_error_of_all_ranks() -> None:
         """The second of two ranks, the first of which fails."""
 
         def gather(self, items: list) -> list:
-            return ["of the first", *items]
+            return [(None, "of the first"), *items]
 
     def fail(error: Exception) -> None:
         raise error

@@ -18,6 +18,7 @@ from launching import (
     spoil_second_backward,
     start,
     state_of,
+    stop_at_the_engine,
     train,
 )
 
@@ -134,6 +135,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered_by_a
     assert [row["packs"] for row in rows] == [4, 8, 12, 16]
     metas = [read_meta(tmp_path / "checkpoints" / f"step-{step:08d}") for step in (3, 4)]
     assert [(meta.skipped_steps, meta.packs_consumed) for meta in metas] == [(1, 12), (1, 16)]
+
+
+def test_a_run_that_is_asked_to_stop_before_its_first_step_saves_and_resumes(digits: Path, tmp_path: Path) -> None:
+    stopped = start(1, digits, tmp_path / "run", setup=stop_at_the_engine)
+    codes, printed = stopped.wait()
+    assert codes == [EXIT_STOPPED] and "stopped at step 1" in printed
+
+
+def test_a_resumed_run_whose_learning_rate_would_jump_is_warned(digits: Path, tmp_path: Path) -> None:
+    train(1, digits, tmp_path, "train.steps=5")
+    printed = train(1, digits, tmp_path, "train.steps=6", "optimizer.schedule=constant")
+    assert "warning: the learning rate goes from 1.50e-05 to 3.00e-03, and the loss may rise" in printed
 
 
 def test_a_finished_run_keeps_its_config(digits: Path, tmp_path: Path) -> None:

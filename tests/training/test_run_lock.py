@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launching import OneRank
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import EXIT_LOST_RANK, InputError
 from transfusion_fast.training import run_lock
 from transfusion_fast.training.run_lock import lock_run
 
@@ -81,3 +81,19 @@ def test_a_rank_that_sees_another_folder_under_the_path_is_named(
     monkeypatch.setattr(run_lock, "_VISIBLE", 0.1)
     with pytest.raises(InputError, match=f"storage that all nodes share, got .* rank 0 on {socket.gethostname()}"):
         run_lock._check_shared(tmp_path, "token of the lock on another disk", OneRank())
+
+
+def test_a_job_that_has_lost_its_lock_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run_lock, "STALE", 0.6)  # it is looked at every third of that
+    process = multiprocessing.get_context("fork").Process(target=hold, args=[tmp_path / "run"])
+    process.start()
+    lock = tmp_path / "run" / ".lock"
+    while not lock.exists() or "token" not in lock.read_text():
+        time.sleep(0.01)
+    lock.unlink()
+    process.join(20)
+    assert process.exitcode == EXIT_LOST_RANK
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"pretrain: {lock} must stay this job's while it trains, got ")

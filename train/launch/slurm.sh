@@ -25,7 +25,7 @@ set -uo pipefail
 cache=${TRANSFUSION_CACHE:-/tmp/$USER/transfusion_fast}
 
 trap : TERM # this script outlives the ranks, which save
-srun --wait=120 python train/pretrain.py "$@" "data.cache=$cache" &
+srun --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python train/pretrain.py "$@" "data.cache=$cache" &
 ranks=$!
 while
     wait "$ranks"

@@ -45,8 +45,8 @@ _HINTS = {
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
     "optimizer": "give the run's optimizer.name, or another train.output",
-    "steps": "the cosine schedule depends on train.steps; give the run's, begin a new run with "
-    "train.init_from, or extend this one with optimizer.schedule=wsd",
+    "steps": "the cosine schedule depends on train.steps; give the train.steps of the run, begin a new run with "
+    "train.init_from, or go on with optimizer.schedule=wsd or constant",
 }
 
 
@@ -195,7 +195,7 @@ class Checkpoints:
             hidden = self.folder / f"{_DELETED}{name}"
             os.rename(self.folder / name, hidden)
             self._removals = [thread for thread in self._removals if thread.is_alive()]
-            self._removals.append(Thread(target=shutil.rmtree, args=(hidden,)))
+            self._removals.append(Thread(target=shutil.rmtree, args=(hidden, True)))
             self._removals[-1].start()
 
 

@@ -44,7 +44,7 @@ def dry_run(
     folder = _check_output(Path(config.train.output))
     run = estimate(config, data, cluster, read_packs(config, data, packs))
     lines = [
-        "An estimate on paper: nothing was trained, and nothing is measured but what says so.",
+        "An estimate on paper: nothing was trained, and only the loader's time was measured.",
         *_settings(settings),
         *_checks(config, data, run, folder),
         *_parameters(config, run),
@@ -83,7 +83,11 @@ def _checks(config: Config, data: Mixture, run: Estimate, folder: Path) -> Itera
     if initial := open_initial_weights(config, data, select=lambda _: []):
         yield f"  initial {initial.report}".replace("\n", "\n          ")
     checkpoints = list_checkpoints(Path(config.train.output))
-    state = f"a run; training would resume from {checkpoints[-1].name}" if checkpoints else "training would start anew"
+    state = "training would start anew"
+    if checkpoints:
+        step = int(checkpoints[-1].name.removeprefix("step-"))
+        finished = step >= config.train.steps
+        state = "a finished run" if finished else f"a run; training would resume from {checkpoints[-1].name} if it fits"
     yield f"  output  {config.train.output}: {state}"
     needed = (config.train.keep_checkpoints + 1) * run.checkpoint_bytes
     free = shutil.disk_usage(folder).free

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import shutil
@@ -30,7 +32,7 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     check_compiler(config, ranks.device)
     bf16 = uses_bf16(config.train.precision, ranks.device)
-    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.logger.setLevel("ERROR")  # the trainer reports skipped steps itself
     settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
@@ -43,7 +45,8 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     if config.train.compile == "blocks":
         compile_blocks(model)
     optimizer = make_optimizer(model, config.optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 DeepSpeed prints what memory it uses
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
     return engine
 

@@ -47,8 +47,11 @@ _LLAMA_BLOCK = {
 """Parameters of a block, and the matrices of a Llama block whose rows they hold, in this order."""
 
 
+_LLAMA_EMBEDDING = "model.embed_tokens.weight"
+
+
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Elements [start, start + length) of a flattened parameter, copied from those of `source` at source_start."""
 
     start: int
@@ -57,8 +60,8 @@ class Run:
     source_start: int = 0
 
 
-Plan = dict[str, list[Run]]
-"""The runs of every parameter, in order of their starts."""
+Plan = dict[str, list[Span]]
+"""The spans of every parameter, in order of their starts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +80,10 @@ class InitialWeights:
 
     def copy(self, name: str, offset: int, target: Tensor) -> None:
         """Fill the elements of `target` that have a source; it is flat and starts at `offset` of the parameter."""
-        for run in self.plan[name]:
-            start, end = max(run.start, offset), min(run.start + run.length, offset + len(target))
+        for span in self.plan[name]:
+            start, end = max(span.start, offset), min(span.start + span.length, offset + len(target))
             if start < end:
-                source = self.weights.read(run.source, run.source_start + start - run.start, end - start)
+                source = self.weights.read(span.source, span.source_start + start - span.start, end - start)
                 target[start - offset : end - offset].copy_(source)
 
     @property
@@ -122,7 +125,7 @@ def _from_model(
     select: Select,
 ) -> InitialWeights:
     """Plan to begin from a run, a checkpoint of a run, or an exported folder."""
-    path, raw = Path(str(train.init_from)), train.init_raw
+    path, raw = Path(str(train.init_from)).resolve(), train.init_raw
     weights: Weights
     if is_export(path):
         if raw:
@@ -191,9 +194,9 @@ def plan_from_model(
     for name, shape in shapes.items():
         origin = "embedding.weight" if name == "head.weight" and name not in stored else name  # tied in the source
         old = stored.get(origin)
-        plan[name] = [] if old is None else [Run(0, math.prod(shape), origin)]
+        plan[name] = [] if old is None else [Span(0, math.prod(shape), origin)]
         if name in _VOCABULARY_TABLES and old == (old_size, *shape[1:]):
-            plan[name] = list(_vocabulary_runs(source, model, kept, origin))
+            plan[name] = list(_vocabulary_spans(source, model, kept, origin))
         elif old not in (None, shape):
             wrong.append(f"{name} {old} -> {shape}")
     wrong += [f"{name} {old} -> none" for name, old in stored.items() if name not in {*shapes, *_dropped(stored, kept)}]
@@ -207,12 +210,12 @@ def _dropped(stored: Mapping[str, Shape], modalities: int) -> list[str]:
     return [name for name in stored if name.startswith("codecs.") and int(name.split(".")[1]) >= modalities]
 
 
-def _vocabulary_runs(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Run]:
+def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:
     """Yield the rows of text ids, of <bos> and <eos>, and of the special tokens of the modalities in common."""
     width = model.transformer.dim
     old, new = (Vocabulary(one.num_text_tokens, len(one.dim_latent)) for one in (source, model))
     for start, source_start, rows in ((0, 0, old.num_text_tokens), (new.bos, old.bos, 2 + 2 * modalities)):
-        yield Run(start * width, rows * width, origin, source_start * width)
+        yield Span(start * width, rows * width, origin, source_start * width)
 
 
 class _Llama(BaseModel):
@@ -231,6 +234,7 @@ class _Llama(BaseModel):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
+    use_sliding_window: Literal[False] = False
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -257,15 +261,15 @@ class _Llama(BaseModel):
             "norm_eps": self.rms_norm_eps,
         }
 
-    def rows(self, model: ModelConfig, stored: Shape, origin: str) -> Iterator[Run]:
+    def rows(self, model: ModelConfig, stored: Shape, origin: str) -> Iterator[Span]:
         """Yield the rows of the text ids, and of <bos> and <eos>, which Llama has among its text ids."""
         rows, width = stored
-        yield Run(0, min(rows, model.num_text_tokens) * width, origin)
+        yield Span(0, min(rows, model.num_text_tokens) * width, origin)
         vocabulary = Vocabulary(model.num_text_tokens, len(model.dim_latent))
         for token, ids in ((vocabulary.bos, self.bos_token_id), (vocabulary.eos, self.eos_token_id)):
             number = ids[0] if isinstance(ids, list) else ids
             if number is not None and 0 <= number < rows:
-                yield Run(token * width, width, origin, number * width)
+                yield Span(token * width, width, origin, number * width)
 
 
 def _from_llama(folder: Path, model: ModelConfig, shapes: Mapping[str, Shape]) -> InitialWeights:
@@ -278,7 +282,13 @@ def _from_llama(folder: Path, model: ModelConfig, shapes: Mapping[str, Shape]) -
         raise InputError(f"model.transformer must be that of {folder}, got other values ({difference}); correct them")
     weights = WeightFiles(folder)
     plan = plan_from_llama(llama, weights.shapes, model, shapes, folder)
-    return InitialWeights(weights, plan, shapes, (f"text weights of {folder}",))
+    used = {span.source for spans in plan.values() for span in spans}
+    if unused := [name for name in weights.shapes if name not in used and not name.endswith("rotary_emb.inv_freq")]:
+        raise InputError(f"{folder} must hold tensors of Llama alone, got {', '.join(unused):.100} too; give another")
+    notes = [f"text weights of {folder}"]
+    if (rows := weights.shapes[_LLAMA_EMBEDDING][0]) > model.num_text_tokens:
+        notes.append(f"left out: rows {model.num_text_tokens}-{rows - 1} of its vocabulary, but for <bos> and <eos>")
+    return InitialWeights(weights, plan, shapes, tuple(notes))
 
 
 def plan_from_llama(
@@ -302,12 +312,12 @@ def plan_from_llama(
     for name, parts in sources.items():
         lengths = [math.prod(stored.get(part, (0,))) for part in parts]
         starts = [0, *accumulate(lengths)]
-        plan[name] = [Run(*run) for run in zip(starts, lengths, parts, strict=False)]
+        plan[name] = [Span(*span) for span in zip(starts, lengths, parts, strict=False)]
         if starts[-1] != math.prod(shapes[name]):
             got = ", ".join(f"{part} {stored.get(part, 'missing')}" for part in parts)
             raise InputError(f"{folder}: {name} must have the shape {shapes[name]}, got {got}; give another folder")
-    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    for name, origin in zip(_VOCABULARY_TABLES, ("model.embed_tokens.weight", head), strict=True):
+    head = _LLAMA_EMBEDDING if tied else "lm_head.weight"
+    for name, origin in zip(_VOCABULARY_TABLES, (_LLAMA_EMBEDDING, head), strict=True):
         found, width = stored.get(origin, ()), model.transformer.dim
         if found[1:] != (width,):
             raise InputError(f"{folder}: {origin} must have rows of {width} values, got {found}; give another folder")
@@ -316,11 +326,11 @@ def plan_from_llama(
     return plan
 
 
-def _missing(name: str, shape: Shape, runs: list[Run]) -> Iterator[str]:
-    """Yield descriptions of what no run covers: the parameter, or ranges of its rows."""
+def _missing(name: str, shape: Shape, spans: list[Span]) -> Iterator[str]:
+    """Yield descriptions of what no span covers: the parameter, or ranges of its rows."""
     row, end = math.prod(shape[1:]), math.prod(shape)
     covered = 0
-    for start, length in [*((run.start, run.length) for run in runs), (end, 0)]:
+    for start, length in [*((span.start, span.length) for span in spans), (end, 0)]:
         if start > covered:
             rows = f"rows {covered // row}-{start // row - 1} of "
             yield name if start - covered == end else rows + name

@@ -244,7 +244,7 @@ def open_slices(checkpoint: Path) -> StoredSlices:
     """Open the slices of all ranks that the manifest lists; InputError if they are not complete."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        return StoredSlices(checkpoint / file for file in files if file != META)
+        return StoredSlices(checkpoint / Path(file).name for file in files if file != META)
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint}: {error}; name another checkpoint") from error
 
@@ -275,9 +275,16 @@ def find_damage(checkpoint: Path, select: Select = list) -> list[str]:
     for file in select(sorted(expected)):
         if not (checkpoint / file).is_file():
             problems.append(f"{file}: missing")
-        elif measure(checkpoint / file) != expected.get(file):
+        elif _measured(checkpoint / file) != expected.get(file):
             problems.append(f"{file}: not as {MANIFEST} says")
     return problems
+
+
+def _measured(path: Path) -> tuple[int, str] | None:
+    try:
+        return measure(path)
+    except OSError:  # such as a disk that cannot read it; an exception on one rank would leave the others waiting
+        return None
 
 
 def measure(path: Path) -> tuple[int, str]:

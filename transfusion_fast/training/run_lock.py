@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import LeaseCompromise, SoftFileLease, Timeout
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import EXIT_LOST_RANK, InputError
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import CHECKPOINTS, CONFIG
 
@@ -31,7 +32,7 @@ def lock_run(run: Path, ranks: Ranks) -> Iterator[None]:
     """
     # The lock is a file that names process and host, and that its holder touches. It works on file systems that lock
     # nothing, such as NFS.
-    lease = SoftFileLease(run / LOCK, lease_duration=STALE, thread_local=False)
+    lease = SoftFileLease(run / LOCK, lease_duration=STALE, thread_local=False, on_compromise=_end_run)
     created = not run.exists()
     try:
         ranks.together(lambda: _acquire(lease, run) if ranks.is_main else None)
@@ -44,6 +45,17 @@ def lock_run(run: Path, ranks: Ranks) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (run / CHECKPOINTS).rmdir()
                 run.rmdir()
+
+
+def _end_run(lost: LeaseCompromise) -> None:
+    """Exit at once: another job may train in the folder by now, which a last checkpoint would disturb."""
+    print(
+        f"pretrain: {lost.lock_file} must stay this job's while it trains, got {lost.reason.replace('_', ' ')}, as "
+        "after a long pause or a failure of the storage; see that no other job trains there, and start again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_LOST_RANK)
 
 
 def _acquire(lease: SoftFileLease, run: Path) -> None:

@@ -37,6 +37,7 @@ from transfusion_fast.training.run_folder import (
     DataDescription,
     Meta,
     describe_data,
+    read_meta,
     write_config,
     write_data_description,
 )
@@ -46,7 +47,7 @@ from transfusion_fast.training.terminal import say
 from transfusion_fast.training.validation import Validation
 
 _NAMED = 4
-"""Micro-batches that the message about a skipped step names; when training diverges, every one of them is concerned."""
+"""How many micro-batches the message about a skipped step names; when training diverges, all of them are affected."""
 
 
 class Trainer:
@@ -59,7 +60,7 @@ class Trainer:
             InputError: a shard is missing, all checkpoints are damaged, or the checkpoint is of another run.
         """
         self.config, self.data, self.ranks, self.folder = config, data, ranks, Path(config.train.output)
-        self.started = time.monotonic()
+        self.started, self.stop = time.monotonic(), StopRequest()
         train = config.train
         self.share = Share(ranks.rank, ranks.world_size, train.micro_batch, train.global_batch, train.sequence_parallel)
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
@@ -102,7 +103,7 @@ class Trainer:
         settings, first_pack = self.config.train, self.meta.packs_consumed
         if self.meta.step >= settings.steps:
             return True
-        stop, pin_memory = StopRequest(), self.ranks.device.type == "cuda"
+        pin_memory = self.ranks.device.type == "cuda"
         self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
         self.peak = self._peak_flops()
         self.quarters = QuarterLosses(self.ranks.device)
@@ -114,7 +115,7 @@ class Trainer:
                 stack.callback(logger.close)
             stack.callback(self.profiler.close)
             try:
-                self._take_steps(stop)
+                self._take_steps()
             except InputError:  # on all ranks at the same step
                 self.checkpoints.close()
                 raise
@@ -130,11 +131,11 @@ class Trainer:
         peaks = self.ranks.gather([peak_flops(self.ranks.device, dtype)])
         return None if None in peaks else sum(peaks)
 
-    def _take_steps(self, stop: StopRequest) -> None:
+    def _take_steps(self) -> None:
         settings, first, start = self.config.train, self.meta.step + 1, time.monotonic()
         while self.meta.step < settings.steps:
             with self.profiler.step(self.meta.step + 1):
-                stopping = self._step(stop.requested or self.ranks.abandoned or self._out_of_time())
+                stopping = self._step(self.stop.requested or self.ranks.abandoned or self._out_of_time())
             if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
                 say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
             if not stopping or self.meta.step == settings.steps:  # whoever stops a run does not wait for long
@@ -292,8 +293,6 @@ class Trainer:
         ended, self.interval = self.interval, Interval()
         seconds, work, devices = self.interval.start - ended.start, ended.work, self.ranks.world_size
         q1, q2, q3, q4 = mean_losses(quarters)
-        if not self.loggers:
-            return
         row = Row(
             step=self.meta.step,
             packs=self.meta.packs_consumed,
@@ -318,8 +317,12 @@ class Trainer:
             skipped_steps=self.meta.skipped_steps,
             quarantined=self.meta.quarantined,
         )
-        for logger in self.loggers:
-            logger.log(row)
+
+        def log() -> None:
+            for logger in self.loggers:
+                logger.log(row)
+
+        self.ranks.together(log)
 
     def _announce(self, checkpoint: Path | None) -> None:
         """Prepare the run folder, which holds this checkpoint, and print what is about to run."""
@@ -327,8 +330,8 @@ class Trainer:
         self.checkpoints.repair(checkpoint)  # its folder comes first, since it marks the run folder as one
         if meta.step >= steps:
             print(
-                f"{self.folder}: trained to step {meta.step} already; change train.output, or extend it with "
-                "optimizer.schedule=wsd and more train.steps"
+                f"{self.folder}: trained to step {meta.step} already; give another train.output, and "
+                "train.init_from to begin from these weights"
             )
             return
         write_data_description(self.folder, self.description)
@@ -344,6 +347,13 @@ class Trainer:
         if config.optimizer.warmup_steps >= steps:
             warmup = f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
             print(f"warning: {warmup} covers all {steps} steps; lower it to train at optimizer.lr")
+        if checkpoint is not None:
+            before = read_meta(checkpoint).config
+            rates = [
+                learning_rate(meta.step - 1 + i, c.train.steps, c.optimizer) for i, c in enumerate((before, config))
+            ]
+            if rates[1] > 1.5 * rates[0] and meta.step >= config.optimizer.warmup_steps:
+                print(f"warning: the learning rate goes from {rates[0]:.2e} to {rates[1]:.2e}, and the loss may rise")
         start = f"resuming at step {meta.step}" if meta.step else "training"
         backend = ops.describe(config.model.backend, self.ranks.device)
         print(f"{start}, {steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)
