@@ -322,6 +322,8 @@ class TrainConfig(_Settings):
     def _check_initial_weights(self) -> TrainConfig:
         if self.init_from is not None and self.init_text_from is not None:
             raise ValueError("init_from and init_text_from must not be given together; drop one of them")
+        if self.init_raw and self.init_from is None:
+            raise ValueError("init_raw must come with init_from, got none; give a run")
         return self
 
     @field_validator("profile")

@@ -84,6 +84,24 @@ def test_a_single_dataset_has_the_order_of_a_data_folder(counts, seed, position)
     assert MixtureOrder(seed, [counts], [Fraction(1, 3)], 3)[position] == PackOrder(seed, counts, 3)[position]
 
 
+@given(st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(2, 6))
+def test_every_nth_pack_of_each_dataset_is_held_out_whatever_its_shards_and_the_others_are_read_once(counts, every):
+    datasets = [(index_of(own), Fraction(sum(own), sum(map(sum, counts)))) for own in counts]
+    mixture, held, kept, first = replace(mixture_of(*datasets), held_out_every=every), [], [], 0
+    for own in counts:
+        held += range(first + every - 1, first + sum(own), every)
+        kept.append({*range(first, first + sum(own))} - {*held})
+        first += sum(own)
+    assert mixture.held_out == held
+    order = mixture.order(seed=1, window=2)
+    stream = [order[position] for position in range(3 * first)]
+    for dataset in kept:
+        own = [(epoch, number) for epoch, number in stream if number in dataset]
+        epoch = [number for _, number in own[: len(dataset)]]
+        assert sorted(epoch) == sorted(dataset)
+    assert {number for _, number in stream}.isdisjoint(held)
+
+
 def test_the_order_is_the_same_on_every_machine_and_release():
     order = MixtureOrder(0, [[3, 2], [4]], [Fraction(1, 4), Fraction(3, 4)], window=2)
     expected = [(0, 5), (0, 8), (0, 7), (0, 3), (0, 6), (1, 6), (1, 8), (0, 4), (1, 7), (1, 5)]

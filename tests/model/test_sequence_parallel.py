@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sequence_ranks import cut_batch, loss_and_gradients, on_ranks
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from transfusion_fast.model.sequence_parallel import split_batch
+from transfusion_fast.training.ranks import _sequence_group
 
 GROUPED = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "qk_norm": True}
 CASES: list[dict[str, Any]] = [
@@ -44,3 +48,13 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int) -> N
         assert torch.equal(of_patches, whole.timesteps.repeat_interleave(whole.image_offsets.diff()))
         fractions = sum(float(piece.fractions.sum()) for piece in pieces)
         assert fractions == pytest.approx(len(whole.timesteps))
+
+
+def test_consecutive_ranks_share_packs() -> None:
+    for rank, members in ((1, [0, 1]), (2, [2, 3])):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            group = _resolve_process_group(_sequence_group(2))
+            assert dist.get_process_group_ranks(group) == members
+        finally:
+            dist.destroy_process_group()

@@ -43,6 +43,10 @@ def test_any_range_of_a_tensor_is_read_from_one_file_or_several(
     written = {key: x for file in folder.glob("*.safetensors") for key, x in load_file(file).items()}
     assert written.keys() == TENSORS.keys() and all(torch.equal(written[key], x) for key, x in TENSORS.items())
     assert len([*folder.glob("*.safetensors")]) == {1: 3, 61: 2, 88: 2, 10**9: 1}[max_file_bytes]
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text())
+        assert index["metadata"]["total_size"] == 120  # bytes
+        assert index["weight_map"].keys() == TENSORS.keys()
     weights, flat = WeightFiles(folder), TENSORS[name].flatten()
     assert weights.shapes == {key: tuple(x.shape) for key, x in TENSORS.items()}
     start, end = sorted(data.draw(st.lists(st.integers(0, len(flat)), min_size=2, max_size=2, unique=True)))

@@ -226,6 +226,14 @@ def test_images_after_unequal_prompts_are_those_drawn_one_by_one(objective, moda
         torch.testing.assert_close(image, alone, **tolerance["fp32"])
 
 
+def test_a_generator_for_each_prompt_gives_the_image_that_it_gives_alone():
+    model, settings = make(), ImageSettings(steps=3, guidance=2.0, clip=1.0)
+    drawn = generate_images(model, PROMPTS, (2, 2), image=settings, generator=[seeded(i) for i in range(len(PROMPTS))])
+    for number, prompt in enumerate(PROMPTS):
+        [alone] = generate_images(model, [prompt], (2, 2), image=settings, generator=[seeded(number)])
+        torch.testing.assert_close(drawn[number], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_what_was_sampled_can_be_a_prompt_and_a_training_document():
     model = chain({1: 2, 2: BOI1, EOI1: 3, 3: EOS})
     [document] = model.sample([[ids(1)]], grids=GRIDS, image=ONE_STEP, generator=seeded())

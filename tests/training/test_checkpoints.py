@@ -18,9 +18,10 @@ from transfusion_fast.config import ModelConfig
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
+from transfusion_fast.training import slices
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage, load_model
-from transfusion_fast.training.slices import init_state
+from transfusion_fast.training.slices import averaged_weights, init_state
 from transfusion_fast.training.trainer import initial_meta
 
 META = Meta(
@@ -159,6 +160,31 @@ def test_a_restored_engine_has_every_number_of_the_saved_one(tmp_path: Path) -> 
     assert all(torch.equal(tensors[kind], others[kind]) for kind in ("exp_avg", "exp_avg_sq", "ema"))
     for one, two in zip(saved.module.parameters(), restored.module.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_average_takes_the_place_of_the_weights_in_parts_and_gives_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "_EXCHANGED", 3)  # of 8 elements
+    engine, average = Engine(), torch.arange(8.0)
+    [(flat, state)] = engine.optimizer.optimizer.state.items()
+    weights = flat.detach().clone()
+    state["ema"] = average.clone()
+    with averaged_weights(engine):
+        assert torch.equal(flat, average) and torch.equal(state["ema"], weights)
+        assert torch.equal(torch.nn.utils.parameters_to_vector(engine.module.parameters()), average)
+    assert torch.equal(flat, weights) and torch.equal(state["ema"], average)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(engine.module.parameters()), weights)
+
+
+def test_a_run_that_was_saved_without_an_average_begins_it_with_its_weights(tmp_path: Path) -> None:
+    saved, restored = Engine(1), Engine(2)
+    [(flat, state)] = saved.optimizer.optimizer.state.items()
+    del state["ema"]
+    checkpoints = Checkpoints(tmp_path, OneRank(), 9)
+    checkpoints.save(saved, replace(META, step=7))
+    checkpoints.close()
+    checkpoints.restore(restored, find_checkpoint(tmp_path), META)
+    [others] = restored.optimizer.optimizer.state.values()
+    assert torch.equal(others["ema"], flat)
 
 
 @pytest.mark.parametrize("file", ["meta.json", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])

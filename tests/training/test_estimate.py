@@ -20,6 +20,7 @@ from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.estimate import (
     Cluster,
+    Estimate,
     Traffic,
     count_parameters,
     estimate,
@@ -99,6 +100,14 @@ def test_ranks_divide_what_their_zero_stage_says() -> None:
     assert bytes_of_a_parameter(64, offload_optimizer=True) == (2, 0, 0, 0, 24e9)
 
 
+def test_buffers_hold_the_gathered_weights_and_what_is_reduced() -> None:
+    def buffers(parameters: int, stage: int) -> float:
+        return state_memory(parameters, Config(train={"zero_stage": stage}), 64, 2)[0]["buffers"]
+
+    assert [buffers(n, 3) for n in (10**8, 10**9, 4 * 10**9)] == [2 * 6e8, 2 * 15e8, 2 * 15e8]
+    assert [buffers(n, 2) for n in (10**8, 10**9)] == [2 * 2 * 1e8, 2 * 2 * 5e8]
+
+
 def test_muon_keeps_one_value_less_for_each_element_of_the_blocks_matrices() -> None:
     model = Transfusion(preset="0.16b")
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
@@ -157,6 +166,21 @@ def test_a_faster_gpu_leaves_another_part_to_limit_the_step(config: Config) -> N
     assert limit(mfu=1.0) == "loader"
     assert limit(mfu=1.0, network=1.0) == "communication"
     assert limit(mfu=1.0, storage=1.0) == "checkpoints"
+
+
+def test_gpus_that_share_packs_hold_a_part_of_the_activations_and_checkpoints_are_in_fp32(config: Config) -> None:
+    data = open_data(config)
+    packs = read_packs(config, data, 2)
+
+    def run(gpus: int) -> Estimate:
+        changed = config.train.model_copy(update={"sequence_parallel": gpus, "precision": "bf16"})
+        cluster = Cluster("H100", gpus, 8, mfu=0.4, network=1e9, storage=1e9)
+        return estimate(config.model_copy(update={"train": changed}), data, cluster, packs)
+
+    one, two = run(1), run(2)
+    assert one.accumulation_steps == two.accumulation_steps
+    assert two.activations == pytest.approx({setting: size / 2 for setting, size in one.activations.items()})
+    assert one.checkpoint_bytes == two.checkpoint_bytes == 4 * 4 * one.num_parameters
 
 
 def test_a_missing_shard_is_an_error_of_the_data(config: Config) -> None:

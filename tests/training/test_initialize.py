@@ -16,9 +16,11 @@ from transfusion_fast.data.loader import Share, complete_config, open_data, trai
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Vocabulary
+from transfusion_fast.model.weights import write_weights
+from transfusion_fast.training import initialize
 from transfusion_fast.training.export import export_model
 from transfusion_fast.training.initialize import InitialWeights, open_initial_weights, plan_from_model
-from transfusion_fast.training.run_folder import find_checkpoint, load_model
+from transfusion_fast.training.run_folder import describe_data, find_checkpoint, load_model, write_data_description
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 
@@ -102,6 +104,28 @@ def test_modalities_that_the_data_lacks_are_left_out() -> None:
     assert initial.initialised == []
 
 
+def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(model={"transformer": STACK}, data={"path": str(digits)}, train={"init_from": str(tmp_path)})
+    data = open_data(config)
+    config = complete_config(config, data)
+    wider = config.model.model_copy(update={"dim_latent": (*config.model.dim_latent, 6), "objective": "flow"})
+    write_weights(tmp_path, ModelWeights(Transfusion(wider)))
+    (tmp_path / "config.json").write_text(json.dumps({"model": wider.model_dump(mode="json")}))
+    write_data_description(tmp_path, describe_data(data))
+    initial = open_initial_weights(config, data, list)
+    assert initial is not None and "warning" not in initial.report
+    assert "model.objective flow -> ddpm" in initial.report
+    assert "left out: codecs.1." in initial.report and "codecs.0" not in initial.report
+    monkeypatch.setattr(initialize, "_tokenizer", lambda data: {"name": "tokenizer.json"})
+    other = open_initial_weights(config, data, list)
+    assert (
+        other is not None
+        and "warning: text has the tokenizer tokenizer.json, its weights that of bytes" in other.report
+    )
+
+
 def llama(folder: Path, *, tied: bool = False, **settings: Any) -> Any:
     """Write a tiny Llama model whose weights all matter, and return it."""
     torch.manual_seed(1)
@@ -174,7 +198,7 @@ def test_tensors_that_the_model_cannot_hold_are_refused_and_vocabulary_left_out_
     model = llama(tmp_path)
     biased = {**model.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}
     model.save_pretrained(tmp_path / "biased", state_dict=biased)
-    with pytest.raises(InputError, match="must hold tensors of Llama alone, got .*q_proj.bias"):
+    with pytest.raises(InputError, match=r"must hold tensors of Llama alone, got .*q_proj\.bias"):
         text_model(digits, tmp_path / "biased")
 
 

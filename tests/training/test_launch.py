@@ -111,13 +111,14 @@ def test_a_node_whose_addresses_lead_to_itself_is_refused_with_the_variable_to_s
         (Launch(1, 2, 1, 2), {"MASTER_ADDR": "127.0.0.1"}, ["127.0.0.1"]),  # one node
         (Launch(1, 2, 0, 1), {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "eth0"}, ["127.0.0.1"]),
         (Launch(1, 4, 1, 2), {"MASTER_ADDR": "here"}, ["10.0.0.1", "127.0.0.1"]),  # the host of rank 0 itself
+        (Launch(1, 4, 1, 2), {"MASTER_ADDR": "first"}, ["10.0.0.1"]),  # as Debian's /etc/hosts has its own name
         (Launch(2, 4, 0, 2), {"MASTER_ADDR": "elsewhere"}, ["10.0.0.2"]),
     ],
 )
 def test_a_node_that_others_can_reach_is_not_refused(
     rank: Launch, variables: dict[str, str], here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolve(monkeypatch, here=here, elsewhere=["10.0.0.1"])
+    resolve(monkeypatch, here=here, elsewhere=["10.0.0.1"], first=["127.0.1.1"])
     check_network(rank, variables)
 
 

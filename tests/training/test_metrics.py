@@ -80,6 +80,14 @@ def test_the_seconds_within_a_wait_are_counted_as_such(monkeypatch: pytest.Monke
     assert (interval.waited, interval.stalled) == (2.5, 4.0)
 
 
+def test_the_seconds_apart_are_no_part_of_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    interval, times = Interval(start=5.0), iter([10.0, 13.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    with interval.apart():
+        pass
+    assert (interval.start, interval.waited, interval.stalled) == (8.0, 0.0, 0.0)
+
+
 def images_of(*timesteps: list[float], fraction: float = 1.0) -> SimpleNamespace:
     """Return a batch with images, or a fraction of each, at these timesteps, one list for each modality."""
     modalities = [

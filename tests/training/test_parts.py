@@ -112,6 +112,12 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
     }  # fmt: skip
 
 
+def test_deepspeed_clips_the_gradients_of_adamw_and_not_those_of_muon() -> None:
+    for name, clip in (("adamw", 1.0), ("muon", 0.0)):
+        config = Config(optimizer={"name": name})
+        assert deepspeed_settings(config, SHARE, bf16=True, cuda=False)["gradient_clipping"] == clip
+
+
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
@@ -138,6 +144,7 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "deepspeed.zero_optimization.reduce_bucket_size: Input "
          "should be a valid integer, .* got 'big'"),
         ({"elasticity": {"enabled": True}}, "got: Elastic training has been removed"),
+        ({"zero_optimization": {"cpu_offload": True}}, "must come with train.offload_optimizer=true, got"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "with train.offload_optimizer=true, got"),
         ({"activation_checkpointing": True}, "config: deepspeed must be settings that DeepSpeed accepts, got: "),
         ({"sequence_parallel_size": 2}, "set train.sequence_parallel"),

@@ -14,6 +14,7 @@ from launching import (
     metrics,
     picture,
     refusal,
+    report_averages,
     small_config,
     spoil_losses,
     start,
@@ -188,6 +189,13 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_though_its_gradient
     assert line == f"step 2 is skipped: NaN or infinity in the diffusion loss of rank 1, pack {order[5][1]}"
     states = [state_of(tmp_path, step) for step in (1, 2, 3, 4)]
     assert states[0] == states[1] and states[1] != states[2] != states[3]
+
+
+def test_the_average_of_the_weights_counts_the_steps_that_were_taken(digits: Path, tmp_path: Path) -> None:
+    spoil = partial(report_averages, {(0, 5): "diffusion"})  # in step 2 of 4 micro-batches each
+    printed = train(1, digits, tmp_path, "train.steps=3", setup=spoil)
+    counts = [line for line in printed.splitlines() if line.startswith("average of")]
+    assert counts == ["average of 1 steps", "average of 2 steps"]
 
 
 def test_every_rank_and_loss_that_is_not_finite_is_named_until_training_stops(digits: Path, tmp_path: Path) -> None:

@@ -5,14 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import metrics, refusal, small_config, start, state_of, train
+from launching import OneRank, metrics, refusal, small_config, start, state_of, text, train, write_packs
 
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.loader import batch_builder, open_data, open_heldout
+from transfusion_fast.data.loader import batch_builder, complete_config, open_data, open_heldout
 from transfusion_fast.data.mixture import MixtureReader
+from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.training.run_folder import find_checkpoint, load_model
+from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.run_folder import describe_data, find_checkpoint, load_model
+from transfusion_fast.training.samples import Samples
+from transfusion_fast.training.validation import Validation
 
 OBSERVED = (
     "train.validate_every=2",
@@ -58,6 +65,7 @@ def observed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks at stage 3 with validation on a folder and samples."""
     run = tmp_path_factory.mktemp("observed") / "run"
     printed = train(2, digits, run, *OBSERVED, f"data.heldout={digits.parent / 'heldout'}")
+    assert f"step 4, samples: {run / 'samples' / 'step-00000004.png'}" in printed
     assert "step 4, held-out packs: text " in printed and f"samples of all steps: {run / 'samples'}" in printed
     return run
 
@@ -130,3 +138,61 @@ def test_a_resumed_run_measures_and_draws_what_an_uninterrupted_one_does(
     for name in ("step-00000004.png", "step-00000005.png"):
         assert (run / "samples" / name).read_bytes() == (tmp_path / "whole" / "samples" / name).read_bytes()
     assert (run / "samples" / "learned.png").is_file() and state_of(run, 5) == state_of(tmp_path / "whole", 5)
+
+
+def test_the_measured_packs_are_spread_over_all_that_are_held_out(digits: Path) -> None:
+    config = small_config(digits, "data.heldout=0.1", "train.validate_packs=7")
+    mixture = open_data(config)
+    held, numbers = mixture.held_out, open_heldout(config, mixture)[1]
+    assert len(held) > 20 and [held.index(n) for n in numbers] == [i * len(held) // 7 for i in range(7)]
+    folder = small_config(digits, f"data.heldout={digits.parent / 'heldout'}", "train.validate_packs=7")
+    heldout, numbers = open_heldout(folder, mixture)
+    assert numbers == [i * heldout.num_packs // 7 for i in range(7)]
+
+
+def test_held_out_data_that_do_not_fit_the_training_data_are_refused(digits: Path, tmp_path: Path) -> None:
+    longer = write_packs(tmp_path / "longer", [(text(100, seed),) for seed in range(9)], 256)
+    documents = [(text(100, seed),) for seed in range(9)]
+    prepare(documents, tmp_path / "text", sequence_length=128, tokenizer=ByteTokenizer(), modalities=())
+    for path, heldout, told in (
+        (digits, longer, f"sequence_length .* 128 in {digits} and 256 in {longer}"),
+        (tmp_path / "text", digits, "data.heldout must be text alone, as .*text is, got images in"),
+    ):
+        config = small_config(path, f"data.heldout={heldout}")
+        with pytest.raises(InputError, match=told):
+            open_heldout(config, open_data(config))
+
+
+class Half(OneRank):
+    """One of two ranks that run one after the other; `parts` has what they have gathered."""
+
+    def __init__(self, rank: int, parts: list):
+        Ranks.__init__(self, rank, 2, torch.device("cpu"), control=None)
+        vars(self)["parts"] = parts  # the class is frozen
+
+    def gather(self, items: list) -> list:
+        self.parts += items
+        return [*((number, items[0][1]) for number in range(9)), *self.parts]
+
+
+def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_trains_on(
+    digits: Path, tmp_path: Path
+) -> None:
+    overrides = ("train.sample_prompts=[one, two, three]", "train.sample_each=3", "train.sample_steps=2")
+    config = small_config(digits, *OBSERVED, *overrides, f"data.heldout={digits.parent / 'heldout'}")
+    data = open_data(config)
+    config, described = complete_config(config, data), describe_data(data)
+    model, settings, parts = Transfusion(config.model).train(), ImageSettings(2, clip=1.0), []
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    drawn = [Samples(config.train, described, tmp_path, ranks).draw(model) for ranks in (OneRank(), Half(0, parts))]
+    drawn.append(Samples(config.train, described, tmp_path, Half(1, parts)).draw(model))
+    assert model.training
+    for number, caption in enumerate(name for name in ("one", "two", "three") for _ in range(3)):
+        prompt = [torch.from_numpy(described.tokenizer.encode(caption)).long()]
+        generator = [torch.Generator().manual_seed(number)]
+        [alone] = generate_images(model.eval(), [prompt], described.grid(0), image=settings, generator=generator)
+        for images in (drawn[0], drawn[2]):
+            torch.testing.assert_close(images[number], alone, rtol=1e-4, atol=1e-4)
+    Validation(config, data, OneRank()).measure(model.train(), 1)
+    assert model.training

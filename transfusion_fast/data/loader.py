@@ -51,6 +51,11 @@ class Share:
 
     def __post_init__(self) -> None:
         """Raise InputError for a global batch that ranks and micro-batches do not divide."""
+        if self.world_size % self.sequence_parallel:
+            raise InputError(
+                f"train.sequence_parallel must divide the number of ranks, {self.world_size}, "
+                f"got {self.sequence_parallel}; give a divisor, or start more ranks"
+            )
         if self.global_batch % (self.groups * self.micro_batch):
             ranks = "ranks" if self.sequence_parallel == 1 else "ranks / train.sequence_parallel"
             raise InputError(
@@ -140,6 +145,8 @@ def open_heldout(config: Config, mixture: Mixture) -> tuple[Mixture, list[int]]:
         heldout = open_mixture({config.data.heldout: 1.0}, _cache(config))
         packs = list(range(heldout.num_packs))
         Mixture((*mixture.datasets, *heldout.datasets))  # fails unless they go together
+        if heldout.datasets[0].sha256 in {dataset.sha256 for dataset in mixture.datasets}:
+            raise InputError(f"data.heldout must be other data than data.path, got {heldout}; give another, or a share")
         if heldout.modalities and not mixture.modalities:
             raise InputError(f"data.heldout must be text alone, as {mixture} is, got images in {heldout}; give another")
     count = min(config.train.validate_packs, len(packs))

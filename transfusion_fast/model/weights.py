@@ -67,8 +67,9 @@ class WeightFiles:
             names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
         except (TypeError, KeyError, AttributeError):
             raise InputError(f"{folder / INDEX} must map tensors to files, got no such map; write it again") from None
-        if any(Path(name).name != name for name in names):
-            raise InputError(f"{folder / INDEX} must name files of its own folder, got {', '.join(names)}; correct it")
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            got = ", ".join(map(str, names))
+            raise InputError(f"{folder / INDEX} must name files of its own folder, got {got:.200}; correct it")
         return names
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:

@@ -82,11 +82,13 @@ def draw_grid(
     width, height = starts[-1] + widths[-1] * CELL + 0.05, top + len(rows) * CELL + 0.05
     figure = optional_module("matplotlib.figure", "examples").Figure(figsize=(width, height), dpi=110)
     for start, heading in zip(starts, headings, strict=False):
-        figure.text(start / width, 1 - 0.8 * TOP / height, heading, ha="left", va="bottom", fontsize=10)
+        figure.text(
+            start / width, 1 - 0.8 * TOP / height, heading, ha="left", va="bottom", fontsize=10, parse_math=False
+        )
     for number, (caption, groups) in enumerate(rows):
         bottom = height - top - (number + 1) * CELL
         middle = (bottom + CELL / 2) / height
-        figure.text((LEFT - 0.1) / width, middle, caption, ha="right", va="center", fontsize=11)
+        figure.text((LEFT - 0.1) / width, middle, caption, ha="right", va="center", fontsize=11, parse_math=False)
         for start, images in zip(starts, groups, strict=True):
             for column, image in enumerate(images):
                 box = ((start + column * CELL) / width, bottom / height, 0.94 * CELL / width, 0.94 * CELL / height)

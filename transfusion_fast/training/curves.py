@@ -54,6 +54,7 @@ def read_curves(runs: Sequence[Path]) -> list[Curves]:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     rows = read_rows(path) if path.is_file() else []
+    rows = [row for row in rows if all(x is None or isinstance(x, int | float) for x in row.values())]
     names = {name for row in rows for name in row}
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64) for name in names}
 

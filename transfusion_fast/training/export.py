@@ -13,6 +13,8 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
+
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync
 from transfusion_fast.model.transfusion import MODEL_CONFIG
@@ -36,6 +38,7 @@ def export_model(
     Raises:
         InputError: the folder exists and is not empty, or the checkpoint is damaged.
     """
+    out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"OUT must be a new or empty folder, got {out}, which exists; give another")
     data, meta, weights = read_data_description(run), read_meta(checkpoint), open_weights(checkpoint, raw=raw)
@@ -48,6 +51,9 @@ def export_model(
         "versions": meta.versions,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.*"):  # by an export that was killed
+        if left.suffix[1:].isdigit() and not psutil.pid_exists(int(left.suffix[1:])):
+            shutil.rmtree(left)
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     staging.mkdir()
     try:

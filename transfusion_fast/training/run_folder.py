@@ -145,7 +145,7 @@ def read_data_description(run: Path) -> DataDescription:
         return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes)
     except FileNotFoundError as error:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it again") from error
 
 
@@ -269,8 +269,10 @@ def find_damage(checkpoint: Path, select: Select = list) -> list[str]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         expected = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return [f"{MANIFEST}: {type(error).__name__}"]
+    if META not in expected or len(expected) < 2:
+        return [f"{MANIFEST}: lists no {META}, or no file of a rank"]
     problems = []
     for file in select(sorted(expected)):
         if not (checkpoint / file).is_file():
