@@ -13,7 +13,6 @@ from transfusion_fast.data.folder import LocalFolder
 from transfusion_fast.data.loader import Share, open_heldout
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.engine import deepspeed_settings
 from transfusion_fast.training.estimate import Cluster, Estimate, estimate, read_packs
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.run_folder import check_output, list_checkpoints
@@ -44,7 +43,10 @@ def dry_run(
         raise InputError(f"--packs must be at least 1, got {packs}; correct it")
     folder, train = _check_output(Path(config.train.output)), config.train
     share = Share(0, cluster.gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
-    deepspeed_settings(config, share, bf16=train.precision != "fp32", cuda=True)
+    if config.deepspeed:
+        from transfusion_fast.training.engine import deepspeed_settings  # importing DeepSpeed takes seconds
+
+        deepspeed_settings(config, share, bf16=train.precision != "fp32", cuda=True)
     run = estimate(config, data, cluster, read_packs(config, data, packs))
     lines = [
         "An estimate on paper: nothing was trained, and only the loader's time was measured.",
