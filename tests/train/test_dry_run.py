@@ -52,7 +52,7 @@ def test_the_7b_preset_on_64_gpus_takes_seconds_and_writes_nothing(folder: Path)
         ("--dry-run --mfu 40", "--mfu must be above 0 and at most 1, got 40.0"),
         ("--dry-run --packs 0", "--packs must be at least 1, got 0"),
         ("--dry-run train.sequence_parallel=2", "train.sequence_parallel must divide the number of ranks, 1, got 2"),
-        ("--dry-run deepspeed.zero_optimisation={}", "unknown key 'deepspeed.zero_optimisation'; did you mean"),
+        ("--dry-run deepspeed.zero_optimisation={}", "config: unknown key 'deepspeed.zero_optimisation'; did you mean"),
         ("--dry-run train.output=data", "train.output must be new, empty or the folder of a run, got data"),
         ("--gpus 64", "--gpus must come with --dry-run, got 64 without"),
     ],
