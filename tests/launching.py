@@ -43,7 +43,7 @@ SMALL = (
     "checkpoint_every: 2, keep_checkpoints: 5, heartbeat: 30}",
 )
 
-Setup = Callable[[], None] | None
+Setup = Callable[[], None] | None  # a function of this file, since ranks cannot import those of the tests
 
 # Ranks are forked from a process that has made their imports, which take longer than most of these runs. DeepSpeed
 # imports its Muon optimizer, and with it torch.compile, whenever it starts.
@@ -206,6 +206,21 @@ def kill_at_event(rank: int, number: int) -> None:
             watch(owner, name)
     watch(shutil, "rmtree")
     watch(slices, "save_file")
+
+
+def become_the_second_node() -> None:
+    """Set what the first rank of a second node is given, with an address that leads to itself."""
+    os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="localhost")
+
+
+def use_port(port: str) -> None:
+    """Let the ranks meet at a port."""
+    os.environ["MASTER_PORT"] = port
+
+
+def without_compiling() -> None:
+    """Run what DeepSpeed compiles as it is, since its compilation would take most of a minute."""
+    torch.compiler.set_stance("force_eager")
 
 
 def stop_at_the_engine() -> None:

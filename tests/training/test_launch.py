@@ -1,12 +1,11 @@
 """The variables of launchers: every process learns its rank, and processes without an agreed rank are refused."""
 
-import os
 import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
-from launching import refusal, start
+from launching import become_the_second_node, refusal, start, use_port
 
 from transfusion_fast.errors import InputError, NodeError
 from transfusion_fast.training import launch
@@ -122,17 +121,9 @@ def test_a_node_that_others_can_reach_is_not_refused(
     check_network(rank, variables)
 
 
-def become_the_second_node() -> None:
-    os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="localhost")
-
-
 def test_a_node_that_is_refused_says_so_itself(tmp_path: Path, digits: Path) -> None:
     line = refusal(start(1, digits, tmp_path / "run", setup=become_the_second_node))
     assert "MASTER_ADDR must be an address at which all nodes reach the host of rank 0, got localhost" in line
-
-
-def use_port(port: str) -> None:
-    os.environ["MASTER_PORT"] = port
 
 
 def test_a_port_that_is_taken_is_named_in_one_line(tmp_path: Path, digits: Path) -> None:

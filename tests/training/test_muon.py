@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import assert_same_course, metrics, state_of, train
+from launching import assert_same_course, metrics, state_of, train, without_compiling
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import OptimizerConfig
@@ -13,11 +13,6 @@ from transfusion_fast.config_reading import load_config
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.engine import check_compiler, make_optimizer, set_learning_rate
 from transfusion_fast.training.run_folder import find_checkpoint, load_model
-
-
-def without_compiling() -> None:
-    """Run what DeepSpeed compiles as it is, since its compilation would take most of a minute."""
-    torch.compiler.set_stance("force_eager")
 
 
 @pytest.fixture

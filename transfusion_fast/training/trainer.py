@@ -65,6 +65,8 @@ class Trainer:
         self.share = Share(ranks.rank, ranks.world_size, train.micro_batch, train.global_batch, train.sequence_parallel)
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
             ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
+        describes = ranks.is_main or config.train.sample_every > 0
+        ranks.together(lambda: self.description if describes else None, DataError)
         ranks.together(lambda: check_shared_memory(config, data, ranks.on_node[1]))
         ranks.together(lambda: check_packages(config) if ranks.is_main else None)
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
