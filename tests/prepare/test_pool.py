@@ -30,5 +30,5 @@ def test_a_task_that_fails_ends_the_processes_of_the_pool_and_no_other():
             assert time.monotonic() - begun < 50, "the processes of the pool remain"
             time.sleep(0.05)
     finally:
-        other.terminate()
+        other.kill()  # it may have inherited a handler of SIGTERM
         other.join()
