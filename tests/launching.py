@@ -361,7 +361,7 @@ def state_of(output: Path, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-def assert_same_course(one: list[dict], other: list[dict], relative: float = 2e-5) -> None:
+def assert_same_course(one: list[dict], other: list[dict], relative: float = 1e-5) -> None:
     """Compare the rows of two runs; pytest.approx takes no None."""
     one, other = ([{k: -1.0 if v is None else v for k, v in row.items()} for row in rows] for rows in (one, other))
     assert one and one == [pytest.approx(row, rel=relative) for row in other]

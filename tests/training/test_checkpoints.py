@@ -187,6 +187,16 @@ def test_a_run_that_was_saved_without_an_average_begins_it_with_its_weights(tmp_
     assert torch.equal(others["ema"], flat)
 
 
+def test_a_rank_that_holds_no_slice_takes_part_when_weights_and_average_are_exchanged() -> None:
+    engine, calls = Engine(), []
+    for parameter in engine.module.parameters():
+        parameter._hp_mapping = None
+    engine.optimizer.update_lp_params = lambda: calls.append("collective")
+    with averaged_weights(engine):
+        assert calls == ["collective"]
+    assert calls == ["collective"] * 2
+
+
 @pytest.mark.parametrize("file", ["meta.json", "manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])
 @pytest.mark.parametrize("damage", ["removed", "emptied", "truncated", "flipped"])
 def test_damage_to_any_file_is_found_before_use_and_the_checkpoint_before_it_is_taken(

@@ -1,4 +1,4 @@
-"""What a run shows and keeps of its progress, without ranks."""
+"""Metrics without ranks: the files of rows, the live line, the loggers, and the counters behind them."""
 
 import json
 import math

@@ -57,7 +57,7 @@ class PackTable:
         return int(self.rows[number - 1, 0]) if number else 0, int(self.rows[number, 0])
 
     def decode(self, number: int, payload: bytes) -> Pack:
-        """Return a pack from its bytes; raise InputError if the bytes differ from those that were written."""
+        """Return a pack from its bytes; raise InputError if they are corrupt."""
         start, end = self.span(number)
         if len(payload) != end - start:
             raise InputError(f"pack must have {end - start} bytes, got {len(payload)}")

@@ -1,4 +1,4 @@
-"""What training measures between two logged rows: work, seconds, losses by timestep, and memory."""
+"""Measurements of training between two logged rows: work, seconds, losses by timestep, and memory."""
 
 from __future__ import annotations
 

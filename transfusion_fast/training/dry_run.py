@@ -1,4 +1,4 @@
-"""What `train/pretrain.py --dry-run` prints: the settings, checks of data and output, and an estimate of the run."""
+"""The report of `train/pretrain.py --dry-run`: settings, checks of data and output, and an estimate."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _checks(config: Config, data: Mixture, run: Estimate, folder: Path) -> Itera
     if initial := open_initial_weights(config, data, select=lambda _: []):
         yield f"  initial {initial.report}".replace("\n", "\n          ")
     checkpoints = list_checkpoints(Path(config.train.output))
-    state = "training would start anew"
+    state = "a new run would start here"
     if checkpoints:
         step = int(checkpoints[-1].name.removeprefix("step-"))
         finished = step >= config.train.steps

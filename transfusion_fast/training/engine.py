@@ -91,7 +91,7 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     """
     train = config.train
     derived: dict[str, Any] = {
-        # DeepSpeed counts the packs of every rank, even of those that share them.
+        # DeepSpeed multiplies by the number of ranks, although some of them share their packs.
         "train_batch_size": share.global_batch * share.sequence_parallel,
         "train_micro_batch_size_per_gpu": share.micro_batch,
         "gradient_accumulation_steps": share.accumulation_steps,

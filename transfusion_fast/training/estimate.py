@@ -1,4 +1,4 @@
-"""What a run needs and how long it takes, calculated before it starts: memory, time, traffic, checkpoints, reads.
+"""An estimate of a run before it starts: its memory, time, network traffic, checkpoints and reads.
 
 Bytes of ZeRO and Adam: arXiv 1910.02054, sections 3 and 7, as DeepSpeed 0.19 arranges them for the settings of
 engine.py and its own defaults; the config's raw `deepspeed` section is not read.
@@ -41,7 +41,7 @@ class Cluster:
     """Bandwidth of the shared storage for all nodes together."""
 
     def __post_init__(self) -> None:
-        """Raise InputError for a machine that cannot be."""
+        """Raise InputError for an unknown GPU or a number out of its range."""
         for good, what, rule, got in (
             (find_gpu(self.gpu_name), "--gpu", f"one of {', '.join(GPU_NAMES)}", self.gpu_name),
             (self.gpus > 0, "--gpus", "at least 1", self.gpus),
@@ -183,7 +183,7 @@ def kept_activations(
 def activation_memory(
     model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
 ) -> float:
-    """Return the largest memory of activations: those that are kept, and those of one block that are recomputed."""
+    """Return the peak memory of activations: those kept by all blocks, and those that one block recomputes."""
     recomputed = _kept_by_block(model, "none", itemsize) - _kept_by_block(model, setting, itemsize)
     return kept_activations(model, setting, positions, supervised, patches, itemsize) + positions * recomputed
 
@@ -260,7 +260,7 @@ class Estimate:
 
     @property
     def limit(self) -> str:
-        """What takes the longest in a step."""
+        """The part of a step that takes longest."""
         return max(self.step_parts, key=lambda part: self.step_parts[part])
 
 

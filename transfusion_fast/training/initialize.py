@@ -45,8 +45,6 @@ _LLAMA_BLOCK = {
     "mlp.down.weight": ("mlp.down_proj.weight",),
 }
 """Parameters of a block, and the matrices of a Llama block whose rows they hold, in this order."""
-
-
 _LLAMA_EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -16,12 +16,14 @@ _MAX_EVENTS = 1_000_000  # of the memory snapshot: some 100 MB
 
 
 class StepProfiler:
-    """A profiler of the steps from the first to the last chosen one, on every rank; None for no steps."""
+    """A profiler of a range of steps, first to last, on every rank. Without a range it records nothing."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, ranks: Ranks):
         self.first, self.last = steps or (0, -1)
         self.folder, self.ranks, self.cuda = folder, ranks, ranks.device.type == "cuda"
         self.profile: profile | None = None
+        if steps:  # now, since an error at the end would cost the recorded steps
+            ranks.together(lambda: folder.mkdir(exist_ok=True))
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -48,7 +50,6 @@ class StepProfiler:
         if self.profile is None:
             return
         self.profile.stop()
-        self.folder.mkdir(exist_ok=True)
         name = f"rank-{self.ranks.rank:05d}"
         self.profile.export_chrome_trace(str(self.folder / f"{name}.trace.json"))
         self.profile = None

@@ -172,7 +172,9 @@ class StoredSlices:
             for name, (offset, length, shape) in spans.items():
                 if found[name] != kinds.setdefault(name, found[name]):
                     names = ", ".join(sorted(found[name]))
-                    raise ValueError(f"{file.name} holds {name} as tensors of the kinds {names}, other files as others")
+                    raise ValueError(
+                        f"{file.name} holds {name} as tensors of the kinds {names}, and other files differ"
+                    )
                 self._slices.setdefault(name, []).append((offset, length, file))
                 self.shapes[name] = tuple(shape)
         self.kinds = set().union(*kinds.values())
@@ -187,7 +189,7 @@ class StoredSlices:
                 raise ValueError(f"elements of {name} from {covered} on are in none of the files")
 
     def read(self, kind: str, name: str, offset: int = 0, length: int | None = None) -> Tensor:
-        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all of them."""
+        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on."""
         end = math.prod(self.shapes[name]) if length is None else offset + length
         found = torch.empty(end - offset)
         for start, size, path in self._slices[name]:
@@ -262,7 +264,7 @@ def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
 
 
 def write_weights_into(engine: Any, copy: Callable[[str, int, Tensor], None]) -> None:
-    """Begin a run from other weights, with which its average then begins too.
+    """Begin a run, and the average of its weights, from other weights. Collective.
 
     Args:
         copy: a function of a parameter's name, an offset and a flat tensor [n], which it may fill with elements
@@ -296,8 +298,7 @@ def _exchange_weights_and_average(engine: Any) -> None:
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)
-    if partitions:
-        _refresh_parameters(engine)
+    _refresh_parameters(engine)  # even on a rank that holds no slice, since it is collective
 
 
 def _refresh_parameters(engine: Any) -> None:

@@ -110,8 +110,6 @@ class Trainer:
         self.peak = self._peak_flops()
         self.quarters = QuarterLosses(self.ranks.device)
         self.loggers = make_loggers(self.config, self.folder, first_step=self.meta.step) if self.ranks.is_main else []
-        if settings.profile:
-            self.ranks.together(lambda: (self.folder / "profile").mkdir(exist_ok=True))
         self.profiler = StepProfiler(settings.profile, self.folder / "profile", self.ranks)
         self.interval = Interval()
         with ExitStack() as stack:

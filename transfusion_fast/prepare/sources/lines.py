@@ -35,7 +35,7 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
 
 
 def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
-    """Yield (place, content) of each line that begins in the unit and is not blank. The content has no line end.
+    """Yield (location, content) of each line that begins in the unit and is not blank, without its line end.
 
     A damaged compressed file is Rejected as a whole, and a line of more than MAX_BYTES is Rejected without being held
     in memory.
