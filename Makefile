@@ -54,9 +54,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt tools/install_torch.sh
 demo: $(STAMP)  ## train on handwritten digits, measure the result and draw it: under 5 minutes on 2 cores
 	python train/prepare.py digits $(DEMO_DATA)
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(DEMO_CONFIG)
-	python train/evaluate.py $(DEMO_RUN)
+	python train/evaluate.py $(DEMO_RUN) --eta 1.5
 	python train/plot.py $(DEMO_RUN)
-	python train/plot.py $(DEMO_RUN) --overview --pack 2 --prompt zero one two three four five six seven eight nine
+	python train/plot.py $(DEMO_RUN) --overview --pack 2 --eta 1.5 --prompt zero one two three four five six seven eight nine
 
 # Resumes where it was interrupted.
 demo-fashion: $(STAMP)  ## the same on pictures of clothes: 36 minutes on 2 cores; resumes when run again

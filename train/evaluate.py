@@ -1,6 +1,6 @@
 """Measure a run on captioned pixel images, such as the digits, and draw its samples beside real images.
 
-    python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--guidance 3] [--out PICTURE.png]
+    python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--eta 1] [--guidance 3] [--out PICTURE.png]
 
 It prints three figures and writes them to RUN/evaluation.json, or beside the picture for an exported folder.
 """
@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--raw", action="store_true", help="use the weights of the last step, not their average")
     parser.add_argument("--each", type=int, default=8, help="images drawn of every caption (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise added in a step (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="picture (default: RUN/samples.png)")
     options = parser.parse_args()
@@ -65,7 +66,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"evaluation needs a folder with train/ and heldout/ of captioned images, got {folder}; give --data"
         )
     train, heldout = (read_captioned(folder / split, data.tokenizer) for split in ("train", "heldout"))
-    image = ImageSettings(steps=options.steps, guidance=options.guidance, clip=1.0)
+    image = ImageSettings(options.steps, options.guidance, options.eta, clip=1.0)
     patch_size = data.modalities[0].patch_size
     report, drawn = evaluate(
         model, data.tokenizer, train, heldout, each=options.each, image=image, patch_size=patch_size

@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--prompt", nargs="+", action="extend", help="captions to draw (default: those of the pack)")
     parser.add_argument("--pack", type=int, default=0, help="number in the order of training (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="diffusion steps (default: %(default)s)")
+    parser.add_argument("--eta", type=float, default=1.0, help="noise added in a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     options = parser.parse_args()
     try:
@@ -92,7 +93,7 @@ def _draw_overview(options: argparse.Namespace, path: Path) -> None:
     if not prompts:
         raise InputError(f"pack {options.pack} of {mixture} must hold a captioned image, got none; give --prompt")
     ids = [[torch.from_numpy(data.tokenizer.encode(prompt)).long()] for prompt in prompts]
-    settings, columns = ImageSettings(options.steps, clip=1.0), []
+    settings, columns = ImageSettings(options.steps, eta=options.eta, clip=1.0), []
     for checkpoint in checkpoints:
         noise = torch.Generator().manual_seed(options.seed)
         columns.append(generate_images(load_model(checkpoint), ids, data.grid(0), image=settings, generator=noise))

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("grid.png"), help="picture to write; with --text also a page, NAME.html")
     add("--each", type=int, default=8, help="images per prompt")
     add("--steps", type=int, default=250, help="diffusion steps")
-    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="sampler of models that predict noise")
+    add("--eta", type=float, default=1.0, help="noise added in a step: 0 is DDIM, 1 is DDPM, more may remove speckle")
     add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
     add("--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy")
     add("--max-images", type=int, default=1, help="most images in the continuation of a --text")
@@ -102,7 +102,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.size:
         data = _sized(data, options.size, 1 if vae is None else vae.stride)
     clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
-    image = ImageSettings(options.steps, options.guidance, eta=float(options.sampler == "ddpm"), clip=clip)
+    image = ImageSettings(options.steps, options.guidance, eta=options.eta, clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:
         _draw(options, model, data, vae, image, generator)

@@ -299,6 +299,8 @@ class TrainConfig(_Settings):
     """Images of each caption."""
     sample_steps: Positive = 50
     """Diffusion steps of an image."""
+    sample_eta: NonNegativeFloat = 1.0
+    """Amount of noise added in a diffusion step: 0 is DDIM, 1 is DDPM; more corrects errors of earlier steps."""
     sample_vae: FolderPath | None = None
     """Folder of the autoencoder that made the data, to draw from a run on latents."""
     tensorboard: bool = False

@@ -146,6 +146,17 @@ def test_an_ancestral_step_has_the_posteriors_mean_and_variance(tolerance):
     torch.testing.assert_close((one_away - at_mean) ** 2, variance, **tolerance["fp64"])
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5, 1e3])
+def test_a_step_keeps_the_noise_level_of_its_timestep_for_any_eta(eta, tolerance):
+    """A larger eta replaces more of the noise, in the end all of it."""
+    (x_0, eps), now, after = fp64(0.7, -0.4), 600, fp64(550)
+    x_t = DDPM.add_noise(x_0, eps, fp64(now))
+    kept, moved = (DDPM.step(x_t, eps, now, 550, eta=eta, noise=noise) for noise in fp64(0, 1))
+    old, new = (kept - DDPM.alpha_bar(after).sqrt() * x_0) / eps, moved - kept
+    torch.testing.assert_close(old**2 + new**2, 1 - DDPM.alpha_bar(after), **tolerance["fp64"])
+    assert (old == 0) == (eta > 100) and (new == 0) == (eta == 0)
+
+
 def test_clip_bounds_the_image_that_is_predicted():
     """Flow: from x_t = 5 and velocity 2 at t = 1/2, x_0 is 4, and half of the way to it is 4.5; to 1 it is 3."""
     x_t, now, after = torch.tensor([5.0, -5.0, 0.1]), DDPM.alpha_bar(500).item(), DDPM.alpha_bar(250).item()

@@ -197,7 +197,7 @@ def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(objec
     assert all(a == b for a, b in times)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
 def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolerance):
     model = make()
     calls = spy_on(model, monkeypatch)

@@ -56,12 +56,12 @@ def test_sample_draws_the_images_of_the_python_interface_where_it_was_asked_to(r
     assert pictures[0].read_bytes() == expected.read_bytes() != pictures[1].read_bytes()
 
 
-def test_sample_draws_with_the_sampler_guidance_and_weights_asked_for(run: Path, tmp_path: Path, command) -> None:
+def test_sample_draws_with_the_eta_guidance_and_weights_asked_for(run: Path, tmp_path: Path, command) -> None:
     pictures = {name: tmp_path / name for name in ("expected.png", "grid.png")}
-    options = ("--each", 1, "--steps", 2, "--sampler", "ddim", "--guidance", 9, "--raw", "--out", pictures["grid.png"])
+    options = ("--each", 1, "--steps", 2, "--eta", 0.5, "--guidance", 9, "--raw", "--out", pictures["grid.png"])
     assert command("sample", run, "--prompt", "one", *options)[0] == 0
     model, prompt = load_model(find_checkpoint(run), raw=True), [torch.tensor([*b"one"])]
-    settings = ImageSettings(steps=2, guidance=9.0, eta=0.0, clip=1.0)
+    settings = ImageSettings(steps=2, guidance=9.0, eta=0.5, clip=1.0)
     latents = generate_images(model, [prompt], (4, 4), image=settings, generator=seeded())
     draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures["expected.png"])
     assert pictures["grid.png"].read_bytes() == pictures["expected.png"].read_bytes()
@@ -96,10 +96,10 @@ def test_texts_are_continued_at_the_temperature_asked_for(run: Path, command) ->
 def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run: Path, command, monkeypatch) -> None:
     measured, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **o: (measured.append((*a, o)), evaluate(*a, **o))[1])
-    options = ("--each", 1, "--steps", 2, "--guidance", 9, "--checkpoint", "step-00000001")
+    options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--checkpoint", "step-00000001")
     assert command("evaluate", run, *options)[0] == 0
     [(model, *_, settings)] = measured
-    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, clip=1.0)
+    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5, clip=1.0)
     assert torch.equal(model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
 
 
@@ -118,7 +118,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     monkeypatch.setattr(overview, "draw_overview", lambda *arguments: (drawn.append(arguments), draw(*arguments)))
     picture, rows = tmp_path / "new" / "run.png", (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(f'{rows}{{"step": 4, "lo')  # as a run leaves it that was killed
-    options = ("--steps", 2, "--prompt", "one", "two", "--pack", 3, "--seed", 5, "--out", picture)
+    options = ("--steps", 2, "--eta", 1.5, "--prompt", "one", "two", "--pack", 3, "--seed", 5, "--out", picture)
     code, out, _ = command("plot", run, "--overview", *options)
     assert (code, out) == (0, f"picture: {picture}\n")
     [(_, samples, keyed, *_)] = drawn
@@ -129,7 +129,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     noise = torch.randn(2, 4, 4, 4, generator=seeded(5))
     assert np.array_equal(samples.images[0], latents_to_pixels(noise.numpy(), 2))
     model, prompts = load_model(find_checkpoint(run)), [[torch.tensor([*word.encode()])] for word in ("one", "two")]
-    last = generate_images(model, prompts, (4, 4), image=ImageSettings(2, clip=1.0), generator=seeded(5))
+    last = generate_images(model, prompts, (4, 4), image=ImageSettings(2, eta=1.5, clip=1.0), generator=seeded(5))
     assert np.array_equal(samples.images[3], latents_to_pixels(last.numpy(), 2))
     logged = [json.loads(line) for line in rows.splitlines()]
     assert samples.losses == [(row["step"], row["loss"]) for row in logged]
@@ -148,6 +148,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
         ("sample RUN --prompt one --guidance nan", "guidance weight must be finite, got nan"),
+        ("sample RUN --prompt one --eta -1", "eta must be at least 0 and finite, got -1.0"),
         ("sample RUN --text one --temperature nan", "--temperature must be at least 0, got nan"),
         ("sample RUN --prompt one --seed -1", "--seed must be in 0..9223372036854775807, got -1"),
         (

@@ -178,11 +178,16 @@ class Half(OneRank):
 def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_trains_on(
     digits: Path, tmp_path: Path
 ) -> None:
-    overrides = ("train.sample_prompts=[one, two, three]", "train.sample_each=3", "train.sample_steps=2")
+    overrides = (
+        "train.sample_prompts=[one, two, three]",
+        "train.sample_each=3",
+        "train.sample_steps=2",
+        "train.sample_eta=1.5",
+    )
     config = small_config(digits, *OBSERVED, *overrides, f"data.heldout={digits.parent / 'heldout'}")
     data = open_data(config)
     config, described = complete_config(config, data), describe_data(data)
-    model, settings, parts = Transfusion(config.model).train(), ImageSettings(2, clip=1.0), []
+    model, settings, parts = Transfusion(config.model).train(), ImageSettings(2, eta=1.5, clip=1.0), []
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
     drawn = [Samples(config.train, described, tmp_path, ranks).draw(model) for ranks in (OneRank(), Half(0, parts))]

@@ -71,20 +71,21 @@ class CosineDDPM:
     ) -> Tensor:
         """Return x at t_next (arXiv 2010.02502, equations 12 and 16): eta 1 is ancestral DDPM sampling, eta 0 is DDIM.
 
-        `noise` is standard normal in x_t's shape, needed unless eta is 0; `clip` bounds the predicted x_0.
+        The step replaces a part of the noise in x_t by `noise`, standard normal in x_t's shape, which is needed unless
+        eta is 0. A larger eta replaces more, and at most all of it. `clip` bounds the predicted x_0.
         """
         now, after = self.alpha_bar(t).item(), self.alpha_bar(t_next).item()
         x_0 = (x_t - math.sqrt(1 - now) * prediction) / math.sqrt(now)
         if clip is not None:
             x_0 = x_0.clamp(-clip, clip)
         eps = (x_t - math.sqrt(now) * x_0) / math.sqrt(1 - now)
-        sigma = eta * math.sqrt((1 - after) / (1 - now) * (1 - now / after))
-        mean = math.sqrt(after) * x_0 + math.sqrt(max(1 - after - sigma**2, 0.0)) * eps
-        if sigma == 0:
+        variance = min(eta * eta * (1 - after) / (1 - now) * (1 - now / after), 1 - after)
+        mean = math.sqrt(after) * x_0 + math.sqrt(1 - after - variance) * eps
+        if variance == 0:
             return mean
         if noise is None:
             raise ValueError("noise must be given unless eta is 0, got None; draw it in x_t's shape")
-        return mean + sigma * noise
+        return mean + math.sqrt(variance) * noise
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class ImageSettings:
     """Settings of image generation.
 
     steps: number of model evaluations; guidance: weight w of pred_uncond + w (pred_cond - pred_uncond), 1 turns it off;
-    eta: 1 for DDPM sampling, 0 for DDIM; clip: bound of the predicted clean latents (1 for pixels), None for no bound.
+    eta: 1 for DDPM sampling, 0 for DDIM, above 1 to add more noise in each step, which corrects errors of earlier
+    steps; clip: bound of the predicted clean latents (1 for pixels), None for no bound.
     """
 
     steps: int = 250
@@ -41,6 +42,8 @@ class ImageSettings:
             raise InputError(f"diffusion steps must be at least 1, got {self.steps}")
         if not math.isfinite(self.guidance):
             raise InputError(f"the guidance weight must be finite, got {self.guidance}; 1 turns guidance off")
+        if not 0 <= self.eta < math.inf:
+            raise InputError(f"eta must be at least 0 and finite, got {self.eta}; 1 is DDPM sampling")
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,7 +51,8 @@ class Samples:
         Each rank draws some of them. Each has noise of its own, so that the number of ranks does not matter.
         """
         clip = 1.0 if self.data.modalities[0].encoding == "pixels" else None
-        settings, numbers = ImageSettings(self.settings.sample_steps, clip=clip), range(len(self.prompts))
+        settings = ImageSettings(self.settings.sample_steps, eta=self.settings.sample_eta, clip=clip)
+        numbers = range(len(self.prompts))
         own = self.ranks.share([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
         noise = [torch.Generator().manual_seed(number) for number in own]
         prompts = [self.prompts[number] for number in own]
