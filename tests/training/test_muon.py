@@ -123,7 +123,7 @@ def test_muon_trains_as_deepspeed_compiles_it(digits: Path, tmp_path: Path) -> N
     for name in ("muon", "adamw"):
         train(2, digits, tmp_path / name, f"optimizer.name={name}", "train.steps=60", "train.checkpoint_every=60")
         losses[name] = sum(row["loss"] for row in metrics(tmp_path / name)[-10:]) / 10
-    assert losses["muon"] < min(5, 1.1 * losses["adamw"])
+    assert losses["muon"] < min(metrics(tmp_path / "muon")[0]["loss"] / 2, 1.1 * losses["adamw"])
 
 
 @pytest.mark.parametrize(("setting", "remedy"), [("optimizer.name=muon", "adamw"), ("train.compile=blocks", "off")])
