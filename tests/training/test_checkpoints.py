@@ -20,9 +20,9 @@ from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.training import slices
 from transfusion_fast.training.checkpoint import Checkpoints
+from transfusion_fast.training.resume import initial_meta
 from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage, load_model
 from transfusion_fast.training.slices import averaged_weights, init_state
-from transfusion_fast.training.trainer import initial_meta
 
 META = Meta(
     step=0, packs_consumed=0, skipped_steps=0, quarantined=0, precision="fp32", data="a" * 64, data_path="data",

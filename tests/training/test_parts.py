@@ -16,13 +16,15 @@ from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, open_data
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
+from transfusion_fast.training.engine import deepspeed_settings, make_optimizer, uses_bf16
 from transfusion_fast.training.run_folder import (
+    changed_settings,
     describe_data,
     read_data_description,
     write_config,
     write_data_description,
 )
+from transfusion_fast.training.schedule import learning_rate
 from transfusion_fast.training.trainer import StopRequest
 
 SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
@@ -192,15 +194,18 @@ def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their
 def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:
     first = Config(data={"path": "a"}, deepspeed={"wall_clock_breakdown": True})
     second = Config(data={"path": {"a": 1, "b": 2}, "cache": "c" * 80, "caption_first": 0.5})
-    assert write_config(tmp_path, first) == write_config(tmp_path, first) == []
-    assert write_config(tmp_path, second) == [
+    assert changed_settings(tmp_path, first) == []
+    write_config(tmp_path, first)
+    assert changed_settings(tmp_path, first) == []
+    assert changed_settings(tmp_path, second) == [
         "data.path a -> {'a': 1.0, 'b': 2.0}",
         f"data.cache ~/.cache/transfusion_fast -> {'c' * 57}...",
         "data.caption_first 0.8 -> 0.5",
         "deepspeed.wall_clock_breakdown True -> None",
     ]
     (tmp_path / "config.yaml").write_text("data: [")
-    assert "unknown, since the previous config.yaml cannot be read" in write_config(tmp_path, second)[0]
+    assert "unknown, since the previous config.yaml cannot be read" in changed_settings(tmp_path, second)[0]
+    write_config(tmp_path, second)
     assert load_config(tmp_path / "config.yaml") == second
 
 

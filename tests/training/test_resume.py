@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from launching import (
+    DEFAULT_CONFIG,
+    SMALL,
     assert_same_course,
     kill_at_event,
     last_step,
@@ -155,3 +157,17 @@ def test_a_finished_run_keeps_its_config(digits: Path, tmp_path: Path) -> None:
     before = (run / "config.yaml").read_bytes()
     assert "trained to step 2 already" in train(1, digits, run, "train.steps=2", "optimizer.lr=0.5")
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_dry_run_says_of_an_existing_run_what_a_start_would_say(digits: Path, uninterrupted: Path, command) -> None:
+    settings = (*SMALL, f"data.path={digits}", "data.heldout=null", f"train.output={uninterrupted}")
+    words = (DEFAULT_CONFIG, "--dry-run", *settings)
+    assert "a finished run" in command("pretrain", *words)[1]
+    code, _, err = command("pretrain", *words, "train.seed=4")
+    told = "settings must be those of the run, got order (3, 16, None) -> (4, 16, None); give the run's train.seed"
+    assert code == 2 and err.startswith(f"pretrain: {find_checkpoint(uninterrupted)}: {told}") and err.count("\n") == 1
+    code, out, _ = command("pretrain", *words, "optimizer.schedule=constant", "train.steps=9", "train.init_from=gone")
+    assert code == 0 and "training would resume from step-00000006" in out
+    [changed] = [line for line in out.splitlines() if "settings changed since the run was last started: " in line]
+    assert "optimizer.schedule cosine -> constant" in changed and "train.steps 6 -> 9" in changed
+    assert "warning: the learning rate goes from 1.50e-05 to 3.00e-03, and the loss may rise" in out

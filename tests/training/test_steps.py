@@ -33,8 +33,9 @@ from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.errors import DataError, DivergedError
-from transfusion_fast.training.engine import learning_rate, make_optimizer
+from transfusion_fast.training.engine import make_optimizer
 from transfusion_fast.training.run_folder import find_checkpoint
+from transfusion_fast.training.schedule import learning_rate
 
 
 def plain_course(config: Config) -> list[dict]:

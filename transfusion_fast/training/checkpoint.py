@@ -16,10 +16,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from transfusion_fast.config_reading import changes
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.resume import check_same_run
 from transfusion_fast.training.run_folder import (
     CHECKPOINTS,
     LATEST,
@@ -37,17 +37,6 @@ from transfusion_fast.training.slices import copy_to_host, local_slices, restore
 
 _DELETED = ".deleted-"
 _LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
-_HINTS = {
-    "model": "give the model settings of the run, or another train.output",
-    "data": "give the run's data.path, or another train.output",
-    "shares": "give the run's weights in data.path, or another train.output",
-    "order": "give the run's train.seed, data.shuffle_window and share of data.heldout, or another train.output",
-    "global_batch": "give the run's train.global_batch, or another train.output",
-    "precision": "give the run's train.precision, or another train.output",
-    "optimizer": "give the run's optimizer.name, or another train.output",
-    "steps": "the cosine schedule depends on train.steps; give the train.steps of the run, begin a new run with "
-    "train.init_from, or go on with optimizer.schedule=wsd or constant",
-}
 
 
 @dataclass(frozen=True)
@@ -164,14 +153,7 @@ class Checkpoints:
             InputError: the checkpoint has another model, data, batch size or precision.
         """
         meta = read_meta(checkpoint)
-        for name, saved in meta.dependencies.items():
-            wanted = expected.dependencies[name]
-            if wanted == saved or (name == "steps" and None in (wanted, saved)):
-                continue
-            difference = ", ".join(changes(saved, wanted, name))
-            if name == "data":  # paths too long for `changes`, and fingerprints, since the folder may be the same
-                difference = " -> ".join(f"{m.data_path} (index {m.data[:12]})" for m in (meta, expected))
-            raise InputError(f"{checkpoint}: settings must be those of the run, got {difference}; {_HINTS[name]}")
+        check_same_run(checkpoint, meta, expected)
         restore_slices(engine, open_slices(checkpoint), meta.step - meta.skipped_steps)
         engine.global_steps, engine.skipped_steps = meta.step, meta.skipped_steps
         progress = ("step", "packs_consumed", "skipped_steps", "quarantined")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import shutil
 import sys
@@ -197,21 +196,3 @@ def drop_gradients(engine: Any) -> None:
     """Drop the gradients of a skipped step, which DeepSpeed 0.19 adds to those of later steps under offload."""
     sums = engine.optimizer.averaged_gradients if engine.zero_cpu_offload() else {}
     sums.update(dict.fromkeys(sums))
-
-
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up to lr, then the schedule, to min_lr at the last step.
-
-    The schedules are cosine decay; warm-up, stable, decay ("wsd", arXiv 2404.06395), linear here; and no decay.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    if config.schedule == "wsd":
-        decay_steps = config.decay_steps or max(1, steps // 10)
-        left = min(1.0, (steps - 1 - step) / decay_steps)
-    else:
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
-        left = (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.lr - config.min_lr) * left

@@ -149,16 +149,18 @@ def read_data_description(run: Path) -> DataDescription:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it again") from error
 
 
-def write_config(run: Path, config: Config) -> list[str]:
-    """Write config.yaml to the run folder, and return the changes from the previous one, each `NAME OLD -> NEW`."""
+def write_config(run: Path, config: Config) -> None:
+    """Write config.yaml to the run folder."""
+    write_atomically(run / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """Return how a config differs from that of the run's last start, each setting as `NAME OLD -> NEW`."""
     path, settings = run / CONFIG, config.model_dump(mode="json")
     try:
-        previous = yaml.safe_load(path.read_text()) if path.exists() else settings
-        changed = list(changes(previous, settings))
+        return list(changes(yaml.safe_load(path.read_text()), settings)) if path.exists() else []
     except (OSError, ValueError, yaml.YAMLError) as error:
-        changed = [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
-    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
-    return changed
+        return [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
 
 
 def check_output(run: Path) -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -26,22 +25,22 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.counters import Interval, QuarterLosses, Work, mean_losses, peak_memory
-from transfusion_fast.training.engine import drop_gradients, learning_rate, make_engine, set_learning_rate
+from transfusion_fast.training.engine import drop_gradients, make_engine, set_learning_rate
 from transfusion_fast.training.flops import peak_flops
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.loggers import check_packages, make_loggers
 from transfusion_fast.training.metrics import Row
 from transfusion_fast.training.profiling import StepProfiler
 from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.resume import initial_meta, resume_notes
 from transfusion_fast.training.run_folder import (
     DataDescription,
-    Meta,
     describe_data,
-    read_meta,
     write_config,
     write_data_description,
 )
 from transfusion_fast.training.samples import Samples
+from transfusion_fast.training.schedule import learning_rate
 from transfusion_fast.training.slices import averaged_weights, update_ema, write_weights_into
 from transfusion_fast.training.terminal import say
 from transfusion_fast.training.validation import Validation
@@ -337,9 +336,10 @@ class Trainer:
             )
             return
         write_data_description(self.folder, self.description)
-        changed = write_config(self.folder, config)
-        if meta.step and changed:
-            print(f"settings changed since the run was last started: {', '.join(changed)}")
+        notes = resume_notes(self.folder, checkpoint, config) if checkpoint else []
+        write_config(self.folder, config)
+        for note in notes:
+            print(note)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         print(
             f"{self.folder}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {meta.world_size} x "
@@ -349,13 +349,6 @@ class Trainer:
         if config.optimizer.warmup_steps >= steps:
             warmup = f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
             print(f"warning: {warmup} covers all {steps} steps; lower it to train at optimizer.lr")
-        if checkpoint is not None:
-            before = read_meta(checkpoint).config
-            rates = [
-                learning_rate(meta.step - 1 + i, c.train.steps, c.optimizer) for i, c in enumerate((before, config))
-            ]
-            if rates[1] > 1.5 * rates[0] and meta.step >= config.optimizer.warmup_steps:
-                print(f"warning: the learning rate goes from {rates[0]:.2e} to {rates[1]:.2e}, and the loss may rise")
         start = f"resuming at step {meta.step}" if meta.step else "training"
         backend = ops.describe(config.model.backend, self.ranks.device)
         print(f"{start}, {steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)
@@ -379,20 +372,3 @@ class StopRequest:
         if self.interrupts > 1:
             sys.exit(128 + number)
         self.requested = True
-
-
-def initial_meta(config: Config, data: Mixture, world_size: int, *, bf16: bool) -> Meta:
-    """Return the meta of a run before its first step."""
-    return Meta(
-        step=0,
-        packs_consumed=0,
-        skipped_steps=0,
-        quarantined=0,
-        precision="bf16" if bf16 else "fp32",
-        data=data.fingerprint,
-        data_path=str(data),
-        shares=data.shares,
-        world_size=world_size,
-        config=config,
-        versions={name: version(name) for name in ("torch", "deepspeed")},
-    )
