@@ -238,6 +238,9 @@ def test_weights_and_biases_gets_the_numbers_and_pictures_under_one_id(
     first, second = wandb.started
     assert first == second and first["project"] == "digits" and first["resume"] == "allow" and len(first["id"]) == 8
     assert first["config"]["optimizer"]["lr"] == 0.003 and wandb.finished == 2
+    limits = [first["settings"][f"{phase}_timeout"] for phase in ("login", "init", "finish")]
+    assert all(0 < limit <= 60 for limit in limits)  # seconds; wandb's own default for the end is to wait for ever
+    assert first["settings"]["finish_timeout_raises"]
     numbers = {f"train/{k}": v for k, v in asdict(ROW).items() if k not in ("step", "time") and v is not None}
     picture = ({"samples": f"image {tmp_path / 'red.png'}"}, 3)
     assert wandb.logged[2:] == [({**numbers, "train/loss": 3.5}, 3), picture]

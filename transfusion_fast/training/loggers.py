@@ -20,6 +20,8 @@ from transfusion_fast.files import write_atomically
 from transfusion_fast.training.metrics import Logger, MetricsLog, Row, ValidationRow
 from transfusion_fast.training.terminal import Terminal, say
 
+_PATIENCE = 60  # seconds that Weights & Biases may hold the run at its start, and again at its end
+
 
 def check_packages(config: Config) -> None:
     """Raise InputError if a logger that settings ask for is not installed."""
@@ -112,7 +114,14 @@ class WeightsAndBiases(Logger):
             name=folder.name,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            settings={"console": "off"},  # capturing the output would disturb the live line
+            settings={
+                "console": "off",  # capturing the output would disturb the live line
+                # Without limits, a login prompt or an upload over a broken connection would hold the run for ever.
+                "login_timeout": _PATIENCE,
+                "init_timeout": _PATIENCE,
+                "finish_timeout": _PATIENCE,
+                "finish_timeout_raises": True,
+            },
         )
 
     def log(self, row: Row) -> None:
