@@ -213,6 +213,13 @@ class StandIn:
         self.started: list[dict[str, Any]] = []
         self.logged: list[tuple[dict[str, Any], int]] = []
         self.finished = 0
+        self.login_timeout = math.inf
+
+    def Settings(self, login_timeout: float) -> float:
+        return login_timeout
+
+    def setup(self, login_timeout: float) -> None:
+        self.login_timeout = login_timeout
 
     def init(self, **settings: Any) -> "StandIn":
         self.started.append(settings)
@@ -238,8 +245,8 @@ def test_weights_and_biases_gets_the_numbers_and_pictures_under_one_id(
     first, second = wandb.started
     assert first == second and first["project"] == "digits" and first["resume"] == "allow" and len(first["id"]) == 8
     assert first["config"]["optimizer"]["lr"] == 0.003 and wandb.finished == 2
-    limits = [first["settings"][f"{phase}_timeout"] for phase in ("login", "init", "finish")]
-    assert all(0 < limit <= 60 for limit in limits)  # seconds; wandb's own default for the end is to wait for ever
+    limits = [first["settings"]["init_timeout"], first["settings"]["finish_timeout"], wandb.login_timeout]
+    assert all(0 < limit <= 60 for limit in limits)  # seconds; without them, wandb waits for ever
     assert first["settings"]["finish_timeout_raises"]
     numbers = {f"train/{k}": v for k, v in asdict(ROW).items() if k not in ("step", "time") and v is not None}
     picture = ({"samples": f"image {tmp_path / 'red.png'}"}, 3)

@@ -107,6 +107,8 @@ class WeightsAndBiases(Logger):
         self.wandb, file = optional_module("wandb", "wandb"), folder / "wandb.id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:8])
+        # A prompt for a login waits for ever by default. It does not obey the settings of a run.
+        self.wandb.setup(self.wandb.Settings(login_timeout=_PATIENCE))
         self.run = self.wandb.init(
             project=config.train.wandb,
             id=file.read_text().strip(),
@@ -116,8 +118,7 @@ class WeightsAndBiases(Logger):
             config=config.model_dump(mode="json"),
             settings={
                 "console": "off",  # capturing the output would disturb the live line
-                # Without limits, a login prompt or an upload over a broken connection would hold the run for ever.
-                "login_timeout": _PATIENCE,
+                # Without a limit, uploads over a broken connection would hold the end of the run for ever.
                 "init_timeout": _PATIENCE,
                 "finish_timeout": _PATIENCE,
                 "finish_timeout_raises": True,
