@@ -185,7 +185,7 @@ def run_in_child() -> None:
 
 def kill_at_event(rank: int, number: int) -> None:
     """Make a rank kill itself just before the given one of the operations that change files of the run."""
-    from transfusion_fast.training import slices
+    from transfusion_fast.training import stored_slices
 
     if os.environ["RANK"] != str(rank):
         return
@@ -205,7 +205,7 @@ def kill_at_event(rank: int, number: int) -> None:
         for name in names:
             watch(owner, name)
     watch(shutil, "rmtree")
-    watch(slices, "save_file")
+    watch(stored_slices, "save_file")
 
 
 def become_the_second_node() -> None:

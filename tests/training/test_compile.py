@@ -11,7 +11,7 @@ from transfusion_fast import Transfusion
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
 from transfusion_fast.training.engine import compile_blocks
-from transfusion_fast.training.slices import StoredSlices
+from transfusion_fast.training.stored_slices import StoredSlices
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ from transfusion_fast.training.run_folder import (
     open_slices,
     read_meta,
 )
-from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices, write_slices
+from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices
+from transfusion_fast.training.stored_slices import write_slices
 
 _DELETED = ".deleted-"
 _LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
@@ -67,7 +68,7 @@ class Checkpoints:
         def write() -> None:
             try:
                 staging.mkdir(parents=True, exist_ok=True)
-                write_slices(staging / file, slices, tensors)
+                write_slices(staging / file, {one.name: one.span for one in slices}, tensors)
                 sync(staging / file)
                 measured.set_result(measure(staging / file))
             except Exception as error:  # noqa: BLE001 (`finish` raises it)

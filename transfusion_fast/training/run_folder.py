@@ -8,7 +8,7 @@ RUN/samples/          pictures of what the model draws
 RUN/checkpoints/latest                  the name of the newest checkpoint
 RUN/checkpoints/step-00000500/
     meta.json                           step, packs consumed, config, data, versions
-    rank-00000.safetensors, ...         each rank's slices of weights and optimizer state, fp32; see slices.py
+    rank-00000.safetensors, ...         each rank's slices of weights and optimizer state, fp32; see stored_slices.py
     manifest.json                       size and sha256 of every other file
 """
 
@@ -36,7 +36,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import MODEL_CONFIG, Transfusion
 from transfusion_fast.model.weights import load_weights
-from transfusion_fast.training.slices import EMA, WEIGHT, SliceWeights, StoredSlices
+from transfusion_fast.training.stored_slices import EMA, WEIGHT, SliceWeights, StoredSlices
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
