@@ -208,6 +208,17 @@ def kill_at_event(rank: int, number: int) -> None:
     watch(stored_slices, "save_file")
 
 
+def fail_to_save_on_rank_1() -> None:
+    """Make the thread that writes the checkpoints of rank 1 fail as no disk would."""
+    from transfusion_fast.training import checkpoint
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault of a library")
+
+    if os.environ["RANK"] == "1":
+        checkpoint.write_slices = fail
+
+
 def become_the_second_node() -> None:
     """Set what the first rank of a second node is given, with an address that leads to itself."""
     os.environ.update(RANK="1", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="localhost")
@@ -246,6 +257,20 @@ def spoil_second_backward() -> None:
         return backward(self, loss * (math.nan if next(calls) == 2 else 1), **options)
 
     DeepSpeedEngine.backward = spoiled
+
+
+def spoil_part_of_second_step() -> None:
+    """Make the gradients of what lies below the last of two blocks NaN in the second step of four micro-batches."""
+    from transfusion_fast.model.layers import Block
+
+    without_compiling()
+    calls = itertools.count(1)
+
+    def spoil(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, Block) and next(calls) == 4 * 2 + 2:
+            inputs[0].register_hook(lambda gradient: gradient * math.nan)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(spoil)
 
 
 def resident_memory(field: str) -> int:

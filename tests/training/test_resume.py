@@ -13,6 +13,7 @@ from launching import (
     DEFAULT_CONFIG,
     SMALL,
     assert_same_course,
+    fail_to_save_on_rank_1,
     kill_at_event,
     last_step,
     metrics,
@@ -143,6 +144,13 @@ def test_a_run_that_is_asked_to_stop_before_its_first_step_saves_and_resumes(dig
     stopped = start(1, digits, tmp_path / "run", setup=stop_at_the_engine)
     codes, printed = stopped.wait()
     assert codes == [EXIT_STOPPED] and "stopped at step 1" in printed
+
+
+def test_a_fault_in_a_rank_s_save_ends_all_ranks_at_once_with_its_traceback(digits: Path, tmp_path: Path) -> None:
+    settings = ("train.heartbeat=900", "train.steps=100000")  # the heartbeat would not end it in time
+    codes, printed = start(2, digits, tmp_path / "run", *settings, setup=fail_to_save_on_rank_1).wait()
+    assert codes == [2, 2] and printed.count("pretrain: rank 1 cannot save step 2\nTraceback ") == 1
+    assert "in _write\n" in printed and printed.count("RuntimeError: a fault of a library") == 1
 
 
 def test_a_resumed_run_whose_learning_rate_would_jump_is_warned(digits: Path, tmp_path: Path) -> None:

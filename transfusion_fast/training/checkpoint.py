@@ -10,11 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+from torch import Tensor
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
@@ -34,7 +39,7 @@ from transfusion_fast.training.run_folder import (
     read_meta,
 )
 from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices
-from transfusion_fast.training.stored_slices import write_slices
+from transfusion_fast.training.stored_slices import Span, write_slices
 
 _DELETED = ".deleted-"
 _LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
@@ -47,7 +52,7 @@ class _Save:
     meta: Meta
     staging: Path
     file: str
-    measured: Future[tuple[int, str]]
+    measured: Future[tuple[int, str]] = field(default_factory=Future)
 
 
 class Checkpoints:
@@ -61,22 +66,30 @@ class Checkpoints:
     def save(self, engine: Any, meta: Meta) -> None:
         """Begin to write a checkpoint; finish the one before first. Collective."""
         self.finish()
-        staging, file = self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors"
-        slices = local_slices(engine)
-        tensors = copy_to_host(slices, engine.optimizer.optimizer)
+        save = self._save = _Save(meta, self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors")
+        with self._keep_error(save):
+            slices = local_slices(engine)
+            tensors = copy_to_host(slices, engine.optimizer.optimizer)
+            spans = {one.name: one.span for one in slices}
+            Thread(target=self._write, args=(save, spans, tensors)).start()
 
-        def write() -> None:
-            try:
-                staging.mkdir(parents=True, exist_ok=True)
-                write_slices(staging / file, {one.name: one.span for one in slices}, tensors)
-                sync(staging / file)
-                measured.set_result(measure(staging / file))
-            except Exception as error:  # noqa: BLE001 (`finish` raises it)
-                measured.set_exception(error)
+    def _write(self, save: _Save, spans: dict[str, Span], tensors: dict[str, Tensor]) -> None:
+        with self._keep_error(save):
+            save.staging.mkdir(parents=True, exist_ok=True)
+            write_slices(save.staging / save.file, spans, tensors)
+            sync(save.staging / save.file)
+            save.measured.set_result(measure(save.staging / save.file))
 
-        measured: Future[tuple[int, str]] = Future()
-        Thread(target=write).start()
-        self._save = _Save(meta, staging, file, measured)
+    @contextmanager
+    def _keep_error(self, save: _Save) -> Iterator[None]:
+        """Leave an error to `finish`, which raises it on all ranks; none of them waits for this one in vain."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            save.measured.set_exception(error)
+        except Exception:  # noqa: BLE001 (a fault of the program, which its traceback shows)
+            where = f"rank {self.ranks.rank} cannot save step {save.meta.step}"
+            save.measured.set_exception(InputError(f"{where}\n{traceback.format_exc()}"))
 
     @property
     def in_progress(self) -> bool:
