@@ -47,6 +47,8 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 DeepSpeed prints what memory it uses
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
+    if config.optimizer.name == "muon" and sharded:
+        check_gradients_before_muon(engine.optimizer)
     return engine
 
 
@@ -196,3 +198,19 @@ def drop_gradients(engine: Any) -> None:
     """Drop the gradients of a skipped step, which DeepSpeed 0.19 adds to those of later steps under offload."""
     sums = engine.optimizer.averaged_gradients if engine.zero_cpu_offload() else {}
     sums.update(dict.fromkeys(sums))
+
+
+def check_gradients_before_muon(zero: Any) -> None:
+    """Make a step with a gradient that is not finite leave Muon's momentum alone at ZeRO stage 3.
+
+    DeepSpeed 0.19 finds such a gradient in fp32 and bf16 by the norm of the updates, which it computes after Muon has
+    moved the momentum of every matrix with a finite gradient. It still takes that norm, and skips the step by it.
+    """
+    apply = zero._apply_muon_to_accumulated_grads
+
+    def apply_to_finite() -> None:
+        zero.check_overflow()
+        if not zero.overflow:
+            apply()
+
+    zero._apply_muon_to_accumulated_grads = apply_to_finite
