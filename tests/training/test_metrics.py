@@ -284,5 +284,9 @@ def test_a_run_that_stops_among_the_chosen_steps_writes_the_profile_of_those_it_
         torch.ones(8)
     profiler.close()
     assert '"step 5"' in (tmp_path / "profile" / "rank-00000.trace.json").read_text()
+    with profiler.step(9):  # closes the profiler, which would otherwise record all steps after it
+        torch.ones(8)
+    trace = (tmp_path / "profile" / "rank-00000.trace.json").read_text()
+    assert '"step 9"' in trace and '"step 5"' not in trace
     StepProfiler(None, tmp_path / "none", OneRank()).close()
     assert not (tmp_path / "none").exists()

@@ -141,9 +141,10 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered_by_a
 
 
 def test_a_run_that_is_asked_to_stop_before_its_first_step_saves_and_resumes(digits: Path, tmp_path: Path) -> None:
-    stopped = start(1, digits, tmp_path / "run", setup=stop_at_the_engine)
+    stopped = start(1, digits, tmp_path / "run", "train.profile=[1, 5]", setup=stop_at_the_engine)
     codes, printed = stopped.wait()
     assert codes == [EXIT_STOPPED] and "stopped at step 1" in printed
+    assert "step 1" in (tmp_path / "run" / "profile" / "rank-00000.trace.json").read_text()
 
 
 def test_a_fault_in_a_rank_s_save_ends_all_ranks_at_once_with_its_traceback(digits: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import OneRank, metrics, refusal, small_config, start, state_of, text, train, write_packs
+from PIL import Image, ImageSequence
 
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.loader import batch_builder, complete_config, open_data, open_heldout
@@ -196,3 +197,17 @@ def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_
             torch.testing.assert_close(images[number], alone, rtol=1e-4, atol=1e-4)
     Validation(config, data, OneRank()).measure(model.train(), 1)
     assert model.training
+
+
+def test_the_animation_has_the_pictures_up_to_its_step_and_not_those_that_a_run_has_yet_to_repeat(
+    digits: Path, tmp_path: Path
+) -> None:
+    config = small_config(digits, *OBSERVED, "data.heldout=null", "train.validate_every=0")
+    samples = Samples(config.train, describe_data(open_data(config)), tmp_path, OneRank())
+    samples.folder.mkdir()
+    for step in (2, 4, 6):
+        Image.new("RGB", (4, 3), (step, 0, 0)).save(samples.path(step))
+    animation = samples.animate(4)
+    assert animation is not None
+    with Image.open(animation) as image:
+        assert [frame.convert("RGB").getpixel((0, 0))[0] for frame in ImageSequence.Iterator(image)] == [2, 4]

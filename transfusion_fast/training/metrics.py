@@ -149,7 +149,14 @@ class _RowFile:
 def _row(line: bytes) -> dict[str, Any] | None:
     """Return the row in a line, None if there is none."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=_int64)
         return row if isinstance(row["step"], int) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _int64(digits: str) -> int:
+    """Return an integer; raise ValueError if it is too large for any count, and for the floats of a picture."""
+    if len(digits) > len(str(-(2**63))):
+        raise ValueError(f"integers must have at most 64 bits, got one of {len(digits)} characters")
+    return int(digits)
