@@ -273,12 +273,6 @@ def spoil_part_of_second_step() -> None:
     torch.nn.modules.module.register_module_forward_pre_hook(spoil)
 
 
-def resident_memory(field: str) -> int:
-    """Return VmRSS, the resident memory of this process, or VmHWM, its peak since it was reset, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
-
-
 def spoil_losses(losses: dict[tuple[int, int], str]) -> None:
     """Make losses NaN, but not their gradients: those of these ranks and micro-batches, counted from 1."""
     from transfusion_fast.model import transfusion
@@ -306,34 +300,6 @@ def report_averages(losses: dict[tuple[int, int], str]) -> None:
         update(engine, decay, step)
 
     trainer.update_ema = reported
-
-
-def reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def report_memory_of_saves() -> None:
-    """Print by how much the resident memory grew in each save, and the bytes of what this rank saved."""
-    from transfusion_fast.training import ranks
-    from transfusion_fast.training.checkpoint import Checkpoints
-
-    ranks.keep_freed_memory = lambda: None  # which would hide what a save takes
-    save, finish = Checkpoints.save, Checkpoints.finish
-
-    def measured_save(self: Checkpoints, *arguments: Any) -> None:
-        finish(self)
-        reset_peak_memory()
-        self.before = resident_memory("VmRSS")
-        save(self, *arguments)
-
-    def measured_finish(self: Checkpoints) -> None:
-        saved = self._save
-        finish(self)
-        if saved is not None:
-            share = saved.measured.result()[0]
-            print(f"memory: {resident_memory('VmHWM') - self.before} {share}", flush=True)
-
-    Checkpoints.save, Checkpoints.finish = measured_save, measured_finish
 
 
 def fix_what_is_measured() -> None:

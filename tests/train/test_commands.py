@@ -22,7 +22,8 @@ from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import evaluation, overview
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import draw_grid
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_data_description
+from transfusion_fast.training.checkpoint_files import find_checkpoint
+from transfusion_fast.training.run_folder import load_model, read_data_description
 
 
 class SomeDigits(Digits):

@@ -20,8 +20,9 @@ from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.training import slices
 from transfusion_fast.training.checkpoint import Checkpoints
+from transfusion_fast.training.checkpoint_files import Meta, find_checkpoint, find_damage
 from transfusion_fast.training.resume import initial_meta
-from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage, load_model
+from transfusion_fast.training.run_folder import load_model
 from transfusion_fast.training.slices import averaged_weights, init_state, write_weights_into
 
 META = Meta(

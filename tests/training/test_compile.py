@@ -9,7 +9,7 @@ from launching import assert_same_course, metrics, small_config, train
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.training.engine import compile_blocks
 from transfusion_fast.training.stored_slices import StoredSlices
 
@@ -34,7 +34,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     compile_blocks(model)
     torch._dynamo.reset()
     counters.clear()
-    stream = training_batches(config, data, Share(0, 1, 1, 1), 0)
+    stream = training_batches(config, data, BatchSplit(0, 1, 1, 1), 0)
     for batch in (next(stream).batch for _ in range(3)):
         graphs = counters["stats"]["unique_graphs"]
         losses, expected = model(batch), eager(batch)
@@ -45,7 +45,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         assert name == other_name
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
-    model(next(training_batches(config, data, Share(0, 1, 3, 3), 0)).batch)
+    model(next(training_batches(config, data, BatchSplit(0, 1, 3, 3), 0)).batch)
     assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
     [reason] = counters["graph_break"]
     assert "tiled_attention" in reason

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import report_memory_of_saves, reset_peak_memory, resident_memory, train
+from launching import train
+from resident_memory import report_memory_of_saves, reset_peak_memory, resident_memory
 
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.export import export_model
-from transfusion_fast.training.run_folder import find_checkpoint
 
 LARGEST_PARAMETER = 4 * 2 * 2048 * 768  # gate_up, fp32
 PYTHON = 8 << 20  # objects and buffers of Python and its libraries

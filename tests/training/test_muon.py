@@ -11,8 +11,9 @@ from transfusion_fast import Transfusion
 from transfusion_fast.config import OptimizerConfig
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint_files import find_checkpoint, open_slices
 from transfusion_fast.training.engine import check_compiler, make_optimizer, set_learning_rate
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, open_slices
+from transfusion_fast.training.run_folder import load_model
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from launching import (
 )
 
 from transfusion_fast.errors import EXIT_STOPPED
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_meta
+from transfusion_fast.training.checkpoint_files import find_checkpoint, read_meta
+from transfusion_fast.training.run_folder import load_model
 
 
 def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weights_bit_for_bit(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from transfusion_fast.training.stored_slices import Span, StoredSlices, write_slices
+from transfusion_fast.training.stored_slices import SliceSpan, StoredSlices, write_slices
 
 SHAPES = {"matrix": (5, 3), "vector": (7,)}
 FULL = {f"{kind}/{name}": torch.randn(shape) for kind in ("weight", "ema") for name, shape in SHAPES.items()}
@@ -25,7 +25,7 @@ def write(folder: Path, cuts: dict[str, list[int]]) -> list[Path]:
             bounds = [0, *sorted(inner), FULL[f"weight/{name}"].numel()]
             start, end = bounds[rank : rank + 2]
             if start < end:
-                spans[name] = Span(start, end - start, SHAPES[name])
+                spans[name] = SliceSpan(start, end - start, SHAPES[name])
                 tensors |= {f"{k}/{name}": FULL[f"{k}/{name}"].flatten()[start:end].clone() for k in ("weight", "ema")}
         files.append(folder / f"rank-{rank}.safetensors")
         write_slices(files[-1], spans, tensors)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each complete or absent; run_folder.py describes their files.
+"""Checkpoints of a run, each complete or absent; checkpoint_files.py describes their files.
 
 Saving copies this rank's slices to host memory, and a thread writes them to a staging folder while training goes on.
 Once all ranks have written, the folder is renamed, and only then named by `latest`. On resume, a checkpoint whose files
@@ -23,9 +23,7 @@ from torch import Tensor
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
-from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.resume import check_same_run
-from transfusion_fast.training.run_folder import (
+from transfusion_fast.training.checkpoint_files import (
     CHECKPOINTS,
     LATEST,
     MANIFEST,
@@ -38,8 +36,10 @@ from transfusion_fast.training.run_folder import (
     open_slices,
     read_meta,
 )
+from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.resume import check_same_run
 from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices
-from transfusion_fast.training.stored_slices import Span, write_slices
+from transfusion_fast.training.stored_slices import SliceSpan, write_slices
 
 _DELETED = ".deleted-"
 _LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
@@ -73,7 +73,7 @@ class Checkpoints:
             spans = {one.name: one.span for one in slices}
             Thread(target=self._write, args=(save, spans, tensors)).start()
 
-    def _write(self, save: _Save, spans: dict[str, Span], tensors: dict[str, Tensor]) -> None:
+    def _write(self, save: _Save, spans: dict[str, SliceSpan], tensors: dict[str, Tensor]) -> None:
         with self._keep_error(save):
             save.staging.mkdir(parents=True, exist_ok=True)
             write_slices(save.staging / save.file, spans, tensors)
@@ -143,7 +143,7 @@ class Checkpoints:
         """
         names = self._names()
         for name in reversed(names):
-            problems = self.ranks.gather(find_damage(self.folder / name, self.ranks.share))
+            problems = self.ranks.gather(find_damage(self.folder / name, self.ranks.own))
             if not problems:
                 return self.folder / name
             if self.ranks.is_main:

@@ -10,13 +10,14 @@ from typing import Any
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.folder import LocalFolder
-from transfusion_fast.data.loader import Share, open_heldout
+from transfusion_fast.data.loader import BatchSplit, open_heldout
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint_files import META, find_damage, list_checkpoints, read_meta
 from transfusion_fast.training.estimate import Cluster, Estimate, estimate, read_packs
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.resume import check_same_run, initial_meta, resume_notes
-from transfusion_fast.training.run_folder import META, check_output, find_damage, list_checkpoints, read_meta
+from transfusion_fast.training.run_folder import check_output
 
 _DAY = 86400
 _USES = {
@@ -44,11 +45,11 @@ def dry_run(
     if packs < 1:
         raise InputError(f"--packs must be at least 1, got {packs}; correct it")
     folder, train = _check_output(Path(config.train.output)), config.train
-    share = Share(0, cluster.gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
+    split = BatchSplit(0, cluster.gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
     if config.deepspeed:
         from transfusion_fast.training.engine import deepspeed_settings  # importing DeepSpeed takes seconds
 
-        deepspeed_settings(config, share, bf16=train.precision != "fp32", cuda=True)
+        deepspeed_settings(config, split, bf16=train.precision != "fp32", cuda=True)
     run = estimate(config, data, cluster, read_packs(config, data, packs))
     lines = [
         "An estimate on paper: nothing was trained, and only the loader's time was measured.",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_fast.config import Config, OptimizerConfig
-from transfusion_fast.data.loader import Share
+from transfusion_fast.data.loader import BatchSplit
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.layers import Attention, Block
 from transfusion_fast.model.transfusion import Transfusion
@@ -27,12 +27,12 @@ LR_SCALE = "lr_scale"
 """Key of the factor of a group's learning rate."""
 
 
-def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
+def make_engine(config: Config, ranks: Ranks, split: BatchSplit) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     check_compiler(config, ranks.device)
     bf16 = uses_bf16(config.train.precision, ranks.device)
     deepspeed.utils.logger.setLevel("ERROR")  # the trainer reports skipped steps itself
-    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
+    settings = deepspeed_settings(config, split, bf16=bf16, cuda=ranks.device.type == "cuda")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
     sharded = config.train.zero_stage == 3
@@ -84,7 +84,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) -> dict[str, Any]:
+def deepspeed_settings(config: Config, split: BatchSplit, *, bf16: bool, cuda: bool) -> dict[str, Any]:
     """Return the settings derived from the config, with the config's raw `deepspeed` section merged in.
 
     Raises:
@@ -92,10 +92,10 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     """
     train = config.train
     derived: dict[str, Any] = {
-        # DeepSpeed multiplies by the number of ranks, although some of them share their packs.
-        "train_batch_size": share.global_batch * share.sequence_parallel,
-        "train_micro_batch_size_per_gpu": share.micro_batch,
-        "gradient_accumulation_steps": share.accumulation_steps,
+        # DeepSpeed multiplies by the number of ranks, although some of them split their packs.
+        "train_batch_size": split.global_batch * split.sequence_parallel,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation_steps,
         "gradient_clipping": config.optimizer.max_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},  # skip steps whose gradient is not finite
         "fp16": {"enabled": False},
@@ -174,7 +174,7 @@ def _muon_groups(
     """Return groups whose steps are lr * (0.2 sqrt(max(A, B)) * O + weight_decay * W) for a matrix W [A, B].
 
     O is the momentum, orthogonalised, and the factor gives it the root mean square of AdamW's updates, so that both
-    share a learning rate (arXiv 2502.16982, equation 4). DeepSpeed scales O by sqrt(max(1, A / B)) alone. The rest of
+    split a learning rate (arXiv 2502.16982, equation 4). DeepSpeed scales O by sqrt(max(1, A / B)) alone. The rest of
     the factor is 0.2 sqrt(B), and belongs to the group's learning rate, by which the weight decay is multiplied too.
     """
     groups = []

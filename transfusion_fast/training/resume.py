@@ -9,7 +9,8 @@ from transfusion_fast.config import Config
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.run_folder import Meta, changed_settings, read_meta
+from transfusion_fast.training.checkpoint_files import Meta, read_meta
+from transfusion_fast.training.run_folder import changed_settings
 from transfusion_fast.training.schedule import learning_rate
 
 _HINTS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfusion_fast.training.stored_slices import EMA, MOMENTUM, WEIGHT, Span, StoredSlices
+from transfusion_fast.training.stored_slices import EMA, MOMENTUM, WEIGHT, SliceSpan, StoredSlices
 
 _EXCHANGED = 1 << 24  # elements that are copied at a time
 
@@ -37,9 +37,9 @@ class Slice:
     """Index of the parameter's first element in Muon's momentum, where a rank keeps that of whole matrices."""
 
     @property
-    def span(self) -> Span:
+    def span(self) -> SliceSpan:
         """The slice's place in its parameter."""
-        return Span(self.offset, self.length, self.shape)
+        return SliceSpan(self.offset, self.length, self.shape)
 
     def views(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the memory of the weights and of the optimizer's state, [length], by kind; fp32 but for momentum."""

@@ -26,7 +26,7 @@ MOMENTUM = "momentum_buffer"
 
 
 @dataclass(frozen=True)
-class Span:
+class SliceSpan:
     """Elements [offset, offset + length) of a flattened parameter of this shape."""
 
     offset: int
@@ -34,7 +34,7 @@ class Span:
     shape: tuple[int, ...]
 
 
-def write_slices(path: Path, spans: Mapping[str, Span], tensors: Mapping[str, Tensor]) -> None:
+def write_slices(path: Path, spans: Mapping[str, SliceSpan], tensors: Mapping[str, Tensor]) -> None:
     """Write fp32 tensors by `KIND/NAME`, with the span of each parameter's name in the metadata."""
     described = json.dumps({name: asdict(span) for name, span in spans.items()})
     try:
@@ -104,14 +104,14 @@ class _StoredSlice:
 
     file: Path
     name: str
-    span: Span
+    span: SliceSpan
     starts: Mapping[str, int]
 
     def read(self, kind: str, offset: int, target: Tensor) -> None:
         """Fill a flat tensor from an element of the slice on, in place: a mapped file's pages would take memory too."""
         with self.file.open("rb") as opened:
             opened.seek(self.starts[kind] + offset * target.itemsize)
-            if opened.readinto(target.numpy()) != target.nbytes:
+            if opened.readinto(target.numpy().data) != target.nbytes:
                 raise OSError(f"{self.file}: has become shorter than it was when it was opened")
 
 
@@ -120,7 +120,7 @@ def _read_header(file: Path) -> list[_StoredSlice]:
     try:
         with safe_open(file, framework="pt") as opened:  # checks that tensors lie within the file
             spans = {
-                name: Span(span["offset"], span["length"], tuple(span["shape"]))
+                name: SliceSpan(span["offset"], span["length"], tuple(span["shape"]))
                 for name, span in json.loads(opened.metadata()["slices"]).items()
             }
         with file.open("rb") as plain:
