@@ -234,6 +234,20 @@ def without_compiling() -> None:
     torch.compiler.set_stance("force_eager")
 
 
+def take_long_in_the_first_step() -> None:
+    """Let the first micro-batch take five seconds more, as its compilation would; compile nothing."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    without_compiling()
+    forward, calls = DeepSpeedEngine.forward, itertools.count()
+
+    def slow(self: DeepSpeedEngine, *inputs: Any, **options: Any) -> Any:
+        time.sleep(0 if next(calls) else 5)
+        return forward(self, *inputs, **options)
+
+    DeepSpeedEngine.forward = slow
+
+
 def stop_at_the_engine() -> None:
     """Send SIGTERM to this process when its engine is made."""
     from transfusion_fast.training import trainer

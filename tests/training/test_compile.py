@@ -1,11 +1,12 @@
 """Compiled blocks: the same numbers, and one compilation for all blocks and batches."""
 
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from launching import assert_same_course, metrics, small_config, train
+from launching import assert_same_course, metrics, small_config, take_long_in_the_first_step, train
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config_reading import load_config
@@ -49,6 +50,15 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
     [reason] = counters["graph_break"]
     assert "tiled_attention" in reason
+
+
+def test_the_rates_leave_out_the_first_step_which_compiles(digits: Path, tmp_path: Path) -> None:
+    settings = ("train.compile=blocks", "train.log_every=2", "train.steps=2")
+    printed = train(1, digits, tmp_path, *settings, setup=take_long_in_the_first_step)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert float(printed.partition("the first step took ")[2].split()[0]) > 5 and row["step"] == 2
+    tokens_of_a_step = (1 - row["padding"]) * 4 * 128
+    assert tokens_of_a_step / row["tokens_per_second"] < 2.5  # seconds; more, if both steps took five and a bit
 
 
 @pytest.mark.slow

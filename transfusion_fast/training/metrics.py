@@ -17,7 +17,8 @@ class Row:
     """The metrics of one logged step. Losses and gradient norm are those of the step's global batch.
 
     Rates, fractions and the losses by quarter cover the steps since the last row; the first row after training started
-    or resumed covers those since then. None is null in the file.
+    or resumed covers those since then. Its rates and fractions leave out a first step that compiles, unless it is the
+    only one. None is null in the file.
     """
 
     step: int

@@ -134,8 +134,10 @@ class Trainer:
         while self.meta.step < settings.steps:
             with self.profiler.step(self.meta.step + 1):
                 stopping = self._step(self.stop.requested or self.ranks.abandoned or self._out_of_time())
-            if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
-                say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
+            if self.meta.step == first and settings.compile != "off":
+                self.interval = Interval()  # the rates of the first row are those of the steps after this one
+                if self.ranks.is_main:
+                    say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
             if not stopping or self.meta.step == settings.steps:  # whoever stops a run does not wait for long
                 self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
