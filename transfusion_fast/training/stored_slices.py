@@ -126,14 +126,14 @@ def _read_header(file: Path) -> list[_StoredSlice]:
         with file.open("rb") as plain:
             size = int.from_bytes(plain.read(8), "little")
             header = json.loads(plain.read(size))
-        starts: dict[str, dict[str, int]] = {name: {} for name in spans}
+        starts: dict[str, dict[str, int]] = {}
         for key, tensor in header.items():
             if key == "__metadata__":
                 continue
             kind, _, name = key.partition("/")
             if (found := (tensor["dtype"], tensor["shape"])) != ("F32", [spans[name].length]):
                 raise ValueError(f"{key} is of {found}, its span of the length {spans[name].length}, F32")
-            starts[name][kind] = 8 + size + tensor["data_offsets"][0]
+            starts.setdefault(name, {})[kind] = 8 + size + tensor["data_offsets"][0]
         return [_StoredSlice(file, name, span, starts[name]) for name, span in spans.items()]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
