@@ -109,7 +109,7 @@ def _resumption(config: Config, data: Mixture, checkpoint: Path) -> Iterator[str
         InputError: training would refuse the settings.
     """
     saved, train = read_meta(checkpoint), config.train
-    # What "auto" means is known on the device alone that trains.
+    # Only the device that trains decides what "auto" means.
     bf16 = (saved.precision if train.precision == "auto" else train.precision) == "bf16"
     check_same_run(checkpoint, saved, initial_meta(config, data, saved.world_size, bf16=bf16))
     finished = saved.step >= train.steps
