@@ -55,7 +55,7 @@ setup(
         "bench": ["matplotlib>=3.8", "pandas>=2.2", "triton>=3.6"],
         # Loggers of training, beside the file of metrics.
         "tensorboard": ["tensorboard>=2.17"],
-        "wandb": ["wandb>=0.18"],
+        "wandb": ["wandb>=0.31"],
         # Everything that the tests use. Triton is there for its interpreter and its compiler, which need no GPU.
         "test": [
             "pytest>=8.0",

@@ -28,7 +28,7 @@ from tables import Row
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import parse
 from transfusion_fast.data.batch import KeyedPack, draw
-from transfusion_fast.data.loader import Share, batch_builder, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -98,7 +98,7 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
     reader, builder = PackReader(folder, index), batch_builder(config, data, 1)
     numbers = range(index.num_packs)
     keyed = [KeyedPack(reader.read(number), 0, number) for number in numbers]
-    loaded = training_batches(config, data, Share(0, 1, 1, 1), 0)
+    loaded = training_batches(config, data, BatchSplit(0, 1, 1, 1), 0)
     megabytes = sum(shard.bytes for shard in index.shards) / 1e6
 
     def read_tars() -> None:

@@ -185,7 +185,7 @@ def run_in_child() -> None:
 
 def kill_at_event(rank: int, number: int) -> None:
     """Make a rank kill itself just before the given one of the operations that change files of the run."""
-    from transfusion_fast.training import slices
+    from transfusion_fast.training import stored_slices
 
     if os.environ["RANK"] != str(rank):
         return
@@ -205,7 +205,18 @@ def kill_at_event(rank: int, number: int) -> None:
         for name in names:
             watch(owner, name)
     watch(shutil, "rmtree")
-    watch(slices, "save_file")
+    watch(stored_slices, "save_file")
+
+
+def fail_to_save_on_rank_1() -> None:
+    """Make the thread that writes the checkpoints of rank 1 fail as no disk would."""
+    from transfusion_fast.training import checkpoint
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault of a library")
+
+    if os.environ["RANK"] == "1":
+        checkpoint.write_slices = fail
 
 
 def become_the_second_node() -> None:
@@ -221,6 +232,20 @@ def use_port(port: str) -> None:
 def without_compiling() -> None:
     """Run what DeepSpeed compiles as it is, since its compilation would take most of a minute."""
     torch.compiler.set_stance("force_eager")
+
+
+def take_long_in_the_first_step() -> None:
+    """Let the first micro-batch take five seconds more, as its compilation would; compile nothing."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    without_compiling()
+    forward, calls = DeepSpeedEngine.forward, itertools.count()
+
+    def slow(self: DeepSpeedEngine, *inputs: Any, **options: Any) -> Any:
+        time.sleep(0 if next(calls) else 5)
+        return forward(self, *inputs, **options)
+
+    DeepSpeedEngine.forward = slow
 
 
 def stop_at_the_engine() -> None:
@@ -248,10 +273,18 @@ def spoil_second_backward() -> None:
     DeepSpeedEngine.backward = spoiled
 
 
-def resident_memory(field: str) -> int:
-    """Return VmRSS, the resident memory of this process, or VmHWM, its peak since it was reset, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+def spoil_part_of_second_step() -> None:
+    """Make the gradients of what lies below the last of two blocks NaN in the second step of four micro-batches."""
+    from transfusion_fast.model.layers import Block
+
+    without_compiling()
+    calls = itertools.count(1)
+
+    def spoil(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, Block) and next(calls) == 4 * 2 + 2:
+            inputs[0].register_hook(lambda gradient: gradient * math.nan)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(spoil)
 
 
 def spoil_losses(losses: dict[tuple[int, int], str]) -> None:
@@ -281,34 +314,6 @@ def report_averages(losses: dict[tuple[int, int], str]) -> None:
         update(engine, decay, step)
 
     trainer.update_ema = reported
-
-
-def reset_peak_memory() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def report_memory_of_saves() -> None:
-    """Print by how much the resident memory grew in each save, and the bytes of what this rank saved."""
-    from transfusion_fast.training import ranks
-    from transfusion_fast.training.checkpoint import Checkpoints
-
-    ranks.keep_freed_memory = lambda: None  # which would hide what a save takes
-    save, finish = Checkpoints.save, Checkpoints.finish
-
-    def measured_save(self: Checkpoints, *arguments: Any) -> None:
-        finish(self)
-        reset_peak_memory()
-        self.before = resident_memory("VmRSS")
-        save(self, *arguments)
-
-    def measured_finish(self: Checkpoints) -> None:
-        saved = self._save
-        finish(self)
-        if saved is not None:
-            share = saved.measured.result()[0]
-            print(f"memory: {resident_memory('VmHWM') - self.before} {share}", flush=True)
-
-    Checkpoints.save, Checkpoints.finish = measured_save, measured_finish
 
 
 def fix_what_is_measured() -> None:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.export import export_model
-from transfusion_fast.training.run_folder import find_checkpoint
 
 
 def main() -> int:

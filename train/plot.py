@@ -24,16 +24,10 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.training.checkpoint_files import find_checkpoint, list_checkpoints, read_meta
 from transfusion_fast.training.curves import draw_curves, read_curves
 from transfusion_fast.training.metrics import METRICS, read_rows
-from transfusion_fast.training.run_folder import (
-    CONFIG,
-    find_checkpoint,
-    list_checkpoints,
-    load_model,
-    read_data_description,
-    read_meta,
-)
+from transfusion_fast.training.run_folder import CONFIG, load_model, read_data_description
 
 MAX_COLUMNS, MAX_PROMPTS = 6, 10  # more would be too small to see
 

@@ -297,8 +297,8 @@ class TrainConfig(_Settings):
     """Captions that are drawn, always from the same noise."""
     sample_each: Positive = 2
     """Images of each caption."""
-    sample_steps: Positive = 50
-    """Diffusion steps of an image."""
+    sample_steps: Annotated[Positive, Field(le=1000)] = 50
+    """Diffusion steps of an image, at most as many as there are timesteps."""
     sample_eta: NonNegativeFloat = 1.0
     """Amount of noise added in a diffusion step: 0 is DDIM, 1 is DDPM; more corrects errors of earlier steps."""
     sample_vae: FolderPath | None = None

@@ -14,7 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -65,7 +65,7 @@ def config_of(path: Path | str, *overrides: str) -> Config:
 
 def batches(path: Path | str, rank: int, ranks: int, micro: int, consumed: int, count: int, *overrides: str):
     config = config_of(path, *overrides)
-    loaded = islice(training_batches(config, open_data(config), Share(rank, ranks, micro, 8), consumed), count)
+    loaded = islice(training_batches(config, open_data(config), BatchSplit(rank, ranks, micro, 8), consumed), count)
     found = list(loaded)
     assert not any(each.unreadable for each in found)
     return [each.batch for each in found]
@@ -110,16 +110,16 @@ def test_workers_and_prefetch_change_nothing_after_a_resume(
 
 
 def test_each_worker_prepares_as_many_micro_batches_ahead_as_asked(folder: Path, monkeypatch) -> None:
-    taken, really = [], Share.micro_batches
+    taken, really = [], BatchSplit.micro_batches
 
-    def recorded(share: Share, packs_consumed: int) -> Iterator[list[int]]:
-        for positions in really(share, packs_consumed):
+    def recorded(split: BatchSplit, packs_consumed: int) -> Iterator[list[int]]:
+        for positions in really(split, packs_consumed):
             taken.append(positions)
             yield positions
 
-    monkeypatch.setattr(Share, "micro_batches", recorded)
+    monkeypatch.setattr(BatchSplit, "micro_batches", recorded)
     config = config_of(folder, "data.workers=2", "data.prefetch=3")
-    next(training_batches(config, open_data(config), Share(0, 1, 1, 8), 0))
+    next(training_batches(config, open_data(config), BatchSplit(0, 1, 1, 8), 0))
     assert len(taken) == 2 * 3 + 1  # the next one takes the place of the first
 
 
@@ -130,7 +130,7 @@ def test_a_stream_resumed_after_any_step_on_any_ranks_is_the_rest_of_it(path, st
     config = config_of(path)
     order = open_data(config).order(config.train.seed, config.data.shuffle_window)
     ids = [order[position] for position in range(TOTAL)]
-    positions = Share(rank, ranks, micro, 8).micro_batches(8 * step)
+    positions = BatchSplit(rank, ranks, micro, 8).micro_batches(8 * step)
     resumed = batches(path, rank, ranks, micro, 8 * step, (TOTAL - 8 * step) // (micro * ranks))
     for turn, (found, own) in enumerate(zip(resumed, positions, strict=False)):
         first = 8 * step + (turn * ranks + rank) * micro
@@ -163,7 +163,7 @@ def test_a_shard_that_cannot_be_fetched_does_not_count_as_damaged(
     shutil.rmtree(home / ".cache", ignore_errors=True)
     config = config_of(f"file://{copy}", f"data.workers={workers}", "data.quarantine=4")
     mixture = open_data(config)
-    found = list(islice(training_batches(config, mixture, Share(0, 1, 2, 8), 0), mixture.num_packs // 2))
+    found = list(islice(training_batches(config, mixture, BatchSplit(0, 1, 2, 8), 0), mixture.num_packs // 2))
     assert not any(each.unreadable for each in found)
     lines = [line for each in found for line in each.unfetched]
     assert len(lines) == 4 and all(f"file://{copy}/shard-000001.tar must be fetched" in line for line in lines)
@@ -172,7 +172,7 @@ def test_a_shard_that_cannot_be_fetched_does_not_count_as_damaged(
 def test_every_tensor_that_goes_to_a_device_is_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread of DataLoader(pin_memory=True) calls `pin_memory`, but only with a GPU."""
     config = config_of(folder)
-    loaded = next(training_batches(config, open_data(config), Share(0, 1, 8, 8), 0))
+    loaded = next(training_batches(config, open_data(config), BatchSplit(0, 1, 8, 8), 0))
     pinned: list[int] = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,8 +203,8 @@ def test_ranks_that_share_packs_hold_the_parts_of_the_batches_of_one(folder: Pat
     config = config_of(folder)
     data = open_data(config)
     for group in range(2):
-        whole = list(islice(training_batches(config, data, Share(group, 2, 2, 8), 8), 3))
-        shares = [Share(2 * group + part, 4, 2, 8, sequence_parallel=2) for part in range(2)]
+        whole = list(islice(training_batches(config, data, BatchSplit(group, 2, 2, 8), 8), 3))
+        shares = [BatchSplit(2 * group + part, 4, 2, 8, sequence_parallel=2) for part in range(2)]
         assert all(share.accumulation_steps == 2 for share in shares)
         parts = [list(islice(training_batches(config, data, share, 8), 3)) for share in shares]
         for one, first, second in zip(whole, *parts, strict=True):
@@ -214,7 +214,7 @@ def test_ranks_that_share_packs_hold_the_parts_of_the_batches_of_one(folder: Pat
 
 def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     with pytest.raises(InputError, match=r"train.global_batch must be a multiple of .* = 3 x 2, got 8"):
-        Share(0, 3, 2, 8)
+        BatchSplit(0, 3, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_damaged_pack_is_named_every_time_and_changes_no_other(
     config = config_of(after, f"data.workers={workers}", "data.quarantine=9")
     mixture = open_data(config)
     order, bad_pack = mixture.order(0, 2), mixture.num_packs - mixture.datasets[-1].index.num_packs + 1
-    found = list(islice(training_batches(config, mixture, Share(0, 1, 1, 8), 0), 60))
+    found = list(islice(training_batches(config, mixture, BatchSplit(0, 1, 1, 8), 0), 60))
     bad = [position for position, each in enumerate(found) if each.unreadable]
     assert bad == [position for position in range(60) if order[position][1] == bad_pack] and len(bad) > 1
     for position, (each, expected) in enumerate(zip(found, batches(before, 0, 1, 1, 0, 60), strict=True)):
@@ -278,5 +278,5 @@ def test_a_missing_shard_stops_a_run_unless_its_packs_may_be_left_out(folder: Pa
         with pytest.raises(InputError, match="shard-000001"):
             mixture.check_shards(*part)
     mixture.check_shards(0, 2)
-    found = islice(training_batches(config, mixture, Share(0, 1, 1, 8), 0), mixture.num_packs)
+    found = islice(training_batches(config, mixture, BatchSplit(0, 1, 1, 8), 0), mixture.num_packs)
     assert sum(len(each.unreadable) for each in found) == 4

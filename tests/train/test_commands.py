@@ -22,7 +22,8 @@ from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import evaluation, overview
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 from transfusion_fast.sampling.pictures import draw_grid
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_data_description
+from transfusion_fast.training.checkpoint_files import find_checkpoint
+from transfusion_fast.training.run_folder import load_model, read_data_description
 
 
 class SomeDigits(Digits):
@@ -142,7 +143,8 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     ("arguments", "complaint"),
     [
         ("sample nowhere --prompt one", "nowhere: is not a run folder"),
-        ("sample RUN --prompt one --steps 0", "diffusion steps must be at least 1, got 0"),
+        ("sample RUN --prompt one --steps 0", "diffusion steps must be in 1..1000, got 0"),
+        ("plot RUN --overview --steps 1000000000", "diffusion steps must be in 1..1000, got 1000000000"),
         ("sample RUN --prompt one --checkpoint ../x", "has no checkpoint '../x'"),
         ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header

@@ -20,9 +20,10 @@ from transfusion_fast.data.loader import open_data
 from transfusion_fast.errors import InputError
 from transfusion_fast.training import slices
 from transfusion_fast.training.checkpoint import Checkpoints
-from transfusion_fast.training.run_folder import Meta, find_checkpoint, find_damage, load_model
-from transfusion_fast.training.slices import averaged_weights, init_state
-from transfusion_fast.training.trainer import initial_meta
+from transfusion_fast.training.checkpoint_files import Meta, find_checkpoint, find_damage
+from transfusion_fast.training.resume import initial_meta
+from transfusion_fast.training.run_folder import load_model
+from transfusion_fast.training.slices import averaged_weights, init_state, write_weights_into
 
 META = Meta(
     step=0, packs_consumed=0, skipped_steps=0, quarantined=0, precision="fp32", data="a" * 64, data_path="data",
@@ -173,6 +174,14 @@ def test_the_average_takes_the_place_of_the_weights_in_parts_and_gives_it_back(m
         assert torch.equal(torch.nn.utils.parameters_to_vector(engine.module.parameters()), average)
     assert torch.equal(flat, weights) and torch.equal(state["ema"], average)
     assert torch.equal(torch.nn.utils.parameters_to_vector(engine.module.parameters()), weights)
+
+
+def test_a_new_run_and_one_from_other_weights_begin_their_average_with_their_weights() -> None:
+    engine, given = Engine(), {"weight": torch.arange(6.0), "bias": torch.tensor([6.0, 7.0])}
+    [(flat, state)] = engine.optimizer.optimizer.state.items()
+    assert torch.equal(state["ema"], flat)
+    write_weights_into(engine, lambda name, offset, target: target.copy_(given[name][offset:][: len(target)]))
+    assert torch.equal(flat, torch.arange(8.0)) and torch.equal(state["ema"], flat)
 
 
 def test_a_run_that_was_saved_without_an_average_begins_it_with_its_weights(tmp_path: Path) -> None:

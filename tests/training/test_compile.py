@@ -1,17 +1,18 @@
 """Compiled blocks: the same numbers, and one compilation for all blocks and batches."""
 
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from launching import assert_same_course, metrics, small_config, train
+from launching import assert_same_course, metrics, small_config, take_long_in_the_first_step, train
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.training.engine import compile_blocks
-from transfusion_fast.training.slices import StoredSlices
+from transfusion_fast.training.stored_slices import StoredSlices
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     compile_blocks(model)
     torch._dynamo.reset()
     counters.clear()
-    stream = training_batches(config, data, Share(0, 1, 1, 1), 0)
+    stream = training_batches(config, data, BatchSplit(0, 1, 1, 1), 0)
     for batch in (next(stream).batch for _ in range(3)):
         graphs = counters["stats"]["unique_graphs"]
         losses, expected = model(batch), eager(batch)
@@ -45,10 +46,19 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         assert name == other_name
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
-    model(next(training_batches(config, data, Share(0, 1, 3, 3), 0)).batch)
+    model(next(training_batches(config, data, BatchSplit(0, 1, 3, 3), 0)).batch)
     assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
     [reason] = counters["graph_break"]
     assert "tiled_attention" in reason
+
+
+def test_the_rates_leave_out_the_first_step_which_compiles(digits: Path, tmp_path: Path) -> None:
+    settings = ("train.compile=blocks", "train.log_every=2", "train.steps=2")
+    printed = train(1, digits, tmp_path, *settings, setup=take_long_in_the_first_step)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert float(printed.partition("the first step took ")[2].split()[0]) > 5 and row["step"] == 2
+    tokens_of_a_step = (1 - row["padding"]) * 4 * 128
+    assert tokens_of_a_step / row["tokens_per_second"] < 2.5  # seconds; more, if both steps took five and a bit
 
 
 @pytest.mark.slow

@@ -54,3 +54,11 @@ def test_each_panel_has_the_curve_of_each_run_and_held_out_losses_where_they_exi
 def test_runs_in_folders_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / parent / "run", 1.0) for parent in ("a", "b")]
     assert [run.name for run in read_curves([*runs, write_run(tmp_path / "c", 1.0)])] == [*map(str, runs), "c"]
+
+
+def test_rows_with_numbers_that_no_float_can_hold_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 1.0)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 40, "loss": {10**400}}}\n{{"step": {10**400}, "loss": 1.0}}\n')
+    [curves] = read_curves([run])
+    assert curves.training["step"].tolist() == [10, 20, 30]

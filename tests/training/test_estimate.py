@@ -13,7 +13,7 @@ from launching import picture, small_config, text, write_packs
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config, ModelConfig
-from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.errors import DataError
 from transfusion_fast.model import layers
 from transfusion_fast.model.inputs import pack_documents
@@ -144,7 +144,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_the_means_are_those_of_the_packs_that_training_takes_first(config: Config) -> None:
     data = open_data(config)
     means = read_packs(config, data, 3)
-    stream = training_batches(config, data, Share(0, 1, 1, 4), 0)
+    stream = training_batches(config, data, BatchSplit(0, 1, 1, 4), 0)
     batches = [loaded.batch for loaded in itertools.islice(stream, 3)]
     assert means.packs == 3 and means.seconds > 0
     assert means.tokens == sum(b.num_tokens for b in batches) / 3

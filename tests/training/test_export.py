@@ -10,8 +10,9 @@ import torch
 from transfusion_fast import Transfusion
 from transfusion_fast.errors import InputError
 from transfusion_fast.training import export
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.export import export_model
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, open_model
+from transfusion_fast.training.run_folder import load_model, open_model
 
 
 def assert_same_model(one: Transfusion, other: Transfusion) -> None:

@@ -12,15 +12,17 @@ from small_models import small_model
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
-from transfusion_fast.data.loader import Share, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.weights import write_weights
 from transfusion_fast.training import initialize
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.export import export_model
-from transfusion_fast.training.initialize import InitialWeights, open_initial_weights, plan_from_model
-from transfusion_fast.training.run_folder import describe_data, find_checkpoint, load_model, write_data_description
+from transfusion_fast.training.initial_weights import InitialWeights
+from transfusion_fast.training.initialize import open_initial_weights, plan_from_model
+from transfusion_fast.training.run_folder import describe_data, load_model, write_data_description
 
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 
@@ -214,7 +216,7 @@ def test_a_folder_that_is_no_llama_model_is_refused(digits: Path, tmp_path: Path
 def first_loss(data: Path, model: Transfusion, *overrides: str) -> float:
     config = small_config(data, *overrides)
     packs = config.train.global_batch
-    stream = training_batches(config, open_data(config), Share(0, 1, packs, packs), 0)
+    stream = training_batches(config, open_data(config), BatchSplit(0, 1, packs, packs), 0)
     with torch.no_grad():
         return model(next(stream).batch).total.item()
 

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import report_memory_of_saves, reset_peak_memory, resident_memory, train
+from launching import train
+from resident_memory import report_memory_of_saves, reset_peak_memory, resident_memory
 
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.export import export_model
-from transfusion_fast.training.run_folder import find_checkpoint
 
 LARGEST_PARAMETER = 4 * 2 * 2048 * 768  # gate_up, fp32
-SLACK = 16 << 20  # buffers of the libraries
+PYTHON = 8 << 20  # objects and buffers of Python and its libraries
 
 
 @pytest.mark.slow
@@ -27,4 +28,4 @@ def test_a_save_takes_the_ranks_own_share_and_an_export_one_parameter(digits: Pa
     export_model(tmp_path / "run", find_checkpoint(tmp_path / "run"), tmp_path / "out")
     grown = resident_memory("VmHWM") - before
     assert (tmp_path / "out" / "model.safetensors").stat().st_size > 400 << 20
-    assert grown < 2 * LARGEST_PARAMETER + SLACK
+    assert grown < LARGEST_PARAMETER + PYTHON

@@ -213,6 +213,13 @@ class StandIn:
         self.started: list[dict[str, Any]] = []
         self.logged: list[tuple[dict[str, Any], int]] = []
         self.finished = 0
+        self.login_timeout = math.inf
+
+    def Settings(self, login_timeout: float) -> float:
+        return login_timeout
+
+    def setup(self, login_timeout: float) -> None:
+        self.login_timeout = login_timeout
 
     def init(self, **settings: Any) -> "StandIn":
         self.started.append(settings)
@@ -238,6 +245,9 @@ def test_weights_and_biases_gets_the_numbers_and_pictures_under_one_id(
     first, second = wandb.started
     assert first == second and first["project"] == "digits" and first["resume"] == "allow" and len(first["id"]) == 8
     assert first["config"]["optimizer"]["lr"] == 0.003 and wandb.finished == 2
+    limits = [first["settings"]["init_timeout"], first["settings"]["finish_timeout"], wandb.login_timeout]
+    assert all(0 < limit <= 60 for limit in limits)  # seconds; without them, wandb waits for ever
+    assert first["settings"]["finish_timeout_raises"]
     numbers = {f"train/{k}": v for k, v in asdict(ROW).items() if k not in ("step", "time") and v is not None}
     picture = ({"samples": f"image {tmp_path / 'red.png'}"}, 3)
     assert wandb.logged[2:] == [({**numbers, "train/loss": 3.5}, 3), picture]
@@ -274,5 +284,9 @@ def test_a_run_that_stops_among_the_chosen_steps_writes_the_profile_of_those_it_
         torch.ones(8)
     profiler.close()
     assert '"step 5"' in (tmp_path / "profile" / "rank-00000.trace.json").read_text()
+    with profiler.step(9):  # closes the profiler, which would otherwise record all steps after it
+        torch.ones(8)
+    trace = (tmp_path / "profile" / "rank-00000.trace.json").read_text()
+    assert '"step 9"' in trace and '"step 5"' not in trace
     StepProfiler(None, tmp_path / "none", OneRank()).close()
     assert not (tmp_path / "none").exists()

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import assert_same_course, metrics, state_of, train, without_compiling
+from launching import assert_same_course, metrics, spoil_part_of_second_step, state_of, train, without_compiling
 
 from transfusion_fast import Transfusion
 from transfusion_fast.config import OptimizerConfig
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint_files import find_checkpoint, open_slices
 from transfusion_fast.training.engine import check_compiler, make_optimizer, set_learning_rate
-from transfusion_fast.training.run_folder import find_checkpoint, load_model
+from transfusion_fast.training.run_folder import load_model
 
 
 @pytest.fixture
@@ -89,6 +90,19 @@ def test_muon_takes_the_same_steps_at_any_stage_and_its_momentum_is_resumed_and_
     train(2, digits, other, *MUON, "train.zero_stage=2", setup=without_compiling)
     assert_same_course(metrics(other), metrics(whole), relative=1e-5)
     assert_same_models(other, whole)
+
+
+@pytest.mark.parametrize("place", ["zero_stage=1", "zero_stage=3", "offload_optimizer=true"])
+def test_a_step_that_is_skipped_for_a_part_of_its_gradients_leaves_all_momentum_alone(
+    digits: Path, tmp_path: Path, place: str
+) -> None:
+    settings = (*MUON, f"train.{place}", "train.steps=3", "train.checkpoint_every=1")
+    assert "step 2 is skipped" in train(1, digits, tmp_path, *settings, setup=spoil_part_of_second_step)
+    first, second, third = (open_slices(find_checkpoint(tmp_path, f"step-0000000{n}")) for n in (1, 2, 3))
+    names = [name for name in first.shapes if name.startswith("blocks.") and len(first.shapes[name]) == 2]
+    for name in names:
+        before, skipped, after = (one.read("momentum_buffer", name) for one in (first, second, third))
+        assert torch.equal(skipped, before) and not torch.equal(after, before) and after.isfinite().all()
 
 
 @pytest.mark.slow

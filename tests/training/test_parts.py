@@ -13,19 +13,21 @@ from launching import OneRank, small_config, text, write_packs
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, open_data
+from transfusion_fast.data.loader import STOP_SIGNALS, BatchSplit, check_shared_memory, open_data
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.errors import InputError
-from transfusion_fast.training.engine import deepspeed_settings, learning_rate, make_optimizer, uses_bf16
+from transfusion_fast.training.engine import deepspeed_settings, make_optimizer, uses_bf16
 from transfusion_fast.training.run_folder import (
+    changed_settings,
     describe_data,
     read_data_description,
     write_config,
     write_data_description,
 )
+from transfusion_fast.training.schedule import learning_rate
 from transfusion_fast.training.trainer import StopRequest
 
-SHARE = Share(rank=0, world_size=2, micro_batch=2, global_batch=16)
+SPLIT = BatchSplit(rank=0, world_size=2, micro_batch=2, global_batch=16)
 
 
 def test_the_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
@@ -94,7 +96,7 @@ def test_automatic_precision_is_bf16_where_the_device_has_it(monkeypatch, device
 def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool) -> None:
     raw = {"zero_optimization": {"overlap_comm": bf16}, "wall_clock_breakdown": True}
     config = Config(optimizer={"clip": 0.5}, deepspeed=raw)
-    assert deepspeed_settings(config, SHARE, bf16=bf16, cuda=bf16) == {
+    assert deepspeed_settings(config, SPLIT, bf16=bf16, cuda=bf16) == {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
@@ -115,7 +117,7 @@ def test_deepspeed_settings_follow_from_the_config_and_take_raw_ones(bf16: bool)
 def test_deepspeed_clips_the_gradients_of_adamw_and_not_those_of_muon() -> None:
     for name, clip in (("adamw", 1.0), ("muon", 0.0)):
         config = Config(optimizer={"name": name})
-        assert deepspeed_settings(config, SHARE, bf16=True, cuda=False)["gradient_clipping"] == clip
+        assert deepspeed_settings(config, SPLIT, bf16=True, cuda=False)["gradient_clipping"] == clip
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_deepspeed_clips_the_gradients_of_adamw_and_not_those_of_muon() -> None:
 )
 def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
-        deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
+        deepspeed_settings(Config(deepspeed=raw), SPLIT, bf16=True, cuda=False)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_raw_setting_that_contradicts_a_derived_one_is_refused(raw: dict, comp
 )  # fmt: skip
 def test_a_raw_setting_that_deepspeed_would_ignore_or_refuse_is_named(raw: dict, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint) as refused:
-        deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
+        deepspeed_settings(Config(deepspeed=raw), SPLIT, bf16=True, cuda=False)
     assert "\n" not in str(refused.value)
 
 
@@ -166,7 +168,7 @@ def test_a_raw_setting_that_deepspeed_would_ignore_or_refuse_is_named(raw: dict,
     ],
 )
 def test_raw_settings_that_deepspeed_reads_are_passed_on(raw: dict) -> None:
-    settings = deepspeed_settings(Config(deepspeed=raw), SHARE, bf16=True, cuda=False)
+    settings = deepspeed_settings(Config(deepspeed=raw), SPLIT, bf16=True, cuda=False)
     for key, value in raw.items():
         assert settings[key] == (settings[key] | value if isinstance(value, dict) else value)
 
@@ -192,15 +194,18 @@ def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their
 def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:
     first = Config(data={"path": "a"}, deepspeed={"wall_clock_breakdown": True})
     second = Config(data={"path": {"a": 1, "b": 2}, "cache": "c" * 80, "caption_first": 0.5})
-    assert write_config(tmp_path, first) == write_config(tmp_path, first) == []
-    assert write_config(tmp_path, second) == [
+    assert changed_settings(tmp_path, first) == []
+    write_config(tmp_path, first)
+    assert changed_settings(tmp_path, first) == []
+    assert changed_settings(tmp_path, second) == [
         "data.path a -> {'a': 1.0, 'b': 2.0}",
         f"data.cache ~/.cache/transfusion_fast -> {'c' * 57}...",
         "data.caption_first 0.8 -> 0.5",
         "deepspeed.wall_clock_breakdown True -> None",
     ]
     (tmp_path / "config.yaml").write_text("data: [")
-    assert "unknown, since the previous config.yaml cannot be read" in write_config(tmp_path, second)[0]
+    assert "unknown, since the previous config.yaml cannot be read" in changed_settings(tmp_path, second)[0]
+    write_config(tmp_path, second)
     assert load_config(tmp_path / "config.yaml") == second
 
 

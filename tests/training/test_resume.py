@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from launching import (
+    DEFAULT_CONFIG,
+    SMALL,
     assert_same_course,
+    fail_to_save_on_rank_1,
     kill_at_event,
     last_step,
     metrics,
@@ -23,7 +26,8 @@ from launching import (
 )
 
 from transfusion_fast.errors import EXIT_STOPPED
-from transfusion_fast.training.run_folder import find_checkpoint, load_model, read_meta
+from transfusion_fast.training.checkpoint_files import find_checkpoint, read_meta
+from transfusion_fast.training.run_folder import load_model
 
 
 def test_a_run_that_was_stopped_and_then_killed_gives_the_same_losses_and_weights_bit_for_bit(
@@ -138,9 +142,17 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_remembered_by_a
 
 
 def test_a_run_that_is_asked_to_stop_before_its_first_step_saves_and_resumes(digits: Path, tmp_path: Path) -> None:
-    stopped = start(1, digits, tmp_path / "run", setup=stop_at_the_engine)
+    stopped = start(1, digits, tmp_path / "run", "train.profile=[1, 5]", setup=stop_at_the_engine)
     codes, printed = stopped.wait()
     assert codes == [EXIT_STOPPED] and "stopped at step 1" in printed
+    assert "step 1" in (tmp_path / "run" / "profile" / "rank-00000.trace.json").read_text()
+
+
+def test_a_fault_in_a_rank_s_save_ends_all_ranks_at_once_with_its_traceback(digits: Path, tmp_path: Path) -> None:
+    settings = ("train.heartbeat=900", "train.steps=100000")  # the heartbeat would not end it in time
+    codes, printed = start(2, digits, tmp_path / "run", *settings, setup=fail_to_save_on_rank_1).wait()
+    assert codes == [2, 2] and printed.count("pretrain: rank 1 cannot save step 2\nTraceback ") == 1
+    assert "in _write\n" in printed and printed.count("RuntimeError: a fault of a library") == 1
 
 
 def test_a_resumed_run_whose_learning_rate_would_jump_is_warned(digits: Path, tmp_path: Path) -> None:
@@ -155,3 +167,17 @@ def test_a_finished_run_keeps_its_config(digits: Path, tmp_path: Path) -> None:
     before = (run / "config.yaml").read_bytes()
     assert "trained to step 2 already" in train(1, digits, run, "train.steps=2", "optimizer.lr=0.5")
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_dry_run_says_of_an_existing_run_what_a_start_would_say(digits: Path, uninterrupted: Path, command) -> None:
+    settings = (*SMALL, f"data.path={digits}", "data.heldout=null", f"train.output={uninterrupted}")
+    words = (DEFAULT_CONFIG, "--dry-run", *settings)
+    assert "a finished run" in command("pretrain", *words)[1]
+    code, _, err = command("pretrain", *words, "train.seed=4")
+    told = "settings must be those of the run, got order (3, 16, None) -> (4, 16, None); give the run's train.seed"
+    assert code == 2 and err.startswith(f"pretrain: {find_checkpoint(uninterrupted)}: {told}") and err.count("\n") == 1
+    code, out, _ = command("pretrain", *words, "optimizer.schedule=constant", "train.steps=9", "train.init_from=gone")
+    assert code == 0 and "training would resume from step-00000006" in out
+    [changed] = [line for line in out.splitlines() if "settings changed since the run was last started: " in line]
+    assert "optimizer.schedule cosine -> constant" in changed and "train.steps 6 -> 9" in changed
+    assert "warning: the learning rate goes from 1.50e-05 to 3.00e-03, and the loss may rise" in out

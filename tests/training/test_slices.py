@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from transfusion_fast.training.slices import Slice, StoredSlices, write_slices
+from transfusion_fast.training.stored_slices import SliceSpan, StoredSlices, write_slices
 
 SHAPES = {"matrix": (5, 3), "vector": (7,)}
 FULL = {f"{kind}/{name}": torch.randn(shape) for kind in ("weight", "ema") for name, shape in SHAPES.items()}
@@ -20,15 +20,15 @@ def write(folder: Path, cuts: dict[str, list[int]]) -> list[Path]:
     """Write a file for each rank; `cuts` are the offsets at which a parameter is divided, as many for each."""
     files = []
     for rank in range(1 + len(next(iter(cuts.values())))):
-        slices, tensors = [], {}
+        spans, tensors = {}, {}
         for name, inner in cuts.items():
             bounds = [0, *sorted(inner), FULL[f"weight/{name}"].numel()]
             start, end = bounds[rank : rank + 2]
             if start < end:
-                slices.append(Slice(name, torch.nn.Parameter(), SHAPES[name], start, end - start, torch.empty(0), 0))
+                spans[name] = SliceSpan(start, end - start, SHAPES[name])
                 tensors |= {f"{k}/{name}": FULL[f"{k}/{name}"].flatten()[start:end].clone() for k in ("weight", "ema")}
         files.append(folder / f"rank-{rank}.safetensors")
-        write_slices(files[-1], slices, tensors)
+        write_slices(files[-1], spans, tensors)
     return files
 
 
@@ -65,7 +65,9 @@ def test_elements_that_no_file_holds_are_named(tmp_path: Path) -> None:
         StoredSlices(files[:2])
 
 
-@pytest.mark.parametrize("content", ["pickle", "empty", "no metadata", "wrong metadata", "other length", "cut off"])
+@pytest.mark.parametrize(
+    "content", ["pickle", "empty", "no metadata", "wrong metadata", "other length", "half", "cut off"]
+)
 def test_a_file_that_holds_no_slices_is_refused_and_never_unpickled(tmp_path: Path, content: str) -> None:
     class Planted:
         def __reduce__(self) -> tuple:
@@ -77,7 +79,8 @@ def test_a_file_that_holds_no_slices_is_refused_and_never_unpickled(tmp_path: Pa
         file.write_bytes(planted[content])
     else:
         spans = {"matrix": 3 if content == "wrong metadata" else {"offset": 0, "length": 15, "shape": [5, 3]}}
-        save_file(FULL, file, None if content == "no metadata" else {"slices": json.dumps(spans)})
+        tensors = {"weight/matrix": torch.zeros(15, dtype=torch.half)} if content == "half" else FULL
+        save_file(tensors, file, None if content == "no metadata" else {"slices": json.dumps(spans)})
     with pytest.raises(ValueError, match="cannot be read as slices"):
         StoredSlices([file])
     assert not (tmp_path / "ran").exists()

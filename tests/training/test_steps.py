@@ -28,13 +28,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
 from transfusion_fast.data.index import read_index
-from transfusion_fast.data.loader import Share, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, open_data, training_batches
 from transfusion_fast.data.order import PackOrder
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.errors import DataError, DivergedError
-from transfusion_fast.training.engine import learning_rate, make_optimizer
-from transfusion_fast.training.run_folder import find_checkpoint
+from transfusion_fast.training.checkpoint_files import find_checkpoint
+from transfusion_fast.training.engine import make_optimizer
+from transfusion_fast.training.schedule import learning_rate
 
 
 def plain_course(config: Config) -> list[dict]:
@@ -43,7 +44,7 @@ def plain_course(config: Config) -> list[dict]:
     torch.manual_seed(config.train.seed)
     model = Transfusion(config.model)
     optimizer = make_optimizer(model, config.optimizer)
-    stream = training_batches(config, index, Share(0, 1, size, size), 0)
+    stream = training_batches(config, index, BatchSplit(0, 1, size, size), 0)
     rows = []
     for step in range(config.train.steps):
         lr = learning_rate(step, config.train.steps, config.optimizer)
@@ -140,7 +141,7 @@ def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_ba
     data = write_packs(tmp_path / "data", kinds, sequence_length=56)
     overrides = ("train.global_batch=2", "train.steps=8", *settings)
     config = small_config(data, *overrides)
-    stream = training_batches(config, open_data(config), Share(0, 1, 1, 2), 0)
+    stream = training_batches(config, open_data(config), BatchSplit(0, 1, 1, 2), 0)
     batches = [next(stream).batch for _ in range(16)]
     assert any(bool(a.num_images) != bool(b.num_images) for a, b in zip(batches[::2], batches[1::2], strict=True))
     train(ranks, data, tmp_path / "run", *overrides)

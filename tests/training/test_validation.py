@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import OneRank, metrics, refusal, small_config, start, state_of, text, train, write_packs
+from PIL import Image, ImageSequence
 
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.loader import batch_builder, complete_config, open_data, open_heldout
@@ -16,9 +17,10 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import describe_data, find_checkpoint, load_model
-from transfusion_fast.training.samples import Samples
+from transfusion_fast.training.run_folder import describe_data, load_model
+from transfusion_fast.training.samples import PromptSampler
 from transfusion_fast.training.validation import Validation
 
 OBSERVED = (
@@ -190,8 +192,8 @@ def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_
     model, settings, parts = Transfusion(config.model).train(), ImageSettings(2, eta=1.5, clip=1.0), []
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
-    drawn = [Samples(config.train, described, tmp_path, ranks).draw(model) for ranks in (OneRank(), Half(0, parts))]
-    drawn.append(Samples(config.train, described, tmp_path, Half(1, parts)).draw(model))
+    every = (OneRank(), Half(0, parts), Half(1, parts))
+    drawn = [PromptSampler(config.train, described, tmp_path, ranks).draw(model) for ranks in every]
     assert model.training
     for number, caption in enumerate(name for name in ("one", "two", "three") for _ in range(3)):
         prompt = [torch.from_numpy(described.tokenizer.encode(caption)).long()]
@@ -201,3 +203,17 @@ def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_
             torch.testing.assert_close(images[number], alone, rtol=1e-4, atol=1e-4)
     Validation(config, data, OneRank()).measure(model.train(), 1)
     assert model.training
+
+
+def test_the_animation_has_the_pictures_up_to_its_step_and_not_those_that_a_run_has_yet_to_repeat(
+    digits: Path, tmp_path: Path
+) -> None:
+    config = small_config(digits, *OBSERVED, "data.heldout=null", "train.validate_every=0")
+    sampler = PromptSampler(config.train, describe_data(open_data(config)), tmp_path, OneRank())
+    sampler.folder.mkdir()
+    for step in (2, 4, 6):
+        Image.new("RGB", (4, 3), (step, 0, 0)).save(sampler.path(step))
+    animation = sampler.animate(4)
+    assert animation is not None
+    with Image.open(animation) as image:
+        assert [frame.convert("RGB").getpixel((0, 0))[0] for frame in ImageSequence.Iterator(image)] == [2, 4]

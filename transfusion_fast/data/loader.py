@@ -39,8 +39,8 @@ _MAX_POSITIONS = 2**31 - 1  # layouts are int32
 
 
 @dataclass(frozen=True)
-class Share:
-    """The part of every global batch that one rank takes; batch sizes are in packs."""
+class BatchSplit:
+    """How ranks divide every global batch, and the part of one of them; batch sizes are in packs."""
 
     rank: int
     world_size: int
@@ -112,11 +112,13 @@ class _PackDataset(data.Dataset):
             return KeyedPack(self.empty, epoch, number), error
 
 
-def _collate(builder: BatchBuilder, share: Share, items: Sequence[tuple[KeyedPack, InputError | None]]) -> LoadedBatch:
+def _collate(
+    builder: BatchBuilder, split: BatchSplit, items: Sequence[tuple[KeyedPack, InputError | None]]
+) -> LoadedBatch:
     errors = [error for _, error in items if error]
     unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
     unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-    return LoadedBatch(share.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
+    return LoadedBatch(split.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
 
 
 def open_data(config: Config) -> Mixture:
@@ -186,7 +188,7 @@ def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
 
 
 def training_batches(
-    config: Config, mixture: Mixture, share: Share, packs_consumed: int, *, pin_memory: bool = False
+    config: Config, mixture: Mixture, split: BatchSplit, packs_consumed: int, *, pin_memory: bool = False
 ) -> Iterator[LoadedBatch]:
     """Yield this rank's micro-batches endlessly, from the global batch after `packs_consumed` packs on.
 
@@ -194,8 +196,8 @@ def training_batches(
     """
     yield from data.DataLoader(
         _PackDataset(mixture, config.train.seed, config.data.shuffle_window),
-        batch_sampler=share.micro_batches(packs_consumed),
-        collate_fn=partial(_collate, batch_builder(config, mixture, share.micro_batch), share),
+        batch_sampler=split.micro_batches(packs_consumed),
+        collate_fn=partial(_collate, batch_builder(config, mixture, split.micro_batch), split),
         num_workers=config.data.workers,
         worker_init_fn=_ignore_signals,
         prefetch_factor=config.data.prefetch if config.data.workers else None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 from transfusion_fast.model.inputs import Document, Piece, check_document, flat_latents, place_images
 from transfusion_fast.model.sequence import TEXT, PackedBatch, build_batch
 from transfusion_fast.model.transfusion import Transfusion
@@ -38,8 +39,8 @@ class ImageSettings:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"diffusion steps must be at least 1, got {self.steps}")
+        if not 1 <= self.steps <= NUM_TIMESTEPS:
+            raise InputError(f"diffusion steps must be in 1..{NUM_TIMESTEPS}, got {self.steps}; give another number")
         if not math.isfinite(self.guidance):
             raise InputError(f"the guidance weight must be finite, got {self.guidance}; 1 turns guidance off")
         if not 0 <= self.eta < math.inf:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each complete or absent; run_folder.py describes their files.
+"""Checkpoints of a run, each complete or absent; checkpoint_files.py describes their files.
 
 Saving copies this rank's slices to host memory, and a thread writes them to a staging folder while training goes on.
 Once all ranks have written, the folder is renamed, and only then named by `latest`. On resume, a checkpoint whose files
@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from transfusion_fast.config_reading import changes
+from torch import Tensor
+
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync, write_durably
-from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import (
+from transfusion_fast.training.checkpoint_files import (
     CHECKPOINTS,
     LATEST,
     MANIFEST,
@@ -33,21 +36,13 @@ from transfusion_fast.training.run_folder import (
     open_slices,
     read_meta,
 )
-from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices, write_slices
+from transfusion_fast.training.ranks import Ranks
+from transfusion_fast.training.resume import check_same_run
+from transfusion_fast.training.slices import copy_to_host, local_slices, restore_slices
+from transfusion_fast.training.stored_slices import SliceSpan, write_slices
 
 _DELETED = ".deleted-"
 _LEFTOVERS = (".step-*", f"{_DELETED}*", f".{LATEST}.*", f"..{LATEST}.*")  # of staging, removing and naming
-_HINTS = {
-    "model": "give the model settings of the run, or another train.output",
-    "data": "give the run's data.path, or another train.output",
-    "shares": "give the run's weights in data.path, or another train.output",
-    "order": "give the run's train.seed, data.shuffle_window and share of data.heldout, or another train.output",
-    "global_batch": "give the run's train.global_batch, or another train.output",
-    "precision": "give the run's train.precision, or another train.output",
-    "optimizer": "give the run's optimizer.name, or another train.output",
-    "steps": "the cosine schedule depends on train.steps; give the train.steps of the run, begin a new run with "
-    "train.init_from, or go on with optimizer.schedule=wsd or constant",
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class _Save:
     meta: Meta
     staging: Path
     file: str
-    measured: Future[tuple[int, str]]
+    measured: Future[tuple[int, str]] = field(default_factory=Future)
 
 
 class Checkpoints:
@@ -71,22 +66,30 @@ class Checkpoints:
     def save(self, engine: Any, meta: Meta) -> None:
         """Begin to write a checkpoint; finish the one before first. Collective."""
         self.finish()
-        staging, file = self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors"
-        slices = local_slices(engine)
-        tensors = copy_to_host(slices, engine.optimizer.optimizer)
+        save = self._save = _Save(meta, self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors")
+        with self._keep_error(save):
+            slices = local_slices(engine)
+            tensors = copy_to_host(slices, engine.optimizer.optimizer)
+            spans = {one.name: one.span for one in slices}
+            Thread(target=self._write, args=(save, spans, tensors)).start()
 
-        def write() -> None:
-            try:
-                staging.mkdir(parents=True, exist_ok=True)
-                write_slices(staging / file, slices, tensors)
-                sync(staging / file)
-                measured.set_result(measure(staging / file))
-            except Exception as error:  # noqa: BLE001 (`finish` raises it)
-                measured.set_exception(error)
+    def _write(self, save: _Save, spans: dict[str, SliceSpan], tensors: dict[str, Tensor]) -> None:
+        with self._keep_error(save):
+            save.staging.mkdir(parents=True, exist_ok=True)
+            write_slices(save.staging / save.file, spans, tensors)
+            sync(save.staging / save.file)
+            save.measured.set_result(measure(save.staging / save.file))
 
-        measured: Future[tuple[int, str]] = Future()
-        Thread(target=write).start()
-        self._save = _Save(meta, staging, file, measured)
+    @contextmanager
+    def _keep_error(self, save: _Save) -> Iterator[None]:
+        """Leave an error to `finish`, which raises it on all ranks; none of them waits for this one in vain."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            save.measured.set_exception(error)
+        except Exception:  # noqa: BLE001 (a fault of the program, which its traceback shows)
+            where = f"rank {self.ranks.rank} cannot save step {save.meta.step}"
+            save.measured.set_exception(InputError(f"{where}\n{traceback.format_exc()}"))
 
     @property
     def in_progress(self) -> bool:
@@ -140,7 +143,7 @@ class Checkpoints:
         """
         names = self._names()
         for name in reversed(names):
-            problems = self.ranks.gather(find_damage(self.folder / name, self.ranks.share))
+            problems = self.ranks.gather(find_damage(self.folder / name, self.ranks.own))
             if not problems:
                 return self.folder / name
             if self.ranks.is_main:
@@ -164,14 +167,7 @@ class Checkpoints:
             InputError: the checkpoint has another model, data, batch size or precision.
         """
         meta = read_meta(checkpoint)
-        for name, saved in meta.dependencies.items():
-            wanted = expected.dependencies[name]
-            if wanted == saved or (name == "steps" and None in (wanted, saved)):
-                continue
-            difference = ", ".join(changes(saved, wanted, name))
-            if name == "data":  # paths too long for `changes`, and fingerprints, since the folder may be the same
-                difference = " -> ".join(f"{m.data_path} (index {m.data[:12]})" for m in (meta, expected))
-            raise InputError(f"{checkpoint}: settings must be those of the run, got {difference}; {_HINTS[name]}")
+        check_same_run(checkpoint, meta, expected)
         restore_slices(engine, open_slices(checkpoint), meta.step - meta.skipped_steps)
         engine.global_steps, engine.skipped_steps = meta.step, meta.skipped_steps
         progress = ("step", "packs_consumed", "skipped_steps", "quarantined")

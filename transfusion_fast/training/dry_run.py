@@ -10,12 +10,14 @@ from typing import Any
 
 from transfusion_fast.config import Config
 from transfusion_fast.data.folder import LocalFolder
-from transfusion_fast.data.loader import Share, open_heldout
+from transfusion_fast.data.loader import BatchSplit, open_heldout
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
+from transfusion_fast.training.checkpoint_files import META, find_damage, list_checkpoints, read_meta
 from transfusion_fast.training.estimate import Cluster, Estimate, estimate, read_packs
 from transfusion_fast.training.initialize import open_initial_weights
-from transfusion_fast.training.run_folder import check_output, list_checkpoints
+from transfusion_fast.training.resume import check_same_run, initial_meta, resume_notes
+from transfusion_fast.training.run_folder import check_output
 
 _DAY = 86400
 _USES = {
@@ -37,16 +39,17 @@ def dry_run(
         settings: name, value and source of each setting, from `config.sources`.
 
     Raises:
-        InputError: training would refuse the data, the output folder, or the batch on this number of GPUs.
+        InputError: training would refuse the data, the output folder, the settings of the run in it, or the batch on
+            this number of GPUs.
     """
     if packs < 1:
         raise InputError(f"--packs must be at least 1, got {packs}; correct it")
     folder, train = _check_output(Path(config.train.output)), config.train
-    share = Share(0, cluster.gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
+    split = BatchSplit(0, cluster.gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
     if config.deepspeed:
         from transfusion_fast.training.engine import deepspeed_settings  # importing DeepSpeed takes seconds
 
-        deepspeed_settings(config, share, bf16=train.precision != "fp32", cuda=True)
+        deepspeed_settings(config, split, bf16=train.precision != "fp32", cuda=True)
     run = estimate(config, data, cluster, read_packs(config, data, packs))
     lines = [
         "An estimate on paper: nothing was trained, and only the loader's time was measured.",
@@ -85,19 +88,36 @@ def _checks(config: Config, data: Mixture, run: Estimate, folder: Path) -> Itera
     if config.data.heldout is not None:
         heldout, packs = open_heldout(config, data)
         yield f"  heldout {heldout}: {len(packs)} packs would be measured"
-    if initial := open_initial_weights(config, data, select=lambda _: []):
-        yield f"  initial {initial.report}".replace("\n", "\n          ")
     checkpoints = list_checkpoints(Path(config.train.output))
-    state = "a new run would start here"
-    if checkpoints:
-        step = int(checkpoints[-1].name.removeprefix("step-"))
-        finished = step >= config.train.steps
-        state = "a finished run" if finished else f"a run; training would resume from {checkpoints[-1].name} if it fits"
-    yield f"  output  {config.train.output}: {state}"
+    if checkpoints:  # the newest one that is not obviously damaged: hashing all files could take an hour
+        found = (one for one in reversed(checkpoints) if not find_damage(one, lambda _: [META]))
+        yield from _resumption(config, data, next(found, checkpoints[-1]))
+    else:
+        if initial := open_initial_weights(config, data, select=lambda _: []):
+            yield f"  initial {initial.report}".replace("\n", "\n          ")
+        yield f"  output  {config.train.output}: a new run would start here"
     needed = (config.train.keep_checkpoints + 1) * run.checkpoint_bytes
     free = shutil.disk_usage(folder).free
     warning = "" if needed <= free else "   WARNING: not enough"
     yield f"          {_size(free)} free; checkpoints need up to {_size(needed)}{warning}"
+
+
+def _resumption(config: Config, data: Mixture, checkpoint: Path) -> Iterator[str]:
+    """Yield what training would say before it resumes from a checkpoint, whose files are not read in full.
+
+    Raises:
+        InputError: training would refuse the settings.
+    """
+    saved, train = read_meta(checkpoint), config.train
+    # Only the device that trains decides what "auto" means.
+    bf16 = (saved.precision if train.precision == "auto" else train.precision) == "bf16"
+    check_same_run(checkpoint, saved, initial_meta(config, data, saved.world_size, bf16=bf16))
+    finished = saved.step >= train.steps
+    yield f"  output  {train.output}: " + (
+        "a finished run" if finished else f"a run; training would resume from {checkpoint.name} if its files are intact"
+    )
+    for note in [] if finished else resume_notes(Path(train.output), checkpoint, config):
+        yield f"          {note}"
 
 
 def _parameters(config: Config, run: Estimate) -> Iterator[str]:

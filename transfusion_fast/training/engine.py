@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transfusion_fast.config import Config, OptimizerConfig
-from transfusion_fast.data.loader import Share
+from transfusion_fast.data.loader import BatchSplit
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.layers import Attention, Block
 from transfusion_fast.model.transfusion import Transfusion
@@ -28,12 +27,12 @@ LR_SCALE = "lr_scale"
 """Key of the factor of a group's learning rate."""
 
 
-def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
+def make_engine(config: Config, ranks: Ranks, split: BatchSplit) -> Any:
     """Return a DeepSpeed engine around a new model; at ZeRO stage 3 no rank ever holds all weights, not even here."""
     check_compiler(config, ranks.device)
     bf16 = uses_bf16(config.train.precision, ranks.device)
     deepspeed.utils.logger.setLevel("ERROR")  # the trainer reports skipped steps itself
-    settings = deepspeed_settings(config, share, bf16=bf16, cuda=ranks.device.type == "cuda")
+    settings = deepspeed_settings(config, split, bf16=bf16, cuda=ranks.device.type == "cuda")
     torch.manual_seed(config.train.seed)
     # The settings carry the dtype: DeepSpeed 0.19 replaces a dtype argument by bf16 where fp16 is not supported.
     sharded = config.train.zero_stage == 3
@@ -48,6 +47,8 @@ def make_engine(config: Config, ranks: Ranks, share: Share) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 DeepSpeed prints what memory it uses
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     init_state(engine, ema=config.train.ema_decay > 0)
+    if config.optimizer.name == "muon" and sharded:
+        check_gradients_before_muon(engine.optimizer)
     return engine
 
 
@@ -83,7 +84,7 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) -> dict[str, Any]:
+def deepspeed_settings(config: Config, split: BatchSplit, *, bf16: bool, cuda: bool) -> dict[str, Any]:
     """Return the settings derived from the config, with the config's raw `deepspeed` section merged in.
 
     Raises:
@@ -92,9 +93,9 @@ def deepspeed_settings(config: Config, share: Share, *, bf16: bool, cuda: bool) 
     train = config.train
     derived: dict[str, Any] = {
         # DeepSpeed multiplies by the number of ranks, although some of them share their packs.
-        "train_batch_size": share.global_batch * share.sequence_parallel,
-        "train_micro_batch_size_per_gpu": share.micro_batch,
-        "gradient_accumulation_steps": share.accumulation_steps,
+        "train_batch_size": split.global_batch * split.sequence_parallel,
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.accumulation_steps,
         "gradient_clipping": config.optimizer.max_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},  # skip steps whose gradient is not finite
         "fp16": {"enabled": False},
@@ -199,19 +200,17 @@ def drop_gradients(engine: Any) -> None:
     sums.update(dict.fromkeys(sums))
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up to lr, then the schedule, to min_lr at the last step.
+def check_gradients_before_muon(zero: Any) -> None:
+    """Make a step with a gradient that is not finite leave Muon's momentum alone at ZeRO stage 3.
 
-    The schedules are cosine decay; warm-up, stable, decay ("wsd", arXiv 2404.06395), linear here; and no decay.
+    DeepSpeed 0.19 finds such a gradient in fp32 and bf16 by the norm of the updates, which it computes after Muon has
+    moved the momentum of every matrix with a finite gradient. It still takes that norm, and skips the step by it.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    if config.schedule == "wsd":
-        decay_steps = config.decay_steps or max(1, steps // 10)
-        left = min(1.0, (steps - 1 - step) / decay_steps)
-    else:
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
-        left = (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.lr - config.min_lr) * left
+    apply = zero._apply_muon_to_accumulated_grads
+
+    def apply_to_finite() -> None:
+        zero.check_overflow()
+        if not zero.overflow:
+            apply()
+
+    zero._apply_muon_to_accumulated_grads = apply_to_finite

@@ -14,7 +14,7 @@ import torch
 
 from transfusion_fast.config import Config, ModelConfig
 from transfusion_fast.data.batch import KeyedPack
-from transfusion_fast.data.loader import Share, batch_builder
+from transfusion_fast.data.loader import BatchSplit, batch_builder
 from transfusion_fast.data.mixture import Mixture, MixtureReader
 from transfusion_fast.errors import DataError, InputError
 from transfusion_fast.model.loss import SMALL_VOCABULARY
@@ -271,7 +271,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
         InputError: GPUs and micro-batches do not divide the global batch.
     """
     train, model, gpus = config.train, config.model, cluster.gpus
-    share = Share(0, gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
+    split = BatchSplit(0, gpus, train.micro_batch, train.global_batch, train.sequence_parallel)
     dtype = torch.float32 if train.precision == "fp32" else torch.bfloat16  # which all known GPUs compute natively
     peak, itemsize = gpu_peak(cluster.gpu, dtype), dtype.itemsize
     parameters = count_parameters(model)
@@ -282,12 +282,12 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
     positions, supervised, patches = micro
     flops = training_flops(model, packs.tokens, packs.supervised, packs.patches, packs.area)
     matrices = training_flops(model, packs.tokens, packs.supervised, packs.patches, 0)
-    sent = traffic(total, train.zero_stage, share.accumulation_steps, gpus, itemsize)
+    sent = traffic(total, train.zero_stage, split.accumulation_steps, gpus, itemsize)
     checkpoint = _FP32 * (optimizer_values(total, config) + (total if train.ema_decay else 0))
     return Estimate(
         parameters=parameters,
         itemsize=itemsize,
-        accumulation_steps=share.accumulation_steps,
+        accumulation_steps=split.accumulation_steps,
         memory=memory,
         host_memory=host,
         activations={
@@ -306,7 +306,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
         step_parts={
             "compute": flops * train.global_batch / (gpus * peak * cluster.mfu),
             "communication": (sent.gathered + sent.reduced) / cluster.ring_bandwidth,
-            "loader": train.global_batch / share.groups * packs.seconds / max(1, config.data.workers),
+            "loader": train.global_batch / split.groups * packs.seconds / max(1, config.data.workers),
             "checkpoints": checkpoint / cluster.storage / train.checkpoint_every,
         },
     )

@@ -19,12 +19,8 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import sync
 from transfusion_fast.model.transfusion import MODEL_CONFIG
 from transfusion_fast.model.weights import MAX_FILE_BYTES, write_weights
-from transfusion_fast.training.run_folder import (
-    open_weights,
-    read_data_description,
-    read_meta,
-    write_data_description,
-)
+from transfusion_fast.training.checkpoint_files import open_weights, read_meta
+from transfusion_fast.training.run_folder import read_data_description, write_data_description
 
 
 def export_model(

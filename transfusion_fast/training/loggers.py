@@ -20,6 +20,8 @@ from transfusion_fast.files import write_atomically
 from transfusion_fast.training.metrics import Logger, MetricsLog, Row, ValidationRow
 from transfusion_fast.training.terminal import Terminal, say
 
+_PATIENCE = 60  # seconds that Weights & Biases may hold the run at its start, and again at its end
+
 
 def check_packages(config: Config) -> None:
     """Raise InputError if a logger that settings ask for is not installed."""
@@ -105,6 +107,8 @@ class WeightsAndBiases(Logger):
         self.wandb, file = optional_module("wandb", "wandb"), folder / "wandb.id"
         if not file.exists():
             write_atomically(file, uuid.uuid4().hex[:8])
+        # A prompt for a login waits for ever by default. It does not obey the settings of a run.
+        self.wandb.setup(self.wandb.Settings(login_timeout=_PATIENCE))
         self.run = self.wandb.init(
             project=config.train.wandb,
             id=file.read_text().strip(),
@@ -112,7 +116,13 @@ class WeightsAndBiases(Logger):
             name=folder.name,
             dir=str(folder),
             config=config.model_dump(mode="json"),
-            settings={"console": "off"},  # capturing the output would disturb the live line
+            settings={
+                "console": "off",  # capturing the output would disturb the live line
+                # Without a limit, uploads over a broken connection would hold the end of the run for ever.
+                "init_timeout": _PATIENCE,
+                "finish_timeout": _PATIENCE,
+                "finish_timeout_raises": True,
+            },
         )
 
     def log(self, row: Row) -> None:

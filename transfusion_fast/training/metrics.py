@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from transfusion_fast.files import write_atomically
 
 
@@ -17,7 +19,8 @@ class Row:
     """The metrics of one logged step. Losses and gradient norm are those of the step's global batch.
 
     Rates, fractions and the losses by quarter cover the steps since the last row; the first row after training started
-    or resumed covers those since then. None is null in the file.
+    or resumed covers those since then. Its rates and fractions leave out a first step that compiles, unless it is the
+    only one. None is null in the file.
     """
 
     step: int
@@ -149,7 +152,7 @@ class _RowFile:
 def _row(line: bytes) -> dict[str, Any] | None:
     """Return the row in a line, None if there is none."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=lambda digits: int(np.int64(digits)))  # larger ones fit no picture
         return row if isinstance(row["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

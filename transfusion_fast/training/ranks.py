@@ -92,7 +92,7 @@ class Ranks:
         self.collect(lambda: results.append(action()), error)
         return results[0]
 
-    def share(self, items: list[_T]) -> list[_T]:
+    def own(self, items: list[_T]) -> list[_T]:
         """Return the items that this rank takes of those that all ranks divide among themselves."""
         return items[self.rank :: self.world_size]
 

@@ -5,28 +5,20 @@ RUN/data.json         how to read and draw the run's data: tokenizer, modalities
 RUN/metrics.jsonl     a row every `log_every` steps
 RUN/validation.jsonl  the loss of held-out packs
 RUN/samples/          pictures of what the model draws
-RUN/checkpoints/latest                  the name of the newest checkpoint
-RUN/checkpoints/step-00000500/
-    meta.json                           step, packs consumed, config, data, versions
-    rank-00000.safetensors, ...         each rank's slices of weights and optimizer state, fp32; see slices.py
-    manifest.json                       size and sha256 of every other file
+RUN/checkpoints/      see checkpoint_files.py
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from transfusion_fast.config import Config
-from transfusion_fast.config_reading import changes, parse
+from transfusion_fast.config_reading import changes
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
@@ -36,54 +28,10 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import MODEL_CONFIG, Transfusion
 from transfusion_fast.model.weights import load_weights
-from transfusion_fast.training.slices import EMA, WEIGHT, SliceWeights, StoredSlices
+from transfusion_fast.training.checkpoint_files import CHECKPOINTS, find_checkpoint, open_weights, read_meta
 
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-LATEST = "latest"
-MANIFEST = "manifest.json"
-META = "meta.json"
 DATA = "data.json"
-CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
-Select = Callable[[list[str]], list[str]]
-"""A function that picks the files of a checkpoint to check."""
-_FREE_TO_CHANGE = {"backend", "activation_checkpointing"}  # model settings that change the computation, not the model
-
-
-@dataclass(frozen=True)
-class Meta:
-    """The state of a run at a checkpoint, and what the state depends on."""
-
-    step: int
-    packs_consumed: int
-    skipped_steps: int
-    quarantined: int
-    """Unreadable packs left out so far."""
-    precision: str
-    data: str
-    """sha256 of the data folder's index, or of the indexes of all folders."""
-    data_path: str
-    shares: tuple[str, ...]
-    """Fraction of the tokens that each data folder gives."""
-    world_size: int
-    config: Config
-    versions: dict[str, str]
-    """Versions of the packages that wrote it."""
-
-    @property
-    def dependencies(self) -> dict[str, Any]:
-        """Everything that must be the same for the run to continue."""
-        train, data, optimizer = self.config.train, self.config.data, self.config.optimizer
-        return {
-            "model": self.config.model.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
-            "data": self.data,
-            "shares": self.shares,
-            "order": (train.seed, data.shuffle_window, data.heldout if isinstance(data.heldout, float) else None),
-            "global_batch": train.global_batch,
-            "precision": self.precision,
-            "optimizer": optimizer.name,
-            "steps": train.steps if optimizer.schedule == "cosine" else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -149,16 +97,18 @@ def read_data_description(run: Path) -> DataDescription:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it again") from error
 
 
-def write_config(run: Path, config: Config) -> list[str]:
-    """Write config.yaml to the run folder, and return the changes from the previous one, each `NAME OLD -> NEW`."""
+def write_config(run: Path, config: Config) -> None:
+    """Write config.yaml to the run folder."""
+    write_atomically(run / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """Return how a config differs from that of the run's last start, each setting as `NAME OLD -> NEW`."""
     path, settings = run / CONFIG, config.model_dump(mode="json")
     try:
-        previous = yaml.safe_load(path.read_text()) if path.exists() else settings
-        changed = list(changes(previous, settings))
+        return list(changes(yaml.safe_load(path.read_text()), settings)) if path.exists() else []
     except (OSError, ValueError, yaml.YAMLError) as error:
-        changed = [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
-    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
-    return changed
+        return [f"unknown, since the previous config.yaml cannot be read ({' '.join(str(error).split()):.100})"]
 
 
 def check_output(run: Path) -> None:
@@ -169,24 +119,6 @@ def check_output(run: Path) -> None:
         read_data_description(run)  # fails unless a run wrote it
     elif not run.is_dir() or any(run.iterdir()):
         raise InputError(f"train.output must be new, empty or the folder of a run, got {run}; give another")
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first; they may be damaged."""
-    return sorted(path for path in (run / CHECKPOINTS).glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
-
-
-def find_checkpoint(run: Path, name: str | None = None) -> Path:
-    """Return the checkpoint of a name, by default the one that `latest` names; InputError if it does not exist."""
-    if name is None:
-        pointer = run / CHECKPOINTS / LATEST
-        if not pointer.is_file():
-            raise InputError(f"{run}: holds no finished checkpoint; train first: deepspeed train/pretrain.py")
-        name = pointer.read_text(errors="replace").strip()
-    checkpoint = run / CHECKPOINTS / name
-    if not CHECKPOINT_NAME.fullmatch(name) or not checkpoint.is_dir():
-        raise InputError(f"{run}: has no checkpoint {name!r}; see {run / CHECKPOINTS}")
-    return checkpoint
 
 
 def open_model(folder: Path, checkpoint: str | None = None, *, raw: bool = False) -> Transfusion:
@@ -221,75 +153,3 @@ def load_model(checkpoint: Path, *, raw: bool = False) -> Transfusion:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def open_weights(
-    checkpoint: Path, *, raw: bool = False, select: Callable[[list[str]], list[str]] = list
-) -> SliceWeights:
-    """Return the weights of a checkpoint, to be read in part: their average over steps if there is one and not `raw`.
-
-    Args:
-        select: picks the files to check, for ranks that divide them among themselves.
-
-    Raises:
-        InputError: a file does not match the manifest.
-    """
-    for problem in find_damage(checkpoint, select):
-        raise InputError(f"{checkpoint}: is damaged ({problem}); name another checkpoint, or resume training")
-    stored = open_slices(checkpoint)
-    return SliceWeights(stored, EMA if EMA in stored.kinds and not raw else WEIGHT)
-
-
-def open_slices(checkpoint: Path) -> StoredSlices:
-    """Open the slices of all ranks that the manifest lists; InputError if they are not complete."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())
-        return StoredSlices(checkpoint / Path(file).name for file in files if file != META)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint}: {error}; name another checkpoint") from error
-
-
-def read_meta(checkpoint: Path) -> Meta:
-    """Read the meta of a checkpoint; raise InputError if the folder is not a checkpoint of this version."""
-    try:
-        fields = json.loads((checkpoint / META).read_text())
-        config = parse(Config, fields["config"], str(checkpoint / META))
-        return Meta(**{**fields, "config": config, "shares": tuple(fields["shares"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{checkpoint}: is not a checkpoint of this version ({error}); give a run folder") from error
-
-
-def meta_json(meta: Meta) -> str:
-    """Return the contents of meta.json."""
-    return json.dumps({**vars(meta), "config": meta.config.model_dump(mode="json")}, indent=1)
-
-
-def find_damage(checkpoint: Path, select: Select = list) -> list[str]:
-    """Return the problems of a checkpoint's files against its manifest; `select` picks the files to check."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        expected = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        return [f"{MANIFEST}: {type(error).__name__}"]
-    if META not in expected or len(expected) < 2:
-        return [f"{MANIFEST}: lists no {META}, or no file of a rank"]
-    problems = []
-    for file in select(sorted(expected)):
-        if not (checkpoint / file).is_file():
-            problems.append(f"{file}: missing")
-        elif _measured(checkpoint / file) != expected.get(file):
-            problems.append(f"{file}: not as {MANIFEST} says")
-    return problems
-
-
-def _measured(path: Path) -> tuple[int, str] | None:
-    try:
-        return measure(path)
-    except OSError:  # such as a disk that cannot read it; an exception on one rank would leave the others waiting
-        return None
-
-
-def measure(path: Path) -> tuple[int, str]:
-    """Return the size in bytes and the sha256 of a file."""
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

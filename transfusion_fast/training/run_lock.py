@@ -13,8 +13,9 @@ from pathlib import Path
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from transfusion_fast.errors import EXIT_LOST_RANK, InputError
+from transfusion_fast.training.checkpoint_files import CHECKPOINTS
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import CHECKPOINTS, CONFIG
+from transfusion_fast.training.run_folder import CONFIG
 
 LOCK = ".lock"
 STALE = 60.0

@@ -23,8 +23,8 @@ _ANIMATION = "learned.png"
 _FRAME, _LAST_FRAME = 600, 2400  # milliseconds
 
 
-class Samples:
-    """The captions of `train.sample_prompts`, and where their pictures go."""
+class PromptSampler:
+    """A sampler of the captions of `train.sample_prompts`, and the folder of its pictures."""
 
     def __init__(self, settings: TrainConfig, data: DataDescription, run: Path, ranks: Ranks):
         """Open the autoencoder, if the run is on latents.
@@ -53,7 +53,7 @@ class Samples:
         clip = 1.0 if self.data.modalities[0].encoding == "pixels" else None
         settings = ImageSettings(self.settings.sample_steps, eta=self.settings.sample_eta, clip=clip)
         numbers = range(len(self.prompts))
-        own = self.ranks.share([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
+        own = self.ranks.own([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
         noise = [torch.Generator().manual_seed(number) for number in own]
         prompts = [self.prompts[number] for number in own]
         model.eval()

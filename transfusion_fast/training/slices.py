@@ -1,31 +1,21 @@
-"""The state of training, as slices of flattened parameters: what each rank holds, and files that any ranks can read.
+"""The state of training in a DeepSpeed engine, as the slices of flattened parameters that each rank holds.
 
 ZeRO divides every parameter and its optimizer state among the ranks, in ways that depend on the stage and on the number
-of ranks. A file of slices says for each tensor which elements of which parameter it holds, so that the division can be
-another one when it is read.
+of ranks. stored_slices.py has the files of slices, which can be read with another division.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-WEIGHT = "weight"
-"""The kind of a tensor of fp32 weights. The other kinds are the names of optimizer state, such as exp_avg and ema."""
-EMA = "ema"
-"""The kind of the average of the weights over steps, which is kept as one more state of the optimizer."""
-MOMENTUM = "momentum_buffer"
-"""The kind of Muon's average of gradients, which its matrices have in place of Adam's moments."""
+from transfusion_fast.training.stored_slices import EMA, MOMENTUM, WEIGHT, SliceSpan, StoredSlices
+
 _EXCHANGED = 1 << 24  # elements that are copied at a time
 
 
@@ -45,6 +35,11 @@ class Slice:
     """Index in `partition` of the slice's first element."""
     matrix_start: int | None = None
     """Index of the parameter's first element in Muon's momentum, where a rank keeps that of whole matrices."""
+
+    @property
+    def span(self) -> SliceSpan:
+        """The slice's place in its parameter."""
+        return SliceSpan(self.offset, self.length, self.shape)
 
     def views(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the memory of the weights and of the optimizer's state, [length], by kind; fp32 but for momentum."""
@@ -140,108 +135,6 @@ def copy_to_host(slices: Iterable[Slice], optimizer: torch.optim.Optimizer) -> d
     if pin:
         torch.cuda.synchronize()
     return copies
-
-
-def write_slices(path: Path, slices: Iterable[Slice], tensors: Mapping[str, Tensor]) -> None:
-    """Write what `copy_to_host` returned, with each slice's offset and its parameter's shape in the metadata."""
-    spans = {one.name: {"offset": one.offset, "length": one.length, "shape": one.shape} for one in slices}
-    try:
-        save_file(dict(tensors), path, {"slices": json.dumps(spans)})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets its owner alone read a file
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(f"{path}: cannot be written ({error})") from error
-
-
-class StoredSlices:
-    """Files of slices, read by ranges of parameters. Nothing is unpickled, and only what is asked for is read.
-
-    Attributes:
-        shapes: the shape of every parameter.
-        kinds: the kinds of tensors that are stored.
-
-    Raises:
-        ValueError: a file is no file of slices, or elements or kinds of tensors of a parameter are missing.
-    """
-
-    def __init__(self, files: Iterable[Path]):
-        self._slices: dict[str, list[tuple[int, int, Path]]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        kinds: dict[str, set[str]] = {}
-        for file in files:
-            found, spans = _read_header(file)
-            for name, (offset, length, shape) in spans.items():
-                if found[name] != kinds.setdefault(name, found[name]):
-                    names = ", ".join(sorted(found[name]))
-                    raise ValueError(
-                        f"{file.name} holds {name} as tensors of the kinds {names}, and other files differ"
-                    )
-                self._slices.setdefault(name, []).append((offset, length, file))
-                self.shapes[name] = tuple(shape)
-        self.kinds = set().union(*kinds.values())
-        for name, slices in self._slices.items():
-            slices.sort(key=lambda one: one[0])
-            covered = 0
-            for offset, length, _ in slices:
-                if offset != covered:
-                    break
-                covered += length
-            if covered != math.prod(self.shapes[name]):
-                raise ValueError(f"elements of {name} from {covered} on are in none of the files")
-
-    def read(self, kind: str, name: str, offset: int = 0, length: int | None = None) -> Tensor:
-        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on."""
-        end = math.prod(self.shapes[name]) if length is None else offset + length
-        found = torch.empty(end - offset)
-        for start, size, path in self._slices[name]:
-            first, last = max(start, offset), min(start + size, end)
-            if first < last:
-                with safe_open(path, framework="pt") as file:  # an open file's pages would stay in memory
-                    part = file.get_slice(f"{kind}/{name}")[first - start : last - start]
-                    found[first - offset : last - offset] = part
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class SliceWeights:
-    """One kind of the tensors in files of slices, as `model.weights.Weights`."""
-
-    stored: StoredSlices
-    kind: str
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter."""
-        return self.stored.shapes
-
-    @property
-    def averaged(self) -> bool:
-        """Whether these are the average of the weights over steps."""
-        return self.kind == EMA
-
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:
-        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on."""
-        return self.stored.read(self.kind, name, offset, length)
-
-
-def _read_header(file: Path) -> tuple[dict[str, set[str]], dict[str, tuple[int, int, list[int]]]]:
-    """Return for each parameter in a file its kinds of tensors, and its slice's offset, length and shape."""
-    try:
-        opened = safe_open(file, framework="pt")
-        keys: list[str] = opened.keys()
-        kinds: dict[str, set[str]] = {}
-        for kind, _, name in (key.partition("/") for key in keys):
-            kinds.setdefault(name, set()).add(kind)
-        spans = {
-            name: (span["offset"], span["length"], span["shape"])
-            for name, span in json.loads(opened.metadata()["slices"]).items()
-        }
-        for name, (_, length, _) in spans.items():
-            for kind in kinds[name]:
-                if (found := opened.get_slice(f"{kind}/{name}").get_shape()) != [length]:
-                    raise ValueError(f"{kind}/{name} has the shape {found}, its span the length {length}")
-        return kinds, spans
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file.name} cannot be read as slices ({error})") from error
 
 
 def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.config import Config
-from transfusion_fast.data.loader import STOP_SIGNALS, Share, check_shared_memory, training_batches
+from transfusion_fast.data.loader import STOP_SIGNALS, BatchSplit, check_shared_memory, training_batches
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import DataError, DivergedError, InputError
 from transfusion_fast.model import ops
@@ -26,22 +25,17 @@ from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.counters import Interval, QuarterLosses, Work, mean_losses, peak_memory
-from transfusion_fast.training.engine import drop_gradients, learning_rate, make_engine, set_learning_rate
+from transfusion_fast.training.engine import drop_gradients, make_engine, set_learning_rate
 from transfusion_fast.training.flops import peak_flops
 from transfusion_fast.training.initialize import open_initial_weights
 from transfusion_fast.training.loggers import check_packages, make_loggers
 from transfusion_fast.training.metrics import Row
 from transfusion_fast.training.profiling import StepProfiler
 from transfusion_fast.training.ranks import Ranks
-from transfusion_fast.training.run_folder import (
-    DataDescription,
-    Meta,
-    describe_data,
-    read_meta,
-    write_config,
-    write_data_description,
-)
-from transfusion_fast.training.samples import Samples
+from transfusion_fast.training.resume import initial_meta, resume_notes
+from transfusion_fast.training.run_folder import DataDescription, describe_data, write_config, write_data_description
+from transfusion_fast.training.samples import PromptSampler
+from transfusion_fast.training.schedule import learning_rate
 from transfusion_fast.training.slices import averaged_weights, update_ema, write_weights_into
 from transfusion_fast.training.terminal import say
 from transfusion_fast.training.validation import Validation
@@ -62,7 +56,9 @@ class Trainer:
         self.config, self.data, self.ranks, self.folder = config, data, ranks, Path(config.train.output)
         self.started, self.stop = time.monotonic(), StopRequest()
         train = config.train
-        self.share = Share(ranks.rank, ranks.world_size, train.micro_batch, train.global_batch, train.sequence_parallel)
+        self.split = BatchSplit(
+            ranks.rank, ranks.world_size, train.micro_batch, train.global_batch, train.sequence_parallel
+        )
         if not config.data.quarantine:  # quarantine treats a missing shard as unreadable packs
             ranks.together(lambda: data.check_shards(*ranks.on_node), DataError)  # each node may have its own disks
         describes = ranks.is_main or config.train.sample_every > 0
@@ -71,13 +67,13 @@ class Trainer:
         ranks.together(lambda: check_packages(config) if ranks.is_main else None)
         self.checkpoints = Checkpoints(self.folder, ranks, config.train.keep_checkpoints)
         checkpoint = self.checkpoints.newest_intact()
-        initial = None if checkpoint else ranks.together(lambda: open_initial_weights(config, data, ranks.share))
-        self.validation = self.samples = None
+        initial = None if checkpoint else ranks.together(lambda: open_initial_weights(config, data, ranks.own))
+        self.validation = self.sampler = None
         if config.train.validate_every:
             self.validation = ranks.together(lambda: Validation(config, data, ranks))
         if config.train.sample_every:
-            self.samples = ranks.together(lambda: Samples(config.train, self.description, self.folder, ranks))
-        self.engine = make_engine(config, ranks, self.share)
+            self.sampler = ranks.together(lambda: PromptSampler(config.train, self.description, self.folder, ranks))
+        self.engine = make_engine(config, ranks, self.split)
         self.meta = initial_meta(config, data, ranks.world_size, bf16=self.engine.bfloat16_enabled())
         if checkpoint is not None:
             self.meta = self.checkpoints.restore(self.engine, checkpoint, self.meta)
@@ -106,7 +102,7 @@ class Trainer:
         if self.meta.step >= settings.steps:
             return True
         pin_memory = self.ranks.device.type == "cuda"
-        self.stream = training_batches(self.config, self.data, self.share, first_pack, pin_memory=pin_memory)
+        self.stream = training_batches(self.config, self.data, self.split, first_pack, pin_memory=pin_memory)
         self.peak = self._peak_flops()
         self.quarters = QuarterLosses(self.ranks.device)
         self.loggers = make_loggers(self.config, self.folder, first_step=self.meta.step) if self.ranks.is_main else []
@@ -138,8 +134,10 @@ class Trainer:
         while self.meta.step < settings.steps:
             with self.profiler.step(self.meta.step + 1):
                 stopping = self._step(self.stop.requested or self.ranks.abandoned or self._out_of_time())
-            if self.meta.step == first and settings.compile != "off" and self.ranks.is_main:
-                say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
+            if self.meta.step == first and settings.compile != "off":
+                self.interval = Interval()  # the rates of the first row are those of the steps after this one
+                if self.ranks.is_main:
+                    say(f"compiled the blocks: the first step took {time.monotonic() - start:.1f} s")
             if not stopping or self.meta.step == settings.steps:  # whoever stops a run does not wait for long
                 self._observe()
             if stopping or self.meta.step == settings.steps or self.meta.step % settings.checkpoint_every == 0:
@@ -155,9 +153,9 @@ class Trainer:
 
     def _observe(self) -> None:
         """Measure the held-out packs and draw samples where they are due, with the average of the weights."""
-        settings, validation, samples = self.config.train, self.validation, self.samples
+        settings, validation, sampler = self.config.train, self.validation, self.sampler
         validate = validation is not None and self._is_due(settings.validate_every)
-        draw = samples is not None and self._is_due(settings.sample_every)
+        draw = sampler is not None and self._is_due(settings.sample_every)
         if not validate and not draw:
             return
         with self.interval.apart(), averaged_weights(self.engine):
@@ -165,17 +163,17 @@ class Trainer:
                 row = validation.measure(self.engine.module, self.meta.step)
                 for logger in self.loggers:
                     logger.validation(row)
-            if samples and draw:
-                self._draw(samples)
+            if sampler and draw:
+                self._draw(sampler)
 
-    def _draw(self, samples: Samples) -> None:
-        images, step, last = samples.draw(self.engine.module), self.meta.step, self.config.train.steps
+    def _draw(self, sampler: PromptSampler) -> None:
+        images, step, last = sampler.draw(self.engine.module), self.meta.step, self.config.train.steps
 
         def write() -> None:
-            path = samples.write(images, step)
+            path = sampler.write(images, step)
             for logger in self.loggers:
                 logger.image("samples", path, step)
-            if step == last and (animation := samples.animate(step)):
+            if step == last and (animation := sampler.animate(step)):
                 say(f"samples of all steps: {animation}")
 
         self.ranks.together(lambda: write() if self.ranks.is_main else None)
@@ -199,7 +197,7 @@ class Trainer:
         self.meta = replace(
             self.meta,
             step=self.meta.step + 1,
-            packs_consumed=self.meta.packs_consumed + self.share.global_batch,
+            packs_consumed=self.meta.packs_consumed + self.split.global_batch,
             skipped_steps=self.engine.skipped_steps,
             quarantined=quarantined,
         )
@@ -220,11 +218,11 @@ class Trainer:
             batches over all ranks.
         """
         with self.interval.waiting():
-            loaded = [next(self.stream) for _ in range(self.share.accumulation_steps)]
+            loaded = [next(self.stream) for _ in range(self.split.accumulation_steps)]
         batches = [one.batch for one in loaded]
         unreadable = [error for one in loaded for error in one.unreadable]
         unfetched = [error for one in loaded for error in one.unfetched]
-        first = self.ranks.rank % self.share.sequence_parallel == 0  # of the ranks that share these packs
+        first = self.ranks.rank % self.split.sequence_parallel == 0  # of the ranks that share these packs
         own = [Work.of(batch, self.config.model, common=first) for batch in batches]
         flags = (stop_requested, self.checkpoints.written, len(unreadable), len(unfetched))
         sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
@@ -234,7 +232,7 @@ class Trainer:
                 self.checkpoints.finish()
         if failed:  # these packs may be good, so they are not quarantined
             raise DataError(self.ranks.gather(unfetched)[0])
-        quarantined = self.meta.quarantined + int(left_out) // self.share.sequence_parallel
+        quarantined = self.meta.quarantined + int(left_out) // self.split.sequence_parallel
         if left_out:
             self._quarantine(self.ranks.gather(unreadable), quarantined)
         return batches, Work(*work), stop > 0, quarantined
@@ -242,7 +240,7 @@ class Trainer:
     def _quarantine(self, errors: list[str], quarantined: int) -> None:
         """Report the packs left out of a step, or fail if they exceed `data.quarantine`; all ranks decide alike."""
         allowed, times = self.config.data.quarantine, Counter(errors)
-        if apart := [error for error, ranks in times.items() if ranks % self.share.sequence_parallel]:
+        if apart := [error for error, ranks in times.items() if ranks % self.split.sequence_parallel]:
             raise DataError(f"{apart[0]} (on some of the ranks that share it: they must read the same data)")
         if quarantined > allowed:
             beyond = f" ({quarantined} such packs, data.quarantine allows {allowed})" if allowed else ""
@@ -280,7 +278,7 @@ class Trainer:
     def _non_finite(self, losses: list[tuple[Tensor, Tensor]]) -> list[str]:
         """Return the losses of this rank's step that are not finite, one description for each micro-batch."""
         found, order = [], self.data.order(self.config.train.seed, self.config.data.shuffle_window)
-        for positions, pair in zip(self.share.micro_batches(self.meta.packs_consumed), losses, strict=False):
+        for positions, pair in zip(self.split.micro_batches(self.meta.packs_consumed), losses, strict=False):
             names = [name for name, loss in zip(("text", "diffusion"), pair, strict=True) if not math.isfinite(loss)]
             if names:
                 packs = ", ".join(self.data.describe_pack(order[position][1]) for position in positions)
@@ -312,7 +310,7 @@ class Trainer:
             tokens_per_second_per_device=work.tokens / seconds / devices,
             images_per_second=work.images / seconds,
             mfu=work.flops / seconds / self.peak if self.peak else None,
-            padding=1 - work.tokens / (ended.steps * self.share.global_batch * self.data.sequence_length),
+            padding=1 - work.tokens / (ended.steps * self.split.global_batch * self.data.sequence_length),
             data_wait=waited / seconds,
             checkpoint_stall=ended.stalled / seconds,
             peak_memory_gb=memory / 1e9,
@@ -337,25 +335,19 @@ class Trainer:
             )
             return
         write_data_description(self.folder, self.description)
-        changed = write_config(self.folder, config)
-        if meta.step and changed:
-            print(f"settings changed since the run was last started: {', '.join(changed)}")
+        notes = resume_notes(self.folder, checkpoint, config) if checkpoint else []
+        write_config(self.folder, config)
+        for note in notes:
+            print(note)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
         print(
             f"{self.folder}: {parameters / 1e6:.2f}M parameters, {meta.precision}, {meta.world_size} x "
             f"{self.ranks.device.type}, {config.train.global_batch} packs of {data.sequence_length} a step in "
-            f"{self.share.accumulation_steps} accumulation steps"
+            f"{self.split.accumulation_steps} accumulation steps"
         )
         if config.optimizer.warmup_steps >= steps:
             warmup = f"optimizer.warmup_steps={config.optimizer.warmup_steps}"
             print(f"warning: {warmup} covers all {steps} steps; lower it to train at optimizer.lr")
-        if checkpoint is not None:
-            before = read_meta(checkpoint).config
-            rates = [
-                learning_rate(meta.step - 1 + i, c.train.steps, c.optimizer) for i, c in enumerate((before, config))
-            ]
-            if rates[1] > 1.5 * rates[0] and meta.step >= config.optimizer.warmup_steps:
-                print(f"warning: the learning rate goes from {rates[0]:.2e} to {rates[1]:.2e}, and the loss may rise")
         start = f"resuming at step {meta.step}" if meta.step else "training"
         backend = ops.describe(config.model.backend, self.ranks.device)
         print(f"{start}, {steps} steps, {data.num_packs} packs in {data}, {backend}", flush=True)
@@ -379,20 +371,3 @@ class StopRequest:
         if self.interrupts > 1:
             sys.exit(128 + number)
         self.requested = True
-
-
-def initial_meta(config: Config, data: Mixture, world_size: int, *, bf16: bool) -> Meta:
-    """Return the meta of a run before its first step."""
-    return Meta(
-        step=0,
-        packs_consumed=0,
-        skipped_steps=0,
-        quarantined=0,
-        precision="bf16" if bf16 else "fp32",
-        data=data.fingerprint,
-        data_path=str(data),
-        shares=data.shares,
-        world_size=world_size,
-        config=config,
-        versions={name: version(name) for name in ("torch", "deepspeed")},
-    )

@@ -59,5 +59,5 @@ class Validation:
     def _read(self, start: int) -> PackedBatch:
         """Return this rank's packs of those from `start` on; where none are left, empty ones."""
         end = start + self.size * self.ranks.world_size
-        packs = [KeyedPack(self.reader.read(n), _EPOCH, n) for n in self.ranks.share(self.numbers[start:end])]
+        packs = [KeyedPack(self.reader.read(n), _EPOCH, n) for n in self.ranks.own(self.numbers[start:end])]
         return self.builder([*packs, *[self.empty] * (self.size - len(packs))])
