@@ -107,6 +107,7 @@ class Variant(NamedTuple):
     height: int
     heads: int = 16
     kv_heads: int = 4
+    copies: bool = False  # for layouts with noised copies
 
     @property
     def config(self) -> Config:
@@ -115,7 +116,8 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         heads = f"H={self.heads} G={self.kv_heads}"
-        return f"{self.kernel} sm_{self.arch} {self.dtype} D={self.head_dim} tiles of {self.height} {heads}"
+        name = f"{self.kernel} sm_{self.arch} {self.dtype} D={self.head_dim} tiles of {self.height} {heads}"
+        return f"{name} copies" if self.copies else name
 
 
 def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: bool) -> Iterator[Variant]:
@@ -149,6 +151,8 @@ def compile_variant(variant: Variant) -> offline.Compiled:
             rows = c.value_rows if name == "v_descriptor" else c.step
             types[name] = f"tensordesc<{dtype}[{rows}, 1, {constants['BLOCK_D']}]>"
         elif name.endswith("descriptor"):
+            constants[name] = None
+        elif name.startswith(("own_", "copies_")) and not variant.copies:
             constants[name] = None
         elif name.endswith(("start_ptr", "end_ptr", "tiles_ptr")):
             types[name] = "*i32"

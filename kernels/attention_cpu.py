@@ -8,6 +8,9 @@ start of the document to the last key that one of its rows sees. Short documents
 common length and computed as one batch, because one call for each would cost more than its work. The masks are made
 once for all layers, on the device: one byte a pair, and three more in half precision on a CPU.
 
+A noised copy is computed with a copy of the keys and values that it sees, its own and behind them those of its context,
+so that its products visit no other key. Such copies are batched like documents.
+
 Every product is one `scaled_dot_product_attention`. In half precision on a CPU the backward pass is our own, which is
 faster than PyTorch's: it saves Q, K, V and the log-sum-exp L, and computes (FlashAttention, arXiv 2205.14135)
 
@@ -22,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.spans import context_ends, documents_of
 
 SHORT = 256  # longest document that shares a batch with others
 HALF_ALIGNMENT = 16  # lengths in half precision: CPUs need up to 5 times as long for products with unaligned rows
@@ -56,7 +60,8 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
     if not plan.batches:
         # Nothing is visible. The empty sum keeps all three inputs in the graph.
         return torch.cat([q[:0] + k[:0].sum() + v[:0].sum(), torch.zeros_like(q)])
-    q_rows, k_rows, v_rows = (_Gather.apply(x, plan) for x in (q, k, v))
+    q_rows = _Gather.apply(q, plan.queries)
+    k_rows, v_rows = (_Gather.apply(x, plan.keys) for x in (k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1:  # the fused kernels do not take grouped heads together with a mask
         k_rows, v_rows = (x.repeat_interleave(group, dim=1) for x in (k_rows, v_rows))
@@ -65,15 +70,18 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
         out = _HalfPrecisionAttention.apply(q_rows, k_rows, v_rows, plan.batches, scale)
     else:
         out = _join(list(_products(plan, q_rows, k_rows, v_rows, scale)))
-    return _Scatter.apply(out, plan, len(q))
+    return _Scatter.apply(out, plan.queries, len(q))
 
 
 def _products(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Iterator[Tensor]:
     """Yield the output [rows, H, D] of each batch."""
     # The gradient of one split is one concatenation. The gradient of each slice would be a pass over all rows.
-    sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
-    for batch, *rows in zip(plan.batches, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, batch.shape).transpose(1, 2) for x in rows)
+    parts = [(batch.queries, batch.keys, batch.keys) for batch in plan.batches]
+    sizes = ([math.prod(part.shape) for part in column] for column in zip(*parts, strict=True))
+    for batch, part, *rows in zip(
+        plan.batches, parts, *(x.split(n) for x, n in zip((q, k, v), sizes, strict=True)), strict=True
+    ):
+        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, own.shape).transpose(1, 2) for x, own in zip(rows, part, strict=True))
         outs = []
         lengths = [tile.rows.stop - tile.rows.start for tile in batch.tiles]
         for tile, queries in zip(batch.tiles, q_BHLD.split(lengths, dim=2), strict=True):
@@ -92,11 +100,11 @@ def _join(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """Queries `rows` of each of the B documents of a batch, and the keys [0, keys) that they see."""
+    """Queries `rows` of each of the B documents or copies of a batch, and the keys [0, keys) that they see."""
 
     rows: slice
     keys: int
-    visible: Tensor | None  # bool [B, 1, rows, keys]; None for causal attention over a text
+    visible: Tensor | None  # bool [B, 1, rows, keys], or [B, 1, 1, keys]; None for causal attention over a text
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -115,55 +123,125 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """B documents padded to one length L, stored as consecutive rows from `start`."""
+class _Rows:
+    """B times L consecutive rows from `start`."""
 
     start: int
     shape: tuple[int, int]  # B, L
-    tiles: tuple[_Tile, ...]  # cover all L queries; the last tile sees every key
 
     def of(self, rows: Tensor) -> Tensor:
-        """Return the part of all rows [R, H, D] that belongs to this batch, a view [B, H, L, D]."""
-        B, L = self.shape
-        return rows[self.start : self.start + B * L].unflatten(0, (B, L)).transpose(1, 2)
+        """Return this part of all rows [R, H, D], a view [B, H, L, D]."""
+        return rows[self.start : self.start + math.prod(self.shape)].unflatten(0, self.shape).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """B documents or copies, padded to one number of queries and one of keys: in documents they are the same."""
+
+    queries: _Rows
+    keys: _Rows
+    tiles: tuple[_Tile, ...]  # cover all queries; the last tile sees every key
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The positions of rows."""
+
+    gather: Tensor  # int64 [R], the position of each row
+    scatter: Tensor  # int64 [positions of all documents], one row of each position
+    repeated: list[tuple[slice, slice]]  # further rows, and their positions
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The batches of a layout: one for each long document, and one for each class of short documents.
+    """The batches of a layout: one for each long document, and one for each class of short documents; then copies.
 
     A document shorter than its batch is padded with its last position.
     """
 
     batches: list[_Batch]
-    positions: int  # of all documents; the rest of the sequence is padding
-    gather: Tensor  # int64 [R], the position of each row
-    scatter: Tensor  # int64 [positions], the row of each position
+    queries: _Index
+    keys: _Index
+
+
+class _Part(NamedTuple):
+    """A batch before its rows are numbered, as positions [B, L]; keys of copies begin with their own."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    own: np.ndarray  # bool, which queries are no padding
+    tiles: tuple[_Tile, ...]
+    contexts: np.ndarray = np.zeros((0, 2), dtype=np.int64)  # positions (start, end) of the other keys of each copy
 
 
 def _plan(layout: AttentionLayout, alignment: int = 1) -> _Plan:
     """Plan the attention of `layout` on its device; padded lengths are multiples of `alignment`."""
+    parts = [*_document_parts(layout, alignment), *_copy_parts(layout, alignment)]
+    batches: list[_Batch] = []
+    repeated: list[tuple[slice, slice]] = []
+    query = key = 0
+    for part in parts:
+        (B, N), (_, L) = part.queries.shape, part.keys.shape
+        batches.append(_Batch(_Rows(query, (B, N)), _Rows(key, (B, L)), part.tiles))
+        for first, (start, end) in zip(range(key + N, key + B * L, L), part.contexts.tolist(), strict=False):
+            repeated.append((slice(first, first + end - start), slice(start, end)))
+        query, key = query + B * N, key + B * L
+    used = int(layout.document_offsets[-1])
+    queries = _index([(part.queries, part.own) for part in parts], [], used, layout.device)
+    if not len(layout.noised_copies):
+        return _Plan(batches, queries, queries)
+    own_keys = [np.pad(part.own, ((0, 0), (0, part.keys.shape[1] - part.own.shape[1]))) for part in parts]
+    keys = zip((part.keys for part in parts), own_keys, strict=True)
+    return _Plan(batches, queries, _index(list(keys), repeated, used, layout.device))
+
+
+def _index(
+    rows: list[tuple[np.ndarray, np.ndarray]], repeated: list[tuple[slice, slice]], used: int, device: torch.device
+) -> _Index:
+    """Number rows, given as their positions and whether each is the one row that a position owns."""
+    gather = np.concatenate([np.zeros(0, dtype=np.int64), *(positions.reshape(-1) for positions, _ in rows)])
+    own = np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *(is_own.reshape(-1) for _, is_own in rows)]))
+    scatter = np.zeros(used, dtype=np.int64)
+    scatter[gather[own]] = own
+    return _Index(*(torch.from_numpy(x).to(device) for x in (gather, scatter)), repeated)
+
+
+def _document_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:
+    """Yield the batches of documents without their copies."""
     offsets = layout.document_offsets.numpy()
     key_end = layout.key_ends()
-    lengths = np.diff(offsets)
-    has_image = np.zeros(len(lengths), dtype=bool)
-    has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
-    batches: list[_Batch] = []
-    gather, scatter, start = [np.zeros(0, dtype=np.int64)], np.zeros(int(offsets[-1]), dtype=np.int64), 0
-    for chosen in _documents_by_batch(lengths, max(alignment, 8)):
-        own, L = lengths[chosen, None], _round_up(int(lengths[chosen].max()), alignment)
-        positions = offsets[chosen, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
+    has_image = np.zeros(len(offsets) - 1, dtype=bool)
+    has_image[documents_of(layout.image_spans[:, 0].numpy(), offsets)] = True
+    lengths = context_ends(offsets, layout.noised_copies.numpy()) - offsets[:-1]
+    documents = np.flatnonzero(lengths)
+    for chosen in _documents_by_batch(lengths[documents], max(alignment, 8)):
+        document = documents[chosen]
+        own, L = lengths[document, None], _round_up(int(lengths[document].max()), alignment)
+        positions = offsets[document, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
         # Keys of the padding are columns beyond the document's length, which none of its rows sees.
-        ends = key_end[positions] - offsets[chosen, None]
-        causal = L > SHORT and not has_image[chosen[0]]
+        ends = key_end[positions] - offsets[document, None]
+        causal = L > SHORT and not has_image[document[0]]
         tiles = (_Tile(slice(0, L), L, None),) if causal else _tiles(ends, alignment, layout.device)
-        batches.append(_Batch(start, positions.shape, tiles))
-        is_own = np.arange(L) < own
-        scatter[positions[is_own]] = start + np.flatnonzero(is_own)
-        gather.append(positions.reshape(-1))
-        start += positions.size
-    rows, scattered = (torch.from_numpy(x).to(layout.device) for x in (np.concatenate(gather), scatter))
-    return _Plan(batches, int(offsets[-1]), rows, scattered)
+        yield _Part(positions, positions, np.arange(L) < own, tiles)
+
+
+def _copy_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:
+    """Yield the batches of copies. The keys of a copy are its own, [0, N), and behind them those of its context."""
+    copies = layout.noised_copies.numpy()
+    offsets = layout.document_offsets.numpy()
+    starts = offsets[documents_of(copies[:, 0], offsets)]
+    lengths = copies[:, 1] + copies[:, 2] - starts
+    for chosen in _documents_by_batch(lengths, max(alignment, 8)):
+        copy, own, places = copies[chosen, :1], copies[chosen, 1:2], copies[chosen, 2:]
+        seen = places - starts[chosen, None]
+        N, M = (_round_up(int(x.max()), alignment) for x in (own, seen))
+        queries = copy + np.minimum(np.arange(N), own - 1)
+        context = np.minimum(starts[chosen, None] + np.arange(M), copy)
+        is_own, in_context = np.arange(N) < own, np.arange(M) < seen
+        visible = torch.from_numpy(np.concatenate([is_own, in_context], axis=1)[:, None, None]).to(layout.device)
+        tiles = tuple(_Tile(slice(n, min(n + MAX_ROWS, N)), N + M, visible) for n in range(0, N, MAX_ROWS))
+        contexts = np.concatenate([starts[chosen, None], places], axis=1)
+        yield _Part(queries, np.concatenate([queries, context], axis=1), is_own, tiles, contexts)
 
 
 _plan_for_half = partial(_plan, alignment=HALF_ALIGNMENT)
@@ -201,18 +279,24 @@ def _round_up(length: int, alignment: int) -> int:
 class _Gather(torch.autograd.Function):
     """The copy of positions [T, ..] to rows [R, ..].
 
-    No other row sees a padding row, and its output is dropped, so its gradient is zero.
+    No other row sees a padding row, and its output is dropped, so its gradient is zero. The gradients of repeated rows
+    are added in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan) -> Tensor:
-        ctx.plan, ctx.length = plan, len(x)
-        return _select(x, plan.gather, len(plan.gather))
+    def forward(ctx: Any, x: Tensor, index: _Index) -> Tensor:
+        ctx.index, ctx.length = index, len(x)
+        return _select(x, index.gather, len(index.gather))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        return _select(dx, ctx.plan.scatter, ctx.length), None
+        total = _select(dx, ctx.index.scatter, ctx.length)
+        if ctx.index.repeated:
+            total = total.to(torch.promote_types(dx.dtype, torch.float32))
+        for rows, positions in ctx.index.repeated:
+            total[positions] += dx[rows]
+        return total.to(dx.dtype), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -222,16 +306,16 @@ class _Scatter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, length: int) -> Tensor:
-        ctx.plan = plan
-        return _select(x, plan.scatter, length)
+    def forward(ctx: Any, x: Tensor, index: _Index, length: int) -> Tensor:
+        ctx.index = index
+        return _select(x, index.scatter, length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        rows = dx.new_zeros(len(plan.gather), dx[0].numel())
-        rows.index_copy_(0, plan.scatter, dx[: plan.positions].flatten(1))
+        index = ctx.index
+        rows = dx.new_zeros(len(index.gather), dx[0].numel())
+        rows.index_copy_(0, index.scatter, dx[: len(index.scatter)].flatten(1))
         return rows.unflatten(1, dx.shape[1:]), None, None
 
 
@@ -254,7 +338,8 @@ class _HalfPrecisionAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = []
         for batch in batches:
-            q_BHLD, k_BHLD, v_BHLD, out_BHLD = (batch.of(x) for x in (q, k, v, out))
+            q_BHLD, out_BHLD = (batch.queries.of(x) for x in (q, out))
+            k_BHLD, v_BHLD = (batch.keys.of(x) for x in (k, v))
             for tile in batch.tiles:
                 o, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q_BHLD[:, :, tile.rows],
@@ -276,16 +361,19 @@ class _HalfPrecisionAttention(torch.autograd.Function):
         q, k, v, *lse = ctx.saved_tensors
         q = q * ctx.scale
         negative_lse = iter(_split_lse(torch.cat(lse), q.dtype).split([len(x) for x in lse]))
-        gradients = torch.empty(3, *q.shape, dtype=q.dtype)
+        dq, (dk, dv) = torch.empty_like(q), torch.empty(2, *k.shape, dtype=k.dtype)
         for batch in ctx.batches:
             # One copy puts the rows of each head together, as matrix products need them.
-            by_heads = torch.stack([batch.of(x) for x in (q, k, v, do)])
-            B, H = by_heads.shape[1:3]
-            pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), B * H)]
-            for x, gradient in zip(gradients, _batch_gradients(pieces, *by_heads.flatten(1, 2)), strict=True):
-                batch.of(x).copy_(gradient.unflatten(0, (B, H)))
-        gradients[0] *= ctx.scale
-        return *gradients, None, None
+            q_BHLD, do_BHLD = torch.stack([batch.queries.of(x) for x in (q, do)])
+            k_BHLD, v_BHLD = torch.stack([batch.keys.of(x) for x in (k, v)])
+            heads = q_BHLD.shape[:2]
+            pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), math.prod(heads))]
+            found = _batch_gradients(pieces, *(x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)))
+            targets = batch.queries.of(dq), batch.keys.of(dk), batch.keys.of(dv)
+            for target, gradient in zip(targets, found, strict=True):
+                target.copy_(gradient.unflatten(0, heads))
+        dq *= ctx.scale
+        return dq, dk, dv, None, None
 
 
 _Piece = tuple[slice, int, Tensor, Tensor]
@@ -295,7 +383,7 @@ def _pieces(tile: _Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece
     """Yield a tile with a mask as one piece, and a causal tile as several. `products` is B * H.
 
     A piece is (rows, keys, -L in parts [B * H, rows, LSE_PARTS], hidden): rows that see some of the keys [0, keys), and
-    bool [B, 1, rows, keys], or [rows, keys] for all documents.
+    bool [B, 1, rows or 1, keys], or [rows, keys] for all documents.
     """
     length = tile.rows.stop - tile.rows.start
     negative_lse = negative_lse.view(products, length, LSE_PARTS)

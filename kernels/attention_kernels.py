@@ -8,6 +8,11 @@ tile sees, without a mask, and then in partial blocks of PARTIAL_STEP columns, w
 Rows and columns outside of a tile are loaded as zeros, whatever memory holds there: a matrix product with P = 0 would
 still spread the infinities of an invisible key. A `source` describes rows of one head: (pointer to the head, first row,
 end of the rows, stride of a row).
+
+In layouts with noised copies a tile sees a second interval. Both loops then go on from the first interval to the second
+one as if it began where the blocks of the first end (`_stop`, `_locate`), so that loads run ahead from one to the
+other. Without copies the pointers of the second interval are None: kernels are compiled twice, and layouts without
+copies run the code that they would run if there were no copies at all.
 """
 
 import triton
@@ -39,6 +44,74 @@ def _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP: tl.constexpr):
     last = tl.load(key_end_ptr + end - 1)
     common_end = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
     return first, first + (common_end - first) // STEP * STEP, last
+
+
+@triton.jit
+def _query_bounds(query_start_ptr, query_end_ptr, start, end, STEP: tl.constexpr):
+    """Return (first, full_start, last) for keys [start, end): the transpose of `_key_bounds`.
+
+    The queries that see all keys begin with the last key's interval, and full blocks are aligned to its end.
+    """
+    first = tl.load(query_start_ptr + start)
+    last = tl.load(query_end_ptr + end - 1)
+    common_start = tl.where(tl.load(query_end_ptr + start) == last, tl.load(query_start_ptr + end - 1), last)
+    return first, last - (last - common_start) // STEP * STEP, last
+
+
+@triton.jit
+def _stop(first, last, second, STEP: tl.constexpr):
+    """Return the end of a loop in steps of STEP over [first, last) and then over the interval `second`."""
+    if second is None:
+        return last
+    else:
+        return first + tl.cdiv(last - first, STEP) * STEP + (second[1] - second[0])
+
+
+@triton.jit
+def _locate(position, first, last, second, STEP: tl.constexpr):
+    """Return the offset that a position of such a loop stands for."""
+    if second is None:
+        return position
+    else:
+        joint = first + tl.cdiv(last - first, STEP) * STEP
+        return tl.where(position < joint, position, position - joint + second[0])
+
+
+@triton.jit
+def _next(offset, last, second, STEP: tl.constexpr):
+    """Return the offset after this one in a loop over an interval that ends at `last` and then over `second`."""
+    if second is None:
+        return offset + STEP
+    else:
+        return tl.where((offset < last) & (offset + STEP >= last), second[0], offset + STEP)
+
+
+@triton.jit
+def _end_of(offset, last, second):
+    """Return the end of the interval that holds an offset: the second interval lies behind the first."""
+    if second is None:
+        return last
+    else:
+        return tl.where(offset < last, last, second[1])
+
+
+@triton.jit
+def _load_intervals(ptrs, rows, end, OTHER: tl.constexpr):
+    """Load the intervals of rows from (starts, ends); those of rows beyond the tile are [0, OTHER)."""
+    mask = rows < end
+    return tl.load(ptrs[0] + rows, mask=mask, other=0), tl.load(ptrs[1] + rows, mask=mask, other=OTHER)
+
+
+@triton.jit
+def _intervals_at(offset, last, intervals, ptrs, second_ptrs, rows, end, OTHER: tl.constexpr):
+    """Return the intervals of rows that a block at an offset is compared with."""
+    if second_ptrs[0] is None:
+        return intervals
+    else:
+        # Loaded for each block: keeping two intervals a row in registers would spill others.
+        is_first = offset < last
+        starts, ends = tl.where(is_first, ptrs[0], second_ptrs[0]), tl.where(is_first, ptrs[1], second_ptrs[1])
+        return _load_intervals((starts, ends), rows, end, OTHER)
 
 
 @triton.jit
@@ -122,7 +195,7 @@ def _update_row_max(scores, row_max, scale_log2):
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, o_ptr, lse_ptr,
-    key_start_ptr, key_end_ptr, tiles_ptr, first_tile, T, scale_log2,
+    key_start_ptr, key_end_ptr, own_start_ptr, own_end_ptr, tiles_ptr, first_tile, T, scale_log2,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -145,9 +218,15 @@ def hybrid_attention_forward_kernel(
     row_max = tl.full([BLOCK], LOWEST, tl.float32)
 
     first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    own_full, own_partial = None, None
+    if own_start_ptr is not None:
+        own_first, own_full_end, own_last = _key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
     V_ROWS: tl.constexpr = STEP // 2 if HALVES else STEP
-    for offset in tl.range(first, full_end, STEP):
-        k_source = (k_ptr, offset, full_end, stride_kt)
+    for position in tl.range(first, _stop(first, full_end, own_full, STEP), STEP):
+        offset = _locate(position, first, full_end, own_full, STEP)
+        limit = _end_of(offset, full_end, own_full)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         row_max, rescale = _update_row_max(scores, row_max, scale_log2)
@@ -156,28 +235,31 @@ def hybrid_attention_forward_kernel(
             # The matrix units compute P V of the first half during the exponentials of the second.
             scores, scores_2 = scores.reshape(BLOCK, 2, V_ROWS).permute(0, 2, 1).split()
         p = tl.exp2(scores * scale_log2 - row_max[:, None])
-        v = _load_full((v_ptr, offset, full_end, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
+        v = _load_full((v_ptr, offset, limit, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
         acc = dot(p.to(v.dtype), v, acc, INTERPRET)
         if HALVES:
             p_2 = tl.exp2(scores_2 * scale_log2 - row_max[:, None])
-            v = _load_full((v_ptr, offset + V_ROWS, full_end, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
+            v = _load_full((v_ptr, offset + V_ROWS, limit, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
             acc = dot(p_2.to(v.dtype), v, acc, INTERPRET)
             p += p_2
         row_sum = row_sum * rescale + tl.sum(p, 1)
 
-    row_first = tl.load(key_start_ptr + rows, mask=rows < end, other=0)
     # Rows beyond the tile see all keys, so that their denominator is not zero.
-    row_last = tl.load(key_end_ptr + rows, mask=rows < end, other=2**31 - 1)
-    for offset in tl.range(full_end, last, PARTIAL_STEP):
-        k_source = (k_ptr, offset, last, stride_kt)
+    keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
+    seen = _load_intervals(keys_ptrs, rows, end, 2**31 - 1)
+    for position in tl.range(full_end, _stop(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = _locate(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = _end_of(offset, last, own_partial)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
+        row_first, row_last = _intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 2**31 - 1)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         row_max, rescale = _update_row_max(scores, row_max, scale_log2)
         p = tl.exp2(scores * scale_log2 - row_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = _load_bounded((v_ptr, offset, last, stride_vt), D, PARTIAL_STEP, BLOCK_D)
+        v = _load_bounded((v_ptr, offset, limit, stride_vt), D, PARTIAL_STEP, BLOCK_D)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], INTERPRET)
 
     _store(o_ptr + head * D, rows, end, H * D, acc / row_sum[:, None], D, BLOCK_D)
@@ -195,7 +277,7 @@ def _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET: tl.constexpr)
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    key_start_ptr, key_end_ptr, tiles_ptr, first_tile, T, scale,
+    key_start_ptr, key_end_ptr, own_start_ptr, own_end_ptr, tiles_ptr, first_tile, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -223,24 +305,33 @@ def hybrid_attention_backward_dq_kernel(
     scale_log2 = scale * LOG2_E
 
     first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
-    for offset in tl.range(first, full_end, STEP):
-        k_source = (k_ptr, offset, full_end, stride_kt)
+    own_full, own_partial = None, None
+    if own_start_ptr is not None:
+        own_first, own_full_end, own_last = _key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
+    for position in tl.range(first, _stop(first, full_end, own_full, STEP), STEP):
+        offset = _locate(position, first, full_end, own_full, STEP)
+        limit = _end_of(offset, full_end, own_full)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
-        v_source = (v_ptr, offset, full_end, stride_vt)
+        v_source = (v_ptr, offset, limit, stride_vt)
         v = _load_full(v_source, v_descriptor, kv_head, D, STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
 
-    row_first = tl.load(key_start_ptr + rows, mask=rows < end, other=0)
-    row_last = tl.load(key_end_ptr + rows, mask=rows < end, other=0)
-    for offset in tl.range(full_end, last, PARTIAL_STEP):
-        k_source = (k_ptr, offset, last, stride_kt)
+    keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
+    seen = _load_intervals(keys_ptrs, rows, end, 0)
+    for position in tl.range(full_end, _stop(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = _locate(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = _end_of(offset, last, own_partial)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
-        v_source = (v_ptr, offset, last, stride_vt)
+        v_source = (v_ptr, offset, limit, stride_vt)
         v = _load_bounded(v_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
+        row_first, row_last = _intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 0)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
@@ -269,7 +360,7 @@ def _dkdv_step(
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_descriptor, do_descriptor, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    query_start_ptr, query_end_ptr, tiles_ptr, first_tile, T, scale,
+    query_start_ptr, query_end_ptr, copies_start_ptr, copies_end_ptr, tiles_ptr, first_tile, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -287,29 +378,36 @@ def hybrid_attention_backward_dkdv_kernel(
     v = _load_bounded(v_source, D, BLOCK, BLOCK_D)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    col_first = tl.load(query_start_ptr + cols, mask=cols < end, other=0)
-    col_last = tl.load(query_end_ptr + cols, mask=cols < end, other=0)
+    queries_ptrs, copies_ptrs = (query_start_ptr, query_end_ptr), (copies_start_ptr, copies_end_ptr)
+    seen_by = _load_intervals(queries_ptrs, cols, end, 0)
     scale_log2 = scale * LOG2_E
 
-    # The transpose of `_key_bounds`: the queries that see all keys begin with the last key's interval, and full blocks
-    # are aligned to the end of the document.
-    first = tl.load(query_start_ptr + start)
-    last = tl.load(query_end_ptr + end - 1)
-    common_start = tl.where(tl.load(query_end_ptr + start) == last, tl.load(query_start_ptr + end - 1), last)
-    full_start = last - (last - common_start) // STEP * STEP
+    first, full_start, last = _query_bounds(query_start_ptr, query_end_ptr, start, end, STEP)
+    partial_stop, full_stop, partial_begin, full_begin = full_start, last, first, full_start
+    steps, full_steps = tl.cdiv(full_start - first, PARTIAL_STEP), (last - full_start) // STEP
+    copies_partial, copies_full = None, None
+    if copies_start_ptr is not None:
+        copies_first, copies_full_start, copies_last = _query_bounds(copies_start_ptr, copies_end_ptr, start, end, STEP)
+        copies_partial, copies_full = (copies_first, copies_full_start), (copies_full_start, copies_last)
+        partial_stop, full_stop = copies_full_start, copies_last
+        partial_begin = tl.where(steps > 0, first, copies_first)
+        full_begin = tl.where(full_steps > 0, full_start, copies_full_start)
+        steps += tl.cdiv(copies_full_start - copies_first, PARTIAL_STEP)
+        full_steps += (copies_last - copies_full_start) // STEP
     first_head = kv_head * (H // G)
     # One loop over all query heads of the group, so that loads run ahead from one head to the next.
-    steps = tl.cdiv(full_start - first, PARTIAL_STEP)
-    head, offset = first_head, first
+    head, offset = first_head, partial_begin
     for _ in tl.range(0, steps * (H // G)):
-        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, full_start, stride_qt)
+        limit = _end_of(offset, full_start, copies_partial)
+        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_bounded(q_source, D, PARTIAL_STEP, BLOCK_D)
-        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, full_start, stride_dot)
+        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
         do = _load_bounded(do_source, D, PARTIAL_STEP, BLOCK_D)
         rows = offset + tl.arange(0, PARTIAL_STEP)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < full_start, other=float("inf"))
-        delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < full_start, other=0.0)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=float("inf"))
+        delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=0.0)
         scores = _product(k, k_source, q, q_source, D, CHUNK, INTERPRET)
+        col_first, col_last = _intervals_at(offset, full_start, seen_by, queries_ptrs, copies_ptrs, cols, end, 0)
         visible = rows[None, :] >= col_first[:, None]
         if SHARED:
             visible = visible & (rows[None, :] < col_last[:, None])
@@ -317,17 +415,17 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset += PARTIAL_STEP
-        if H > G:
-            head = tl.where(offset < full_start, head, head + 1)
-            offset = tl.where(offset < full_start, offset, first)
+        offset = _next(offset, full_start, copies_partial, PARTIAL_STEP)
+        if H > G or copies_start_ptr is not None:
+            head = tl.where(offset < partial_stop, head, head + 1)
+            offset = tl.where(offset < partial_stop, offset, partial_begin)
 
-    steps = (last - full_start) // STEP
-    head, offset = first_head, full_start
-    for _ in tl.range(0, steps * (H // G)):
-        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, last, stride_qt)
+    head, offset = first_head, full_begin
+    for _ in tl.range(0, full_steps * (H // G)):
+        limit = _end_of(offset, last, copies_full)
+        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_full(q_source, q_descriptor, head, D, STEP, BLOCK_D)
-        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, last, stride_dot)
+        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
         do = _load_full(do_source, do_descriptor, head, D, STEP, BLOCK_D)
         rows = offset + tl.arange(0, STEP)
         lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows)
@@ -336,10 +434,10 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset += STEP
-        if H > G:
-            head = tl.where(offset < last, head, head + 1)
-            offset = tl.where(offset < last, offset, full_start)
+        offset = _next(offset, last, copies_full, STEP)
+        if H > G or copies_start_ptr is not None:
+            head = tl.where(offset < full_stop, head, head + 1)
+            offset = tl.where(offset < full_stop, offset, full_begin)
 
     _store(dk_ptr + kv_head * D, cols, end, G * D, dk * scale, D, BLOCK_D)
     _store(dv_ptr + kv_head * D, cols, end, G * D, dv, D, BLOCK_D)

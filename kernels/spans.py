@@ -1,0 +1,107 @@
+"""The documents, images and noised copies of a packed sequence, as arrays, and the rules that they must keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# Entry of a list, by its number of integers.
+_ENTRIES = {1: "integers", 2: "(start, length)", 3: "(start, length, place)"}
+
+
+def integers(name: str, values: Any, size: int) -> np.ndarray:
+    """Convert a list of integers (`size` 1) or of tuples of `size` integers to int64 [n] or [n, size]."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} must have entries of one length: {error}") from error
+    shape = (size,) if size > 1 else ()
+    if not array.size:
+        return np.zeros((0, *shape), dtype=np.int64)
+    if array.dtype.kind not in "iu" or array.shape[1:] != shape:
+        raise ValueError(f"{name} must be a list of {_ENTRIES[size]}, got {array.dtype} of shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def positions_of(spans: np.ndarray) -> np.ndarray:
+    """Return the positions that the spans, rows (start, length, ..), cover in their order: int64 [sum of lengths]."""
+    starts, lengths = spans[:, 0], spans[:, 1]
+    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+
+
+def documents_of(positions: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the number of the document that holds each position."""
+    return np.searchsorted(offsets, positions, side="right") - 1
+
+
+def context_ends(offsets: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """Return where the context of each document ends: at its first noised copy, or else with the document."""
+    ends = offsets[1:].copy()
+    np.minimum.at(ends, documents_of(copies[:, 0], offsets), copies[:, 0])
+    return ends
+
+
+def check_documents(lengths: np.ndarray, total: int) -> None:
+    """Raise ValueError if a document is empty or the documents are longer than the sequence."""
+    if (lengths <= 0).any():
+        number = int(np.flatnonzero(lengths <= 0)[0])
+        raise ValueError(f"document_lengths[{number}] must be positive, got {lengths[number]}; drop empty documents")
+    if total < lengths.sum():
+        raise ValueError(f"total_length must be at least the documents' {lengths.sum()} positions, got {total}")
+
+
+def check_images(images: np.ndarray, offsets: np.ndarray) -> None:
+    """Raise ValueError, with the span and the rule, if an image is empty, leaves its document or overlaps another."""
+    _check_inside("image span", images, offsets)
+    overlap = images[1:, 0] < images[:-1].sum(axis=1)
+    _reject(
+        "image span", images[1:], overlap, "overlaps the image before it; every position belongs to at most one image"
+    )
+
+
+def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) -> None:
+    """Raise ValueError, with the copy and the rule, if a noised copy does not keep the order of `AttentionLayout`.
+
+    The images are in ascending order and keep their own rules.
+    """
+    _check_inside("noised copy", copies, offsets)
+    starts, ends, places = copies[:, 0], copies[:, 0] + copies[:, 1], copies[:, 2]
+    document = documents_of(starts, offsets)
+
+    def reject(bad: np.ndarray, rule: str) -> None:
+        _reject("noised copy", copies[len(copies) - len(bad) :], bad, rule)
+
+    reject(starts[1:] < starts[:-1], "must start behind the copy before it in the list; list copies by position")
+    reject(starts[1:] < ends[:-1], "overlaps the copy before it; every position belongs to at most one copy")
+    reject(starts < places, "stands before its place; copies stand behind the context of their document")
+    context_end = context_ends(offsets, copies)[document]
+    inside = (offsets[document] <= places) & (places <= context_end)
+    reject(~inside, "must have a place in the context of its document, which ends at the document's first copy")
+    _, is_first = np.unique(document, return_index=True)
+    same = np.ones(len(copies), dtype=bool)
+    same[is_first] = False
+    reject(same[1:] & (places[1:] < places[:-1]), "must have no place before that of the copy before it; sort by place")
+    expected_end = np.where(np.append(same[1:], False), np.append(starts[1:], 0), offsets[document + 1])
+    reject(ends != expected_end, "must end where the next copy begins, the last one with its document; leave no gap")
+    image = np.searchsorted(images[:, 0], places) - 1  # the last image that starts before the place
+    image_ends = np.append(images.sum(axis=1), 0)
+    reject(places < image_ends[image], "must not have its place inside an image, which attends to all of itself")
+    last_image = np.searchsorted(images[:, 0], ends) - 1
+    reject(starts < image_ends[last_image], "overlaps an image of the context; copies stand behind the context")
+
+
+def _check_inside(kind: str, spans: np.ndarray, offsets: np.ndarray) -> None:
+    starts, ends = spans[:, 0], spans[:, 0] + spans[:, 1]
+    _reject(kind, spans, spans[:, 1] <= 0, "must have a positive length; drop empty ones")
+    outside = (starts < 0) | (ends > offsets[-1])
+    _reject(kind, spans, outside, f"must lie inside one document, got documents over [0, {offsets[-1]})")
+    document_end = offsets[np.minimum(documents_of(starts, offsets) + 1, len(offsets) - 1)]
+    _reject(kind, spans, ends > document_end, "must lie inside one document, but crosses a document's end")
+
+
+def _reject(kind: str, spans: np.ndarray, bad: np.ndarray, rule: str) -> None:
+    if bad.any():
+        row = spans[np.flatnonzero(bad)[0]].tolist()
+        values = ", ".join(f"{name}={value}" for name, value in zip(("start", "length", "place"), row, strict=False))
+        raise ValueError(f"{kind} ({values}) {rule}")
