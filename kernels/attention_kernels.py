@@ -78,6 +78,21 @@ def _locate(position, first, last, second, STEP: tl.constexpr):
 
 
 @triton.jit
+def _loop(first, last, second, STEP: tl.constexpr, FULL: tl.constexpr):
+    """Return (first offset, end of the last block, steps) of a loop over [first, last) and then over `second`.
+
+    With FULL, both intervals are multiples of STEP.
+    """
+    ROUND_UP: tl.constexpr = 0 if FULL else STEP - 1
+    steps = (last - first + ROUND_UP) // STEP
+    if second is None:
+        return first, last, steps
+    else:
+        begin = tl.where(steps > 0, first, second[0])
+        return begin, second[1], steps + (second[1] - second[0] + ROUND_UP) // STEP
+
+
+@triton.jit
 def _next(offset, last, second, STEP: tl.constexpr):
     """Return the offset after this one in a loop over an interval that ends at `last` and then over `second`."""
     if second is None:
@@ -383,20 +398,16 @@ def hybrid_attention_backward_dkdv_kernel(
     scale_log2 = scale * LOG2_E
 
     first, full_start, last = _query_bounds(query_start_ptr, query_end_ptr, start, end, STEP)
-    partial_stop, full_stop, partial_begin, full_begin = full_start, last, first, full_start
-    steps, full_steps = tl.cdiv(full_start - first, PARTIAL_STEP), (last - full_start) // STEP
     copies_partial, copies_full = None, None
     if copies_start_ptr is not None:
         copies_first, copies_full_start, copies_last = _query_bounds(copies_start_ptr, copies_end_ptr, start, end, STEP)
         copies_partial, copies_full = (copies_first, copies_full_start), (copies_full_start, copies_last)
-        partial_stop, full_stop = copies_full_start, copies_last
-        partial_begin = tl.where(steps > 0, first, copies_first)
-        full_begin = tl.where(full_steps > 0, full_start, copies_full_start)
-        steps += tl.cdiv(copies_full_start - copies_first, PARTIAL_STEP)
-        full_steps += (copies_last - copies_full_start) // STEP
+    # With copies also for H = G, where the code would spill without this.
+    WRAPS: tl.constexpr = H > G or copies_start_ptr is not None
     first_head = kv_head * (H // G)
     # One loop over all query heads of the group, so that loads run ahead from one head to the next.
-    head, offset = first_head, partial_begin
+    begin, stop, steps = _loop(first, full_start, copies_partial, PARTIAL_STEP, FULL=False)
+    head, offset = first_head, begin
     for _ in tl.range(0, steps * (H // G)):
         limit = _end_of(offset, full_start, copies_partial)
         q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
@@ -416,12 +427,13 @@ def hybrid_attention_backward_dkdv_kernel(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
         offset = _next(offset, full_start, copies_partial, PARTIAL_STEP)
-        if H > G or copies_start_ptr is not None:
-            head = tl.where(offset < partial_stop, head, head + 1)
-            offset = tl.where(offset < partial_stop, offset, partial_begin)
+        if WRAPS:
+            head = tl.where(offset < stop, head, head + 1)
+            offset = tl.where(offset < stop, offset, begin)
 
-    head, offset = first_head, full_begin
-    for _ in tl.range(0, full_steps * (H // G)):
+    begin, stop, steps = _loop(full_start, last, copies_full, STEP, FULL=True)
+    head, offset = first_head, begin
+    for _ in tl.range(0, steps * (H // G)):
         limit = _end_of(offset, last, copies_full)
         q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_full(q_source, q_descriptor, head, D, STEP, BLOCK_D)
@@ -435,9 +447,9 @@ def hybrid_attention_backward_dkdv_kernel(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
         offset = _next(offset, last, copies_full, STEP)
-        if H > G or copies_start_ptr is not None:
-            head = tl.where(offset < full_stop, head, head + 1)
-            offset = tl.where(offset < full_stop, offset, full_begin)
+        if WRAPS:
+            head = tl.where(offset < stop, head, head + 1)
+            offset = tl.where(offset < stop, offset, begin)
 
     _store(dk_ptr + kv_head * D, cols, end, G * D, dk * scale, D, BLOCK_D)
     _store(dv_ptr + kv_head * D, cols, end, G * D, dv, D, BLOCK_D)
