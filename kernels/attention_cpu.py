@@ -236,8 +236,8 @@ def _copy_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:
         seen = places - starts[chosen, None]
         N, M = (_round_up(int(x.max()), alignment) for x in (own, seen))
         queries = copy + np.minimum(np.arange(N), own - 1)
-        context = np.minimum(starts[chosen, None] + np.arange(M), copy)
         is_own, in_context = np.arange(N) < own, np.arange(M) < seen
+        context = np.where(in_context, starts[chosen, None] + np.arange(M), copy)
         visible = torch.from_numpy(np.concatenate([is_own, in_context], axis=1)[:, None, None]).to(layout.device)
         tiles = tuple(_Tile(slice(n, min(n + MAX_ROWS, N)), N + M, visible) for n in range(0, N, MAX_ROWS))
         contexts = np.concatenate([starts[chosen, None], places], axis=1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import (
     AROUND_TILES,
+    COPIES,
     SMALL,
     and_two_tokens,
     any_spans,
@@ -14,6 +15,7 @@ from attention_cases import (
     relative_error,
     run,
     upstream,
+    with_copies,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +45,41 @@ def test_values_and_gradients_are_those_of_the_reference(spans, heads, scale, ma
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_cpu, "MAX_ROWS", max_rows)
         assert_accurate(tiled, layout, qkv(layout, heads, dim=8), scale)
+
+
+@given(
+    with_copies(any_spans(SMALL), SMALL).map(and_two_tokens),
+    st.sampled_from(HEADS),
+    st.sampled_from([1, 3, attention_cpu.MAX_ROWS]),
+)
+@settings(max_examples=30)
+def test_with_copies_values_and_gradients_are_those_of_the_reference(spans, heads, max_rows):
+    layout = layout_of(spans)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu, "MAX_ROWS", max_rows)
+        assert_accurate(tiled, layout, qkv(layout, heads, dim=8))
+
+
+LONG_COPY = ([960, 9], [(100, 200)], 975, [(320, 600, 310), (920, 40, 315)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spans", [*COPIES.values(), LONG_COPY], ids=[*COPIES, "copies of several tiles"])
+def test_copies_keep_the_error_rule(spans, dtype):
+    layout = layout_of(spans)
+    assert_accurate(tiled, layout, qkv(layout, (4, 2), dim=8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_a_copy_does_not_see_may_hold_anything(poison, dtype):
+    """Nor may it change the gradients of the copy, which nothing else sees. Copies of one length share a batch."""
+    layout = layout_of(([20, 30], [(2, 5)], 55, [(12, 4, 2), (16, 4, 8), (40, 10, 30)]))
+    clean = qkv(layout, dtype=dtype)
+    expected = run(tiled, clean, layout)
+    for start, end in ((12, 16), (16, 20), (40, 50)):
+        unseen = ~layout.dense_mask()[start]
+        assert_same_bits(run(tiled, with_poison(clean, unseen, poison), layout), expected, slice(start, end))
 
 
 # A long document is text alone, or has an image at its start, at its end, or across two tiles; short ones stand beside.
