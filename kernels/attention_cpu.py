@@ -203,7 +203,7 @@ def _index(
     own = np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *(is_own.reshape(-1) for _, is_own in rows)]))
     scatter = np.zeros(used, dtype=np.int64)
     scatter[gather[own]] = own
-    return _Index(*(torch.from_numpy(x).to(device) for x in (gather, scatter)), repeated)
+    return _Index(torch.from_numpy(gather).to(device), torch.from_numpy(scatter).to(device), repeated)
 
 
 def _document_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:

@@ -3,7 +3,8 @@
     S = scale Q K^T,   P = softmax(S + mask),   O = P V
     dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q
 
-The mask is two integers a token (`layout.py`), and no block outside of a document is visited. A program owns a tile of
+The mask is one interval of keys a token, or two with noised copies (`layout.py`), and no block outside of a document is
+visited. A program owns a tile of
 rows and loops over the interval that they see: full blocks without a mask, and smaller partial blocks with one. The
 inputs, o and the log-sum-exp in base 2, fp32 [H, T], are saved for backward, and P is recomputed (FlashAttention, arXiv
 2205.14135).

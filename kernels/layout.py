@@ -168,14 +168,16 @@ class AttentionLayout:
 
     @cached_property
     def area(self) -> int:
-        """Number of visible (query, key) pairs: the sum of L(L+1)/2 over contexts, of n(n-1)/2 over images, and of
-        n(m + n) over copies that see m positions of their context.
+        """Number of visible (query, key) pairs.
+
+        This is the sum of L(L+1)/2 over contexts, of n(n-1)/2 over images, and of n(m+n) over copies, where m is the
+        number of positions that a copy sees of its context.
         """
-        offsets, copies, patches = self.document_offsets.numpy(), self.noised_copies.numpy(), self.image_spans[:, 1]
-        lengths = context_ends(offsets, copies) - offsets[:-1]
+        offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
+        lengths, patches = context_ends(offsets, copies) - offsets[:-1], images[:, 1]
         seen = copies[:, 2] - offsets[documents_of(copies[:, 0], offsets)]
-        in_contexts = int((lengths * (lengths + 1)).sum() + int((patches * (patches - 1)).sum())) // 2
-        return in_contexts + int((copies[:, 1] * (seen + copies[:, 1])).sum())
+        in_contexts = (lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()
+        return int(in_contexts // 2 + (copies[:, 1] * (seen + copies[:, 1])).sum())
 
     def visited_area(self, direction: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> int:
         """Return the number of (query, key) pairs that the Triton kernels compute for one head, visible or not.
@@ -223,8 +225,8 @@ class AttentionLayout:
 
     def key_ends(self) -> np.ndarray:
         """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
-        spans = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
-        return _key_ends(*spans, self.total_length)
+        offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
+        return _key_ends(offsets, images, copies, self.total_length)
 
     def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
         """Return `build(self)`, computed once and kept: a backend's list of work, which all layers share."""
@@ -263,7 +265,8 @@ class AttentionLayout:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionLayout:
         names = (*_INTERVALS, "query_tiles", "key_tiles")
-        return replace(self, **{name: move(x) for name in names if (x := getattr(self, name)) is not None})
+        moved: dict[str, Any] = {name: move(x) for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 # Of a layout: first and second interval.

@@ -65,6 +65,8 @@ def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) ->
 
     The images are in ascending order and keep their own rules.
     """
+    if not len(copies):
+        return
     _check_inside("noised copy", copies, offsets)
     starts, ends, places = copies[:, 0], copies[:, 0] + copies[:, 1], copies[:, 2]
     document = documents_of(starts, offsets)
@@ -78,17 +80,19 @@ def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) ->
     context_end = context_ends(offsets, copies)[document]
     inside = (offsets[document] <= places) & (places <= context_end)
     reject(~inside, "must have a place in the context of its document, which ends at the document's first copy")
-    _, is_first = np.unique(document, return_index=True)
-    same = np.ones(len(copies), dtype=bool)
-    same[is_first] = False
-    reject(same[1:] & (places[1:] < places[:-1]), "must have no place before that of the copy before it; sort by place")
-    expected_end = np.where(np.append(same[1:], False), np.append(starts[1:], 0), offsets[document + 1])
+    same = document[1:] == document[:-1]
+    reject(same & (places[1:] < places[:-1]), "must have no place before that of the copy before it; sort by place")
+    expected_end = offsets[document + 1]
+    expected_end[:-1] = np.where(same, starts[1:], expected_end[:-1])
     reject(ends != expected_end, "must end where the next copy begins, the last one with its document; leave no gap")
-    image = np.searchsorted(images[:, 0], places) - 1  # the last image that starts before the place
-    image_ends = np.append(images.sum(axis=1), 0)
-    reject(places < image_ends[image], "must not have its place inside an image, which attends to all of itself")
-    last_image = np.searchsorted(images[:, 0], ends) - 1
-    reject(starts < image_ends[last_image], "overlaps an image of the context; copies stand behind the context")
+
+    def ends_of_images_before(positions: np.ndarray) -> np.ndarray:
+        return np.append(0, images.sum(axis=1))[np.searchsorted(images[:, 0], positions)]
+
+    inside_image = places < ends_of_images_before(places)
+    reject(inside_image, "must not have its place inside an image, which attends to all of itself")
+    overlap = starts < ends_of_images_before(ends)
+    reject(overlap, "overlaps an image of the context; copies stand behind the context")
 
 
 def _check_inside(kind: str, spans: np.ndarray, offsets: np.ndarray) -> None:
