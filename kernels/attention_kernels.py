@@ -9,124 +9,29 @@ Rows and columns outside of a tile are loaded as zeros, whatever memory holds th
 still spread the infinities of an invisible key. A `source` describes rows of one head: (pointer to the head, first row,
 end of the rows, stride of a row).
 
-In layouts with noised copies a tile sees a second interval. Both loops then go on from the first interval to the second
-one as if it began where the blocks of the first end (`_stop`, `_locate`), so that loads run ahead from one to the
-other. Without copies the pointers of the second interval are None: kernels are compiled twice, and layouts without
-copies run the code that they would run if there were no copies at all.
+Which tile a program owns and which blocks it visits is in attention_intervals.py.
 """
 
 import triton
 import triton.language as tl
 
+from transfusion_fast.kernels.attention_intervals import (
+    interval_end,
+    intervals_at,
+    key_bounds,
+    load_intervals,
+    loop_bounds,
+    loop_end,
+    next_offset,
+    offset_at,
+    query_bounds,
+    tile_bounds,
+)
 from transfusion_fast.kernels.launch import dot
 
 # Initial row maximum: below any score, but finite, so that a row which sees no key of its first block gets no NaN.
 LOWEST = tl.constexpr(-3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tile_bounds(tiles_ptr, tile, SUBTILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (start, end) of a program's rows: BLOCK rows of a tile of the table, or none beyond the tile's end."""
-    entry = tiles_ptr + 2 * (tile // SUBTILES)
-    start = tl.load(entry) + (tile % SUBTILES) * BLOCK
-    return start, tl.minimum(start + BLOCK, tl.load(entry + 1))
-
-
-@triton.jit
-def _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP: tl.constexpr):
-    """Return (first, full_end, last) for queries [start, end): full blocks of keys end at `full_end`, all at `last`.
-
-    Both ends of the rows' intervals ascend, so the first and the last row bound what the tile sees. The keys that all
-    of its rows see end with the first row's interval; if documents share the tile, there are none.
-    """
-    first = tl.load(key_start_ptr + start)
-    last = tl.load(key_end_ptr + end - 1)
-    common_end = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
-    return first, first + (common_end - first) // STEP * STEP, last
-
-
-@triton.jit
-def _query_bounds(query_start_ptr, query_end_ptr, start, end, STEP: tl.constexpr):
-    """Return (first, full_start, last) for keys [start, end): the transpose of `_key_bounds`.
-
-    The queries that see all keys begin with the last key's interval, and full blocks are aligned to its end.
-    """
-    first = tl.load(query_start_ptr + start)
-    last = tl.load(query_end_ptr + end - 1)
-    common_start = tl.where(tl.load(query_end_ptr + start) == last, tl.load(query_start_ptr + end - 1), last)
-    return first, last - (last - common_start) // STEP * STEP, last
-
-
-@triton.jit
-def _stop(first, last, second, STEP: tl.constexpr):
-    """Return the end of a loop in steps of STEP over [first, last) and then over the interval `second`."""
-    if second is None:
-        return last
-    else:
-        return first + tl.cdiv(last - first, STEP) * STEP + (second[1] - second[0])
-
-
-@triton.jit
-def _locate(position, first, last, second, STEP: tl.constexpr):
-    """Return the offset that a position of such a loop stands for."""
-    if second is None:
-        return position
-    else:
-        joint = first + tl.cdiv(last - first, STEP) * STEP
-        return tl.where(position < joint, position, position - joint + second[0])
-
-
-@triton.jit
-def _loop(first, last, second, STEP: tl.constexpr, FULL: tl.constexpr):
-    """Return (first offset, end of the last block, steps) of a loop over [first, last) and then over `second`.
-
-    With FULL, both intervals are multiples of STEP.
-    """
-    ROUND_UP: tl.constexpr = 0 if FULL else STEP - 1
-    steps = (last - first + ROUND_UP) // STEP
-    if second is None:
-        return first, last, steps
-    else:
-        begin = tl.where(steps > 0, first, second[0])
-        return begin, second[1], steps + (second[1] - second[0] + ROUND_UP) // STEP
-
-
-@triton.jit
-def _next(offset, last, second, STEP: tl.constexpr):
-    """Return the offset after this one in a loop over an interval that ends at `last` and then over `second`."""
-    if second is None:
-        return offset + STEP
-    else:
-        return tl.where((offset < last) & (offset + STEP >= last), second[0], offset + STEP)
-
-
-@triton.jit
-def _end_of(offset, last, second):
-    """Return the end of the interval that holds an offset: the second interval lies behind the first."""
-    if second is None:
-        return last
-    else:
-        return tl.where(offset < last, last, second[1])
-
-
-@triton.jit
-def _load_intervals(ptrs, rows, end, OTHER: tl.constexpr):
-    """Load the intervals of rows from (starts, ends); those of rows beyond the tile are [0, OTHER)."""
-    mask = rows < end
-    return tl.load(ptrs[0] + rows, mask=mask, other=0), tl.load(ptrs[1] + rows, mask=mask, other=OTHER)
-
-
-@triton.jit
-def _intervals_at(offset, last, intervals, ptrs, second_ptrs, rows, end, OTHER: tl.constexpr):
-    """Return the intervals of rows that a block at an offset is compared with."""
-    if second_ptrs[0] is None:
-        return intervals
-    else:
-        # Loaded for each block: keeping two intervals a row in registers would spill others.
-        is_first = offset < last
-        starts, ends = tl.where(is_first, ptrs[0], second_ptrs[0]), tl.where(is_first, ptrs[1], second_ptrs[1])
-        return _load_intervals((starts, ends), rows, end, OTHER)
 
 
 @triton.jit
@@ -218,7 +123,7 @@ def hybrid_attention_forward_kernel(
 ):  # fmt: skip
     """Compute o = softmax(scale Q K^T) V and lse = log2 of its denominator, for one tile of queries and one head."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
     if start >= end:
         return
     kv_head = head // (H // G)
@@ -232,15 +137,15 @@ def hybrid_attention_forward_kernel(
     row_sum = tl.zeros([BLOCK], tl.float32)
     row_max = tl.full([BLOCK], LOWEST, tl.float32)
 
-    first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    first, full_end, last = key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
     own_full, own_partial = None, None
     if own_start_ptr is not None:
-        own_first, own_full_end, own_last = _key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_first, own_full_end, own_last = key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
         own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
     V_ROWS: tl.constexpr = STEP // 2 if HALVES else STEP
-    for position in tl.range(first, _stop(first, full_end, own_full, STEP), STEP):
-        offset = _locate(position, first, full_end, own_full, STEP)
-        limit = _end_of(offset, full_end, own_full)
+    for position in tl.range(first, loop_end(first, full_end, own_full, STEP), STEP):
+        offset = offset_at(position, first, full_end, own_full, STEP)
+        limit = interval_end(offset, full_end, own_full)
         k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
@@ -261,15 +166,15 @@ def hybrid_attention_forward_kernel(
 
     # Rows beyond the tile see all keys, so that their denominator is not zero.
     keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
-    seen = _load_intervals(keys_ptrs, rows, end, 2**31 - 1)
-    for position in tl.range(full_end, _stop(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
-        offset = _locate(position, full_end, last, own_partial, PARTIAL_STEP)
-        limit = _end_of(offset, last, own_partial)
+    seen = load_intervals(keys_ptrs, rows, end, 2**31 - 1)
+    for position in tl.range(full_end, loop_end(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = offset_at(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = interval_end(offset, last, own_partial)
         k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
-        row_first, row_last = _intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 2**31 - 1)
+        row_first, row_last = intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 2**31 - 1)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         row_max, rescale = _update_row_max(scores, row_max, scale_log2)
         p = tl.exp2(scores * scale_log2 - row_max[:, None])
@@ -300,7 +205,7 @@ def hybrid_attention_backward_dq_kernel(
 ):  # fmt: skip
     """Compute dQ = scale dS K for one tile of queries and one head; store delta = rowsum(dO O) for the other kernel."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
     if start >= end:
         return
     kv_head = head // (H // G)
@@ -319,14 +224,14 @@ def hybrid_attention_backward_dq_kernel(
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
 
-    first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    first, full_end, last = key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
     own_full, own_partial = None, None
     if own_start_ptr is not None:
-        own_first, own_full_end, own_last = _key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_first, own_full_end, own_last = key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
         own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
-    for position in tl.range(first, _stop(first, full_end, own_full, STEP), STEP):
-        offset = _locate(position, first, full_end, own_full, STEP)
-        limit = _end_of(offset, full_end, own_full)
+    for position in tl.range(first, loop_end(first, full_end, own_full, STEP), STEP):
+        offset = offset_at(position, first, full_end, own_full, STEP)
+        limit = interval_end(offset, full_end, own_full)
         k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
         v_source = (v_ptr, offset, limit, stride_vt)
@@ -336,17 +241,17 @@ def hybrid_attention_backward_dq_kernel(
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
 
     keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
-    seen = _load_intervals(keys_ptrs, rows, end, 0)
-    for position in tl.range(full_end, _stop(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
-        offset = _locate(position, full_end, last, own_partial, PARTIAL_STEP)
-        limit = _end_of(offset, last, own_partial)
+    seen = load_intervals(keys_ptrs, rows, end, 0)
+    for position in tl.range(full_end, loop_end(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = offset_at(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = interval_end(offset, last, own_partial)
         k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
         v_source = (v_ptr, offset, limit, stride_vt)
         v = _load_bounded(v_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
-        row_first, row_last = _intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 0)
+        row_first, row_last = intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 0)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
@@ -383,7 +288,7 @@ def hybrid_attention_backward_dkdv_kernel(
 ):  # fmt: skip
     """Compute dK = scale dS^T Q and dV = P^T dO for one tile of keys and one key/value head, over its query heads."""
     kv_head = tl.program_id(0)  # a grid axis of its own, so that the code does not depend on G
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(1), SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(1), SUBTILES, BLOCK)
     if start >= end:
         return
     cols = start + tl.arange(0, BLOCK)
@@ -394,22 +299,22 @@ def hybrid_attention_backward_dkdv_kernel(
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     queries_ptrs, copies_ptrs = (query_start_ptr, query_end_ptr), (copies_start_ptr, copies_end_ptr)
-    seen_by = _load_intervals(queries_ptrs, cols, end, 0)
+    seen_by = load_intervals(queries_ptrs, cols, end, 0)
     scale_log2 = scale * LOG2_E
 
-    first, full_start, last = _query_bounds(query_start_ptr, query_end_ptr, start, end, STEP)
+    first, full_start, last = query_bounds(query_start_ptr, query_end_ptr, start, end, STEP)
     copies_partial, copies_full = None, None
     if copies_start_ptr is not None:
-        copies_first, copies_full_start, copies_last = _query_bounds(copies_start_ptr, copies_end_ptr, start, end, STEP)
+        copies_first, copies_full_start, copies_last = query_bounds(copies_start_ptr, copies_end_ptr, start, end, STEP)
         copies_partial, copies_full = (copies_first, copies_full_start), (copies_full_start, copies_last)
     # With copies also for H = G, where the code would spill without this.
     WRAPS: tl.constexpr = H > G or copies_start_ptr is not None
     first_head = kv_head * (H // G)
     # One loop over all query heads of the group, so that loads run ahead from one head to the next.
-    begin, stop, steps = _loop(first, full_start, copies_partial, PARTIAL_STEP, FULL=False)
+    begin, stop, steps = loop_bounds(first, full_start, copies_partial, PARTIAL_STEP, FULL=False)
     head, offset = first_head, begin
     for _ in tl.range(0, steps * (H // G)):
-        limit = _end_of(offset, full_start, copies_partial)
+        limit = interval_end(offset, full_start, copies_partial)
         q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_bounded(q_source, D, PARTIAL_STEP, BLOCK_D)
         do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
@@ -418,7 +323,7 @@ def hybrid_attention_backward_dkdv_kernel(
         lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=float("inf"))
         delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=0.0)
         scores = _product(k, k_source, q, q_source, D, CHUNK, INTERPRET)
-        col_first, col_last = _intervals_at(offset, full_start, seen_by, queries_ptrs, copies_ptrs, cols, end, 0)
+        col_first, col_last = intervals_at(offset, full_start, seen_by, queries_ptrs, copies_ptrs, cols, end, 0)
         visible = rows[None, :] >= col_first[:, None]
         if SHARED:
             visible = visible & (rows[None, :] < col_last[:, None])
@@ -426,15 +331,15 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset = _next(offset, full_start, copies_partial, PARTIAL_STEP)
+        offset = next_offset(offset, full_start, copies_partial, PARTIAL_STEP)
         if WRAPS:
             head = tl.where(offset < stop, head, head + 1)
             offset = tl.where(offset < stop, offset, begin)
 
-    begin, stop, steps = _loop(full_start, last, copies_full, STEP, FULL=True)
+    begin, stop, steps = loop_bounds(full_start, last, copies_full, STEP, FULL=True)
     head, offset = first_head, begin
     for _ in tl.range(0, steps * (H // G)):
-        limit = _end_of(offset, last, copies_full)
+        limit = interval_end(offset, last, copies_full)
         q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_full(q_source, q_descriptor, head, D, STEP, BLOCK_D)
         do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
@@ -446,7 +351,7 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset = _next(offset, last, copies_full, STEP)
+        offset = next_offset(offset, last, copies_full, STEP)
         if WRAPS:
             head = tl.where(offset < stop, head, head + 1)
             offset = tl.where(offset < stop, offset, begin)

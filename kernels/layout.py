@@ -38,17 +38,19 @@ from torch import Tensor
 
 from transfusion_fast.kernels.attention_configs import Config, config
 from transfusion_fast.kernels.spans import (
+    Interval,
     check_copies,
     check_documents,
     check_images,
     context_ends,
     documents_of,
     integers,
-    positions_of,
+    intervals_of_keys,
+    intervals_of_queries,
+    key_ends,
 )
 
 Plan = TypeVar("Plan")
-_Interval = tuple[np.ndarray, np.ndarray]  # start and end for each position
 
 # Tall and short: two and one times 64 rows, which one matrix instruction of Hopper takes from a group of four warps.
 TILE_HEIGHTS = (128, 64)
@@ -140,8 +142,8 @@ class AttentionLayout:
         check_images(images, offsets)
         check_copies(copies, images, offsets)
 
-        of_queries = _intervals_of_queries(offsets, images, copies, total)
-        of_keys = _intervals_of_keys(offsets, images, copies, total)
+        of_queries = intervals_of_queries(offsets, images, copies, total)
+        of_keys = intervals_of_keys(offsets, images, copies, total)
         query_tiles, query_counts = _tiles(offsets, of_queries, total, copies)
         key_tiles, key_counts = _tiles(offsets, of_keys, total, copies)
         bounds = [bound for pair in zip(of_queries, of_keys, strict=True) for interval in pair for bound in interval]
@@ -226,7 +228,7 @@ class AttentionLayout:
     def key_ends(self) -> np.ndarray:
         """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
         offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
-        return _key_ends(offsets, images, copies, self.total_length)
+        return key_ends(offsets, images, copies, self.total_length)
 
     def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
         """Return `build(self)`, computed once and kept: a backend's list of work, which all layers share."""
@@ -275,62 +277,8 @@ _INTERVALS = (
 )  # fmt: skip
 
 
-def _intervals_of_queries(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> list[_Interval]:
-    """Return the keys that each query sees: one interval, or with copies two."""
-    key_start = np.arange(total, dtype=np.int32)
-    key_start[: offsets[-1]] = np.repeat(offsets[:-1], np.diff(offsets))
-    first = key_start, _key_ends(offsets, images, copies, total)
-    if not len(copies):
-        return [first]
-    lengths, copy = _segments(offsets, copies, total)
-    return [first, (np.repeat(copy[0], lengths), np.repeat(copy[1], lengths))]
-
-
-def _key_ends(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> np.ndarray:
-    key_end = np.arange(total, dtype=np.int32)
-    key_end[: offsets[-1]] += 1
-    key_end[positions_of(images)] = np.repeat(images.sum(axis=1), images[:, 1])
-    if len(copies):
-        lengths, copy = _segments(offsets, copies, total)
-        np.copyto(key_end, np.repeat(copy[2], lengths), where=np.repeat(copy[1] > 0, lengths))
-    return key_end
-
-
-def _intervals_of_keys(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> list[_Interval]:
-    """Return the queries that see each key: one interval, or with copies two."""
-    query_start, query_end = np.arange(total, dtype=np.int32), np.arange(total, dtype=np.int32)
-    contexts = context_ends(offsets, copies)
-    query_end[: offsets[-1]] = np.repeat(contexts, np.diff(offsets))
-    query_start[positions_of(images)] = np.repeat(images[:, 0], images[:, 1])
-    first = query_start, query_end
-    if not len(copies):
-        return [first]
-    # Which copies see a position changes only at places. They end their document.
-    lengths, (start, end, _) = _segments(offsets, copies, total, copies[:, 2])
-    np.copyto(query_start, query_end, where=np.repeat(end > 0, lengths))
-    positions = np.cumsum(lengths) - lengths
-    following = np.append(copies[:, 0], total)[np.searchsorted(copies[:, 2], positions, side="right")]
-    document_end = np.append(np.where(contexts < offsets[1:], offsets[1:], 0), 0)[documents_of(positions, offsets)]
-    start = np.where(end > 0, start, np.minimum(following, document_end)).astype(np.int32)
-    end = np.where(end > 0, end, document_end).astype(np.int32)
-    return [first, (np.repeat(start, lengths), np.repeat(end, lengths))]
-
-
-def _segments(
-    offsets: np.ndarray, copies: np.ndarray, total: int, cuts: Sequence[int] | np.ndarray = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the sequence at documents, at copies and at `cuts`; return the lengths of the segments and their copies.
-
-    A copy is a column (start, end, place) of an int32 [3, segments], zeros for a segment that is none.
-    """
-    bounds = np.unique(np.concatenate([offsets, copies[:, 0], [total], np.asarray(cuts, dtype=np.int64)]))
-    copy = np.zeros((3, len(bounds) - 1), dtype=np.int32)
-    copy[:, np.searchsorted(bounds, copies[:, 0])] = copies[:, 0], copies[:, :2].sum(axis=1), copies[:, 2]
-    return np.diff(bounds), copy
-
-
 def _tiles(
-    offsets: np.ndarray, intervals: Sequence[_Interval], total: int, copies: np.ndarray
+    offsets: np.ndarray, intervals: Sequence[Interval], total: int, copies: np.ndarray
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the tiles of all documents, int32 [capacity, 2], and the numbers of tall and short tiles.
 

@@ -1,10 +1,13 @@
-"""The documents, images and noised copies of a packed sequence, as arrays, and the rules that they must keep."""
+"""The documents, images and noised copies of a packed sequence: the rules that they keep, and their intervals."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+Interval = tuple[np.ndarray, np.ndarray]  # start and end for each position
 
 # Entry of a list, by its number of integers.
 _ENTRIES = {1: "integers", 2: "(start, length)", 3: "(start, length, place)"}
@@ -109,3 +112,58 @@ def _reject(kind: str, spans: np.ndarray, bad: np.ndarray, rule: str) -> None:
         row = spans[np.flatnonzero(bad)[0]].tolist()
         values = ", ".join(f"{name}={value}" for name, value in zip(("start", "length", "place"), row, strict=False))
         raise ValueError(f"{kind} ({values}) {rule}")
+
+
+def intervals_of_queries(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> list[Interval]:
+    """Return the keys that each query sees: one interval, or with copies two."""
+    key_start = np.arange(total, dtype=np.int32)
+    key_start[: offsets[-1]] = np.repeat(offsets[:-1], np.diff(offsets))
+    first = key_start, key_ends(offsets, images, copies, total)
+    if not len(copies):
+        return [first]
+    lengths, copy = _segments(offsets, copies, total)
+    return [first, (np.repeat(copy[0], lengths), np.repeat(copy[1], lengths))]
+
+
+def key_ends(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> np.ndarray:
+    """Return where the first interval of each query ends, int32 [total]."""
+    key_end = np.arange(total, dtype=np.int32)
+    key_end[: offsets[-1]] += 1
+    key_end[positions_of(images)] = np.repeat(images.sum(axis=1), images[:, 1])
+    if len(copies):
+        lengths, copy = _segments(offsets, copies, total)
+        np.copyto(key_end, np.repeat(copy[2], lengths), where=np.repeat(copy[1] > 0, lengths))
+    return key_end
+
+
+def intervals_of_keys(offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, total: int) -> list[Interval]:
+    """Return the queries that see each key: one interval, or with copies two."""
+    query_start, query_end = np.arange(total, dtype=np.int32), np.arange(total, dtype=np.int32)
+    contexts = context_ends(offsets, copies)
+    query_end[: offsets[-1]] = np.repeat(contexts, np.diff(offsets))
+    query_start[positions_of(images)] = np.repeat(images[:, 0], images[:, 1])
+    first = query_start, query_end
+    if not len(copies):
+        return [first]
+    # Which copies see a position changes only at places. They end their document.
+    lengths, (start, end, _) = _segments(offsets, copies, total, copies[:, 2])
+    np.copyto(query_start, query_end, where=np.repeat(end > 0, lengths))
+    positions = np.cumsum(lengths) - lengths
+    following = np.append(copies[:, 0], total)[np.searchsorted(copies[:, 2], positions, side="right")]
+    document_end = np.append(np.where(contexts < offsets[1:], offsets[1:], 0), 0)[documents_of(positions, offsets)]
+    start = np.where(end > 0, start, np.minimum(following, document_end)).astype(np.int32)
+    end = np.where(end > 0, end, document_end).astype(np.int32)
+    return [first, (np.repeat(start, lengths), np.repeat(end, lengths))]
+
+
+def _segments(
+    offsets: np.ndarray, copies: np.ndarray, total: int, cuts: Sequence[int] | np.ndarray = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the sequence at documents, at copies and at `cuts`; return the lengths of the segments and their copies.
+
+    A copy is a column (start, end, place) of an int32 [3, segments], zeros for a segment that is none.
+    """
+    bounds = np.unique(np.concatenate([offsets, copies[:, 0], [total], np.asarray(cuts, dtype=np.int64)]))
+    copy = np.zeros((3, len(bounds) - 1), dtype=np.int32)
+    copy[:, np.searchsorted(bounds, copies[:, 0])] = copies[:, 0], copies[:, :2].sum(axis=1), copies[:, 2]
+    return np.diff(bounds), copy
