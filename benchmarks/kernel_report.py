@@ -107,6 +107,7 @@ class Variant(NamedTuple):
     height: int
     heads: int = 16
     kv_heads: int = 4
+    copies: bool = False  # for layouts with noised copies
 
     @property
     def config(self) -> Config:
@@ -114,12 +115,19 @@ class Variant(NamedTuple):
         return config(self.kernel, self.arch, self.head_dim, offline.ITEMSIZE[self.dtype], self.height)
 
     def __str__(self) -> str:
-        heads = f"H={self.heads} G={self.kv_heads}"
+        heads = f"H={self.heads} G={self.kv_heads}{self.suffix}"
         return f"{self.kernel} sm_{self.arch} {self.dtype} D={self.head_dim} tiles of {self.height} {heads}"
+
+    @property
+    def suffix(self) -> str:
+        """What tells the variant for layouts with copies from the other."""
+        return ", copies" if self.copies else ""
 
 
 def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: bool) -> Iterator[Variant]:
     """Yield every shipped configuration, with grouped heads; dK and dV, which differ there, also without.
+
+    At the head dimensions of `HEAD_DIMS` each is also compiled for layouts with noised copies.
 
     With `distinct`, targets other than sm_90 get each configuration once, on the short tiles if both heights share it.
     """
@@ -128,10 +136,11 @@ def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: b
         for height in (128, 64):
             found = Variant(kernel, arch, "bf16", head_dim, height)
             repeated = height == 128 and found._replace(height=64).config == found.config
-            if everything or not (repeated or head_dim == 96):
-                yield found
-            if kernel == "backward_dkdv" and head_dim != 96 and everything:
-                yield found._replace(kv_heads=16)
+            groups = [4, 16] if kernel == "backward_dkdv" and head_dim != 96 and everything else [4]
+            for kv_heads in groups if everything or not (repeated or head_dim == 96) else []:
+                yield found._replace(kv_heads=kv_heads)
+                if head_dim in HEAD_DIMS:
+                    yield found._replace(kv_heads=kv_heads, copies=True)
         if head_dim != 96:
             # Tiles of both heights run the same configuration in fp32; short ones compare more.
             yield Variant(kernel, arch, "fp32", head_dim, 64)
@@ -148,7 +157,7 @@ def compile_variant(variant: Variant) -> offline.Compiled:
         if name.endswith("descriptor") and c.descriptors:
             rows = c.value_rows if name == "v_descriptor" else c.step
             types[name] = f"tensordesc<{dtype}[{rows}, 1, {constants['BLOCK_D']}]>"
-        elif name.endswith("descriptor"):
+        elif name.endswith("descriptor") or (name.startswith(("own_", "copies_")) and not variant.copies):
             constants[name] = None
         elif name.endswith(("start_ptr", "end_ptr", "tiles_ptr")):
             types[name] = "*i32"
@@ -167,7 +176,8 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
     instructions = [] if rules_only and variant.arch != 90 else compiled.instructions
     row = {
         "name": str(variant), "kernel": variant.kernel, "arch": variant.arch, "dtype": variant.dtype,
-        "head_dim": variant.head_dim, "height": variant.height, "heads": f"{variant.heads}/{variant.kv_heads}",
+        "head_dim": variant.head_dim, "height": variant.height,
+        "heads": f"{variant.heads}/{variant.kv_heads}{variant.suffix}",
         "block": c.block, "step": c.step, "partial_step": c.partial_step, "warps": c.warps, "stages": c.stages,
         "descriptors": c.descriptors, **compiled.columns(instructions),
     }  # fmt: skip

@@ -8,6 +8,9 @@ start of the document to the last key that one of its rows sees. Short documents
 common length and computed as one batch, because one call for each would cost more than its work. The masks are made
 once for all layers, on the device: one byte a pair, and three more in half precision on a CPU.
 
+A noised copy is computed with a copy of the keys and values that it sees, its own and behind them those of its context,
+so that its products visit no other key. Such copies are batched like documents.
+
 Every product is one `scaled_dot_product_attention`. In half precision on a CPU the backward pass is our own, which is
 faster than PyTorch's: it saves Q, K, V and the log-sum-exp L, and computes (FlashAttention, arXiv 2205.14135)
 
@@ -19,22 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from transfusion_fast.kernels import attention_cpu_plan
+from transfusion_fast.kernels.attention_cpu_plan import Batch, Index, Plan, Tile
 from transfusion_fast.kernels.layout import AttentionLayout
 
-SHORT = 256  # longest document that shares a batch with others
-HALF_ALIGNMENT = 16  # lengths in half precision: CPUs need up to 5 times as long for products with unaligned rows
-MAX_ROWS = 512  # queries of a tile: more would mask up to half of their keys, fewer cost more calls
 LSE_PARTS = 3  # numbers in half precision whose sum is a log-sum-exp
 
 
@@ -52,11 +50,12 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
         [T, H, D]; zero at padding.
     """
     half_on_cpu = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    plan = layout.plan(_plan_for_half if half_on_cpu else _plan)
+    plan = layout.plan(attention_cpu_plan.plan_for_half if half_on_cpu else attention_cpu_plan.plan)
     if not plan.batches:
         # Nothing is visible. The empty sum keeps all three inputs in the graph.
         return torch.cat([q[:0] + k[:0].sum() + v[:0].sum(), torch.zeros_like(q)])
-    q_rows, k_rows, v_rows = (_Gather.apply(x, plan) for x in (q, k, v))
+    q_rows = _Gather.apply(q, plan.queries)
+    k_rows, v_rows = (_Gather.apply(x, plan.keys) for x in (k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1:  # the fused kernels do not take grouped heads together with a mask
         k_rows, v_rows = (x.repeat_interleave(group, dim=1) for x in (k_rows, v_rows))
@@ -65,15 +64,18 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
         out = _HalfPrecisionAttention.apply(q_rows, k_rows, v_rows, plan.batches, scale)
     else:
         out = _join(list(_products(plan, q_rows, k_rows, v_rows, scale)))
-    return _Scatter.apply(out, plan, len(q))
+    return _Scatter.apply(out, plan.queries, len(q))
 
 
-def _products(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Iterator[Tensor]:
+def _products(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Iterator[Tensor]:
     """Yield the output [rows, H, D] of each batch."""
     # The gradient of one split is one concatenation. The gradient of each slice would be a pass over all rows.
-    sizes = [B * L for B, L in (batch.shape for batch in plan.batches)]
-    for batch, *rows in zip(plan.batches, *(x.split(sizes) for x in (q, k, v)), strict=True):
-        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, batch.shape).transpose(1, 2) for x in rows)
+    parts = [(batch.queries, batch.keys, batch.keys) for batch in plan.batches]
+    sizes = ([math.prod(part.shape) for part in column] for column in zip(*parts, strict=True))
+    for batch, part, *rows in zip(
+        plan.batches, parts, *(x.split(n) for x, n in zip((q, k, v), sizes, strict=True)), strict=True
+    ):
+        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, own.shape).transpose(1, 2) for x, own in zip(rows, part, strict=True))
         outs = []
         lengths = [tile.rows.stop - tile.rows.start for tile in batch.tiles]
         for tile, queries in zip(batch.tiles, q_BHLD.split(lengths, dim=2), strict=True):
@@ -90,129 +92,27 @@ def _join(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """Queries `rows` of each of the B documents of a batch, and the keys [0, keys) that they see."""
-
-    rows: slice
-    keys: int
-    visible: Tensor | None  # bool [B, 1, rows, keys]; None for causal attention over a text
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def hidden(self) -> Tensor:
-        """The complement of `visible`, of a tile with a mask."""
-        assert self.visible is not None
-        return ~self.visible
-
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return what to add to the scores, 0 or -inf; None for causal attention."""
-        if self.visible is None:
-            return None
-        if dtype not in self._biases:
-            self._biases[dtype] = torch.zeros_like(self.visible, dtype=dtype).masked_fill_(self.hidden, -math.inf)
-        return self._biases[dtype]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """B documents padded to one length L, stored as consecutive rows from `start`."""
-
-    start: int
-    shape: tuple[int, int]  # B, L
-    tiles: tuple[_Tile, ...]  # cover all L queries; the last tile sees every key
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Return the part of all rows [R, H, D] that belongs to this batch, a view [B, H, L, D]."""
-        B, L = self.shape
-        return rows[self.start : self.start + B * L].unflatten(0, (B, L)).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The batches of a layout: one for each long document, and one for each class of short documents.
-
-    A document shorter than its batch is padded with its last position.
-    """
-
-    batches: list[_Batch]
-    positions: int  # of all documents; the rest of the sequence is padding
-    gather: Tensor  # int64 [R], the position of each row
-    scatter: Tensor  # int64 [positions], the row of each position
-
-
-def _plan(layout: AttentionLayout, alignment: int = 1) -> _Plan:
-    """Plan the attention of `layout` on its device; padded lengths are multiples of `alignment`."""
-    offsets = layout.document_offsets.numpy()
-    key_end = layout.key_ends()
-    lengths = np.diff(offsets)
-    has_image = np.zeros(len(lengths), dtype=bool)
-    has_image[np.searchsorted(offsets, layout.image_spans[:, 0].numpy(), side="right") - 1] = True
-    batches: list[_Batch] = []
-    gather, scatter, start = [np.zeros(0, dtype=np.int64)], np.zeros(int(offsets[-1]), dtype=np.int64), 0
-    for chosen in _documents_by_batch(lengths, max(alignment, 8)):
-        own, L = lengths[chosen, None], _round_up(int(lengths[chosen].max()), alignment)
-        positions = offsets[chosen, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
-        # Keys of the padding are columns beyond the document's length, which none of its rows sees.
-        ends = key_end[positions] - offsets[chosen, None]
-        causal = L > SHORT and not has_image[chosen[0]]
-        tiles = (_Tile(slice(0, L), L, None),) if causal else _tiles(ends, alignment, layout.device)
-        batches.append(_Batch(start, positions.shape, tiles))
-        is_own = np.arange(L) < own
-        scatter[positions[is_own]] = start + np.flatnonzero(is_own)
-        gather.append(positions.reshape(-1))
-        start += positions.size
-    rows, scattered = (torch.from_numpy(x).to(layout.device) for x in (np.concatenate(gather), scatter))
-    return _Plan(batches, int(offsets[-1]), rows, scattered)
-
-
-_plan_for_half = partial(_plan, alignment=HALF_ALIGNMENT)
-
-
-def _documents_by_batch(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:
-    """Yield the documents of each batch: one long document, or all short documents of a class.
-
-    Lengths of a class differ by less than `step`, or by less than a quarter.
-    """
-    longest = list(accumulate(range(SHORT // step), lambda n, _: n + step * max(1, n // 4 // step), initial=step))
-    classes = np.searchsorted(longest, lengths)
-    is_long = lengths > SHORT
-    classes[is_long] = len(longest) + np.arange(is_long.sum())
-    order = np.argsort(classes, kind="stable")
-    yield from np.split(order, np.flatnonzero(np.diff(classes[order])) + 1) if len(order) else ()
-
-
-def _tiles(key_end: np.ndarray, alignment: int, device: torch.device) -> tuple[_Tile, ...]:
-    """Cut B documents of one length L into tiles; each row sees the keys [0, key_end), key_end [B, L]."""
-    length = key_end.shape[1]
-    tiles = []
-    for start in range(0, length, MAX_ROWS):
-        ends = key_end[:, start : start + MAX_ROWS]
-        keys = _round_up(int(ends.max()), alignment)
-        visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None, :, None]
-        tiles.append(_Tile(slice(start, start + ends.shape[1]), keys, visible))
-    return tuple(tiles)
-
-
-def _round_up(length: int, alignment: int) -> int:
-    return -(-length // alignment) * alignment
-
-
 class _Gather(torch.autograd.Function):
     """The copy of positions [T, ..] to rows [R, ..].
 
-    No other row sees a padding row, and its output is dropped, so its gradient is zero.
+    No other row sees a padding row, and its output is dropped, so its gradient is zero. The gradients of repeated rows
+    are added in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan) -> Tensor:
-        ctx.plan, ctx.length = plan, len(x)
-        return _select(x, plan.gather, len(plan.gather))
+    def forward(ctx: Any, x: Tensor, index: Index) -> Tensor:
+        ctx.index, ctx.length = index, len(x)
+        return _select(x, index.gather, len(index.gather))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        return _select(dx, ctx.plan.scatter, ctx.length), None
+        total = _select(dx, ctx.index.scatter, ctx.length)
+        if ctx.index.repeated:
+            total = total.to(torch.promote_types(dx.dtype, torch.float32))
+        for rows, positions in ctx.index.repeated:
+            total[positions] += dx[rows]
+        return total.to(dx.dtype), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -222,16 +122,16 @@ class _Scatter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, length: int) -> Tensor:
-        ctx.plan = plan
-        return _select(x, plan.scatter, length)
+    def forward(ctx: Any, x: Tensor, index: Index, length: int) -> Tensor:
+        ctx.index = index
+        return _select(x, index.scatter, length)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        rows = dx.new_zeros(len(plan.gather), dx[0].numel())
-        rows.index_copy_(0, plan.scatter, dx[: plan.positions].flatten(1))
+        index = ctx.index
+        rows = dx.new_zeros(len(index.gather), dx[0].numel())
+        rows.index_copy_(0, index.scatter, dx[: len(index.scatter)].flatten(1))
         return rows.unflatten(1, dx.shape[1:]), None, None
 
 
@@ -250,11 +150,12 @@ class _HalfPrecisionAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[_Batch], scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], scale: float) -> Tensor:
         out = torch.empty_like(q)
         lse = []
         for batch in batches:
-            q_BHLD, k_BHLD, v_BHLD, out_BHLD = (batch.of(x) for x in (q, k, v, out))
+            q_BHLD, out_BHLD = (batch.queries.of(x) for x in (q, out))
+            k_BHLD, v_BHLD = (batch.keys.of(x) for x in (k, v))
             for tile in batch.tiles:
                 o, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q_BHLD[:, :, tile.rows],
@@ -276,34 +177,37 @@ class _HalfPrecisionAttention(torch.autograd.Function):
         q, k, v, *lse = ctx.saved_tensors
         q = q * ctx.scale
         negative_lse = iter(_split_lse(torch.cat(lse), q.dtype).split([len(x) for x in lse]))
-        gradients = torch.empty(3, *q.shape, dtype=q.dtype)
+        dq, (dk, dv) = torch.empty_like(q), torch.empty(2, *k.shape, dtype=k.dtype)
         for batch in ctx.batches:
             # One copy puts the rows of each head together, as matrix products need them.
-            by_heads = torch.stack([batch.of(x) for x in (q, k, v, do)])
-            B, H = by_heads.shape[1:3]
-            pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), B * H)]
-            for x, gradient in zip(gradients, _batch_gradients(pieces, *by_heads.flatten(1, 2)), strict=True):
-                batch.of(x).copy_(gradient.unflatten(0, (B, H)))
-        gradients[0] *= ctx.scale
-        return *gradients, None, None
+            q_BHLD, do_BHLD = torch.stack([batch.queries.of(x) for x in (q, do)])
+            k_BHLD, v_BHLD = torch.stack([batch.keys.of(x) for x in (k, v)])
+            heads = q_BHLD.shape[:2]
+            pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), math.prod(heads))]
+            found = _batch_gradients(pieces, *(x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)))
+            targets = batch.queries.of(dq), batch.keys.of(dk), batch.keys.of(dv)
+            for target, gradient in zip(targets, found, strict=True):
+                target.copy_(gradient.unflatten(0, heads))
+        dq *= ctx.scale
+        return dq, dk, dv, None, None
 
 
 _Piece = tuple[slice, int, Tensor, Tensor]
 
 
-def _pieces(tile: _Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece]:
+def _pieces(tile: Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece]:
     """Yield a tile with a mask as one piece, and a causal tile as several. `products` is B * H.
 
     A piece is (rows, keys, -L in parts [B * H, rows, LSE_PARTS], hidden): rows that see some of the keys [0, keys), and
-    bool [B, 1, rows, keys], or [rows, keys] for all documents.
+    bool [B, 1, rows or 1, keys], or [rows, keys] for all documents.
     """
     length = tile.rows.stop - tile.rows.start
     negative_lse = negative_lse.view(products, length, LSE_PARTS)
     if tile.visible is not None:
         yield tile.rows, tile.keys, negative_lse, tile.hidden
         return
-    for start in range(0, length, MAX_ROWS):
-        end = min(start + MAX_ROWS, length)
+    for start in range(0, length, attention_cpu_plan.MAX_ROWS):
+        end = min(start + attention_cpu_plan.MAX_ROWS, length)
         hidden = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
         yield slice(start, end), end, negative_lse[:, start:end], hidden
 

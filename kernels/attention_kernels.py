@@ -8,37 +8,30 @@ tile sees, without a mask, and then in partial blocks of PARTIAL_STEP columns, w
 Rows and columns outside of a tile are loaded as zeros, whatever memory holds there: a matrix product with P = 0 would
 still spread the infinities of an invisible key. A `source` describes rows of one head: (pointer to the head, first row,
 end of the rows, stride of a row).
+
+Which tile a program owns and which blocks it visits is in attention_intervals.py.
 """
 
 import triton
 import triton.language as tl
 
+from transfusion_fast.kernels.attention_intervals import (
+    interval_end,
+    intervals_at,
+    key_bounds,
+    load_intervals,
+    loop_bounds,
+    loop_end,
+    next_offset,
+    offset_at,
+    query_bounds,
+    tile_bounds,
+)
 from transfusion_fast.kernels.launch import dot
 
 # Initial row maximum: below any score, but finite, so that a row which sees no key of its first block gets no NaN.
 LOWEST = tl.constexpr(-3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tile_bounds(tiles_ptr, tile, SUBTILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (start, end) of a program's rows: BLOCK rows of a tile of the table, or none beyond the tile's end."""
-    entry = tiles_ptr + 2 * (tile // SUBTILES)
-    start = tl.load(entry) + (tile % SUBTILES) * BLOCK
-    return start, tl.minimum(start + BLOCK, tl.load(entry + 1))
-
-
-@triton.jit
-def _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP: tl.constexpr):
-    """Return (first, full_end, last) for queries [start, end): full blocks of keys end at `full_end`, all at `last`.
-
-    Both ends of the rows' intervals ascend, so the first and the last row bound what the tile sees. The keys that all
-    of its rows see end with the first row's interval; if documents share the tile, there are none.
-    """
-    first = tl.load(key_start_ptr + start)
-    last = tl.load(key_end_ptr + end - 1)
-    common_end = tl.where(tl.load(key_start_ptr + end - 1) == first, tl.load(key_end_ptr + start), first)
-    return first, first + (common_end - first) // STEP * STEP, last
 
 
 @triton.jit
@@ -122,7 +115,7 @@ def _update_row_max(scores, row_max, scale_log2):
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, o_ptr, lse_ptr,
-    key_start_ptr, key_end_ptr, tiles_ptr, first_tile, T, scale_log2,
+    key_start_ptr, key_end_ptr, own_start_ptr, own_end_ptr, tiles_ptr, first_tile, T, scale_log2,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -130,7 +123,7 @@ def hybrid_attention_forward_kernel(
 ):  # fmt: skip
     """Compute o = softmax(scale Q K^T) V and lse = log2 of its denominator, for one tile of queries and one head."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
     if start >= end:
         return
     kv_head = head // (H // G)
@@ -144,10 +137,16 @@ def hybrid_attention_forward_kernel(
     row_sum = tl.zeros([BLOCK], tl.float32)
     row_max = tl.full([BLOCK], LOWEST, tl.float32)
 
-    first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    first, full_end, last = key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    own_full, own_partial = None, None
+    if own_start_ptr is not None:
+        own_first, own_full_end, own_last = key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
     V_ROWS: tl.constexpr = STEP // 2 if HALVES else STEP
-    for offset in tl.range(first, full_end, STEP):
-        k_source = (k_ptr, offset, full_end, stride_kt)
+    for position in tl.range(first, loop_end(first, full_end, own_full, STEP), STEP):
+        offset = offset_at(position, first, full_end, own_full, STEP)
+        limit = interval_end(offset, full_end, own_full)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         row_max, rescale = _update_row_max(scores, row_max, scale_log2)
@@ -156,28 +155,31 @@ def hybrid_attention_forward_kernel(
             # The matrix units compute P V of the first half during the exponentials of the second.
             scores, scores_2 = scores.reshape(BLOCK, 2, V_ROWS).permute(0, 2, 1).split()
         p = tl.exp2(scores * scale_log2 - row_max[:, None])
-        v = _load_full((v_ptr, offset, full_end, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
+        v = _load_full((v_ptr, offset, limit, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
         acc = dot(p.to(v.dtype), v, acc, INTERPRET)
         if HALVES:
             p_2 = tl.exp2(scores_2 * scale_log2 - row_max[:, None])
-            v = _load_full((v_ptr, offset + V_ROWS, full_end, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
+            v = _load_full((v_ptr, offset + V_ROWS, limit, stride_vt), v_descriptor, kv_head, D, V_ROWS, BLOCK_D)
             acc = dot(p_2.to(v.dtype), v, acc, INTERPRET)
             p += p_2
         row_sum = row_sum * rescale + tl.sum(p, 1)
 
-    row_first = tl.load(key_start_ptr + rows, mask=rows < end, other=0)
     # Rows beyond the tile see all keys, so that their denominator is not zero.
-    row_last = tl.load(key_end_ptr + rows, mask=rows < end, other=2**31 - 1)
-    for offset in tl.range(full_end, last, PARTIAL_STEP):
-        k_source = (k_ptr, offset, last, stride_kt)
+    keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
+    seen = load_intervals(keys_ptrs, rows, end, 2**31 - 1)
+    for position in tl.range(full_end, loop_end(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = offset_at(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = interval_end(offset, last, own_partial)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
+        row_first, row_last = intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 2**31 - 1)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         row_max, rescale = _update_row_max(scores, row_max, scale_log2)
         p = tl.exp2(scores * scale_log2 - row_max[:, None])
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = _load_bounded((v_ptr, offset, last, stride_vt), D, PARTIAL_STEP, BLOCK_D)
+        v = _load_bounded((v_ptr, offset, limit, stride_vt), D, PARTIAL_STEP, BLOCK_D)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], INTERPRET)
 
     _store(o_ptr + head * D, rows, end, H * D, acc / row_sum[:, None], D, BLOCK_D)
@@ -195,7 +197,7 @@ def _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET: tl.constexpr)
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    key_start_ptr, key_end_ptr, tiles_ptr, first_tile, T, scale,
+    key_start_ptr, key_end_ptr, own_start_ptr, own_end_ptr, tiles_ptr, first_tile, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -203,7 +205,7 @@ def hybrid_attention_backward_dq_kernel(
 ):  # fmt: skip
     """Compute dQ = scale dS K for one tile of queries and one head; store delta = rowsum(dO O) for the other kernel."""
     head = (tl.program_id(0) % H).to(tl.int64)
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(0) // H, SUBTILES, BLOCK)
     if start >= end:
         return
     kv_head = head // (H // G)
@@ -222,25 +224,34 @@ def hybrid_attention_backward_dq_kernel(
     dq = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     scale_log2 = scale * LOG2_E
 
-    first, full_end, last = _key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
-    for offset in tl.range(first, full_end, STEP):
-        k_source = (k_ptr, offset, full_end, stride_kt)
+    first, full_end, last = key_bounds(key_start_ptr, key_end_ptr, start, end, STEP)
+    own_full, own_partial = None, None
+    if own_start_ptr is not None:
+        own_first, own_full_end, own_last = key_bounds(own_start_ptr, own_end_ptr, start, end, STEP)
+        own_full, own_partial = (own_first, own_full_end), (own_full_end, own_last)
+    for position in tl.range(first, loop_end(first, full_end, own_full, STEP), STEP):
+        offset = offset_at(position, first, full_end, own_full, STEP)
+        limit = interval_end(offset, full_end, own_full)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_full(k_source, k_descriptor, kv_head, D, STEP, BLOCK_D)
-        v_source = (v_ptr, offset, full_end, stride_vt)
+        v_source = (v_ptr, offset, limit, stride_vt)
         v = _load_full(v_source, v_descriptor, kv_head, D, STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
 
-    row_first = tl.load(key_start_ptr + rows, mask=rows < end, other=0)
-    row_last = tl.load(key_end_ptr + rows, mask=rows < end, other=0)
-    for offset in tl.range(full_end, last, PARTIAL_STEP):
-        k_source = (k_ptr, offset, last, stride_kt)
+    keys_ptrs, own_ptrs = (key_start_ptr, key_end_ptr), (own_start_ptr, own_end_ptr)
+    seen = load_intervals(keys_ptrs, rows, end, 0)
+    for position in tl.range(full_end, loop_end(full_end, last, own_partial, PARTIAL_STEP), PARTIAL_STEP):
+        offset = offset_at(position, full_end, last, own_partial, PARTIAL_STEP)
+        limit = interval_end(offset, last, own_partial)
+        k_source = (k_ptr, offset, limit, stride_kt)
         k = _load_bounded(k_source, D, PARTIAL_STEP, BLOCK_D)
-        v_source = (v_ptr, offset, last, stride_vt)
+        v_source = (v_ptr, offset, limit, stride_vt)
         v = _load_bounded(v_source, D, PARTIAL_STEP, BLOCK_D)
         scores = _product(q, q_source, k, k_source, D, CHUNK, INTERPRET)
         keys = offset + tl.arange(0, PARTIAL_STEP)[None, :]
+        row_first, row_last = intervals_at(offset, last, seen, keys_ptrs, own_ptrs, rows, end, 0)
         scores = _mask_scores(scores, keys, row_first[:, None], row_last[:, None], SHARED)
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
@@ -269,7 +280,7 @@ def _dkdv_step(
 @triton.jit(do_not_specialize=["first_tile", "T"])
 def hybrid_attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, q_descriptor, do_descriptor, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    query_start_ptr, query_end_ptr, tiles_ptr, first_tile, T, scale,
+    query_start_ptr, query_end_ptr, copies_start_ptr, copies_end_ptr, tiles_ptr, first_tile, T, scale,
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
@@ -277,7 +288,7 @@ def hybrid_attention_backward_dkdv_kernel(
 ):  # fmt: skip
     """Compute dK = scale dS^T Q and dV = P^T dO for one tile of keys and one key/value head, over its query heads."""
     kv_head = tl.program_id(0)  # a grid axis of its own, so that the code does not depend on G
-    start, end = _tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(1), SUBTILES, BLOCK)
+    start, end = tile_bounds(tiles_ptr + 2 * first_tile, tl.program_id(1), SUBTILES, BLOCK)
     if start >= end:
         return
     cols = start + tl.arange(0, BLOCK)
@@ -287,29 +298,32 @@ def hybrid_attention_backward_dkdv_kernel(
     v = _load_bounded(v_source, D, BLOCK, BLOCK_D)
     dk = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    col_first = tl.load(query_start_ptr + cols, mask=cols < end, other=0)
-    col_last = tl.load(query_end_ptr + cols, mask=cols < end, other=0)
+    queries_ptrs, copies_ptrs = (query_start_ptr, query_end_ptr), (copies_start_ptr, copies_end_ptr)
+    seen_by = load_intervals(queries_ptrs, cols, end, 0)
     scale_log2 = scale * LOG2_E
 
-    # The transpose of `_key_bounds`: the queries that see all keys begin with the last key's interval, and full blocks
-    # are aligned to the end of the document.
-    first = tl.load(query_start_ptr + start)
-    last = tl.load(query_end_ptr + end - 1)
-    common_start = tl.where(tl.load(query_end_ptr + start) == last, tl.load(query_start_ptr + end - 1), last)
-    full_start = last - (last - common_start) // STEP * STEP
+    first, full_start, last = query_bounds(query_start_ptr, query_end_ptr, start, end, STEP)
+    copies_partial, copies_full = None, None
+    if copies_start_ptr is not None:
+        copies_first, copies_full_start, copies_last = query_bounds(copies_start_ptr, copies_end_ptr, start, end, STEP)
+        copies_partial, copies_full = (copies_first, copies_full_start), (copies_full_start, copies_last)
+    # With copies also for H = G, where the code would spill without this.
+    WRAPS: tl.constexpr = H > G or copies_start_ptr is not None
     first_head = kv_head * (H // G)
     # One loop over all query heads of the group, so that loads run ahead from one head to the next.
-    steps = tl.cdiv(full_start - first, PARTIAL_STEP)
-    head, offset = first_head, first
+    begin, stop, steps = loop_bounds(first, full_start, copies_partial, PARTIAL_STEP, FULL=False)
+    head, offset = first_head, begin
     for _ in tl.range(0, steps * (H // G)):
-        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, full_start, stride_qt)
+        limit = interval_end(offset, full_start, copies_partial)
+        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_bounded(q_source, D, PARTIAL_STEP, BLOCK_D)
-        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, full_start, stride_dot)
+        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
         do = _load_bounded(do_source, D, PARTIAL_STEP, BLOCK_D)
         rows = offset + tl.arange(0, PARTIAL_STEP)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < full_start, other=float("inf"))
-        delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < full_start, other=0.0)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=float("inf"))
+        delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < limit, other=0.0)
         scores = _product(k, k_source, q, q_source, D, CHUNK, INTERPRET)
+        col_first, col_last = intervals_at(offset, full_start, seen_by, queries_ptrs, copies_ptrs, cols, end, 0)
         visible = rows[None, :] >= col_first[:, None]
         if SHARED:
             visible = visible & (rows[None, :] < col_last[:, None])
@@ -317,17 +331,18 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset += PARTIAL_STEP
-        if H > G:
-            head = tl.where(offset < full_start, head, head + 1)
-            offset = tl.where(offset < full_start, offset, first)
+        offset = next_offset(offset, full_start, copies_partial, PARTIAL_STEP)
+        if WRAPS:
+            head = tl.where(offset < stop, head, head + 1)
+            offset = tl.where(offset < stop, offset, begin)
 
-    steps = (last - full_start) // STEP
-    head, offset = first_head, full_start
+    begin, stop, steps = loop_bounds(full_start, last, copies_full, STEP, FULL=True)
+    head, offset = first_head, begin
     for _ in tl.range(0, steps * (H // G)):
-        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, last, stride_qt)
+        limit = interval_end(offset, last, copies_full)
+        q_source = (q_ptr + head.to(tl.int64) * stride_qh, offset, limit, stride_qt)
         q = _load_full(q_source, q_descriptor, head, D, STEP, BLOCK_D)
-        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, last, stride_dot)
+        do_source = (do_ptr + head.to(tl.int64) * stride_doh, offset, limit, stride_dot)
         do = _load_full(do_source, do_descriptor, head, D, STEP, BLOCK_D)
         rows = offset + tl.arange(0, STEP)
         lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows)
@@ -336,10 +351,10 @@ def hybrid_attention_backward_dkdv_kernel(
         dk, dv = _dkdv_step(
             scores, v, v_source, q, do, do_source, dk, dv, lse, delta, scale_log2, D, CHUNK, INTERPRET
         )  # fmt: skip
-        offset += STEP
-        if H > G:
-            head = tl.where(offset < last, head, head + 1)
-            offset = tl.where(offset < last, offset, full_start)
+        offset = next_offset(offset, last, copies_full, STEP)
+        if WRAPS:
+            head = tl.where(offset < stop, head, head + 1)
+            offset = tl.where(offset < stop, offset, begin)
 
     _store(dk_ptr + kv_head * D, cols, end, G * D, dk * scale, D, BLOCK_D)
     _store(dv_ptr + kv_head * D, cols, end, G * D, dv, D, BLOCK_D)

@@ -3,7 +3,8 @@
     S = scale Q K^T,   P = softmax(S + mask),   O = P V
     dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q
 
-The mask is two integers a token (`layout.py`), and no block outside of a document is visited. A program owns a tile of
+The mask is one interval of keys a token, or two with noised copies (`layout.py`), and no block outside of a document is
+visited. A program owns a tile of
 rows and loops over the interval that they see: full blocks without a mask, and smaller partial blocks with one. The
 inputs, o and the log-sum-exp in base 2, fp32 [H, T], are saved for backward, and P is recomputed (FlashAttention, arXiv
 2205.14135).
@@ -52,14 +53,16 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tables = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
-    return _forward(q, k, v, *tables, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]
+    intervals = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
+    copies = (layout.own_start, layout.own_end, layout.copies_start, layout.copies_end)
+    return _forward(q, k, v, *intervals, *copies, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]
 
 
 @torch.library.custom_op("transfusion_fast::hybrid_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor,
     key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
+    own_start: Tensor | None, own_end: Tensor | None, copies_start: Tensor | None, copies_end: Tensor | None,
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o [T, H, D] and lse fp32 [H, T]. The intervals and tiles of keys are only saved for backward."""
@@ -73,7 +76,7 @@ def _forward(
         launch.start(
             kernels.hybrid_attention_forward_kernel,
             q, k, v, launch.descriptor(k, c.step), launch.descriptor(v, c.value_rows), o, lse,
-            key_start, key_end, query_tiles, launch.first_tile, T, scale * LOG2_E,
+            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale * LOG2_E,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         )  # fmt: skip
     return o, lse
@@ -83,6 +86,7 @@ def _forward(
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
+    own_start: Tensor | None, own_end: Tensor | None, copies_start: Tensor | None, copies_end: Tensor | None,
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return contiguous (dq, dk, dv) with the shapes of q, k, v."""
@@ -97,14 +101,14 @@ def _backward(
         launch.start(
             kernels.hybrid_attention_backward_dq_kernel,
             q, k, v, launch.descriptor(k, step), launch.descriptor(v, step), o, do, lse, delta, dq,
-            key_start, key_end, query_tiles, launch.first_tile, T, scale, *strides,
+            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale, *strides,
         )  # fmt: skip
     for launch in _launches("backward_dkdv", q, k, tile_counts):
         step = launch.config.step
         launch.start(
             kernels.hybrid_attention_backward_dkdv_kernel,
             q, k, v, launch.descriptor(q, step), launch.descriptor(do, step), do, lse, delta, dk, dv,
-            query_start, query_end, key_tiles, launch.first_tile, T, scale, *strides,
+            query_start, query_end, copies_start, copies_end, key_tiles, launch.first_tile, T, scale, *strides,
         )  # fmt: skip
     return dq, dk, dv
 

@@ -9,6 +9,16 @@ interval, and so do the queries that see a key:
 
 A padding position sees nothing and is seen by nothing: both of its intervals are empty.
 
+A document may end with noised copies of its images. The rest of it is its context, which sees no copy. A copy at
+`place` sees the context before that position and itself, in both directions. So there is a second interval a position:
+
+    query i also sees the keys          [own_start(i), own_end(i))          = its copy; empty for the context
+    key j is also seen by the queries   [copies_start(j), copies_end(j))    = the copies whose place is behind it,
+                                                                              or its copy
+
+The first interval of a copy is [document_start, place) as a query and empty as a key, and that of a key of the context
+ends with the context. Copies stand in the order of their places, so that those which see a key are neighbours.
+
 The layout also cuts the sequence into tiles of consecutive positions, once for all layers and heads: tall tiles of up
 to 128 positions and short tiles of up to 64. Tiles start and end with documents, which wastes less work than a fixed
 grid, and short documents share a tile. Both ends of the intervals ascend with the position, so the first and the last
@@ -27,6 +37,18 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.kernels.attention_configs import Config, config
+from transfusion_fast.kernels.spans import (
+    Interval,
+    check_copies,
+    check_documents,
+    check_images,
+    context_ends,
+    documents_of,
+    integers,
+    intervals_of_keys,
+    intervals_of_queries,
+    key_ends,
+)
 
 Plan = TypeVar("Plan")
 
@@ -51,19 +73,23 @@ class TileWork(NamedTuple):
 class AttentionLayout:
     """The attention mask of one packed sequence of T positions, as O(T) integers.
 
-    The intervals and tiles live on the device of the attention inputs. `document_offsets`, `image_spans` and
-    `tile_counts` stay on the CPU, so that planning and launching work does not wait for the device.
+    The intervals and tiles live on the device of the attention inputs. `document_offsets`, `image_spans`,
+    `noised_copies` and `tile_counts` stay on the CPU, so that planning and launching work does not wait for the device.
 
     Attributes:
         key_start, key_end: int32 [T], the interval of keys that each query sees.
         query_start, query_end: int32 [T], the interval of queries that see each key.
         document_offsets: int64 [documents + 1] on the CPU; document d is [offsets[d], offsets[d + 1]).
         image_spans: int64 [images, 2] on the CPU, rows (start, length) in ascending order.
+        noised_copies: int64 [copies, 3] on the CPU, rows (start, length, place) in ascending order.
         query_tiles, key_tiles: int32 [capacity, 2], rows (start, end): tiles of queries for the forward pass and dQ,
             tiles of keys for dK and dV. All tall tiles, then all short tiles, both by descending work, then zeros.
-            The capacity depends on T alone, so that the shape is the same for every batch.
+            The capacity depends on T alone and on whether there are copies, so that batches have one shape.
         tile_counts: int64 [5] on the CPU: the numbers of tall and short query tiles, of tall and short key tiles, and
             of positions in documents.
+        own_start, own_end: int32 [T], the second interval of keys that each query sees: its copy. None without copies.
+        copies_start, copies_end: int32 [T], the second interval of queries that see each key: those in copies. None
+            without copies.
     """
 
     key_start: Tensor
@@ -72,9 +98,14 @@ class AttentionLayout:
     query_end: Tensor
     document_offsets: Tensor
     image_spans: Tensor
+    noised_copies: Tensor
     query_tiles: Tensor
     key_tiles: Tensor
     tile_counts: Tensor
+    own_start: Tensor | None = None
+    own_end: Tensor | None = None
+    copies_start: Tensor | None = None
+    copies_end: Tensor | None = None
     _plans: dict[Callable[..., Any], Any] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
@@ -84,6 +115,7 @@ class AttentionLayout:
         image_spans: Sequence[tuple[int, int]] | np.ndarray,
         total_length: int | None = None,
         device: torch.device | str = "cpu",
+        noised_copies: Sequence[tuple[int, int, int]] | np.ndarray = (),
     ) -> AttentionLayout:
         """Build the layout of consecutive documents in O(T) time and memory.
 
@@ -92,37 +124,37 @@ class AttentionLayout:
             image_spans: Absolute (start, length) of each image, each inside one document, in any order.
             total_length: T, at least the sum of the document lengths; the rest is padding. Default: no padding.
             device: Device of the intervals and tiles.
+            noised_copies: Absolute (start, length, place) of each copy: it sees the context of its document before
+                `place`, and itself. Copies end their document one behind the other, in the order of their places, of
+                which several can be equal. A place is in the context or at its end, but not inside an image.
 
         Raises:
-            ValueError: A document or span is empty, negative, outside of its document, or overlaps another.
+            ValueError: A document, span or copy is empty, negative, outside of its document, or overlaps another; or a
+                copy is not in its order, or has a place that is not in its context.
         """
-        lengths = _integers("document_lengths", document_lengths, (0,))
-        spans = _integers("image_spans", image_spans, (0, 2))
-        spans = spans[np.argsort(spans[:, 0], kind="stable")]
+        lengths = integers("document_lengths", document_lengths, 1)
+        images = integers("image_spans", image_spans, 2)
+        images = images[np.argsort(images[:, 0], kind="stable")]
+        copies = integers("noised_copies", noised_copies, 3)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         total = int(offsets[-1]) if total_length is None else int(total_length)
-        _check_documents(lengths, total)
-        _check_spans(spans, offsets)
+        check_documents(lengths, total)
+        check_images(images, offsets)
+        check_copies(copies, images, offsets)
 
-        position = np.arange(total, dtype=np.int32)
-        key_start, query_end, query_start = position.copy(), position.copy(), position.copy()
-        used = int(offsets[-1])
-        key_start[:used] = np.repeat(offsets[:-1], lengths)
-        query_end[:used] = np.repeat(offsets[1:], lengths)
-        query_start[_positions_of(spans)] = np.repeat(spans[:, 0], spans[:, 1])
-        key_end = _key_ends(used, total, spans)
-        query_tiles, query_counts = _tiles(offsets, key_start, key_end, total)
-        key_tiles, key_counts = _tiles(offsets, query_start, query_end, total)
+        of_queries = intervals_of_queries(offsets, images, copies, total)
+        of_keys = intervals_of_keys(offsets, images, copies, total)
+        query_tiles, query_counts = _tiles(offsets, of_queries, total, copies)
+        key_tiles, key_counts = _tiles(offsets, of_keys, total, copies)
+        bounds = [bound for pair in zip(of_queries, of_keys, strict=True) for interval in pair for bound in interval]
         layout = cls(
-            key_start=_as_int32(key_start),
-            key_end=_as_int32(key_end),
-            query_start=_as_int32(query_start),
-            query_end=_as_int32(query_end),
+            **dict(zip(_INTERVALS, map(torch.from_numpy, bounds), strict=False)),
             document_offsets=torch.from_numpy(offsets),
-            image_spans=torch.from_numpy(spans),
-            query_tiles=_as_int32(query_tiles),
-            key_tiles=_as_int32(key_tiles),
-            tile_counts=torch.tensor([*query_counts, *key_counts, used], device="cpu"),
+            image_spans=torch.from_numpy(images),
+            noised_copies=torch.from_numpy(copies),
+            query_tiles=torch.from_numpy(query_tiles),
+            key_tiles=torch.from_numpy(key_tiles),
+            tile_counts=torch.tensor([*query_counts, *key_counts, offsets[-1]], device="cpu"),
         )
         return layout.to(device)
 
@@ -138,9 +170,16 @@ class AttentionLayout:
 
     @cached_property
     def area(self) -> int:
-        """Number of visible (query, key) pairs: the sum of L(L+1)/2 over documents and of n(n-1)/2 over images."""
-        lengths, patches = self.document_offsets.diff(), self.image_spans[:, 1]
-        return int((lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()) // 2
+        """Number of visible (query, key) pairs.
+
+        This is the sum of L(L+1)/2 over contexts, of n(n-1)/2 over images, and of n(m+n) over copies, where m is the
+        number of positions that a copy sees of its context.
+        """
+        offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
+        lengths, patches = context_ends(offsets, copies) - offsets[:-1], images[:, 1]
+        seen = copies[:, 2] - offsets[documents_of(copies[:, 0], offsets)]
+        in_contexts = (lengths * (lengths + 1)).sum() + (patches * (patches - 1)).sum()
+        return int(in_contexts // 2 + (copies[:, 1] * (seen + copies[:, 1])).sum())
 
     def visited_area(self, direction: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> int:
         """Return the number of (query, key) pairs that the Triton kernels compute for one head, visible or not.
@@ -165,8 +204,9 @@ class AttentionLayout:
             ValueError: An unknown kernel, or a head dimension or architecture without a configuration.
         """
         by_keys = kernel == "backward_dkdv"
-        names = ("query_start", "query_end", "key_tiles") if by_keys else ("key_start", "key_end", "query_tiles")
-        low, high, tiles = (getattr(self, name).cpu().numpy().astype(np.int64) for name in names)
+        tiles = (self.key_tiles if by_keys else self.query_tiles).cpu().numpy().astype(np.int64)
+        names = _INTERVALS[2:4] + _INTERVALS[6:] if by_keys else _INTERVALS[:2] + _INTERVALS[4:6]
+        bounds = [x.cpu().numpy().astype(np.int64) for name in names if (x := getattr(self, name)) is not None]
         tall, short = self.tile_counts.tolist()[2:4] if by_keys else self.tile_counts.tolist()[:2]
         work = []
         for height, own in zip(TILE_HEIGHTS, (tiles[:tall], tiles[tall : tall + short]), strict=True):
@@ -176,15 +216,19 @@ class AttentionLayout:
             number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
             starts = np.repeat(starts, parts) + number * c.block
             ends = np.minimum(starts + c.block, np.repeat(ends, parts))
-            common = np.maximum(high[starts] - low[ends - 1], 0)  # columns that all rows of a program see
-            full = common // c.step * c.step
-            partial = -(-(high[ends - 1] - low[starts] - full) // c.partial_step) * c.partial_step
-            work.append(TileWork(c, len(starts), int(full.sum()), int(partial.sum())))
+            full = partial = 0
+            for low, high in zip(bounds[::2], bounds[1::2], strict=True):
+                common = np.maximum(high[starts] - low[ends - 1], 0)  # columns that all rows of a program see
+                in_full = common // c.step * c.step
+                blocks = -(-(high[ends - 1] - low[starts] - in_full) // c.partial_step)
+                full, partial = full + int(in_full.sum()), partial + int(blocks.sum()) * c.partial_step
+            work.append(TileWork(c, len(starts), full, partial))
         return work
 
     def key_ends(self) -> np.ndarray:
         """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
-        return _key_ends(int(self.document_offsets[-1]), self.total_length, self.image_spans.numpy())
+        offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
+        return key_ends(offsets, images, copies, self.total_length)
 
     def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
         """Return `build(self)`, computed once and kept: a backend's list of work, which all layers share."""
@@ -199,79 +243,76 @@ class AttentionLayout:
         image = torch.zeros_like(position)
         for number, (start, length) in enumerate(self.image_spans.tolist(), start=1):
             image[start : start + length] = number
+        copy, place = torch.zeros_like(position), position + 1
+        for number, (start, length, before) in enumerate(self.noised_copies.tolist(), start=1):
+            copy[start : start + length] = number
+            place[start : start + length] = before
         same_document = document[:, None] == document[None, :]
         same_image = (image[:, None] == image[None, :]) & (image > 0)[:, None]
         real = position < self.document_offsets[-1]
-        visible = same_document & ((position[:, None] >= position[None, :]) | same_image)
+        in_context = same_document & (copy == 0)[None, :] & ((position[None, :] < place[:, None]) | same_image)
+        same_copy = (copy[:, None] == copy[None, :]) & (copy > 0)[:, None]
+        visible = in_context | same_copy
         return (visible & real[:, None] & real[None, :]).to(self.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
         """Return this layout with its intervals and tiles on `device`."""
         if torch.device(device) == self.device:
             return self
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=non_blocking) for n in _ON_DEVICE})
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AttentionLayout:
         """Return this layout in page-locked memory, from which copies to a GPU overlap with computation."""
-        return replace(self, **{n: getattr(self, n).pin_memory() for n in _ON_DEVICE})
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> AttentionLayout:
+        names = (*_INTERVALS, "query_tiles", "key_tiles")
+        moved: dict[str, Any] = {name: move(x) for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
-_ON_DEVICE = ("key_start", "key_end", "query_start", "query_end", "query_tiles", "key_tiles")
+# Of a layout: first and second interval.
+_INTERVALS = (
+    "key_start", "key_end", "query_start", "query_end", "own_start", "own_end", "copies_start", "copies_end",
+)  # fmt: skip
 
 
-def _integers(name: str, values: Any, empty: tuple[int, ...]) -> np.ndarray:
-    """Convert `values` to an int64 array of the shape `empty`, of which the first size is free."""
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} must have entries of one length: {error}") from error
-    if not array.size:
-        return np.zeros(empty, dtype=np.int64)
-    if array.dtype.kind not in "iu" or array.shape[1:] != empty[1:]:
-        rule = "a list of integers" if len(empty) == 1 else "a list of (start, length)"
-        raise ValueError(f"{name} must be {rule}, got {array.dtype} of shape {array.shape}")
-    return array.astype(np.int64)
+def _tiles(
+    offsets: np.ndarray, intervals: Sequence[Interval], total: int, copies: np.ndarray
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the tiles of all documents, int32 [capacity, 2], and the numbers of tall and short tiles.
 
-
-def _as_int32(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int32, copy=False))
-
-
-def _key_ends(used: int, total: int, spans: np.ndarray) -> np.ndarray:
-    key_end = np.arange(total, dtype=np.int32)
-    key_end[:used] += 1
-    key_end[_positions_of(spans)] = np.repeat(spans.sum(axis=1), spans[:, 1])
-    return key_end
-
-
-def _positions_of(spans: np.ndarray) -> np.ndarray:
-    """Return the positions that the spans, rows (start, length), cover in their order: int64 [sum of lengths]."""
-    starts, lengths = spans[:, 0], spans[:, 1]
-    return np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-
-
-def _tiles(offsets: np.ndarray, low: np.ndarray, high: np.ndarray, total: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the tiles of all documents, int64 [capacity, 2], and the numbers of tall and short tiles.
-
-    Each position sees the interval [low, high), so the tile [start, end) sees [low[start], high[end - 1]).
+    A tile [start, end) sees [low[start], high[end - 1]) of each of the `intervals` (low, high).
     """
     short = TILE_HEIGHTS[1]
-    lengths = np.diff(offsets)
+    cuts = np.union1d(offsets, copies[:, 0])  # contexts and copies are cut into tiles of their own
+    lengths = np.diff(cuts)
     long = np.flatnonzero(lengths > short)
-    tiles = np.concatenate([_tiles_of_long(offsets[long], offsets[long + 1], low, high), _shared_tiles(offsets)])
+
+    def columns(tiles: np.ndarray) -> np.ndarray:
+        return sum(high[tiles[:, 1] - 1] - low[tiles[:, 0]] for low, high in intervals) if len(tiles) else tiles[:, 0]
+
+    shared = _shared_tiles(cuts, _barriers(offsets, copies))
+    tiles = np.concatenate([_tiles_of_long(cuts[long], cuts[long + 1], columns), shared])
     starts, ends = tiles.T
-    work = high[ends - 1] - low[starts] if len(tiles) else starts
     is_short = ends - starts <= short
-    order = np.lexsort((-work, is_short))
+    order = np.lexsort((-columns(tiles), is_short))
     # A tall tile, and two neighbours of short documents, hold more than `short` positions; else they would be one tile.
-    table = np.zeros((2 * (total // short) + 1, 2), dtype=np.int64)
+    # Contexts and copies share no tile, so with copies a tile can hold a single position.
+    table = np.zeros((total if len(copies) else 2 * (total // short) + 1, 2), dtype=np.int32)
     table[: len(tiles)] = tiles[order]
     shorts = int(is_short.sum())
     return table, (len(tiles) - shorts, shorts)
 
 
-def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Cut each document into tall tiles and a remainder, int64 [tiles, 2].
+def _barriers(offsets: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """Return the positions that no tile crosses: both ends of documents with copies, and where their copies begin."""
+    document, first = np.unique(documents_of(copies[:, 0], offsets), return_index=True)
+    return np.union1d(offsets[[document, document + 1]], copies[first, 0])
+
+
+def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, columns: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Cut each document into tall tiles and a remainder, int64 [tiles, 2]; `columns` counts what tiles see.
 
     The remainder lies at the end of the document where that makes less work. In text that is the front, whose rows see
     the fewest keys.
@@ -289,48 +330,23 @@ def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: 
 
     def work(tiles: np.ndarray) -> np.ndarray:
         height = np.where(tiles[:, 1] - tiles[:, 0] <= short, short, tall)
-        return np.add.reduceat(height * (high[tiles[:, 1] - 1] - low[tiles[:, 0]]), first)
+        return np.add.reduceat(height * columns(tiles), first)
 
     if not len(counts):
         return remainder_last
     return np.where((work(remainder_first) < work(remainder_last))[document, None], remainder_first, remainder_last)
 
 
-def _shared_tiles(offsets: np.ndarray) -> np.ndarray:
-    """Put as many neighbouring short documents into each short tile as fit, int64 [tiles, 2]."""
+def _shared_tiles(offsets: np.ndarray, barriers: np.ndarray) -> np.ndarray:
+    """Put as many neighbouring short documents into each short tile as fit between barriers, int64 [tiles, 2]."""
     short = TILE_HEIGHTS[1]
+    limits = np.append(barriers, offsets[-1])
+    limits = limits[np.searchsorted(limits, offsets[:-1], side="right")]
     # A longer document fits into no tile, so no tile extends beyond it.
-    following = np.searchsorted(offsets, offsets[:-1] + short, side="right") - 1
+    following = np.searchsorted(offsets, np.minimum(offsets[:-1] + short, limits), side="right") - 1
     following, document, groups = following.tolist(), 0, []
     while document < len(following):
         if following[document] > document:
             groups.append((document, following[document]))
         document = max(following[document], document + 1)
     return offsets[np.array(groups, dtype=np.int64).reshape(-1, 2)]
-
-
-def _check_documents(lengths: np.ndarray, total: int) -> None:
-    if (lengths <= 0).any():
-        number = int(np.flatnonzero(lengths <= 0)[0])
-        raise ValueError(f"document_lengths[{number}] must be positive, got {lengths[number]}; drop empty documents")
-    if total < lengths.sum():
-        raise ValueError(f"total_length must be at least the documents' {lengths.sum()} positions, got {total}")
-
-
-def _check_spans(spans: np.ndarray, offsets: np.ndarray) -> None:
-    starts, lengths = spans[:, 0], spans[:, 1]
-    ends = starts + lengths
-
-    def reject(bad: np.ndarray, rule: str) -> None:
-        if bad.any():
-            number = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"image span (start={starts[number]}, length={lengths[number]}) {rule}")
-
-    reject(lengths <= 0, "must have a positive length; drop empty images")
-    reject((starts < 0) | (ends > offsets[-1]), f"must lie inside one document, got documents over [0, {offsets[-1]})")
-    document = np.searchsorted(offsets, starts, side="right") - 1
-    document_end = offsets[np.minimum(document + 1, len(offsets) - 1)]
-    reject(ends > document_end, "must lie inside one document, but crosses a document's end")
-    overlap = np.zeros(len(spans), dtype=bool)
-    overlap[1:] = starts[1:] < ends[:-1]
-    reject(overlap, "overlaps the image before it; every position belongs to at most one image")

@@ -33,6 +33,25 @@ SPANS = {
 # Tall and short tiles with full and partial blocks, as small as possible, to vary everything else.
 MIXED = ([137, 3, 40, 1], [(0, 130), (137, 2), (146, 20)], 185)
 
+# The same, with noised copies (start, length, place) behind the context of their document.
+COPIES = {
+    "places at the start, within and at the end of a context": (
+        [60, 9],
+        [(4, 11)],
+        73,
+        [(30, 7, 0), (37, 11, 4), (48, 11, 15), (59, 1, 30)],
+    ),
+    # Full blocks in both intervals, for rows and for columns, and remainders of both.
+    "copies as tall as tiles": ([460], [(10, 130)], 463, [(147, 130, 10), (277, 130, 140), (407, 53, 140)]),
+    "levels of noise of one image": (
+        [108, 5],
+        [(3, 20), (23, 5)],
+        113,
+        [(28, 20, 3), *((48 + 20 * n, 20, 3) for n in range(3))],
+    ),
+    "a document that is its copy": ([5, 70, 3, 20], [], 98, [(5, 70, 5), (90, 8, 80)]),
+}
+
 NAMES = ("out", "dq", "dk", "dv")
 # The interpreter truncates to bf16 instead of rounding, which errs by up to twice as much.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -43,7 +62,7 @@ AROUND_TILES = st.integers(1, 20) | st.sampled_from([31, 33, 63, 64, 65, 97, 127
 
 
 def layout_of(spans):
-    return AttentionLayout.from_spans(*spans)
+    return AttentionLayout.from_spans(*spans[:3], noised_copies=spans[3] if len(spans) > 3 else ())
 
 
 @st.composite
@@ -60,10 +79,28 @@ def any_spans(draw, length=SMALL, documents=5):
     return lengths, spans, end + draw(st.integers(0, 5))
 
 
+@st.composite
+def with_copies(draw, spans, length=SMALL):
+    """Draw `any_spans` with a copy behind each document of some, and up to two more, each at any place it may have."""
+    lengths, images, total = draw(spans)
+    moved, found, copies, start, end = [], [], [], 0, 0
+    for context in lengths:
+        own = [(s - start + end, n) for s, n in images if start <= s < start + context]
+        places = sorted(set(range(end, end + context + 1)) - {p for s, n in own for p in range(s + 1, s + n)})
+        chosen = sorted(draw(st.lists(st.sampled_from(places), max_size=3)))
+        found, first = found + own, end
+        end, start = end + context, start + context
+        for place in chosen:
+            copies.append((end, draw(length), place))
+            end = sum(copies[-1][:2])
+        moved.append(end - first)
+    return moved, found, end + total - start, copies
+
+
 def and_two_tokens(spans):
     """Add a document of two tokens, so that no gradient is zero, to which no error can be relative."""
-    lengths, images, total = spans
-    return [*lengths, 2], images, total + 2
+    lengths, images, total, *copies = spans
+    return [*lengths, 2], images, total + 2, *copies
 
 
 def qkv(layout, heads=(2, 1), dim=32, dtype=torch.float32, seed=0):

@@ -44,7 +44,8 @@ from transfusion_fast.kernels.attention_configs import config
 
 c = config("forward", 80, 32, 4, 64)
 kernel = attention_kernels.hybrid_attention_forward_kernel
-constants = hybrid_attention.constants("forward", c, 2, 1, 32, 64) | {"k_descriptor": None, "v_descriptor": None}
+absent = ("k_descriptor", "v_descriptor", "own_start_ptr", "own_end_ptr")
+constants = hybrid_attention.constants("forward", c, 2, 1, 32, 64) | dict.fromkeys(absent)
 types = {"key_start_ptr": "*i32", "key_end_ptr": "*i32", "tiles_ptr": "*i32", "scale_log2": "fp32"}
 signature = {
     name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")

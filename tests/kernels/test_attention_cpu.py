@@ -4,6 +4,7 @@ import pytest
 import torch
 from attention_cases import (
     AROUND_TILES,
+    COPIES,
     SMALL,
     and_two_tokens,
     any_spans,
@@ -14,12 +15,13 @@ from attention_cases import (
     relative_error,
     run,
     upstream,
+    with_copies,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transfusion_fast.kernels import attention_cpu, reference
+from transfusion_fast.kernels import attention_cpu_plan, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 
@@ -35,14 +37,49 @@ def tiled(q, k, v, layout, scale=None):
     (any_spans(SMALL) | any_spans(AROUND_TILES, 3)).map(and_two_tokens),
     st.sampled_from(HEADS),
     st.sampled_from([None, 0.2, 1.5]),
-    st.sampled_from([1, 3, 16, attention_cpu.MAX_ROWS]),
+    st.sampled_from([1, 3, 16, attention_cpu_plan.MAX_ROWS]),
 )
 @settings(max_examples=60)
 def test_values_and_gradients_are_those_of_the_reference(spans, heads, scale, max_rows):
     layout = layout_of(spans)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_cpu, "MAX_ROWS", max_rows)
+        patch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
         assert_accurate(tiled, layout, qkv(layout, heads, dim=8), scale)
+
+
+@given(
+    with_copies(any_spans(SMALL), SMALL).map(and_two_tokens),
+    st.sampled_from(HEADS),
+    st.sampled_from([1, 3, attention_cpu_plan.MAX_ROWS]),
+)
+@settings(max_examples=30)
+def test_with_copies_values_and_gradients_are_those_of_the_reference(spans, heads, max_rows):
+    layout = layout_of(spans)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
+        assert_accurate(tiled, layout, qkv(layout, heads, dim=8))
+
+
+LONG_COPY = ([960, 9], [(100, 200)], 975, [(320, 600, 310), (920, 40, 315)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spans", [*COPIES.values(), LONG_COPY], ids=[*COPIES, "copies of several tiles"])
+def test_copies_keep_the_error_rule(spans, dtype):
+    layout = layout_of(spans)
+    assert_accurate(tiled, layout, qkv(layout, (4, 2), dim=8, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_a_copy_does_not_see_may_hold_anything(poison, dtype):
+    """Nor may it change the gradients of the copy, which nothing else sees. Copies of one length share a batch."""
+    layout = layout_of(([20, 30], [(2, 5)], 55, [(12, 4, 2), (16, 4, 8), (40, 10, 30)]))
+    clean = qkv(layout, dtype=dtype)
+    expected = run(tiled, clean, layout)
+    for start, end in ((12, 16), (16, 20), (40, 50)):
+        unseen = ~layout.dense_mask()[start]
+        assert_same_bits(run(tiled, with_poison(clean, unseen, poison), layout), expected, slice(start, end))
 
 
 # A long document is text alone, or has an image at its start, at its end, or across two tiles; short ones stand beside.
@@ -63,10 +100,10 @@ def test_long_documents_keep_the_error_rule(spans, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("max_rows", [attention_cpu.MAX_ROWS, 64, 48], ids=["one tile", "several", "uneven ones"])
+@pytest.mark.parametrize("max_rows", [attention_cpu_plan.MAX_ROWS, 64, 48], ids=["one tile", "several", "uneven ones"])
 @pytest.mark.parametrize("spans", [([9, 17, 4], [(2, 5), (9, 17)], 33), ([300, 12, 280], [(20, 200)], 600)])
 def test_half_precision_with_its_own_backward_keeps_the_error_rule(monkeypatch, dtype, max_rows, spans):
-    monkeypatch.setattr(attention_cpu, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
     layout = layout_of(spans)
     assert_accurate(tiled, layout, qkv(layout, (4, 2), dtype=dtype), 0.3)
 
@@ -74,8 +111,8 @@ def test_half_precision_with_its_own_backward_keeps_the_error_rule(monkeypatch, 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradients_of_keys_and_values_are_as_accurate_from_many_tiles_as_from_two(monkeypatch, dtype):
     errors = []
-    for max_rows in (attention_cpu.MAX_ROWS, 8):
-        monkeypatch.setattr(attention_cpu, "MAX_ROWS", max_rows)
+    for max_rows in (attention_cpu_plan.MAX_ROWS, 8):
+        monkeypatch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
         layout = AttentionLayout.from_spans([600], [])
         inputs = qkv(layout, dtype=dtype)
         do = upstream(inputs[0])
@@ -145,8 +182,8 @@ def test_poison_in_other_documents_does_not_reach_a_document(lengths, poison):
 
 def test_poison_in_later_tiles_of_a_document_does_not_reach_earlier_tiles(monkeypatch):
     """Within a tile it may: the weight of an invisible key is zero, and zero times NaN is NaN."""
-    monkeypatch.setattr(attention_cpu, "MAX_ROWS", 8)
-    monkeypatch.setattr(attention_cpu, "SHORT", 0)
+    monkeypatch.setattr(attention_cpu_plan, "MAX_ROWS", 8)
+    monkeypatch.setattr(attention_cpu_plan, "SHORT", 0)
     layout = AttentionLayout.from_spans([24], [(2, 4)])
     clean = qkv(layout)
     poisoned = with_poison(clean, slice(16, None), float("nan"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import (
     AROUND_TILES,
+    COPIES,
     MIXED,
     NAMES,
     SPANS,
@@ -19,6 +20,7 @@ from attention_cases import (
     relative_error,
     run,
     upstream,
+    with_copies,
 )
 from hypothesis import given, settings
 from op_checks import far_apart
@@ -63,6 +65,19 @@ def test_output_and_gradients_of_any_layout_are_those_of_the_reference(spans):
     assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
 
 
+@pytest.mark.parametrize("spans", COPIES.values(), ids=COPIES)
+def test_with_copies_output_and_gradients_are_those_of_the_reference(spans):
+    layout = layout_of(spans)
+    assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
+
+
+@given(with_copies(any_spans(AROUND_TILES, documents=1), AROUND_TILES).map(and_two_tokens))
+@settings(max_examples=5)
+def test_with_any_copies_output_and_gradients_are_those_of_the_reference(spans):
+    layout = layout_of(spans)
+    assert_accurate(triton, layout, qkv(layout, heads=(1, 1)))
+
+
 @pytest.mark.parametrize(("heads", "scale"), [((1, 1), 0.5), ((3, 3), None), ((4, 2), 0.5), ((3, 1), 1.5)], ids=str)
 def test_grouped_heads_and_scales_are_those_of_the_reference(heads, scale):
     layout = AttentionLayout.from_spans([67, 9], [(1, 65), (68, 5)], 78)
@@ -99,6 +114,16 @@ def interpret_as(monkeypatch):
     yield choose
     monkeypatch.undo()
     launch.architecture.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dim", "dtype"), [(90, 128, torch.float32), (90, 64, HALF), (80, 48, HALF)], ids=str
+)
+def test_copies_keep_the_error_rule_by_chunks_by_descriptors_and_by_pointers(architecture, dim, dtype, interpret_as):
+    interpret_as(architecture)
+    tall = ([300, 40], [(10, 130)], 343, [(147, 133, 140), (280, 20, 140), (310, 30, 305)])
+    layout = layout_of(([76, 5], [(3, 20)], 82, [(26, 34, 23), (60, 16, 26)]) if dtype == torch.float32 else tall)
+    assert_accurate(triton, layout, qkv(layout, heads=(2, 1), dim=dim, dtype=dtype))
 
 
 @pytest.mark.parametrize(("architecture", "dim", "dtype"), distinct_sizes(), ids=str)
@@ -277,6 +302,46 @@ def test_a_document_of_nothing_but_poison_affects_no_other(poison, bad):
     for rows in (slice(0, start), slice(end, None)):
         assert_same_bits(got, expected, rows)
     assert all(got[name][start:end].isnan().all() for name in ("out", "dk"))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+def test_what_a_copy_does_not_see_may_hold_anything(poison):
+    """The rest of the context, text behind the copy's place, lies in the same blocks of keys, as do other copies."""
+    layout = layout_of(([290, 70], [(3, 66)], 363, [(150, 70, 69), (220, 70, 150), (300, 60, 295)]))
+    inputs = qkv(layout, heads=(1, 1), dtype=HALF)
+    do = upstream(inputs[0])
+    expected = run(triton, inputs, layout, do=do)
+    seen = layout.dense_mask()[150]
+    assert int(seen.sum()) == 69 + 70
+    got = run(triton, [poisoned(x, ~seen, poison) for x in inputs], layout, do=poisoned(do, ~seen, poison))
+    assert_same_bits({name: got[name] for name in ("out", "dq")}, expected, slice(150, 220))
+    assert_same_bits({name: got[name] for name in ("dk", "dv")}, expected, slice(150, 220))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+def test_a_copy_affects_no_context_and_no_key_behind_its_place(poison):
+    layout = layout_of(([290, 20], [(3, 66)], 310, [(150, 70, 69), (220, 70, 69)]))
+    inputs = qkv(layout, heads=(1, 1), dtype=HALF)
+    do = upstream(inputs[0])
+    expected = run(triton, inputs, layout, do=do)
+    got = run(
+        triton, [poisoned(x, slice(150, 290), poison) for x in inputs], layout, do=poisoned(do, slice(150, 290), poison)
+    )
+    for rows in (slice(0, 150), slice(290, 310)):
+        assert_same_bits({name: got[name] for name in ("out", "dq")}, expected, rows)
+    assert_same_bits({name: got[name] for name in ("dk", "dv")}, expected, slice(128, 150))
+
+
+def test_the_context_of_copies_has_the_bits_that_it_has_without_them():
+    """The document without its copies, which the outputs and dQ of the context cannot tell from the one with them."""
+    layout = layout_of(([290, 20], [(3, 66)], 310, [(150, 70, 69), (220, 70, 150)]))
+    inputs = qkv(layout, dtype=HALF)
+    do = upstream(inputs[0])
+    got = run(triton, inputs, layout, do=do)
+    plain = AttentionLayout.from_spans([150], [(3, 66)])
+    expected = run(triton, [x[:150] for x in inputs], plain, do=do[:150])
+    for name in ("out", "dq"):
+        assert torch.equal(got[name][:150], expected[name]), name
 
 
 def test_the_gradients_of_the_reference_are_finite_differences():

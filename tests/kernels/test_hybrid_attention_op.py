@@ -1,6 +1,7 @@
 """The attention kernels as ops of PyTorch: registration, compilation, specialization and checkpointing."""
 
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -59,10 +60,15 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("stored", [torch.clone, heads_first], ids=["tokens first", "heads first"])
-def test_the_ops_are_registered_as_pytorch_wants_them(stored):
-    inputs = [stored(x) for x in qkv(LAYOUT, heads=(2, 1), dim=16)]
-    names = assert_registered(lambda *qkv: triton(*qkv, LAYOUT), inputs)
+@pytest.mark.parametrize(
+    ("stored", "copies"),
+    [(torch.clone, []), (heads_first, []), (torch.clone, [(8, 4, 7)])],
+    ids=["tokens first", "heads first", "noised copies"],
+)
+def test_the_ops_are_registered_as_pytorch_wants_them(stored, copies):
+    layout = AttentionLayout.from_spans([12, 3], [(2, 5), (13, 2)], noised_copies=copies)
+    inputs = [stored(x) for x in qkv(layout, heads=(2, 1), dim=16)]
+    names = assert_registered(lambda *qkv: triton(*qkv, layout), inputs)
     assert names == ["hybrid_attention", "hybrid_attention_backward"]
 
 
@@ -117,10 +123,32 @@ def test_no_layout_of_one_length_makes_a_kernel_compile_again(specializations, l
     """There is one binary for tall tiles and one for short ones. Layouts differ in data and unspecialized numbers."""
     spans = [(sum(lengths[:1]), min(lengths[1], image))] if len(lengths) > 1 and image else []
     layout = AttentionLayout.from_spans(lengths, spans, 1600)
+    assert_one_binary_for_each_height(specializations, layout)
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=4))
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_layout_with_copies_makes_a_kernel_compile_again(specializations, documents):
+    ends = list(accumulate(map(sum, documents)))
+    copies = [(end - length, length, end - length) for end, (_, length) in zip(ends, documents, strict=True)]
+    layout = AttentionLayout.from_spans([sum(pair) for pair in documents], [], 1600, noised_copies=copies)
+    assert_one_binary_for_each_height(specializations, layout)
+
+
+def assert_one_binary_for_each_height(specializations, layout):
     triton(*(x.requires_grad_() for x in qkv(layout, dim=16)), layout).sum().backward()
     for kernel in specializations:
         heights = [key[0] for key in kernel.keys]
         assert len(heights) == len(set(heights)), kernel.keys
+
+
+def test_layouts_with_and_without_copies_have_a_binary_each(specializations):
+    """The second interval is no argument of the binary for layouts without copies, so they cannot pay for it."""
+    for copies in ([], [(70, 66, 70), (136, 3, 70)]):
+        layout = AttentionLayout.from_spans([139, 3], [], noised_copies=copies)
+        triton(*(x.requires_grad_() for x in qkv(layout, dim=16)), layout).sum().backward()
+    for kernel in specializations:
+        assert sorted(key[0] for key in kernel.keys) == [False, False, True, True]
 
 
 def test_another_dtype_is_another_specialization(specializations):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from attention_cases import AROUND_TILES, MIXED, any_spans, layout_of, qkv
+from attention_cases import AROUND_TILES, COPIES, MIXED, any_spans, layout_of, qkv, with_copies
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import InterpreterBuilder
@@ -19,6 +19,7 @@ from transfusion_fast.model import ops
 TALL, SHORT = 128, 64
 TABLES = ("query_tiles", "key_tiles")
 each_table = pytest.mark.parametrize("table", TABLES)
+each_kernel = st.sampled_from(["forward", "backward_dq", "backward_dkdv"])
 many_spans = any_spans(AROUND_TILES, 3) | any_spans(st.integers(1, 40) | st.sampled_from([191, 193, 255, 257, 700]), 20)
 
 
@@ -36,14 +37,17 @@ def tiles_of(layout, table):
 
 
 def columns_of(layout, table, tile):
-    """Return how many positions of the other side a tile sees."""
-    low, high = ("key_start", "key_end") if table == "query_tiles" else ("query_start", "query_end")
+    """Return how many positions of the other side a tile sees, in both intervals."""
+    first, second = ("key", "own") if table == "query_tiles" else ("query", "copies")
     start, end = tile
-    return int(getattr(layout, high)[end - 1]) - int(getattr(layout, low)[start])
+    return sum(
+        int(getattr(layout, f"{name}_end")[end - 1]) - int(getattr(layout, f"{name}_start")[start])
+        for name in ([first, second] if len(layout.noised_copies) else [first])
+    )
 
 
 @each_table
-@given(many_spans)
+@given(many_spans | with_copies(many_spans, AROUND_TILES))
 def test_tiles_cover_documents_once_sorted_by_work_in_a_table_whose_shape_depends_on_the_length(table, spans):
     layout, used = layout_of(spans), sum(spans[0])
     covered = np.zeros(layout.total_length, dtype=int)
@@ -58,6 +62,9 @@ def test_tiles_cover_documents_once_sorted_by_work_in_a_table_whose_shape_depend
     tensor = getattr(layout, table)
     assert tensor.dtype == torch.int32 and tensor.is_contiguous()
     assert (tensor[len(tiles_of(layout, table)) :] == 0).all()
+    if len(layout.noised_copies):
+        assert tensor.shape == (layout.total_length, 2)
+        return
     assert tensor.shape == getattr(AttentionLayout.from_spans([], [], layout.total_length), table).shape
     assert len(tensor) <= layout.total_length / 32 + 4
 
@@ -77,6 +84,31 @@ def test_a_tall_tile_is_in_one_document_and_a_short_one_holds_documents_or_the_r
         documents = start == offsets[first] and end == offsets[last + 1]
         remainder = first == last and offsets[first + 1] - offsets[first] > SHORT
         assert documents or remainder
+
+
+@each_table
+@given(with_copies(many_spans, AROUND_TILES))
+def test_no_tile_holds_copies_and_context_or_copies_of_two_documents_and_a_tall_one_holds_one_copy(table, spans):
+    layout = layout_of(spans)
+    document = np.searchsorted(layout.document_offsets.numpy(), np.arange(layout.total_length), side="right")
+    copy = np.zeros(layout.total_length, dtype=int)
+    for number, (start, length, _) in enumerate(layout.noised_copies.tolist(), start=1):
+        copy[start : start + length] = number
+    tall, short = tall_and_short(layout, table)
+    for start, end in tall:
+        assert len(set(copy[start:end])) == 1
+    for start, end in short:
+        assert (copy[start:end] > 0).all() or not copy[start:end].any()
+        with_copies = set(document[start:end]) & set(document[copy > 0])
+        assert not with_copies or len(set(document[start:end])) == 1
+
+
+@each_table
+def test_short_copies_of_one_document_share_tiles(table):
+    layout = AttentionLayout.from_spans(
+        [20 + 6 * 16], [(2, 16)], noised_copies=[(20 + 16 * n, 16, 2) for n in range(6)]
+    )
+    assert sorted(tiles_of(layout, table)) == [(0, 20), (20, 84), (84, 116)]
 
 
 @each_table
@@ -115,11 +147,18 @@ def test_the_layouts_with_most_tiles_fit_into_their_tables(cycle, total):
         assert sum(end - start for start, end in tiles_of(layout, table)) == total
 
 
+@each_table
+def test_a_tile_for_each_position_fits_into_the_table_of_a_layout_with_copies(table):
+    layout = AttentionLayout.from_spans([2] * 50, [], noised_copies=[(2 * n + 1, 1, 2 * n) for n in range(50)])
+    assert sorted(tiles_of(layout, table)) == [(n, n + 1) for n in range(100)]
+
+
 # Counts of work.
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1")
-def test_the_visited_area_is_what_the_kernels_multiply(monkeypatch):
+@pytest.mark.parametrize("spans", [MIXED, COPIES["copies as tall as tiles"]], ids=["context", "copies"])
+def test_the_visited_area_is_what_the_kernels_multiply(monkeypatch, spans):
     """The forward kernel has two matrix products, dQ has three and dK, dV four; each visits every pair once."""
     multiplied, dot = [0], InterpreterBuilder.create_dot
 
@@ -128,7 +167,7 @@ def test_the_visited_area_is_what_the_kernels_multiply(monkeypatch):
         return dot(self, a, b, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
-    layout = layout_of(MIXED)
+    layout = layout_of(spans)
     sizes = {"head_dim": 64, "arch": launch.INTERPRETED_ARCHITECTURE, "itemsize": 2}
     inputs = [x.requires_grad_() for x in qkv(layout, (1, 1), 64, torch.float16)]
     out = ops.hybrid_attention(*inputs, layout, backend="triton")
@@ -140,26 +179,64 @@ def test_the_visited_area_is_what_the_kernels_multiply(monkeypatch):
     assert multiplied[0] == 64 * (3 * dq + 4 * dkdv)
 
 
-@given(many_spans, st.sampled_from(["forward", "backward_dq", "backward_dkdv"]), st.sampled_from([2, 4]))
-@settings(max_examples=40)
+@given(many_spans | with_copies(many_spans, AROUND_TILES), each_kernel, st.sampled_from([2, 4]))
+@settings(max_examples=60)
 def test_blocks_are_full_where_all_rows_see_all_columns_and_rounded_up_elsewhere(spans, kernel, itemsize):
     layout = layout_of(spans)
     sizes = {"head_dim": 128, "arch": 90, "itemsize": itemsize}
     by_keys = kernel == "backward_dkdv"
     visible = layout.dense_mask().T if by_keys else layout.dense_mask()
+    in_copies = torch.zeros(layout.total_length, dtype=torch.bool)
+    for start, length, _ in layout.noised_copies.tolist():
+        in_copies[start : start + length] = True
+    intervals = [visible[:, ~in_copies], visible[:, in_copies]]  # the columns of the first interval and of the second
     tiles = tall_and_short(layout, "key_tiles" if by_keys else "query_tiles")
     counted = layout.tile_work(kernel, **sizes)
     for height, own, work in zip((TALL, SHORT), tiles, counted, strict=True):
         full = partial = programs = 0
         for start, end in own:
             for first in range(start, end, work.config.block):
-                rows = visible[first : min(first + work.config.block, end)]
-                in_full = int(rows.all(dim=0).sum()) // work.config.step * work.config.step
-                blocks = -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step)
-                full, partial = full + in_full, partial + blocks * work.config.partial_step
+                for columns in intervals:
+                    rows = columns[first : min(first + work.config.block, end)]
+                    in_full = int(rows.all(dim=0).sum()) // work.config.step * work.config.step
+                    blocks = -(-(int(rows.any(dim=0).sum()) - in_full) // work.config.partial_step)
+                    full, partial = full + in_full, partial + blocks * work.config.partial_step
                 programs += 1
         assert (work.programs, work.full, work.partial) == (programs, full, partial), height
     assert layout.visited_area(kernel, **sizes) == sum(w.config.block * (w.full + w.partial) for w in counted)
+
+
+def captioned(total, levels, patches=256):
+    """Return (spans, copies) that fill about `total`: a caption, its image, and `levels` copies of the image."""
+    lengths, spans, copies, end = [], [], [], 0
+    while (start := end) + 64 + (levels + 1) * patches <= total:
+        place = end + 30 + len(lengths) % 30
+        end = place + patches + 3
+        spans.append((place, patches))
+        copies += [(end + level * patches, patches, place) for level in range(levels)]
+        end += levels * patches
+        lengths.append(end - start)
+    return (lengths, spans, total), copies
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv"])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_copies_visit_at_most_a_tenth_more_than_their_intervals_apart(kernel, levels):
+    """Apart: the contexts alone, the copies as documents of their own, and without any waste the pairs between them."""
+    (lengths, spans, total), copies = captioned(16384, levels)
+    layout = AttentionLayout.from_spans(lengths, spans, total, noised_copies=copies)
+    contexts = np.array(lengths) - levels * 256
+    before = np.cumsum(contexts) - contexts
+    moved = [
+        (int(b) + start - d, n)
+        for b, d, (start, n) in zip(before, layout.document_offsets.tolist(), spans, strict=False)
+    ]
+    alone = AttentionLayout.from_spans(contexts, moved)
+    own = AttentionLayout.from_spans([256] * len(copies), [(256 * n, 256) for n in range(len(copies))])
+    between = layout.area - alone.area - own.area
+    sizes = {"head_dim": 128, "arch": 90}
+    apart = alone.visited_area(kernel, **sizes) + own.visited_area(kernel, **sizes) + between
+    assert layout.visited_area(kernel, **sizes) <= 1.1 * apart
 
 
 def test_a_kernel_or_architecture_without_a_configuration_is_refused():
@@ -188,14 +265,15 @@ def mixed(total):
         end += length
 
 
-def test_a_micro_batch_of_65536_positions_is_laid_out_in_5_ms():
+@pytest.mark.parametrize("levels", [0, 2])
+def test_a_micro_batch_of_65536_positions_is_laid_out_in_5_ms(levels):
     """The best of 20 runs counts, in CPU time of this thread, because others may use the machine."""
-    spans = mixed(65536)
-    assert len(spans[0]) > 100
+    spans, copies = captioned(65536, levels) if levels else (mixed(65536), [])
+    assert len(spans[0]) > (70 if levels else 100)
 
     def seconds():
         start = time.thread_time()
-        AttentionLayout.from_spans(*spans)
+        AttentionLayout.from_spans(*spans, noised_copies=copies)
         return time.thread_time() - start
 
     assert min(seconds() for _ in range(20)) < 5e-3
@@ -203,21 +281,26 @@ def test_a_micro_batch_of_65536_positions_is_laid_out_in_5_ms():
 
 def peak_bytes(spans):
     tracemalloc.start()
-    AttentionLayout.from_spans(*spans)
+    layout_of(spans)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
 
 
-@pytest.mark.parametrize("shape", ["mixed", "one document", "documents of one token"])
+@pytest.mark.parametrize("shape", ["mixed", "copies", "one document", "documents of one token"])
 def test_memory_is_linear_in_the_length(shape):
     def spans(total):
         if shape == "mixed":
             return mixed(total)
+        if shape == "copies":
+            spans, copies = captioned(total, 2)
+            return *spans, copies
         return ([total], [(0, 4096)]) if shape == "one document" else ([1] * total, [])
 
     peak, half = peak_bytes(spans(131072)), peak_bytes(spans(65536))
     assert peak < 2.2 * half
     assert peak < (512 if shape == "documents of one token" else 128) * 131072
     tensors = [value for value in vars(layout_of(spans(65536))).values() if isinstance(value, torch.Tensor)]
-    assert sum(tensor.nbytes for tensor in tensors) < (32 if shape == "documents of one token" else 17) * 65536
+    assert (
+        sum(tensor.nbytes for tensor in tensors) < {"documents of one token": 32, "copies": 49}.get(shape, 17) * 65536
+    )
