@@ -45,7 +45,7 @@ from transfusion_fast.kernels.attention_configs import config
 c = config("forward", 80, 32, 4, 64)
 kernel = attention_kernels.hybrid_attention_forward_kernel
 constants = hybrid_attention.constants("forward", c, 2, 1, 32, 64) | {"k_descriptor": None, "v_descriptor": None}
-types = {"key_start_ptr": "*i32", "key_end_ptr": "*i32", "tiles_ptr": "*i32", "scale_log2": "fp32"}
+types = {"key_start_ptr": "*i32", "key_end_ptr": "*i32", "tiles_ptr": "*i32", "scale": "fp32"}
 signature = {
     name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
     for name in kernel.arg_names
