@@ -152,7 +152,7 @@ def compile_variant(variant: Variant) -> offline.Compiled:
     function = getattr(attention_kernels, f"hybrid_attention_{variant.kernel}_kernel")
     sizes = variant.heads, variant.kv_heads, variant.head_dim, variant.height
     constants = hybrid_attention.constants(variant.kernel, c, *sizes)
-    types = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("scale", "scale_log2"), "fp32")
+    types = dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32") | {"scale": "fp32"}
     for name in function.arg_names:
         if name.endswith("descriptor") and c.descriptors:
             rows = c.value_rows if name == "v_descriptor" else c.step

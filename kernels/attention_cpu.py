@@ -175,8 +175,10 @@ class _HalfPrecisionAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *lse = ctx.saved_tensors
-        q = q * ctx.scale
-        negative_lse = iter(_split_lse(torch.cat(lse), q.dtype).split([len(x) for x in lse]))
+        # Only a power of two scales q without rounding it. The matrix product multiplies by the rest, 0.5 to 1.
+        scale, exponent = math.frexp(ctx.scale)
+        q = q * 2.0**exponent
+        negative_lse = iter(_split_lse(torch.cat(lse) / scale, q.dtype).split([len(x) for x in lse]))
         dq, (dk, dv) = torch.empty_like(q), torch.empty(2, *k.shape, dtype=k.dtype)
         for batch in ctx.batches:
             # One copy puts the rows of each head together, as matrix products need them.
@@ -184,11 +186,12 @@ class _HalfPrecisionAttention(torch.autograd.Function):
             k_BHLD, v_BHLD = torch.stack([batch.keys.of(x) for x in (k, v)])
             heads = q_BHLD.shape[:2]
             pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), math.prod(heads))]
-            found = _batch_gradients(pieces, *(x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)))
+            found = _batch_gradients(pieces, *(x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)), scale)
             targets = batch.queries.of(dq), batch.keys.of(dk), batch.keys.of(dv)
             for target, gradient in zip(targets, found, strict=True):
                 target.copy_(gradient.unflatten(0, heads))
         dq *= ctx.scale
+        dk *= scale
         return dq, dk, dv, None, None
 
 
@@ -198,8 +201,8 @@ _Piece = tuple[slice, int, Tensor, Tensor]
 def _pieces(tile: Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece]:
     """Yield a tile with a mask as one piece, and a causal tile as several. `products` is B * H.
 
-    A piece is (rows, keys, -L in parts [B * H, rows, LSE_PARTS], hidden): rows that see some of the keys [0, keys), and
-    bool [B, 1, rows or 1, keys], or [rows, keys] for all documents.
+    A piece is (rows, keys, -L / scale in parts [B * H, rows, LSE_PARTS], hidden): rows that see some of the keys
+    [0, keys), and bool [B, 1, rows or 1, keys], or [rows, keys] for all documents.
     """
     length = tile.rows.stop - tile.rows.start
     negative_lse = negative_lse.view(products, length, LSE_PARTS)
@@ -212,27 +215,29 @@ def _pieces(tile: Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece]
         yield slice(start, end), end, negative_lse[:, start:end], hidden
 
 
-def _batch_gradients(pieces: Sequence[_Piece], q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
-    """Return dQ / scale, dK and dV, all [B * H, L, D], for scaled queries q."""
+def _batch_gradients(
+    pieces: Sequence[_Piece], q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """Return dQ and dK, both divided by the scale of Q K^T, and dV, all [B * H, L, D]."""
     if len(pieces) == 1 and pieces[0][1] == k.shape[1]:
-        return _piece_gradients(q, k, v, do, *pieces[0][2:])
+        return _piece_gradients(q, k, v, do, scale, *pieces[0][2:])
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros(2, *k.shape)  # fp32, because many pieces add to them
-    for rows, keys, *rest in pieces:
+    for rows, keys, negative_lse, hidden in pieces:
         inputs = q[:, rows], k[:, :keys], v[:, :keys], do[:, rows]
-        dq[:, rows], dk_piece, dv_piece = _piece_gradients(*inputs, *rest)
+        dq[:, rows], dk_piece, dv_piece = _piece_gradients(*inputs, scale, negative_lse, hidden)
         dk[:, :keys] += dk_piece
         dv[:, :keys] += dv_piece
     return dq, dk, dv
 
 
 def _piece_gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, negative_lse: Tensor, hidden: Tensor
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, negative_lse: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The matrix product itself subtracts L, before anything is rounded.
+    # The matrix product itself subtracts L / scale and multiplies by the scale, before anything is rounded.
     q_and_lse = torch.cat([q, negative_lse], dim=-1)
     k_and_ones = torch.cat([k, k.new_ones(1, 1, 1).expand(*k.shape[:2], LSE_PARTS)], dim=-1)
-    p = torch.bmm(q_and_lse, k_and_ones.mT).exp_()
+    p = torch.baddbmm(q.new_zeros(()), q_and_lse, k_and_ones.mT, beta=0, alpha=scale).exp_()
     documents = len(hidden) if hidden.ndim == 4 else 1
     p.view(documents, -1, *p.shape[1:]).masked_fill_(hidden, 0.0)
     ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)

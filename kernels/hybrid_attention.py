@@ -18,7 +18,6 @@ Infinities and NaN stay in their document, except that documents of up to 64 pos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,6 @@ from transfusion_fast.kernels import attention_kernels as kernels
 from transfusion_fast.kernels.attention_configs import Config, config, padded_head_dim
 from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_inputs, on_device
 from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
-
-LOG2_E = math.log2(math.e)
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:
@@ -76,7 +73,7 @@ def _forward(
         launch.start(
             kernels.hybrid_attention_forward_kernel,
             q, k, v, launch.descriptor(k, c.step), launch.descriptor(v, c.value_rows), o, lse,
-            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale * LOG2_E,
+            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         )  # fmt: skip
     return o, lse

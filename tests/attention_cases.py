@@ -164,6 +164,25 @@ def assert_accurate(attention, layout, inputs, scale=None):
         assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
+def assert_accurate_with_large_scores(attention, dtype, largest):
+    """Hold the output and all gradients, with scores up to `largest`, to the error of the reference in this precision.
+
+    A score in fp32 has an error of some 2^-24 of its size, which is the relative error of its exponential.
+    """
+    layout = AttentionLayout.from_spans([150, 40, 9], [(20, 30), (152, 7)])
+    q, k, v = qkv(layout)  # 32^-1/2 is no power of two, so multiplying by the scale rounds
+    scores = torch.einsum("thd,sgd->hts", q, k) * q.shape[-1] ** -0.5
+    factor = (largest / scores.abs().max()).sqrt()
+    inputs = [x.to(dtype) for x in (factor * q, factor * k, v)]
+    do = upstream(inputs[0])
+    exact = run(reference.hybrid_attention, [x.double() for x in inputs], layout, do=do.double())
+    plain = run(reference.hybrid_attention, inputs, layout, do=do)
+    for name, got in run(attention, inputs, layout, do=do).items():
+        allowed = 2 * relative_error(plain[name], exact[name]) + 2 * ROUNDING.get(dtype, 1e-5) + 4 * 2**-24 * largest
+        error = relative_error(got, exact[name])
+        assert error <= allowed, f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
+
+
 def assert_same_bits(results, expected, rows=slice(None)):
     """Check that results by name equal those expected, at `rows`."""
     for name, got in results.items():

@@ -46,7 +46,7 @@ c = config("forward", 80, 32, 4, 64)
 kernel = attention_kernels.hybrid_attention_forward_kernel
 absent = ("k_descriptor", "v_descriptor", "own_start_ptr", "own_end_ptr")
 constants = hybrid_attention.constants("forward", c, 2, 1, 32, 64) | dict.fromkeys(absent)
-types = {"key_start_ptr": "*i32", "key_end_ptr": "*i32", "tiles_ptr": "*i32", "scale_log2": "fp32"}
+types = {"key_start_ptr": "*i32", "key_end_ptr": "*i32", "tiles_ptr": "*i32", "scale": "fp32"}
 signature = {
     name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
     for name in kernel.arg_names

@@ -9,6 +9,7 @@ from attention_cases import (
     and_two_tokens,
     any_spans,
     assert_accurate,
+    assert_accurate_with_large_scores,
     assert_same_bits,
     layout_of,
     qkv,
@@ -128,6 +129,12 @@ def test_double_precision_has_the_accuracy_of_double_precision(tolerance):
     expected = run(reference.hybrid_attention, inputs, layout)
     for name, got in run(tiled, inputs, layout).items():
         torch.testing.assert_close(got, expected[name], **tolerance["fp64"])
+
+
+@pytest.mark.parametrize("largest", [100, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_large_scores_cost_no_more_accuracy_than_their_own_rounding(dtype, largest):
+    assert_accurate_with_large_scores(tiled, dtype, largest)
 
 
 def test_scores_beyond_half_precision_are_supported():

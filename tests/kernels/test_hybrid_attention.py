@@ -14,10 +14,10 @@ from attention_cases import (
     and_two_tokens,
     any_spans,
     assert_accurate,
+    assert_accurate_with_large_scores,
     assert_same_bits,
     layout_of,
     qkv,
-    relative_error,
     run,
     upstream,
     with_copies,
@@ -148,14 +148,19 @@ def test_a_token_alone_is_its_value(tolerance):
     assert torch.equal(triton(q, -q, v, layout), v), "even with a score far below zero"
 
 
-def test_scores_far_from_zero_neither_overflow_nor_vanish():
-    """An fp32 score of some hundreds has an error of 1e-5 or so, and so has its exponential."""
-    layout = AttentionLayout.from_spans([70, 9], [(1, 66), (72, 3)], 81)
+@pytest.mark.parametrize("largest", [100, 1e4])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+def test_large_scores_cost_no_more_accuracy_than_their_own_rounding(dtype, largest):
+    assert_accurate_with_large_scores(triton, dtype, largest)
+
+
+def test_no_weight_exceeds_one_however_large_the_scores_are():
+    """Rounding scores of 1e9 moves their exponents by tens: the exponential of the difference would overflow."""
+    layout = AttentionLayout.from_spans([150, 40, 9], [(20, 30), (152, 7)])
     q, k, v = qkv(layout)
-    inputs = [30 * q, k, v]
-    expected = run(reference.hybrid_attention, [x.double() for x in inputs], layout, do=upstream(q).double())
-    for name, got in run(triton, inputs, layout).items():
-        assert relative_error(got, expected[name]) < 1e-4, name
+    for name, got in run(triton, (1e4 * q, 1e4 * k, v), layout).items():
+        assert got.isfinite().all(), name
+        assert got.abs().max() < 100, name
 
 
 def fused(*inputs):
