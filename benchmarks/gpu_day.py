@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_day.py --out DIR [--minutes 9.5] [--rehearse]
 
-Each stage has a limit of less than 8 minutes, one that fails does not stop the next, and none starts that might not end
-within --minutes. Run the same command again to go on: stages that ended well for the same code are not repeated, and
-compiled kernels are kept in DIR/cache. DIR/gpu_day.md says after each stage what ran, what did not, and why. Exit status
-1 while a stage is missing or failed.
+Each stage has a limit of less than 8 minutes, one that fails does not stop the next, and none starts that might not
+end within --minutes. Run the same command again to go on: stages that ended well for the same code are not repeated,
+and compiled kernels are kept in DIR/cache. DIR/gpu_day.md says after each stage what ran, what did not, and why. Exit
+status 1 while a stage is missing or failed.
 
 --rehearse runs the same stages on a machine without a GPU: kernels in Triton's interpreter and compiled up to their
 launch, the tests collected, benchmarks in tiny shapes on the CPU.
@@ -34,7 +34,7 @@ START = 20  # seconds until torch is imported and the GPU is set up
 TESTERS = 16  # test processes at most: their kernels are compiled in parallel
 TABLES = ("numpy", "pandas", "matplotlib", "psutil")
 TESTS = ("pytest", "hypothesis")
-PACKAGES = ("torch", "triton", *TABLES, *TESTS, "networkx", "safetensors", "yaml", "pydantic")
+PACKAGES = ("torch", "triton", *TABLES, *TESTS, "networkx", "safetensors", "einops", "yaml", "pydantic")
 SANITIZER = "compute-sanitizer"
 
 Command = list[str]
@@ -191,7 +191,7 @@ class Day:
 
 
 def run_tests(path: str, out: Path, jobs: int) -> int:
-    """Run a file of tests in several processes, so that their kernels are compiled in parallel; return the exit code."""
+    """Run a file of tests in several processes, to compile their kernels in parallel; return the exit code."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     listed = subprocess.run([*pytest, "--collect-only", path], cwd=ROOT, capture_output=True, text=True)
     names = [line for line in listed.stdout.splitlines() if "::" in line]

@@ -9,6 +9,6 @@ set -eu
 folder=${1:?give a folder for the environment, about 5 GB}
 python=$folder/venv/bin/python
 test -x "$python" || "${PYTHON:-python3}" -m venv "$folder/venv"
-"$python" -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' pandas matplotlib psutil pytest hypothesis networkx \
+"$python" -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' einops pandas matplotlib psutil pytest hypothesis networkx \
     safetensors pyyaml
 exec make gpu-day INSTALLED=1 REHEARSE=1 PYTHON="$(realpath "$folder")/venv/bin/python"
