@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = "benchmarks"
-SECONDS_A_COMPILATION = 1.4  # of one core; the rehearsal measures it
+SECONDS_A_COMPILATION = 1.4  # of one core
 START = 20  # seconds until torch is imported and the GPU is set up
 TESTERS = 16  # test processes at most: their kernels are compiled in parallel
 TABLES = ("numpy", "pandas", "matplotlib", "psutil")
@@ -49,7 +49,7 @@ class Stage:
     commands: tuple[str, ...]
     rehearsal: tuple[str, ...]
     compilations: int
-    """Kernels that are compiled, counted with benchmarks/fake_driver.py or estimated."""
+    """Kernels that are compiled: counted by the rehearsal for "kernels", by hand for the others."""
     timed: float
     """Seconds that it measures or computes for, besides."""
     needs: tuple[str, ...] = ()
@@ -81,16 +81,16 @@ def stages(jobs: int) -> list[Stage]:
     mixes = "--mixes pairs text mixed interleaved tiny long --lengths 16384 --head-dim 128 --minutes 6.5"
     step = f"{bench}/step_bench.py --out {{out}}"
     return [
-        Stage("kernels", (check,), (compiled, interpreted), 62, 10),
-        Stage("attention tests", (f"{tests} attention",), (f"{collect} -k attention_gpu",), 350, 60, TESTS, (), jobs),
+        Stage("kernels", (check,), (compiled, interpreted), 50, 10),
+        Stage("attention tests", (f"{tests} attention",), (f"{collect} -k attention_gpu",), 234, 60, TESTS, (), jobs),
         Stage("attention", (f"{bench}/attn_bench.py --out {{out}} {mixes} {attention}",),
               (f"{bench}/attn_bench.py {quick}",), 12, 300, TABLES),
         Stage("pointwise tests", (f"{tests} pointwise", f"{tests} model"), (f"{collect} -k not(attention_gpu)",),
               600, 90, TESTS, (), jobs),
         Stage("pointwise", (f"{bench}/pointwise_bench.py --out {{out}} --seconds 0.3",),
               (f"{bench}/pointwise_bench.py {quick} --seconds 0.05",), 90, 120, TABLES),
-        Stage("step", (f"{step} --dtypes bf16 --seconds 3",), (f"{step} --device cpu --preset mini --seconds 0.1",),
-              40, 240, TABLES),
+        Stage("step", (f"{step} --dtypes bf16 --seconds 3",),
+              (f"{step} --device cpu --preset mini --dtypes fp32 --seconds 0.1",), 40, 240, TABLES),
         Stage("sanitizer", (f"{memory} {SANITIZER} --error-exitcode 9 {small}",
                             f"{SANITIZER} --tool racecheck --error-exitcode 9 {small}"), (small + " --fake-gpu",),
               30, 240, (), (SANITIZER,)),
@@ -103,15 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end within this time, then run again")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--jobs", type=int, default=min(TESTERS, os.cpu_count() or 1), help="test processes at once")
+    parser.add_argument("--jobs", type=int, help=f"test processes at once (default: one a core, at most {TESTERS})")
     parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU")
     parser.add_argument("--test", metavar="WHAT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    jobs = options.jobs or (TESTERS if options.rehearse else min(TESTERS, os.cpu_count() or 1))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.test:
-        return run_tests(f"tests/gpu/test_{options.test}_gpu.py", out, options.jobs)
-    chosen = [stage for stage in stages(options.jobs) if not options.stages or stage.name in options.stages]
+        return run_tests(f"tests/gpu/test_{options.test}_gpu.py", jobs)
+    chosen = [stage for stage in stages(jobs) if not options.stages or stage.name in options.stages]
     end, day = time.monotonic() + 60 * options.minutes, Day(out, options.rehearse)
     for stage in chosen:
         day.run(stage, end - time.monotonic())
@@ -186,11 +187,11 @@ class Day:
         title = "# Rehearsal of a day on a GPU" if self.rehearse else "# A day on a GPU"
         plots = [f"![{path.stem}]({path.name})" for path in sorted(self.out.glob("*.png"))]
         total = sum(stage.estimate() for stage in chosen)
-        note = f"The estimates add up to {total / 60:.0f} minutes. Tables: the other .md files of this folder."
+        note = f"The estimates, for {TESTERS} cores, add up to {total / 60:.0f} minutes. Tables: the other .md files."
         return "\n\n".join([title, describe_environment(), "\n".join(rows), note, *plots, *parts]) + "\n"
 
 
-def run_tests(path: str, out: Path, jobs: int) -> int:
+def run_tests(path: str, jobs: int) -> int:
     """Run a file of tests in several processes, to compile their kernels in parallel; return the exit code."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     listed = subprocess.run([*pytest, "--collect-only", path], cwd=ROOT, capture_output=True, text=True)
@@ -199,11 +200,7 @@ def run_tests(path: str, out: Path, jobs: int) -> int:
         print(listed.stdout + listed.stderr)
         return 1
     shares = [names[start::jobs] for start in range(min(jobs, len(names)))]
-    report = out / Path(path).stem
-    running = [
-        subprocess.Popen([*pytest, f"--junit-xml={report}.{number}.xml", *share], cwd=ROOT)
-        for number, share in enumerate(shares)
-    ]
+    running = [subprocess.Popen([*pytest, *share], cwd=ROOT) for share in shares]
     codes = [process.wait() for process in running]
     print(f"{len(names)} tests in {len(running)} processes, of which {sum(map(bool, codes))} failed")
     return max(codes)

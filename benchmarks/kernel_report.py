@@ -192,12 +192,10 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
         most = MOST_CYCLES.get(variant.head_dim)
         if variant.kernel == "forward" and most and row["full_ratio"] > most:
             broken.append(f"max(issue, MUFU) / matrix = {row['full_ratio']:.3f}, above {most}")
-    row |= {"races": None, "races_without_waits": None}
     if variant.arch == 90:
-        without = races.races(races.without_waits(instructions))
-        row |= {"races": len(races.races(instructions)), "races_without_waits": len(without)}
+        row |= races.columns(instructions)
         if row["races"]:
-            broken.append(f"{row['races']} writes to registers that a matrix instruction still reads")
+            broken.append(f"{row['races']} matrix instructions whose registers are written too early")
     return row | {"broken_rules": "; ".join(broken)}
 
 
@@ -351,10 +349,13 @@ def _assembler(arch: int) -> str:
 
 def _races(hopper: Sequence[Row]) -> list[str]:
     """Return the section on registers that are written too early (races.py), if sm_90 was compiled."""
-    found, without = (sum(row[name] for row in hopper) for name in ("races", "races_without_waits"))
+    left, found, without = (
+        sum(row[name] for row in hopper) for name in ("wgmma_of_registers", "races", "races_without_waits")
+    )
     text = (
-        f"In {len(hopper)} variants in bf16, {found} writes to a register that an unfinished matrix instruction reads. "
-        f"With the waits removed from the same code, the search finds {without}."
+        f"{len(hopper)} variants in bf16 have {left} matrix instructions that read their left operand from registers. "
+        f"Of {found}, a register is written before the instruction is retired. With the waits removed from the same "
+        f"code, the search finds {without}."
     )
     return ["## Register races on sm_90", text] if hopper else []
 

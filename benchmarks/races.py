@@ -32,9 +32,12 @@ def without_waits(instructions: Sequence[Instruction]) -> list[Instruction]:
     return [i for i in instructions if not i.opcode.startswith(_WAIT)]
 
 
-def reads_registers(instruction: Instruction) -> bool:
-    """Return whether this is a wgmma with its left operand in registers."""
-    return bool(_left(instruction))
+def columns(instructions: Sequence[Instruction]) -> dict[str, int]:
+    """Count the wgmma with left operands in registers, those with a race, and those with one if nothing waited."""
+    found = (instructions, without_waits(instructions))
+    races_now, races_then = (len({matrix for matrix, _ in races(code)}) for code in found)
+    left = sum(bool(_left(i)) for i in instructions)
+    return {"wgmma_of_registers": left, "races": races_now, "races_without_waits": races_then}
 
 
 def _races_on(path: Sequence[Instruction]) -> Iterator[tuple[int, int]]:

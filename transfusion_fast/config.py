@@ -21,7 +21,7 @@ try:
         model_validator,
     )
 except ModuleNotFoundError:
-    from transfusion_fast.plain_settings import (  # type: ignore[assignment]
+    from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
         AfterValidator,
         BaseModel,
         BeforeValidator,
