@@ -31,10 +31,10 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fashion test test-gpu bench kernel-report lint format clean
+.PHONY: help setup demo demo-fashion test test-gpu gpu-day bench kernel-report lint format clean
 
 help:  ## list the targets
-	@echo 'usage: make TARGET [PYTHON=python3.12] [RANKS=2] [JOBS=auto] [REPORT=DIR] [INSTALLED=1]'
+	@echo 'usage: make TARGET [PYTHON=python3.12] [RANKS=2] [JOBS=auto] [REPORT=DIR] [INSTALLED=1] [MINUTES=9]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## create .venv with the package, its tests and the pinned versions; done by other targets too
@@ -72,6 +72,10 @@ test: $(STAMP)  ## run the tests that need no GPU, one process per core (JOBS=1:
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU; results go to REPORT
 	@mkdir -p $(REPORT)
 	TRITON_INTERPRET=0 $(RUN) -m pytest -m gpu --durations=10 --junit-xml=$(REPORT)/test-gpu.xml tests/gpu
+
+# Not a new folder each time: the same command goes on where it stopped.
+gpu-day: $(STAMP)  ## the first hour on a GPU, in stages of under 8 minutes, into reports/gpu-day; resumes when run again
+	$(RUN) benchmarks/gpu_day.py --out reports/gpu-day $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REHEARSE),--rehearse)
 
 # All benchmarks run before a failure of one fails the target.
 bench: $(STAMP)  ## measure everything that this machine can run, into REPORT

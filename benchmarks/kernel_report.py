@@ -9,7 +9,8 @@ Writes kernels.csv, areas.csv, estimates.csv, pointwise.csv, kernel_report.md an
 a rule is broken. The rules of attention:
 
     no spilled register; shared memory within the target's limit; a matrix instruction for every matrix product; no
-    transposed result of a matrix product; on sm_90 in 16 bits, per step that all rows see, max(issue, MUFU) / matrix
+    transposed result of a matrix product; on sm_90 no write to a register that an unfinished matrix instruction reads,
+    and in 16 bits, per step that all rows see, max(issue, MUFU) / matrix
     cycles at most 0.53 at D = 128 and 1.06 at D = 64, and no more integer compares than the loop itself needs.
 
 The rules of the memory-bound kernels:
@@ -34,6 +35,7 @@ import mixes
 import offline
 import pandas as pd
 import pointwise_report
+import races
 import tables
 import triton
 from matplotlib import pyplot as plt
@@ -200,6 +202,10 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
         most = MOST_CYCLES.get(variant.head_dim)
         if variant.kernel == "forward" and most and row["full_ratio"] > most:
             broken.append(f"max(issue, MUFU) / matrix = {row['full_ratio']:.3f}, above {most}")
+    if variant.arch == 90:
+        row |= races.columns(instructions)
+        if row["races"]:
+            broken.append(f"{row['races']} matrix instructions whose registers are written too early")
     return row | {"broken_rules": "; ".join(broken)}
 
 
@@ -293,6 +299,7 @@ def markdown(kernels: Sequence[Row], areas: Sequence[Row], estimates: Sequence[R
         "## Resources",
         tables.markdown_table(kernels, _RESOURCES),
         "What was tried, and what it changed: docs/kernels.md.",
+        *_races(hopper),
         "## Inner loops on sm_90, bf16",
         _LOOPS_LEGEND,
         tables.markdown_table(hopper, _LOOPS),
@@ -348,6 +355,19 @@ def _assembler(arch: int) -> str:
         f"sm_{arch}: ptxas {major}.{minor}. WARNING: before 13.3 it may misorder matrix instructions whose left "
         "operand is in registers; name a newer one in TRITON_PTXAS_PATH and run `make test-gpu`."
     )
+
+
+def _races(hopper: Sequence[Row]) -> list[str]:
+    """Return the section on registers that are written too early (races.py), if sm_90 was compiled."""
+    left, found, without = (
+        sum(row[name] for row in hopper) for name in ("wgmma_of_registers", "races", "races_without_waits")
+    )
+    text = (
+        f"{len(hopper)} variants in bf16 have {left} matrix instructions that read their left operand from registers. "
+        f"Of {found}, a register is written before the instruction is retired. With the waits removed from the same "
+        f"code, the search finds {without}."
+    )
+    return ["## Register races on sm_90", text] if hopper else []
 
 
 def _area_table(areas: Sequence[Row]) -> str:

@@ -11,11 +11,13 @@ layer, forward and backward. On a CPU all of these take turns, each right after 
 
 import argparse
 import gc
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
 from unittest.mock import patch
@@ -30,6 +32,7 @@ import tables
 import timing
 import torch
 import torch.nn.functional as F
+from gate import OUT_OF_MEMORY, failure_reason
 from tables import Row
 from timing import Step, Times, allocated_bytes
 from torch import Tensor, nn
@@ -43,7 +46,6 @@ from transfusion_fast.model import inputs
 from transfusion_fast.model.loss import Losses
 from transfusion_fast.model.ops import IMPLEMENTATIONS
 from transfusion_fast.model.sequence import PackedBatch
-from transfusion_fast.training.ranks import keep_freed_memory
 
 DTYPES = {name: timing.DTYPES[name] for name in ("bf16", "fp32")}
 TEXT_TOKENS, CHANNELS = 256, 16
@@ -52,6 +54,7 @@ RAGGED_PRESET = "mini"  # made for CPUs; the other presets are sizes of the pape
 TRANSFORMERS = {RAGGED_PRESET: TransformerConfig(dim=256, depth=6, heads=8), **PRESETS}
 MATMUL = (1424, 256, 1024)  # positions, inputs, outputs of the linear layer that the machine's rate is measured with
 EQUAL = 1e-5  # of the losses in fp32
+CHECKED = 1024  # positions of which losses are compared: of many more, attention over all pairs keeps too much memory
 PEER = "transfusion-pytorch"
 PLAIN = "plain"
 _MATMULS = 10
@@ -89,22 +92,49 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
     cpu = device.type == "cpu"
     preset, ours = options.preset or (RAGGED_PRESET if cpu else "0.37b"), "torch" if cpu else "triton"
     documents = ragged_documents() if preset == RAGGED_PRESET else mix_documents("mixed", mixes.FIXED_LENGTH)
-    if cpu:
+    if cpu and importlib.util.find_spec("deepspeed"):  # as training does
+        from transfusion_fast.training.ranks import keep_freed_memory
+
         keep_freed_memory()
     check_losses(preset, documents, device, ours)
-    makers = [partial(_prepare, variant) for dtype in options.dtypes for variant in variants(dtype, ours)]
-    prepared = [make(preset, documents, device) for make in [*makers, *([prepare_peer] if options.peer else [])]]
-    for step, facts in prepared:
-        facts |= {"preset": preset, "peak_bytes": allocated_bytes(lambda step=step: step()(), device)[1]}
-    steps = {facts["name"]: step for step, facts in prepared}
-    timings = timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
+    makers = {
+        str(variant): partial(_prepare, variant) for dtype in options.dtypes for variant in variants(dtype, ours)
+    } | ({PEER: prepare_peer} if options.peer else {})
+    prepared, timings = {}, {}
+    for name, make in makers.items():
+        with _out_of_memory_in(prepared, name):
+            step, facts = make(preset, documents, device)
+            facts |= {"preset": preset, "peak_bytes": allocated_bytes(lambda step=step: step()(), device)[1]}
+            if not cpu:  # each step has the memory to itself; on a CPU they take turns
+                timings |= timing.time_steps({name: step}, device, options.seconds)
+            prepared[name] = (step if cpu else None), facts
+        step = None
+    steps = {name: step for name, (step, _) in prepared.items() if step}
+    timings |= timing.time_steps(steps | _matmuls(device), device, options.seconds, rehearse=True)
     rates = {dtype: _MATMULS * 6 * prod(MATMUL) / timing.both_ms(timings[dtype]) / 1e6 for dtype in DTYPES}
     machine = timing.describe_machine(device)
-    rows = [make_row(facts, timings[facts["name"]], rates, machine) for _, facts in prepared]
+    rows = [
+        make_row(facts, timings[name], rates, machine) if name in timings else facts | {"op": "step", **machine}
+        for name, (_, facts) in prepared.items()
+    ]
     tables.draw(rows, options.out / "step.png", "{name}", "{preset}", {"tokens a second": "tokens_per_s"})
-    about = f"Preset {preset}, {rows[0]['tokens']:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
-    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about.format(*MATMUL))
+    tokens = make_batch(make_model(preset, Variant("bf16", ours), torch.device("cpu")), documents).num_tokens
+    about = f"Preset {preset}, {tokens:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
+    unmeasured = "\n".join(f"- {row['name']}: {row['status']}" for row in rows if "status" in row)
+    about = about.format(*MATMUL)
+    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about, unmeasured)
     return True
+
+
+@contextmanager
+def _out_of_memory_in(prepared: dict[str, tuple[Step | None, Row]], name: str) -> Iterator[None]:
+    """Make running out of memory the result of a step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if failure_reason(error) != OUT_OF_MEMORY:
+            raise
+        prepared[name] = None, {"name": name, "status": f"{timing.NOT_MEASURED}: {OUT_OF_MEMORY}"}
 
 
 def variants(dtype: str, ours: str) -> list[Variant]:
@@ -179,10 +209,12 @@ def _mask(layout: AttentionLayout) -> Tensor:
 def check_losses(preset: str, documents: Documents, device: torch.device, ours: str) -> None:
     """Raise InputError unless every way to run the model gives the reference's losses in fp32."""
     backends = dict.fromkeys(["reference", ours, "torch", PLAIN])
+    ends = accumulate(sum(map(len, document)) for document in documents)
+    few = [document for document, end in zip(documents, ends, strict=True) if end <= CHECKED] or documents[:1]
     losses = {}
     for variant in [*(Variant("fp32", backend) for backend in backends), Variant("fp32", ours, compiled=True)]:
         model = make_model(preset, variant, device)
-        found = _forward(model, variant, make_batch(model, documents[:24]).to(device))
+        found = _forward(model, variant, make_batch(model, few).to(device))
         losses[str(variant)] = torch.stack([found.text, found.diffusion]).detach()
     expected = losses["fp32 reference"]
     for name, found in losses.items():

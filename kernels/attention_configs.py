@@ -2,12 +2,14 @@
 
 The sizes were picked by hand from the output of the offline compiler (`make kernel-report`): no spilled registers,
 shared memory within the limit, then the fewest cycles in the loop of full blocks. Nothing is tuned at run time, so
-equal inputs give equal results on every machine of an architecture.
+equal inputs give equal results on every machine of an architecture with the same Triton.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -61,10 +63,21 @@ def config(kernel: str, architecture: int | str, head_dim: int, itemsize: int, h
     if sm not in targets:
         raise ValueError(f"architecture must be one of {', '.join(targets)}, got {architecture!r}")
     width = padded_head_dim(head_dim)
-    shapes = _SHAPES[{2: sm, 4: "fp32"}[itemsize], kernel, width]
+    key = {2: sm, 4: "fp32"}[itemsize], kernel, width
+    shapes = _BEFORE_3_7.get(key, _SHAPES[key]) if triton_version() < (3, 7) else _SHAPES[key]
     chunk = 16 if itemsize == 4 and width >= 128 else None
     halves = kernel == "forward" and sm == "sm_90" and itemsize == 2
     return Config(*shapes[height != 128], descriptors=sm != "sm_80", chunk=chunk, halves=halves)
+
+
+@cache
+def triton_version() -> tuple[int, int]:
+    """Return the major and minor version of Triton, which compiles the kernels; a late one where it is missing."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return (99, 0)
+    return int(major), int(minor)
 
 
 # (block, step, partial_step, warps, stages) for tiles of 128 and of 64 positions, by target, kernel and padded head
@@ -135,4 +148,8 @@ _SHAPES: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
     ("fp32", "backward_dkdv", 64): ((16, 32, 32, 4, 2), (16, 32, 32, 4, 2)),
     ("fp32", "backward_dkdv", 128): ((16, 32, 32, 4, 2), (16, 32, 32, 4, 2)),
     ("fp32", "backward_dkdv", 256): ((16, 32, 32, 8, 2), (16, 32, 32, 8, 2)),
+}
+# In place of these for Triton 3.6, which there spills registers or waits after every single matrix instruction.
+_BEFORE_3_7: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
+    ("sm_90", "backward_dkdv", 128): ((64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
 }

@@ -16,13 +16,14 @@ PACKAGE = "transfusion_fast"
 MAX_LINES = 400
 
 # What each room, a folder or a single file of the library, may import besides itself.
-BASE = {"errors", "files", "config", "config_reading"}
+BASE = {"errors", "files", "plain_settings", "config", "config_reading"}
 MODEL = BASE | {"kernels", "model"}
 DATA = MODEL | {"data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "config": {"errors", "files"},
+    "plain_settings": set(),
+    "config": {"errors", "files", "plain_settings"},
     "config_reading": {"errors", "files", "config"},
     "kernels": set(),
     "model": MODEL,

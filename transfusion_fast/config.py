@@ -7,18 +7,32 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+try:
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Discriminator,
+        Field,
+        Tag,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
+except ModuleNotFoundError:
+    from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Discriminator,
+        Field,
+        Tag,
+        ValidationInfo,
+        field_validator,
+        model_validator,
+    )
 
 
 def _no_bool(value: Any) -> Any:
@@ -343,7 +357,7 @@ class Config(_Settings):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = {}  # noqa: RUF012
     """Raw DeepSpeed settings beyond those derived from this config. A key that DeepSpeed does not read is an error, and
     so is contradicting a derived setting."""
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from transfusion_fast.config import FROM_DATA, Config
+from transfusion_fast.config import FROM_DATA, BaseModel, Config
 from transfusion_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -76,6 +78,11 @@ def _read(path: str | Path | None) -> dict[str, Any]:
 
 def parse(settings: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
     """Validate `values` as `settings`; InputError of one line naming `source` and the key."""
+    try:
+        from pydantic import ValidationError
+    except ModuleNotFoundError as error:
+        remedy = "install it, or build the settings in Python"
+        raise InputError(f"package pydantic must be there to read {source}, got none; {remedy}") from error
     try:
         return settings.model_validate(values)
     except ValidationError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transfusion_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 _T = TypeVar("_T")
 
@@ -59,6 +60,8 @@ def parse_json(adapter: TypeAdapter[_T], content: bytes, where: str, remedy: str
     Raises:
         InputError: Its first error, in one line that names the field in `where` and ends in `remedy`.
     """
+    from pydantic import ValidationError  # not everywhere where models are built
+
     try:
         return adapter.validate_json(content, strict=True)
     except ValidationError as invalid:

@@ -105,3 +105,30 @@ def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monke
     assert all(float(row["tokens_per_s"]) > 0 and float(row["matmul_gflops"]) > 0 for row in rows)
     assert "| fp32 torch |" in (tmp_path / "step.md").read_text()
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_running_out_of_memory_is_the_result_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(step_bench.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    monkeypatch.setattr(step_bench, "ragged_documents", lambda: [[torch.arange(9)], [torch.randn(4, 16)]])
+    monkeypatch.setattr(step_bench, "variants", lambda *names: [Variant("fp32", "plain"), Variant("fp32", "torch")])
+    prepare = step_bench._prepare
+
+    def too_large(variant, *arguments):
+        if variant.backend == "plain":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(variant, *arguments)
+
+    monkeypatch.setattr(step_bench, "_prepare", too_large)
+    assert step_bench.main(["--out", str(tmp_path), "--device", "cpu", "--dtypes", "fp32", "--seconds", "0.1"]) == 0
+    report = (tmp_path / "step.md").read_text()
+    assert "- fp32 plain: not measured: out of memory" in report and "| fp32 torch |" in report
+
+
+def test_losses_are_compared_on_few_positions(monkeypatch):
+    monkeypatch.setitem(step_bench.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    lengths, make = [], step_bench.make_batch
+    monkeypatch.setattr(
+        step_bench, "make_batch", lambda *given: lengths.append(len(make(*given).tokens)) or make(*given)
+    )
+    step_bench.check_losses("mini", step_bench.mix_documents("mixed", 4096), CPU, "torch")
+    assert min(lengths) > 300 and max(lengths) < 1200

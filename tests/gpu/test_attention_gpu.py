@@ -1,5 +1,7 @@
 """The attention kernels as a GPU runs them, compiled and in parallel, against the references at real sizes."""
 
+from itertools import product
+
 import attention_cases
 import mixes
 import pytest
@@ -33,9 +35,11 @@ def test_hard_layouts(spans, dtype):
     assert_accurate(AttentionLayout.from_spans(*spans), (4, 2), 64, dtype)
 
 
+# Each compiles six kernels, so that not all dimensions go with all heads.
 @EACH_DTYPE
-@pytest.mark.parametrize("dim", [32, 48, 64, 96, 128, 256])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dim"), [*product([(8, 2)], [32, 48, 64, 96, 128, 256]), *product([(4, 4), (4, 1)], [64, 128])], ids=str
+)
 def test_every_configuration(heads, dim, dtype):
     assert_accurate(mixes.sample("mixed", 2048), heads, dim, dtype)
 

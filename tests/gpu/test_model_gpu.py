@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("pydantic", reason="settings need pydantic")
-from transfusion_fast import Transfusion
+from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.model.inputs import pack_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -12,7 +11,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_losses_and_gradients_on_a_gpu_are_those_on_a_cpu() -> None:
     torch.manual_seed(0)
-    model = Transfusion(num_text_tokens=64, dim_latent=(8, 4), transformer={"dim": 64, "depth": 2, "heads": 4})
+    config = ModelConfig(num_text_tokens=64, dim_latent=(8, 4), transformer={"dim": 64, "depth": 2, "heads": 4})
+    model = Transfusion(config)
     documents = [
         [torch.randint(0, 64, (9,)), torch.randn(12, 8), torch.randint(0, 64, (3,))],
         [(1, torch.randn(2, 3, 4)), torch.randint(0, 64, (70,))],

@@ -27,6 +27,12 @@ def with_gradients(function, hidden, weight, labels):
     return [losses, *torch.autograd.grad(losses, (hidden, weight), torch.linspace(-1, 2, len(losses)))]
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 32 positions of a vocabulary of 5000."""
+    monkeypatch.setattr("transfusion_fast.model.loss._CHUNK", 32 * 5000)
+
+
 @PATHS
 @pytest.mark.parametrize("positions", [0, 1, 100])
 def test_token_cross_entropy_is_cross_entropy_of_the_logits(vocabulary, width, positions, tolerance):
@@ -43,6 +49,29 @@ def test_token_cross_entropy_of_half_precision_is_near_and_single_precision(voca
     torch.testing.assert_close(got[0], expected[0], **tolerance["bf16"])
     for a, b in zip(got[1:], expected[1:], strict=True):
         assert (a.float() - b.float()).norm() <= tolerance["bf16"]["rtol"] * b.float().norm()
+
+
+def test_values_of_a_large_vocabulary_have_single_precision_given_logits_in_half_precision():
+    """Rounded to half precision, values near 8 would be multiples of 1/32."""
+    hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)
+    expected = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
+    torch.testing.assert_close(token_cross_entropy(hidden, weight, labels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_vocabulary_never_has_all_its_logits_in_memory():
+    hidden, weight, labels = inputs(320, 5000, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        token_cross_entropy(hidden, weight, labels).sum().backward()
+    largest = max(event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert largest <= 4 * 32 * 5000 < 4 * 320 * 5000
+
+
+def test_the_compiler_takes_the_cross_entropy_of_a_large_vocabulary_in_one_graph(tolerance):
+    case = inputs(40, 5000, 16)
+    compiled = torch.compile(token_cross_entropy, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        with_gradients(compiled, *case), with_gradients(token_cross_entropy, *case), **tolerance["fp32"]
+    )
 
 
 @pytest.mark.parametrize(("counts", "text", "diffusion"), [(None, 3.0, 1.0), (Counts(tokens=90, images=8), 0.1, 0.25)])

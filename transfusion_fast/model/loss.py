@@ -6,13 +6,16 @@ sums by the counts of the whole optimizer step, over ranks and accumulation step
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
+_CHUNK = 1 << 25  # logits in memory at once for larger vocabularies
 
 
 class Counts(NamedTuple):
@@ -26,8 +29,7 @@ class Losses(NamedTuple):
     """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; this batch's counts; and
     the squared error of each image, fp32 [N], in the order of modalities, without gradient.
 
-    With half-precision weights and a vocabulary above `SMALL_VOCABULARY`, the cross-entropy of each token has half
-    precision. This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
+    This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
 
     text: Tensor
@@ -49,10 +51,44 @@ def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float,
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each position, fp32 [S], from hidden [S, E], weight [V, E] and labels int64 [S].
 
-    Small vocabularies are computed in fp32. Larger ones are computed in chunks, so that the logits [S, V] are never in
-    memory at once; with half-precision inputs each value then has half precision.
+    Small vocabularies are computed in fp32. For larger ones the logits are products in the dtype of the inputs,
+    everything after them is fp32, and they are computed in chunks, again in the backward pass, so that the logits
+    [S, V] are never in memory at once.
     """
     if weight.shape[0] > SMALL_VOCABULARY:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options).float()
-    return F.linear_cross_entropy(hidden.float(), weight.float(), labels, reduction="none")
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels)
+    return F.cross_entropy(F.linear(hidden.float(), weight.float()), labels, reduction="none")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy from chunks of logits. The backward pass needs the log-sum-exp of each position, and adds the
+    chunks' gradients of the weight in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        lse = hidden.new_empty(len(hidden), dtype=torch.float32)
+        losses = torch.empty_like(lse)
+        for rows in _chunks(hidden, weight):
+            logits = F.linear(hidden[rows], weight).float()
+            lse[rows] = logits.logsumexp(dim=1)
+            losses[rows] = lse[rows] - logits.gather(1, labels[rows, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, labels, lse = ctx.saved_tensors
+        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _chunks(hidden, weight):
+            dlogits = F.linear(hidden[rows], weight).float().sub_(lse[rows, None]).exp_()
+            dlogits.scatter_add_(1, labels[rows, None], dlogits.new_full((1, 1), -1).expand(len(dlogits), 1))
+            dlogits = dlogits.mul_(upstream[rows, None]).to(hidden.dtype)
+            dhidden[rows] = dlogits @ weight
+            dweight += dlogits.t() @ hidden[rows]
+        return dhidden, dweight.to(weight.dtype), None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    rows = max(1, _CHUNK // weight.shape[0])
+    return (slice(start, start + rows) for start in range(0, len(hidden), rows))

@@ -1,0 +1,122 @@
+"""The first hour on a GPU: what a stage may need, and that stages stop neither each other nor themselves."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_day
+import pytest
+from gpu_day import Day, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+CALLED = [
+    path for folder in ("kernels", "transfusion_fast/model", "benchmarks") for path in (ROOT / folder).glob("*.py")
+]
+# Public names of torch 2.13 that 2.11 does not have, in the modules that are used here.
+NEWER_THAN_2_11 = {
+    "thread_safe_generator", "LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "linear_cross_entropy",
+    "const_data_ptr", "enforce_grad_layout_policy", "CacheInfo", "get_default_backend", "set_default_backend",
+    "caching_allocator_disabled", "current_solver_handle", "varlen_attn_out", "swap_in_optimizer_params_and_state",
+    "all_gather_single", "record_comm", "reduce_scatter_single",
+}  # fmt: skip
+ABSENT = (
+    "deepspeed",
+    "webdataset",
+    "pydantic",
+    "fsspec",
+    "tokenizers",
+    "diffusers",
+    "sklearn",
+    "pyarrow",
+    "tqdm",
+)
+BLOCKED = f"""
+import sys
+
+sys.modules.update(dict.fromkeys({ABSENT}))  # whose import then fails
+import torch
+import attn_bench, fake_driver, gpu_day, kernel_check, pointwise_bench, step_bench
+import attention_cases, pointwise_cases
+from transfusion_fast import ModelConfig, Transfusion
+from transfusion_fast.config_reading import load_config
+from transfusion_fast.errors import InputError
+
+assert kernel_check.check("cpu", [32], ["fp32"], compare=True)
+config = ModelConfig(dim_latent=8, transformer=dict(dim=64, depth=1, heads=2), backend="torch")
+assert config.dim_latent == (8,) and config.transformer.head_dim == 32
+assert ModelConfig(preset="1.4b").transformer.dim == 2048
+model = Transfusion(config)
+model([[torch.arange(9), torch.randn(12, 8)]]).backward()
+assert all(p.grad is not None for p in model.parameters())
+for wrong in ("ModelConfig(dept=3)", "ModelConfig(transformer=dict(dim=64, heads=5))", "load_config(None)"):
+    try:
+        eval(wrong)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_kernels_benchmarks_and_the_model_run_where_only_torch_and_triton_are_certain():
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "benchmarks", "tests"))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    *_, unknown, heads, missing = done.stdout.splitlines()
+    assert "got 'dept'" in unknown and "heads must divide dim" in heads
+    assert "package pydantic must be there to read defaults, got none" in missing
+
+
+def test_nothing_that_a_gpu_machine_runs_is_newer_than_torch_2_11():
+    def names(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                yield node.attr
+            elif isinstance(node, ast.ImportFrom):
+                yield from (alias.name for alias in node.names)
+
+    found = {(path.name, name) for path in CALLED for name in names(path) if name in NEWER_THAN_2_11}
+    assert found == set()
+
+
+def stage(name, *commands, **settings):
+    return Stage(name, commands, commands, 0, 0, **settings)
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next_and_only_those_are_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "START", 0)
+    ran, day = tmp_path / "ran", Day(tmp_path, rehearse=False)
+    script = tmp_path / "append.sh"
+    script.write_text(f"echo once >> {ran}")
+    chosen = [
+        stage("broken", "false"),
+        stage("hanging", "sleep 60", limit=0.2),
+        stage("absent", "true", needs=("no_such_package",)),
+        stage("tool", "true", tools=("no-such-tool",)),
+        stage("good", f"sh {script}"),
+    ]
+    for _ in range(2):
+        for one in chosen:
+            day.run(one, 1000)
+        day.write(chosen)
+        day = Day(tmp_path, rehearse=False)
+    outcomes = [day.records[one.name]["outcome"] for one in chosen]
+    assert outcomes[:2] == ["failed with exit status 1", "stopped after its limit of 0 s"]
+    assert outcomes[2:4] == ["did not run: not installed: no_such_package", "did not run: not installed: no-such-tool"]
+    assert outcomes[4] == "ok" and ran.read_text() == "once\n"
+    page = (tmp_path / "gpu_day.md").read_text()
+    assert all(outcome in page for outcome in outcomes)
+
+
+def test_no_stage_starts_that_might_not_end_in_the_time_that_is_left(tmp_path):
+    day, one = Day(tmp_path, rehearse=False), stage("one", "true")
+    day.run(one, left=10)
+    assert day.records["one"]["outcome"].startswith("did not start: 0.2 minutes were left")
+    day.run(one, left=1000)
+    assert day.records["one"]["outcome"] == "ok"
+
+
+@pytest.mark.parametrize("one", gpu_day.stages(16), ids=lambda one: one.name)
+def test_every_stage_is_expected_to_end_within_its_limit_of_less_than_8_minutes(one):
+    assert one.estimate() < one.limit < 480
