@@ -18,7 +18,7 @@ Infinities and NaN stay in their document, except that documents of up to 64 pos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,13 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tables = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
-    return _forward(q, k, v, *tables, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]
+    return _forward(q, k, v, *tables_of(layout), scale)[0]
+
+
+def tables_of(layout: AttentionLayout) -> tuple[Tensor, ...]:
+    """Return the tensors of a layout that the ops take."""
+    intervals = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
+    return *intervals, layout.query_tiles, layout.key_tiles, layout.tile_counts
 
 
 @torch.library.custom_op("transfusion_fast::hybrid_attention", mutates_args=())
@@ -63,6 +68,13 @@ def _forward(
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o [T, H, D] and lse fp32 [H, T]. The intervals and tiles of keys are only saved for backward."""
+    tables = key_start, key_end, query_start, query_end, query_tiles, key_tiles, tile_counts
+    return attend(q, k, v, tables, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Return o and lse, without a gradient; `tables` are those of `tables_of`."""
+    key_start, key_end, _, _, query_tiles, _, tile_counts = tables
     T, H, _ = q.shape
     q, k, v = (addressable(x) for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -86,27 +98,38 @@ def _backward(
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return contiguous (dq, dk, dv) with the shapes of q, k, v."""
+    tables = key_start, key_end, query_start, query_end, query_tiles, key_tiles, tile_counts
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    differentiate(do, q, k, v, o, lse, tables, scale, (dq, dk, dv))
+    return dq, dk, dv
+
+
+def differentiate(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: Sequence[Tensor], scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor], packed: bool = False,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v, which are contiguous, or if `packed` heads of one tensor [T, H + 2G, D]."""
+    key_start, key_end, query_start, query_end, query_tiles, key_tiles, tile_counts = tables
+    dq, dk, dv = gradients
     T = q.shape[0]
     do, q, k, v = (addressable(x) for x in (do, q, k, v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     _zero_padding(tile_counts, dq, dk, dv)
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:2]]
-    for launch in _launches("backward_dq", q, k, tile_counts):
+    for launch in _launches("backward_dq", q, k, tile_counts, packed):
         step = launch.config.step
         launch.start(
             kernels.hybrid_attention_backward_dq_kernel,
             q, k, v, launch.descriptor(k, step), launch.descriptor(v, step), o, do, lse, delta, dq,
             key_start, key_end, query_tiles, launch.first_tile, T, scale, *strides,
         )  # fmt: skip
-    for launch in _launches("backward_dkdv", q, k, tile_counts):
+    for launch in _launches("backward_dkdv", q, k, tile_counts, packed):
         step = launch.config.step
         launch.start(
             kernels.hybrid_attention_backward_dkdv_kernel,
             q, k, v, launch.descriptor(q, step), launch.descriptor(do, step), do, lse, delta, dk, dv,
             query_start, query_end, key_tiles, launch.first_tile, T, scale, *strides,
         )  # fmt: skip
-    return dq, dk, dv
 
 
 _forward.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
@@ -150,7 +173,7 @@ class _Launch:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
 
 
-def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterator[_Launch]:
+def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor, packed: bool = False) -> Iterator[_Launch]:
     _, H, D = q.shape
     G = k.shape[1]
     by_keys = kernel == "backward_dkdv"
@@ -158,17 +181,17 @@ def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterato
     first_tile = 0
     for height, count in zip(TILE_HEIGHTS, counts, strict=True):
         c = config(kernel, architecture(q.device), D, q.element_size(), height)
-        options = {**constants(kernel, c, H, G, D, height), **compiler_options(c)}
+        options = {**constants(kernel, c, H, G, D, height, packed), **compiler_options(c)}
         if count:
             programs = count * (height // c.block)
             yield _Launch(c, first_tile, (G, programs) if by_keys else (programs * H,), options)
         first_tile += count
 
 
-def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int) -> dict[str, Any]:
-    """Return the constants to compile a kernel with, for tiles of `height` positions."""
-    halves = {"HALVES": c.halves} if kernel == "forward" else {}
-    return halves | {
+def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int, packed: bool = True) -> dict[str, Any]:
+    """Return the constants to compile a kernel with, for tiles of `height` positions; `packed` as in training."""
+    own = {"HALVES": c.halves} if kernel == "forward" else {"PACKED": packed}
+    return own | {
         "H": H, "G": G, "D": D, "BLOCK_D": padded_head_dim(D), "BLOCK": c.block, "SUBTILES": height // c.block,
         "STEP": c.step, "PARTIAL_STEP": c.partial_step, "CHUNK": c.chunk,
         "SHARED": height == TILE_HEIGHTS[-1], "INTERPRET": INTERPRETED,

@@ -47,6 +47,13 @@ def hybrid_attention(
         ValueError: shapes, dtypes or devices that do not fit each other or the layout.
         NotImplementedError: the backend has no kernel for these inputs.
     """
+    _check_attention(q, k, v, layout)
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
+    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
     T, H, _ = _check_heads("hybrid_attention", q, k)
     if v.shape != k.shape or v.dtype != q.dtype or v.device != q.device:
         raise ValueError(
@@ -59,9 +66,6 @@ def hybrid_attention(
         raise ValueError(f"layout must have q's length {T}, got {layout.total_length}; build it for this batch")
     if layout.device != q.device:
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
-    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
@@ -109,6 +113,14 @@ def rope(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
+    table = _check_rope(q, k, positions, theta, q_weight, k_weight)
+    return implementation("rope", q.device, backend)(q, k, table, q_weight, k_weight)
+
+
+def _check_rope(
+    q: Tensor, k: Tensor, positions: Tensor | Rotary, theta: float, q_weight: Tensor | None, k_weight: Tensor | None
+) -> Rotary:
+    """Return the table of the positions if all arguments of `rope` fit each other."""
     T, _, D = _check_heads("rope", q, k)
     if isinstance(positions, Tensor):
         if positions.shape[:1] != (T,):
@@ -126,7 +138,66 @@ def rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.shape != (D,) or weight.device != q.device):
             raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
-    return implementation("rope", q.device, backend)(q, k, positions, q_weight, k_weight)
+    return positions
+
+
+def rotary_attention(
+    qkv: Tensor,
+    kv_heads: int,
+    positions: Tensor | Rotary,
+    layout: AttentionLayout,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return `hybrid_attention` of the queries, keys and values in one projection, after `rope` of queries and keys.
+
+    Where triton computes both, backward writes the gradient of the projection once; autograd would join its parts.
+
+    Args:
+        qkv: [T, H + 2G, D]: H query heads, G key heads, G value heads.
+        kv_heads: G, which divides H.
+        positions, q_weight, k_weight: as in `rope`. layout: as in `hybrid_attention`.
+
+    Returns:
+        [T, H, D] in the dtype of qkv; zero at padding.
+
+    Raises:
+        As `rope` and `hybrid_attention`.
+    """
+    if qkv.ndim != 3 or not 0 < 2 * kv_heads < qkv.shape[1]:
+        raise ValueError(f"qkv must be [T, H + 2G, D] with G={kv_heads} of at least 1, got {tuple(qkv.shape)}")
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if {choose(op, qkv.device, backend) for op in ("rope", "hybrid_attention")} == {"triton"}:
+        table = _check_rope(q, k, positions, 10000.0, q_weight, k_weight)
+        _check_attention(q, k, v, layout)
+        implementation("rope", qkv.device, backend)  # raises if triton is missing
+        return _triton_rotary_attention(qkv, kv_heads, table, layout, q_weight, k_weight)
+    q, k = rope(q, k, positions, q_weight=q_weight, k_weight=k_weight, backend=backend)
+    return hybrid_attention(q, k, v, layout, backend=backend)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Return x / rms(x) * weight over the last axis (arXiv 1910.07467), and x for the residual connection.
+
+    The residual must continue from the returned x: the triton backend then adds its gradient in the norm's backward.
+
+    Args:
+        x: [.., E]. weight: [E]. eps: added to the mean square.
+
+    Returns:
+        [.., E] in x's dtype, and x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
+    """
+    _check_floating("rms_norm", "x", x)
+    if x.shape[-1:] != weight.shape or weight.device != x.device:
+        raise ValueError(
+            f"weight must be {list(x.shape[-1:])} on {x.device} like x, got {list(weight.shape)} on {weight.device}"
+        )
+    return implementation("rms_norm", x.device, backend)(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -292,6 +363,10 @@ def _torch_rope(
     return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
 
 
+def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype), x
+
+
 def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute the reference without its conversion to fp32, which on a CPU costs more than the matmuls around it."""
     gate, up = reference.halves(gate, up)
@@ -320,6 +395,18 @@ def _triton_rope(*args: Any) -> tuple[Tensor, Tensor]:
     return rope(*args)
 
 
+def _triton_rotary_attention(*args: Any) -> Tensor:
+    from transfusion_fast.kernels.rotary_attention import rotary_attention
+
+    return rotary_attention(*args)
+
+
+def _triton_rms_norm(*args: Any) -> tuple[Tensor, Tensor]:
+    from transfusion_fast.kernels.rms_norm import rms_norm
+
+    return rms_norm(*args)
+
+
 def _triton_swiglu(*args: Any) -> Tensor:
     from transfusion_fast.kernels.swiglu import swiglu
 
@@ -336,18 +423,21 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     "torch": {
         "hybrid_attention": _torch_attention,
         "rope": _torch_rope,
+        "rms_norm": _torch_rms_norm,
         "swiglu": _torch_swiglu,
         "diffusion_mse": _torch_diffusion_mse,
     },
     "triton": {
         "hybrid_attention": _triton_attention,
         "rope": _triton_rope,
+        "rms_norm": _triton_rms_norm,
         "swiglu": _triton_swiglu,
         "diffusion_mse": _triton_diffusion_mse,
     },
     "reference": {
         "hybrid_attention": reference.hybrid_attention,
         "rope": _torch_rope,
+        "rms_norm": reference.rms_norm,
         "swiglu": _reference_swiglu,
         "diffusion_mse": _torch_diffusion_mse,
     },
