@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _forward(q, k, v, *tables_of(layout), scale)[0]
+    return _Attention.apply(q, k, v, *tables_of(layout), scale)
 
 
 def tables_of(layout: AttentionLayout) -> tuple[Tensor, ...]:
@@ -79,15 +80,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], scale: flo
     q, k, v = (addressable(x) for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
-    _zero_padding(tile_counts, o)
-    for launch in _launches("forward", q, k, tile_counts):
-        c = launch.config
-        launch.start(
-            kernels.hybrid_attention_forward_kernel,
-            q, k, v, launch.descriptor(k, c.step), launch.descriptor(v, c.value_rows), o, lse,
-            key_start, key_end, query_tiles, launch.first_tile, T, scale * LOG2_E,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        )  # fmt: skip
+    counts = tile_counts.tolist()
+    _zero_padding(counts[-1], o)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    known: dict[tuple[int, int], TensorDescriptor] = {}
+    with on_device(q):
+        for variant, first_tile, grid in _launches("forward", q, k, counts):
+            c = variant.config
+            loaded = variant.descriptors(known, (k, c.step), (v, c.value_rows))
+            tensors = q, k, v, *loaded, o, lse, key_start, key_end, query_tiles
+            variant.start(grid, tensors, first_tile, T, scale * LOG2_E, strides)
     return o, lse
 
 
@@ -114,78 +116,108 @@ def differentiate(
     T = q.shape[0]
     do, q, k, v = (addressable(x) for x in (do, q, k, v))
     delta = torch.empty_like(lse)
-    _zero_padding(tile_counts, dq, dk, dv)
+    counts = tile_counts.tolist()
+    _zero_padding(counts[-1], dq, dk, dv)
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:2]]
-    for launch in _launches("backward_dq", q, k, tile_counts, packed):
-        step = launch.config.step
-        launch.start(
-            kernels.hybrid_attention_backward_dq_kernel,
-            q, k, v, launch.descriptor(k, step), launch.descriptor(v, step), o, do, lse, delta, dq,
-            key_start, key_end, query_tiles, launch.first_tile, T, scale, *strides,
-        )  # fmt: skip
-    for launch in _launches("backward_dkdv", q, k, tile_counts, packed):
-        step = launch.config.step
-        launch.start(
-            kernels.hybrid_attention_backward_dkdv_kernel,
-            q, k, v, launch.descriptor(q, step), launch.descriptor(do, step), do, lse, delta, dk, dv,
-            query_start, query_end, key_tiles, launch.first_tile, T, scale, *strides,
-        )  # fmt: skip
+    known: dict[tuple[int, int], TensorDescriptor] = {}
+    with on_device(q):
+        for variant, first_tile, grid in _launches("backward_dq", q, k, counts, packed):
+            loaded = variant.descriptors(known, (k, variant.config.step), (v, variant.config.step))
+            tensors = q, k, v, *loaded, o, do, lse, delta, dq, key_start, key_end, query_tiles
+            variant.start(grid, tensors, first_tile, T, scale, strides)
+        for variant, first_tile, grid in _launches("backward_dkdv", q, k, counts, packed):
+            loaded = variant.descriptors(known, (q, variant.config.step), (do, variant.config.step))
+            tensors = q, k, v, *loaded, do, lse, delta, dk, dv, query_start, query_end, key_tiles
+            variant.start(grid, tensors, first_tile, T, scale, strides)
 
 
 _forward.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
 _backward.register_fake(lambda _, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """The formula of autograd. Registered with the op, it would cost the host more than the launches."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        o, lse = _forward(q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, *rest[:-1], o, lse)
+        ctx.scale = rest[-1]
+        return o
 
-def _differentiate(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    q, k, v, *tables, o, lse = ctx.saved_tensors
-    gradients = (None,) * 3 if do is None else _backward(do, q, k, v, o, lse, *tables, ctx.scale)
-    return *gradients, *(None for _ in tables), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *tables, o, lse = ctx.saved_tensors
+        return *_backward(do, q, k, v, o, lse, *tables, ctx.scale), *(None for _ in tables), None
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """One launch: a kernel over the tiles of one height."""
+class _Variant:
+    """A kernel for the tiles of one height, with all that it is compiled for."""
 
+    name: str
     config: Config
-    first_tile: int
-    grid: tuple[int, ...]
     options: dict[str, Any]
+    width: int
+    binaries: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def start(self, kernel: Any, q: Tensor, *arguments: Any) -> None:
-        """Queue the kernel on the device of q."""
-        with on_device(q):
-            kernel[self.grid](q, *arguments, **self.options)
+    def start(
+        self, grid: tuple[int, ...], tensors: tuple[Any, ...], first_tile: int, T: int, scale: float, strides: list[int]
+    ) -> None:
+        """Queue the kernel, by Triton at first, and then by its binary: Triton's own look-up costs 7 times as much.
 
-    def descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
-        """Return a descriptor to load [rows, D] of one head of x [T, heads, D]; None if the kernel uses pointers."""
+        A binary depends on the strides and on which tensors are aligned to 16 bytes.
+        """
+        key = (*strides, *(x.data_ptr() % 16 for x in tensors if isinstance(x, Tensor)))
+        arguments = *tensors, first_tile, T, scale, *strides
+        if key in self.binaries:
+            self.binaries[key][grid](*arguments, *self.constants)
+            return
+        binary = getattr(kernels, f"hybrid_attention_{self.name}_kernel")[grid](*arguments, **self.options)
+        if not INTERPRETED:
+            self.binaries[key] = binary
+
+    @cached_property
+    def constants(self) -> list[Any]:
+        """The constants in the order of the kernel's arguments."""
+        names = getattr(kernels, f"hybrid_attention_{self.name}_kernel").arg_names
+        return [self.options[name] for name in names if name in self.options]
+
+    def descriptors(self, known: dict[tuple[int, int], TensorDescriptor], *loads: tuple[Tensor, int]) -> list[Any]:
+        """Return a descriptor of each load of [rows, D] of one head of x [T, heads, D]; None if pointers are used.
+
+        The launches of a call share the descriptors in `known`.
+        """
         if not self.config.descriptors:
-            return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
+            return [None for _ in loads]
+        for x, rows in loads:
+            if (id(x), rows) not in known:
+                block = [rows, 1, self.width]
+                known[id(x), rows] = TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+        return [known[id(x), rows] for x, rows in loads]
 
 
-def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor, packed: bool = False) -> Iterator[_Launch]:
-    _, H, D = q.shape
-    G = k.shape[1]
+def _launches(
+    kernel: str, q: Tensor, k: Tensor, counts: list[int], packed: bool = False
+) -> Iterator[tuple[_Variant, int, tuple[int, int, int]]]:
+    """Yield the variant, the first tile and the grid of each launch."""
     by_keys = kernel == "backward_dkdv"
-    counts = tile_counts.tolist()[2:4] if by_keys else tile_counts.tolist()[:2]
-    first_tile = 0
-    for height, count in zip(TILE_HEIGHTS, counts, strict=True):
-        c = config(kernel, architecture(q.device), D, q.element_size(), height)
-        options = {**constants(kernel, c, H, G, D, height, packed), **compiler_options(c)}
+    H, G, first_tile = q.shape[1], k.shape[1], 0
+    for height, count in zip(TILE_HEIGHTS, counts[2:4] if by_keys else counts[:2], strict=True):
         if count:
-            programs = count * (height // c.block)
-            yield _Launch(c, first_tile, (G, programs) if by_keys else (programs * H,), options)
+            variant = _variant(kernel, q.device, q.dtype, H, G, q.shape[2], height, packed)
+            programs = count * (height // variant.config.block)
+            yield variant, first_tile, (G, programs, 1) if by_keys else (programs * H, 1, 1)
         first_tile += count
+
+
+@cache
+def _variant(
+    kernel: str, device: torch.device, dtype: torch.dtype, H: int, G: int, D: int, height: int, packed: bool
+) -> _Variant:
+    c = config(kernel, architecture(device), D, dtype.itemsize, height)
+    options = {**constants(kernel, c, H, G, D, height, packed), **compiler_options(c)}
+    return _Variant(kernel, c, options, padded_head_dim(D))
 
 
 def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int, packed: bool = True) -> dict[str, Any]:
@@ -204,9 +236,8 @@ def compiler_options(c: Config) -> dict[str, Any]:
     return {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
 
 
-def _zero_padding(tile_counts: Tensor, *outputs: Tensor) -> None:
+def _zero_padding(used: int, *outputs: Tensor) -> None:
     """Set the positions behind the last document to zero, which no tile covers."""
-    used = int(tile_counts[-1])
     for output in outputs:
-        if used < len(output):
+        if used < output.shape[0]:
             output[used:].zero_()

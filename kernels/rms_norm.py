@@ -129,7 +129,7 @@ class _WithResidual(torch.autograd.Function):
         return _forward(x, weight, eps), x
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return dresidual, None, None
         x, weight = ctx.saved_tensors
@@ -167,18 +167,6 @@ def _backward(dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, e
 
 _forward.register_fake(lambda x, *_: x.new_empty(x.shape))
 _backward.register_fake(lambda _dy, _dresidual, x, weight, _: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.eps = inputs[2]
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(dy, None, *ctx.saved_tensors, ctx.eps), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def rotary_attention(
     q, k, _ = _split(qkv.detach(), kv_heads)
     weights = [weight if weight is None else weight.detach() for weight in (q_weight, k_weight)]
     q, k = rope.rope(q, k, rotary, *weights)
-    return _forward(qkv, q, k, *rotary, q_weight, k_weight, attention.tables_of(layout))[0]
+    return _RotaryAttention.apply(qkv, q, k, *rotary, q_weight, k_weight, *attention.tables_of(layout))
 
 
 def _split(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,19 +97,17 @@ def _(_do: Tensor, qkv: Tensor, _q: Tensor, _k: Tensor, _cos: Tensor, _sin: Tens
     return [x.new_empty(x.shape) for x in (qkv, *rest[:2]) if x is not None]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, tables = inputs
-    ctx.save_for_backward(*tensors, *tables, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+class _RotaryAttention(torch.autograd.Function):
+    """The formula of autograd, which differentiates through the rotation that was computed before."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        o, lse = _forward(*inputs[:7], list(inputs[7:]))
+        ctx.save_for_backward(*inputs, o, lse)
+        return o
 
-def _differentiate(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
-    *tensors, o, lse = ctx.saved_tensors
-    inputs, tables = tensors[:7], tensors[7:]
-    found = [] if do is None else _backward(do, *inputs, tables, o, lse)
-    dqkv, dq_weight, dk_weight = [*found, None, None, None][:3]
-    return dqkv, None, None, None, None, dq_weight, dk_weight, [None for _ in tables]
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, o, lse = ctx.saved_tensors
+        gradients = [*_backward(do, *inputs[:7], inputs[7:], o, lse), None, None][:3]
+        return gradients[0], None, None, None, None, *gradients[1:], *(None for _ in inputs[7:])
