@@ -266,7 +266,8 @@ _LEGEND = """\
 The fused rotary embedding, RMS norm, SwiGLU and diffusion error move bytes and compute little. Registers are given for
 every target, one number where all agree. Loads and stores: bits that a thread moves at once, the narrowest of full
 tiles of the large tensors (at least 1 % of the least bytes), read off the machine code. At 16 bytes: the share of the
-bytes moved that goes at 128 bits or more. Narrower or smaller: widths of the tensors below 1 %, and of the ends of rows.
+bytes moved that goes at 128 bits or more. Narrower or smaller: widths of the tensors below 1 %, and of the ends of
+rows.
 
 Bytes are counted from the shape and the grid; they are no measurement. Least: every input read once, every output
 written once. Touched: what the pass touches at all, including its own scratch memory, divided by the least; device

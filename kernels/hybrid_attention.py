@@ -83,11 +83,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], scale: flo
     counts = tile_counts.tolist()
     _zero_padding(counts[-1], o)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
-    known: dict[tuple[int, int], TensorDescriptor] = {}
+    describe = cache(_descriptor)  # the launches share descriptors
     with on_device(q):
         for variant, first_tile, grid in _launches("forward", q, k, counts):
             c = variant.config
-            loaded = variant.descriptors(known, (k, c.step), (v, c.value_rows))
+            loaded = (describe(k, c.step), describe(v, c.value_rows)) if c.descriptors else (None, None)
             tensors = q, k, v, *loaded, o, lse, key_start, key_end, query_tiles
             variant.start(grid, tensors, first_tile, T, scale * LOG2_E, strides)
     return o, lse
@@ -119,14 +119,16 @@ def differentiate(
     counts = tile_counts.tolist()
     _zero_padding(counts[-1], dq, dk, dv)
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:2]]
-    known: dict[tuple[int, int], TensorDescriptor] = {}
+    describe = cache(_descriptor)
     with on_device(q):
         for variant, first_tile, grid in _launches("backward_dq", q, k, counts, packed):
-            loaded = variant.descriptors(known, (k, variant.config.step), (v, variant.config.step))
+            c = variant.config
+            loaded = (describe(k, c.step), describe(v, c.step)) if c.descriptors else (None, None)
             tensors = q, k, v, *loaded, o, do, lse, delta, dq, key_start, key_end, query_tiles
             variant.start(grid, tensors, first_tile, T, scale, strides)
         for variant, first_tile, grid in _launches("backward_dkdv", q, k, counts, packed):
-            loaded = variant.descriptors(known, (q, variant.config.step), (do, variant.config.step))
+            c = variant.config
+            loaded = (describe(q, c.step), describe(do, c.step)) if c.descriptors else (None, None)
             tensors = q, k, v, *loaded, do, lse, delta, dk, dv, query_start, query_end, key_tiles
             variant.start(grid, tensors, first_tile, T, scale, strides)
 
@@ -158,7 +160,6 @@ class _Variant:
     name: str
     config: Config
     options: dict[str, Any]
-    width: int
     binaries: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
     def start(
@@ -183,18 +184,10 @@ class _Variant:
         names = getattr(kernels, f"hybrid_attention_{self.name}_kernel").arg_names
         return [self.options[name] for name in names if name in self.options]
 
-    def descriptors(self, known: dict[tuple[int, int], TensorDescriptor], *loads: tuple[Tensor, int]) -> list[Any]:
-        """Return a descriptor of each load of [rows, D] of one head of x [T, heads, D]; None if pointers are used.
 
-        The launches of a call share the descriptors in `known`.
-        """
-        if not self.config.descriptors:
-            return [None for _ in loads]
-        for x, rows in loads:
-            if (id(x), rows) not in known:
-                block = [rows, 1, self.width]
-                known[id(x), rows] = TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-        return [known[id(x), rows] for x, rows in loads]
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor to load [rows, D] of one head of x [T, heads, D]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
 
 
 def _launches(
@@ -217,7 +210,7 @@ def _variant(
 ) -> _Variant:
     c = config(kernel, architecture(device), D, dtype.itemsize, height)
     options = {**constants(kernel, c, H, G, D, height, packed), **compiler_options(c)}
-    return _Variant(kernel, c, options, padded_head_dim(D))
+    return _Variant(kernel, c, options)
 
 
 def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int, packed: bool = True) -> dict[str, Any]:

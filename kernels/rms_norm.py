@@ -28,30 +28,20 @@ ROWS = 64  # of a program in backward; few, so that 16,384 rows fill a GPU, and 
 
 
 @triton.jit
-def _columns(E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Return the columns of each number of a tile, [BLOCK_T, BLOCK_E].
+def _tile(first, T, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Return the rows [BLOCK_T, 1] of a tile, the column of each of its numbers, and which of them exist.
 
-    In the shape of the tile each thread loads the weights of its own numbers, without an exchange between threads.
+    With columns in the shape of the tile, each thread loads the weights of its own numbers.
     """
-    return tl.arange(0, BLOCK_E)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
+    rows = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    cols = tl.arange(0, BLOCK_E)[None, :] + tl.zeros([BLOCK_T, 1], tl.int32)
+    exists = tl.broadcast_to(rows < T, [BLOCK_T, BLOCK_E])
+    return rows, cols, exists if E == BLOCK_E else exists & (cols < E)
 
 
 @triton.jit
-def _load(ptr, rows, cols, mask, stride):
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + cols, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, rows, cols, mask, stride, x):
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + cols, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _mask(rows, cols, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    mask = (rows < T)[:, None] & (cols >= 0)
-    if E != BLOCK_E:
-        mask = mask & (cols < E)
-    return mask
+def _load(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -60,12 +50,11 @@ def rms_norm_forward_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Write BLOCK_T rows of y, contiguous [T, E]."""
-    rows, cols = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), _columns(E, BLOCK_E, BLOCK_T)
-    mask = _mask(rows, cols, T, E, BLOCK_E)
-    x = _load(x_ptr, rows, cols, mask, stride_x)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    rows, cols, mask = _tile(tl.program_id(0) * BLOCK_T, T, E, BLOCK_E, BLOCK_T)
+    x = _load(x_ptr + rows * stride_x + cols, mask)
     r = tl.rsqrt(tl.sum(x * x, 1) / E + EPS)[:, None]
-    _store(y_ptr, rows, cols, mask, E, x * r * weight)
+    y = x * r * _load(weight_ptr + cols, mask)
+    tl.store(y_ptr + rows * E + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -74,26 +63,23 @@ def rms_norm_backward_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS rows of dx, contiguous [T, E], and the sum of their contributions to dw: sums, fp32 [programs, E]."""
-    cols = _columns(E, BLOCK_E, BLOCK_T)
     dweight = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     start = tl.program_id(0) * ROWS
     for first in tl.range(start, tl.minimum(start + ROWS, T), BLOCK_T):
-        rows = first + tl.arange(0, BLOCK_T)
-        mask = _mask(rows, cols, T, E, BLOCK_E)
-        x = _load(x_ptr, rows, cols, mask, stride_x)
-        dy = _load(dy_ptr, rows, cols, mask, stride_dy)
-        # Reloaded from the L1 cache for each tile: keeping them in registers would lower occupancy.
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        rows, cols, mask = _tile(first, T, E, BLOCK_E, BLOCK_T)
+        x = _load(x_ptr + rows * stride_x + cols, mask)
+        dy = _load(dy_ptr + rows * stride_dy + cols, mask)
         r = tl.rsqrt(tl.sum(x * x, 1) / E + EPS)[:, None]
-        dn = weight * dy
         n = x * r
+        # Reloaded from the L1 cache for each tile: keeping them in registers would lower occupancy.
+        dn = _load(weight_ptr + cols, mask) * dy
         dx = r * (dn - n * (tl.sum(n * dn, 1) / E)[:, None])
         if dresidual_ptr is not None:
-            dx += _load(dresidual_ptr, rows, cols, mask, stride_dresidual)
-        _store(dx_ptr, rows, cols, mask, E, dx)
+            dx += _load(dresidual_ptr + rows * stride_dresidual + cols, mask)
+        tl.store(dx_ptr + rows * E + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dweight += n * dy
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * E + tl.arange(0, BLOCK_E), tl.sum(dweight, 0),
-             mask=tl.arange(0, BLOCK_E) < E)  # fmt: skip
+    columns = tl.arange(0, BLOCK_E)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * E + columns, tl.sum(dweight, 0), mask=columns < E)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
