@@ -169,13 +169,13 @@ def rotary_attention(
     if qkv.ndim != 3 or not 0 < 2 * kv_heads < qkv.shape[1]:
         raise ValueError(f"qkv must be [T, H + 2G, D] with G={kv_heads} of at least 1, got {tuple(qkv.shape)}")
     q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    if {choose(op, qkv.device, backend) for op in ("rope", "hybrid_attention")} == {"triton"}:
-        table = _check_rope(q, k, positions, 10000.0, q_weight, k_weight)
-        _check_attention(q, k, v, layout)
-        implementation("rope", qkv.device, backend)  # raises if triton is missing
+    table = _check_rope(q, k, positions, 10000.0, q_weight, k_weight)
+    _check_attention(q, k, v, layout)
+    rotate, attend = (implementation(op, qkv.device, backend) for op in ("rope", "hybrid_attention"))
+    if (rotate, attend) == (_triton_rope, _triton_attention):
         return _triton_rotary_attention(qkv, kv_heads, table, layout, q_weight, k_weight)
-    q, k = rope(q, k, positions, q_weight=q_weight, k_weight=k_weight, backend=backend)
-    return hybrid_attention(q, k, v, layout, backend=backend)
+    q, k = rotate(q, k, table, q_weight, k_weight)
+    return attend(q, k, v, layout, None)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
