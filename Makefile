@@ -83,6 +83,7 @@ bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/attn_bench.py --out $(REPORT) --minutes 30 || failed=1; \
 	$(RUN) benchmarks/pointwise_bench.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/layer_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/data_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed

@@ -1,14 +1,17 @@
 """A driver that lets compiled kernels be launched on CPU tensors up to the launch itself, on a machine without a GPU.
 
 Triton compiles and specialises as it does for the GPU, and the launch is counted instead of made: results are what the
-memory held before. Import this with TRITON_INTERPRET=0, before anything of the library that imports triton.
+memory held before. Import this before anything of the library that imports triton.
 """
 
+import os
 import types
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -56,13 +59,21 @@ class _Driver:
 @contextmanager
 def fake_gpu(arch: int = 90):
     """Let backend="triton" take CPU tensors as those of an sm_`arch` GPU."""
-    from transfusion_fast.kernels import diffusion_mse, hybrid_attention, launch, rope, swiglu
+    from transfusion_fast.kernels import (
+        diffusion_mse,
+        hybrid_attention,
+        launch,
+        rms_norm,
+        rope,
+        rotary_attention,
+        swiglu,
+    )
 
     assert not launch.INTERPRETED, "kernels must be compiled here: set TRITON_INTERPRET=0"
     launch.architecture.cache_clear()
     with ExitStack() as patches:
         patches.enter_context(patch.object(driver, "_active", _Driver(arch)))
-        for module in (hybrid_attention, rope, swiglu, diffusion_mse):
+        for module in (hybrid_attention, rotary_attention, rms_norm, rope, swiglu, diffusion_mse):
             patches.enter_context(patch.object(module, "check_inputs", lambda *_, **__: None))
         patches.enter_context(patch.object(launch, "INTERPRETED_ARCHITECTURE", arch))
         try:

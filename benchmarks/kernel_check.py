@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from transfusion_fast.kernels import attention_kernels, diffusion_mse, launch, rope, swiglu
+from transfusion_fast.kernels import attention_kernels, diffusion_mse, launch, rms_norm, rope, swiglu
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 
@@ -35,12 +35,15 @@ def cases(device: str, dim: int) -> Iterator[tuple[str, Op, list[Tensor]]]:
     draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     q, k, v = draw(T, H + 2 * G, dim).split([H, G, G], dim=1)
     yield f"attention D={dim}", partial(ops.hybrid_attention, layout=layout), [q, k, v]
+    copies = AttentionLayout.from_spans([T], [(10, 40)], device=device, noised_copies=[(105, 40, 10), (145, 40, 50)])
+    yield f"attention with copies D={dim}", partial(ops.hybrid_attention, layout=copies), [q, k, v]
     table = ops.rotary(torch.arange(T, device=device), dim)
 
     def normed_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         return ops.rope(q, k, table, q_weight=q_weight, k_weight=k_weight, backend=backend)
 
     yield f"rope D={dim}", normed_rope, [q, k, 1 + 0.1 * draw(dim), 1 + 0.1 * draw(dim)]
+    yield f"rms_norm E={dim}", partial(ops.rms_norm, eps=1e-5), [draw(T, dim), 1 + 0.1 * draw(dim)]
     yield f"swiglu F={dim}", ops.swiglu, [draw(T, 2 * dim)]
     target, offsets = draw(P, dim), torch.tensor([0, 1, 33, P], dtype=torch.int32, device=device)
     yield f"diffusion_mse C={dim}", partial(ops.diffusion_mse, target=target, image_offsets=offsets), [draw(P, dim)]
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.perf_counter()
         with fake_gpu():
             check("cpu", options.dims, options.dtypes, compare=False)
-        count = sum(compilations(attention_kernels, diffusion_mse, rope, swiglu).values())
+        count = sum(compilations(attention_kernels, diffusion_mse, rms_norm, rope, swiglu).values())
         print(f"{count} compilations, {(time.perf_counter() - start) / count:.2f} s each")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
-"""Time the memory-bound ops (rotary embedding, SwiGLU, error of each image) against plain PyTorch and a copy.
+"""Time the memory-bound ops (rotary embedding, RMS norm, SwiGLU, image errors) against plain PyTorch and a copy.
 
-    python benchmarks/pointwise_bench.py --out DIR [--reports rope_swiglu diffusion_mse] [--device cuda|cpu]
+    python benchmarks/pointwise_bench.py --out DIR [--reports rope_swiglu rms_norm diffusion_mse] [--device cuda|cpu]
 
-Writes DIR/rope_swiglu.csv, .md and .png, and DIR/diffusion_mse.csv, .md and .png. The yardstick is a copy of as many
+Writes DIR/rope_swiglu.csv, .md and .png, and the same of rms_norm and diffusion_mse. The yardstick is a copy of as many
 bytes as an op must read and write at least, timed in the same run. Exit status 1 where a backend computed something
 wrong, or one of ours broke.
 
@@ -26,7 +26,7 @@ import timing
 import torch
 import torch.nn.functional as F
 from gate import Backend, Forward, Gate, compare, make_gate, run
-from pointwise_report import Moved, mse_bytes, rope_bytes, swiglu_bytes
+from pointwise_report import Moved, mse_bytes, norm_bytes, rope_bytes, swiglu_bytes
 from tables import Row
 from timing import DTYPES, NEEDS_CUDA, NOT_MEASURED, PASSES, Times
 from torch import Tensor
@@ -96,6 +96,21 @@ def rope(setting: Setting, H: int, G: int, D: int, norm: bool) -> Problem:
     return Problem(op, shape, (projection[:, :H], projection[:, H : H + G], *weights), ours, plain, _least(*moved))
 
 
+def rms_norm(setting: Setting, E: int) -> Problem:
+    """Return RMS norm of T rows, whose backward adds the gradient of the residual."""
+    T = setting.pick(64, 4096, 16384)
+    inputs = (setting.normal(0, T, E), 1 + 0.1 * setting.normal(1, E))
+
+    def ours(x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, weight, EPS, backend=backend)
+
+    def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return F.rms_norm(x, weight.shape, weight, EPS), x
+
+    moved = (norm_bytes(kernel, T, E, setting.dtype.itemsize) for kernel in PASSES)
+    return Problem("rms_norm", f"T={T} E={E}", inputs, ours, plain, _least(*moved))
+
+
 def swiglu(setting: Setting, fused: bool) -> Problem:
     """Return SwiGLU of two tensors [T, F], or of one [T, 2F] that holds both."""
     T, width = setting.pick(64, 4096, 16384), setting.pick(256, 1408, 4096)
@@ -147,10 +162,12 @@ def _least(*passes: Iterable[Moved]) -> tuple[int, ...]:
 
 BOTH = (False, True)
 ROPE = [partial(rope, H=16, G=G, D=D, norm=norm) for (G, D), norm in product(((16, 64), (4, 128)), BOTH)]
+NORM = [partial(rms_norm, E=E) for E in (1024, 4096)]
 SWIGLU = [partial(swiglu, fused=fused) for fused in BOTH]
 MSE = [partial(diffusion_mse, ragged=ragged, flow=flow) for ragged, flow in product(BOTH, BOTH)]
 REPORTS = {
     "rope_swiglu": ("Rotary embedding and SwiGLU", ROPE + SWIGLU),
+    "rms_norm": ("RMS norm and the residual's gradient", NORM),
     "diffusion_mse": ("Squared error of each image", MSE),
 }
 
@@ -175,7 +192,7 @@ BACKENDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that the command line asks for; return the exit code."""
     parser = timing.make_parser(__doc__)
-    parser.add_argument("--reports", nargs="+", choices=REPORTS, default=list(REPORTS), help="default: both")
+    parser.add_argument("--reports", nargs="+", choices=REPORTS, default=list(REPORTS), help="default: all")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--seconds", type=float, default=1, help="to time each backend for (default: 1)")

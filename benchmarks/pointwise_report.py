@@ -13,7 +13,7 @@ import triton
 from offline import ITEMSIZE, Access, compile_kernel, known_multiples, parse_ptx, spill_rule, with_widest
 from tables import Row, list_broken, markdown_table
 
-from transfusion_fast.kernels import diffusion_mse, rope, swiglu
+from transfusion_fast.kernels import diffusion_mse, rms_norm, rope, swiglu
 
 WIDE = 128  # bits
 LARGE = 100  # a large tensor has at least one in so many of the least bytes
@@ -48,6 +48,19 @@ def swiglu_bytes(kernel: str, values: int, itemsize: int) -> list[Moved]:
     """Return the bytes of one pass for `values` numbers of the output."""
     names = {"forward": ("gate", "up", "y"), "backward": ("dy", "gate", "up", "dgate", "dup")}[kernel]
     return once_each({f"{name}_ptr": values * itemsize for name in names})
+
+
+def norm_bytes(kernel: str, T: int, E: int, itemsize: int, residual: bool = True) -> list[Moved]:
+    """Return the bytes of RMS norm; every program reads the weights, and PyTorch adds the sums of their gradients."""
+    sizes, _ = rms_norm.constants(kernel, E, 1e-5)
+    programs, weight = -(-T // sizes.get("ROWS", sizes["BLOCK_T"])), E * itemsize
+    names = {"forward": ("x", "y"), "backward": ("dy", "dresidual", "x", "dx")}[kernel]
+    found = once_each({f"{name}_ptr": T * E * itemsize for name in names if residual or name != "dresidual"})
+    found.append(Moved("weight_ptr", weight, weight, weight * programs))
+    if kernel == "backward":
+        sums = 4 * E * programs
+        found += [Moved("sums_ptr", 0, sums, sums), Moved(PYTORCH, weight, sums + weight, sums + weight)]
+    return found
 
 
 def rope_bytes(T: int, H: int, G: int, D: int, itemsize: int, norm: bool, backward: bool = False) -> list[Moved]:
@@ -137,6 +150,9 @@ def cases(itemsize: int) -> dict[str, Case]:
     for (H, G, D), norm, kernel in product(HEADS, (False, True), PASSES):
         case = _rope(itemsize, H, G, D, norm, kernel == "backward")
         found[f"rope{' with norm' if norm else ''} {kernel}, H={H} G={G} D={D}"] = case
+    for E, kernel in product((1024, 4096), PASSES):
+        found[f"rms_norm {kernel}, E={E}"] = _norm(itemsize, kernel, E, residual=True)
+    found["rms_norm backward without residual"] = _norm(itemsize, "backward", 1024, residual=False)
     for kernel, layout in product(PASSES, ("two tensors", "halves of one", "odd length")):
         found[f"swiglu {kernel}, {layout}"] = _swiglu(itemsize, kernel, layout)
     for kernel, target in product(PASSES, ("", " with x_0", " with x_0 in fp32")):
@@ -146,12 +162,21 @@ def cases(itemsize: int) -> dict[str, Case]:
 
 def _rope(itemsize: int, H: int, G: int, D: int, norm: bool, backward: bool) -> Case:
     tensors = rope_bytes(T, H, G, D, itemsize, norm, backward)
+    # Backward writes the gradients of q and k into that of the projection.
     if norm and backward:
-        known = rope.constants("backward", H, G, D)
+        known = rope.constants("backward", H, G, D, packed=True)
         return Case(f"T={T}", rope.rope_backward_kernel, *known, tensors[:-1], tensors[-1:])
-    sizes, options = rope.constants("forward", H, G, D)
+    sizes, options = rope.constants("forward", H, G, D, packed=backward)
     absent = {} if norm else {"q_weight_ptr": None, "k_weight_ptr": None}
     return Case(f"T={T}", rope.rope_forward_kernel, sizes | absent | {"INVERSE": backward}, options, tensors)
+
+
+def _norm(itemsize: int, kernel: str, E: int, residual: bool) -> Case:
+    function, tensors = getattr(rms_norm, f"rms_norm_{kernel}_kernel"), norm_bytes(kernel, T, E, itemsize, residual)
+    sizes, options = rms_norm.constants(kernel, E, 1e-5)
+    absent = {} if residual else {"dresidual_ptr": None, "stride_dresidual": None}
+    inside = [tensor for tensor in tensors if tensor.name != PYTORCH]
+    return Case(f"T={T}", function, sizes | absent, options, inside, tensors[len(inside) :])
 
 
 def _swiglu(itemsize: int, kernel: str, layout: str) -> Case:
@@ -238,10 +263,11 @@ def _widths(by_tensor: Mapping[str, Sequence[Access]]) -> str:
 
 
 _LEGEND = """\
-The fused rotary embedding, SwiGLU and diffusion error move bytes and compute little. Registers are given for every
-target, one number where all agree. Loads and stores: bits that a thread moves at once, the narrowest of full tiles of
-the large tensors (at least 1 % of the least bytes), read off the machine code. At 16 bytes: the share of the bytes
-moved that goes at 128 bits or more. Narrower or smaller: widths of the tensors below 1 %, and of the ends of rows.
+The fused rotary embedding, RMS norm, SwiGLU and diffusion error move bytes and compute little. Registers are given for
+every target, one number where all agree. Loads and stores: bits that a thread moves at once, the narrowest of full
+tiles of the large tensors (at least 1 % of the least bytes), read off the machine code. At 16 bytes: the share of the
+bytes moved that goes at 128 bits or more. Narrower or smaller: widths of the tensors below 1 %, and of the ends of
+rows.
 
 Bytes are counted from the shape and the grid; they are no measurement. Least: every input read once, every output
 written once. Touched: what the pass touches at all, including its own scratch memory, divided by the least; device

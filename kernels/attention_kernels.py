@@ -7,7 +7,7 @@ tile sees, without a mask, and then in partial blocks of PARTIAL_STEP columns, w
 
 Rows and columns outside of a tile are loaded as zeros, whatever memory holds there: a matrix product with P = 0 would
 still spread the infinities of an invisible key. A `source` describes rows of one head: (pointer to the head, first row,
-end of the rows, stride of a row).
+end of the rows, stride of a row). With PACKED the gradients are parts of one tensor [T, H + 2G, D].
 
 Which tile a program owns and which blocks it visits is in attention_intervals.py.
 """
@@ -215,7 +215,7 @@ def hybrid_attention_backward_dq_kernel(
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
-    CHUNK: tl.constexpr, SHARED: tl.constexpr, INTERPRET: tl.constexpr,
+    CHUNK: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ = scale dS K for one tile of queries and one head; store delta = rowsum(dO O) for the other kernel."""
     head = (tl.program_id(0) % H).to(tl.int64)
@@ -270,7 +270,8 @@ def hybrid_attention_backward_dq_kernel(
         dp = _product(do, do_source, v, v_source, D, CHUNK, INTERPRET)
         dq = _dq_step(scores, dp, k, dq, lse, delta, scale_log2, INTERPRET)
 
-    _store(dq_ptr + head * D, rows, end, H * D, dq * scale, D, BLOCK_D)
+    ROW: tl.constexpr = (H + 2 * G if PACKED else H) * D
+    _store(dq_ptr + head * D, rows, end, ROW, dq * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -298,7 +299,7 @@ def hybrid_attention_backward_dkdv_kernel(
     stride_qt, stride_qh, stride_kt, stride_kg, stride_vt, stride_vg, stride_dot, stride_doh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, SUBTILES: tl.constexpr, STEP: tl.constexpr, PARTIAL_STEP: tl.constexpr,
-    CHUNK: tl.constexpr, SHARED: tl.constexpr, INTERPRET: tl.constexpr,
+    CHUNK: tl.constexpr, SHARED: tl.constexpr, PACKED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Compute dK = scale dS^T Q and dV = P^T dO for one tile of keys and one key/value head, over its query heads."""
     kv_head = tl.program_id(0)  # a grid axis of its own, so that the code does not depend on G
@@ -370,5 +371,6 @@ def hybrid_attention_backward_dkdv_kernel(
             head = tl.where(offset < stop, head, head + 1)
             offset = tl.where(offset < stop, offset, begin)
 
-    _store(dk_ptr + kv_head * D, cols, end, G * D, dk * scale, D, BLOCK_D)
-    _store(dv_ptr + kv_head * D, cols, end, G * D, dv, D, BLOCK_D)
+    ROW: tl.constexpr = (H + 2 * G if PACKED else G) * D
+    _store(dk_ptr + kv_head * D, cols, end, ROW, dk * scale, D, BLOCK_D)
+    _store(dv_ptr + kv_head * D, cols, end, ROW, dv, D, BLOCK_D)

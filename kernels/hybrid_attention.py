@@ -4,10 +4,9 @@
     dV = P^T dO,   dP = dO V^T,   dS = P (dP - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q
 
 The mask is one interval of keys a token, or two with noised copies (`layout.py`), and no block outside of a document is
-visited. A program owns a tile of
-rows and loops over the interval that they see: full blocks without a mask, and smaller partial blocks with one. The
-inputs, o and the log-sum-exp in base 2, fp32 [H, T], are saved for backward, and P is recomputed (FlashAttention, arXiv
-2205.14135).
+visited. A program owns a tile of rows and loops over the intervals that they see: full blocks without a mask, and
+smaller partial blocks with one. The inputs, o and the log-sum-exp in base 2, fp32 [H, T], are saved for backward, and P
+is recomputed (FlashAttention, arXiv 2205.14135).
 
 Backward is two kernels, dQ over tiles of queries, and dK and dV over tiles of keys. One program computes each sum, so
 there are no atomics, no fp32 copy of dQ, and equal inputs give equal bits. The dQ kernel runs first and stores
@@ -18,8 +17,9 @@ Infinities and NaN stay in their document, except that documents of up to 64 pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -50,9 +50,18 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _Attention.apply(q, k, v, *tables_of(layout), scale)
+
+
+Tables = Sequence[Tensor | None]
+"""The tensors of a layout that the ops take; None for the second intervals of a layout without copies."""
+
+
+def tables_of(layout: AttentionLayout) -> Tables:
+    """Return the tensors of a layout that the ops take."""
     intervals = (layout.key_start, layout.key_end, layout.query_start, layout.query_end)
     copies = (layout.own_start, layout.own_end, layout.copies_start, layout.copies_end)
-    return _forward(q, k, v, *intervals, *copies, layout.query_tiles, layout.key_tiles, layout.tile_counts, scale)[0]
+    return *intervals, *copies, layout.query_tiles, layout.key_tiles, layout.tile_counts
 
 
 @torch.library.custom_op("transfusion_fast::hybrid_attention", mutates_args=())
@@ -63,19 +72,29 @@ def _forward(
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o [T, H, D] and lse fp32 [H, T]. The intervals and tiles of keys are only saved for backward."""
+    copies = own_start, own_end, copies_start, copies_end
+    tables = key_start, key_end, query_start, query_end, *copies, query_tiles, key_tiles, tile_counts
+    return attend(q, k, v, tables, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float) -> tuple[Tensor, Tensor]:
+    """Return o and lse, without a gradient; `tables` are those of `tables_of`."""
+    key_start, key_end, _, _, own_start, own_end, _, _, query_tiles, _, tile_counts = tables
+    assert tile_counts is not None
     T, H, _ = q.shape
     q, k, v = (addressable(x) for x in (q, k, v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
-    _zero_padding(tile_counts, o)
-    for launch in _launches("forward", q, k, tile_counts):
-        c = launch.config
-        launch.start(
-            kernels.hybrid_attention_forward_kernel,
-            q, k, v, launch.descriptor(k, c.step), launch.descriptor(v, c.value_rows), o, lse,
-            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        )  # fmt: skip
+    counts = tile_counts.tolist()
+    _zero_padding(counts[-1], o)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    describe = cache(_descriptor)  # the launches share descriptors
+    with on_device(q):
+        for variant, first_tile, grid in _launches("forward", q, k, counts):
+            c = variant.config
+            loaded = (describe(k, c.step), describe(v, c.value_rows)) if c.descriptors else (None, None)
+            tensors = q, k, v, *loaded, o, lse, key_start, key_end, own_start, own_end, query_tiles
+            variant.start(grid, tensors, first_tile, T, scale, strides)
     return o, lse
 
 
@@ -87,89 +106,127 @@ def _backward(
     query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return contiguous (dq, dk, dv) with the shapes of q, k, v."""
+    copies = own_start, own_end, copies_start, copies_end
+    tables = key_start, key_end, query_start, query_end, *copies, query_tiles, key_tiles, tile_counts
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    differentiate(do, q, k, v, o, lse, tables, scale, (dq, dk, dv))
+    return dq, dk, dv
+
+
+def differentiate(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: Tables, scale: float,
+    gradients: tuple[Tensor, Tensor, Tensor], packed: bool = False,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v, which are contiguous, or if `packed` heads of one tensor [T, H + 2G, D]."""
+    key_start, key_end, query_start, query_end, *copies, query_tiles, key_tiles, tile_counts = tables
+    own_start, own_end, copies_start, copies_end = copies
+    assert tile_counts is not None
+    dq, dk, dv = gradients
     T = q.shape[0]
     do, q, k, v = (addressable(x) for x in (do, q, k, v))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    _zero_padding(tile_counts, dq, dk, dv)
+    counts = tile_counts.tolist()
+    _zero_padding(counts[-1], dq, dk, dv)
     strides = [stride for x in (q, k, v, do) for stride in x.stride()[:2]]
-    for launch in _launches("backward_dq", q, k, tile_counts):
-        step = launch.config.step
-        launch.start(
-            kernels.hybrid_attention_backward_dq_kernel,
-            q, k, v, launch.descriptor(k, step), launch.descriptor(v, step), o, do, lse, delta, dq,
-            key_start, key_end, own_start, own_end, query_tiles, launch.first_tile, T, scale, *strides,
-        )  # fmt: skip
-    for launch in _launches("backward_dkdv", q, k, tile_counts):
-        step = launch.config.step
-        launch.start(
-            kernels.hybrid_attention_backward_dkdv_kernel,
-            q, k, v, launch.descriptor(q, step), launch.descriptor(do, step), do, lse, delta, dk, dv,
-            query_start, query_end, copies_start, copies_end, key_tiles, launch.first_tile, T, scale, *strides,
-        )  # fmt: skip
-    return dq, dk, dv
+    describe = cache(_descriptor)
+    with on_device(q):
+        for variant, first_tile, grid in _launches("backward_dq", q, k, counts, packed):
+            c = variant.config
+            loaded = (describe(k, c.step), describe(v, c.step)) if c.descriptors else (None, None)
+            tensors = q, k, v, *loaded, o, do, lse, delta, dq, key_start, key_end, own_start, own_end, query_tiles
+            variant.start(grid, tensors, first_tile, T, scale, strides)
+        for variant, first_tile, grid in _launches("backward_dkdv", q, k, counts, packed):
+            c = variant.config
+            loaded = (describe(q, c.step), describe(do, c.step)) if c.descriptors else (None, None)
+            intervals = query_start, query_end, copies_start, copies_end
+            tensors = q, k, v, *loaded, do, lse, delta, dk, dv, *intervals, key_tiles
+            variant.start(grid, tensors, first_tile, T, scale, strides)
 
 
 _forward.register_fake(lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)))
 _backward.register_fake(lambda _, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """The formula of autograd. Registered with the op, it would cost the host more than the launches."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        o, lse = _forward(q, k, v, *rest)
+        ctx.save_for_backward(q, k, v, *rest[:-1], o, lse)
+        ctx.scale = rest[-1]
+        return o
 
-def _differentiate(ctx: Any, do: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    q, k, v, *tables, o, lse = ctx.saved_tensors
-    gradients = (None,) * 3 if do is None else _backward(do, q, k, v, o, lse, *tables, ctx.scale)
-    return *gradients, *(None for _ in tables), None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *tables, o, lse = ctx.saved_tensors
+        return *_backward(do, q, k, v, o, lse, *tables, ctx.scale), *(None for _ in tables), None
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """One launch: a kernel over the tiles of one height."""
+class _Variant:
+    """A kernel for the tiles of one height, with all that it is compiled for."""
 
+    name: str
     config: Config
-    first_tile: int
-    grid: tuple[int, ...]
     options: dict[str, Any]
+    binaries: dict[tuple[int, ...], Any] = field(default_factory=dict)
 
-    def start(self, kernel: Any, q: Tensor, *arguments: Any) -> None:
-        """Queue the kernel on the device of q."""
-        with on_device(q):
-            kernel[self.grid](q, *arguments, **self.options)
+    def start(
+        self, grid: tuple[int, ...], tensors: tuple[Any, ...], first_tile: int, T: int, scale: float, strides: list[int]
+    ) -> None:
+        """Queue the kernel, by Triton at first, and then by its binary: Triton's own look-up costs 7 times as much.
 
-    def descriptor(self, x: Tensor, rows: int) -> TensorDescriptor | None:
-        """Return a descriptor to load [rows, D] of one head of x [T, heads, D]; None if the kernel uses pointers."""
-        if not self.config.descriptors:
-            return None
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
+        A binary depends on the strides and on which tensors are aligned to 16 bytes.
+        """
+        key = (*strides, *(x.data_ptr() % 16 for x in tensors if isinstance(x, Tensor)))
+        arguments = *tensors, first_tile, T, scale, *strides
+        if key in self.binaries:
+            self.binaries[key][grid](*arguments, *self.constants)
+            return
+        binary = getattr(kernels, f"hybrid_attention_{self.name}_kernel")[grid](*arguments, **self.options)
+        if not INTERPRETED:
+            self.binaries[key] = binary
+
+    @cached_property
+    def constants(self) -> list[Any]:
+        """The constants in the order of the kernel's arguments."""
+        names = getattr(kernels, f"hybrid_attention_{self.name}_kernel").arg_names
+        return [self.options[name] for name in names if name in self.options]
 
 
-def _launches(kernel: str, q: Tensor, k: Tensor, tile_counts: Tensor) -> Iterator[_Launch]:
-    _, H, D = q.shape
-    G = k.shape[1]
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor to load [rows, D] of one head of x [T, heads, D]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, padded_head_dim(x.shape[-1])])
+
+
+def _launches(
+    kernel: str, q: Tensor, k: Tensor, counts: list[int], packed: bool = False
+) -> Iterator[tuple[_Variant, int, tuple[int, int, int]]]:
+    """Yield the variant, the first tile and the grid of each launch."""
     by_keys = kernel == "backward_dkdv"
-    counts = tile_counts.tolist()[2:4] if by_keys else tile_counts.tolist()[:2]
-    first_tile = 0
-    for height, count in zip(TILE_HEIGHTS, counts, strict=True):
-        c = config(kernel, architecture(q.device), D, q.element_size(), height)
-        options = {**constants(kernel, c, H, G, D, height), **compiler_options(c)}
+    H, G, first_tile = q.shape[1], k.shape[1], 0
+    for height, count in zip(TILE_HEIGHTS, counts[2:4] if by_keys else counts[:2], strict=True):
         if count:
-            programs = count * (height // c.block)
-            yield _Launch(c, first_tile, (G, programs) if by_keys else (programs * H,), options)
+            variant = _variant(kernel, q.device, q.dtype, H, G, q.shape[2], height, packed)
+            programs = count * (height // variant.config.block)
+            yield variant, first_tile, (G, programs, 1) if by_keys else (programs * H, 1, 1)
         first_tile += count
 
 
-def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int) -> dict[str, Any]:
-    """Return the constants to compile a kernel with, for tiles of `height` positions."""
-    halves = {"HALVES": c.halves} if kernel == "forward" else {}
-    return halves | {
+@cache
+def _variant(
+    kernel: str, device: torch.device, dtype: torch.dtype, H: int, G: int, D: int, height: int, packed: bool
+) -> _Variant:
+    c = config(kernel, architecture(device), D, dtype.itemsize, height)
+    options = {**constants(kernel, c, H, G, D, height, packed), **compiler_options(c)}
+    return _Variant(kernel, c, options)
+
+
+def constants(kernel: str, c: Config, H: int, G: int, D: int, height: int, packed: bool = True) -> dict[str, Any]:
+    """Return the constants to compile a kernel with, for tiles of `height` positions; `packed` as in training."""
+    own = {"HALVES": c.halves} if kernel == "forward" else {"PACKED": packed}
+    return own | {
         "H": H, "G": G, "D": D, "BLOCK_D": padded_head_dim(D), "BLOCK": c.block, "SUBTILES": height // c.block,
         "STEP": c.step, "PARTIAL_STEP": c.partial_step, "CHUNK": c.chunk,
         "SHARED": height == TILE_HEIGHTS[-1], "INTERPRET": INTERPRETED,
@@ -182,9 +239,8 @@ def compiler_options(c: Config) -> dict[str, Any]:
     return {"num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True}
 
 
-def _zero_padding(tile_counts: Tensor, *outputs: Tensor) -> None:
+def _zero_padding(used: int, *outputs: Tensor) -> None:
     """Set the positions behind the last document to zero, which no tile covers."""
-    used = int(tile_counts[-1])
     for output in outputs:
-        if used < len(output):
+        if used < output.shape[0]:
             output[used:].zero_()

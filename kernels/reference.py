@@ -78,6 +78,11 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     return Rotary(angles.cos(), angles.sin())
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute x / rms(x) * weight over the last axis in fp32 (arXiv 1910.07467); return it and x."""
+    return F.rms_norm(_fp32(x), weight.shape, _fp32(weight), eps).to(x.dtype), x
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up in fp32, for any shape (GLU variants, arXiv 2002.05202)."""
     return (F.silu(_fp32(gate)) * _fp32(up)).to(gate.dtype)

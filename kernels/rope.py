@@ -102,9 +102,9 @@ def _angles(cos_ptr, sin_ptr, first, mask, HALF: tl.constexpr, BLOCK_HEADS: tl.c
 def _rotate_tile(
     x_ptr, weight_ptr, y_ptr, cos_ptr, sin_ptr, first, head, T, stride_t, stride_h,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr, OUT_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of y, contiguous [T, HEADS, D]."""
+    """Write one tile of y, HEADS heads of a tensor [T, OUT_HEADS, D]."""
     mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
     x_1, x_2 = _load(_pointers(x_ptr, first, head, stride_t, stride_h, BLOCK_HEADS, BLOCK_HALF, BLOCK_T), mask, HALF)
     if weight_ptr is not None:
@@ -114,7 +114,7 @@ def _rotate_tile(
         x_2 *= w_2
     cos, sin = _angles(cos_ptr, sin_ptr, first, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     sin = -sin if INVERSE else sin
-    ptrs = _pointers(y_ptr, first, head, HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
+    ptrs = _pointers(y_ptr, first, head, OUT_HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     _store(ptrs, mask, x_1 * cos - x_2 * sin, x_2 * cos + x_1 * sin, HALF)
 
 
@@ -123,7 +123,7 @@ def rope_forward_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, T,
     stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, EPS: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, PACKED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Rotate BLOCK_T tokens of a chunk of q or k; with INVERSE, by minus the angle, which is the gradient."""
     q_chunks = (H + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -132,13 +132,13 @@ def rope_forward_kernel(
     if chunk < q_chunks:
         _rotate_tile(
             q_ptr, q_weight_ptr, q_out_ptr, cos_ptr, sin_ptr, first, chunk * BLOCK_HEADS, T, stride_qt, stride_qh,
-            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
+            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE, H + 2 * G if PACKED else H,
         )  # fmt: skip
     else:
         head = (chunk - q_chunks) * BLOCK_HEADS
         _rotate_tile(
             k_ptr, k_weight_ptr, k_out_ptr, cos_ptr, sin_ptr, first, head, T, stride_kt, stride_kh,
-            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE,
+            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, INVERSE, H + 2 * G if PACKED else G,
         )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def rope_forward_kernel(
 def _norm_gradient(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, first, head, T, stride_dt, stride_dh, stride_t, stride_h,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, OUT_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Write dx of a tile and return the contribution of each pair to dw, for both halves."""
     mask = _mask(first, head, T, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T)
@@ -160,7 +160,7 @@ def _norm_gradient(
     w_1, w_2 = _weights(weight_ptr, mask, HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     dn_1, dn_2 = g_1 * w_1, g_2 * w_2
     mean = (tl.sum(n_1 * dn_1 + n_2 * dn_2, 1) / (2 * HALF))[:, None]
-    ptrs = _pointers(dx_ptr, first, head, HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
+    ptrs = _pointers(dx_ptr, first, head, OUT_HEADS * 2 * HALF, 2 * HALF, BLOCK_HEADS, BLOCK_HALF, BLOCK_T)
     _store(ptrs, mask, r * (dn_1 - n_1 * mean), r * (dn_2 - n_2 * mean), HALF)
     return n_1 * g_1, n_2 * g_2
 
@@ -170,7 +170,7 @@ def _norm_gradients(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, sums_ptr, start, head, T,
     stride_dt, stride_dh, stride_t, stride_h,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, OUT_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Write dx of TILES tiles and the sum of their contributions to dw, fp32 [D]."""
     dw_1 = tl.zeros([BLOCK_T * BLOCK_HEADS, BLOCK_HALF], tl.float32)
@@ -178,7 +178,7 @@ def _norm_gradients(
     for first in tl.range(start, tl.minimum(start + TILES * BLOCK_T, T), BLOCK_T):
         part_1, part_2 = _norm_gradient(
             dy_ptr, x_ptr, weight_ptr, dx_ptr, cos_ptr, sin_ptr, first, head, T,
-            stride_dt, stride_dh, stride_t, stride_h, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS,
+            stride_dt, stride_dh, stride_t, stride_h, HEADS, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, OUT_HEADS,
         )  # fmt: skip
         dw_1 += part_1
         dw_2 += part_2
@@ -191,7 +191,7 @@ def rope_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr, sums_ptr, T,
     stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, G: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_T: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, EPS: tl.constexpr, PACKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Differentiate TILES * BLOCK_T tokens of a chunk of q or k through rotation and norm.
 
@@ -206,14 +206,14 @@ def rope_backward_kernel(
         _norm_gradients(
             dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, cos_ptr, sin_ptr, sums_ptr, start, chunk * BLOCK_HEADS, T,
             stride_dqt, stride_dqh, stride_qt, stride_qh,
-            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES,
+            H, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES, H + 2 * G if PACKED else H,
         )  # fmt: skip
     else:
         head = (chunk - q_chunks) * BLOCK_HEADS
         _norm_gradients(
             dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, cos_ptr, sin_ptr, sums_ptr, start, head, T,
             stride_dkt, stride_dkh, stride_kt, stride_kh,
-            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES,
+            G, BLOCK_HEADS, HALF, BLOCK_HALF, BLOCK_T, EPS, TILES, H + 2 * G if PACKED else G,
         )  # fmt: skip
 
 
@@ -241,11 +241,20 @@ def rope(
 def _forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    rotate(q, k, cos, sin, q_weight, k_weight, inverse, q_out, k_out)
+    return q_out, k_out
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, inverse: bool,
+    q_out: Tensor, k_out: Tensor, packed: bool = False,
+) -> None:  # fmt: skip
+    """Write the rotated q and k; `packed` outputs are heads of one tensor [T, H + 2G, D] and may be the inputs."""
     T, H, D = q.shape
     G = k.shape[1]
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if T:
-        sizes, options = constants("forward", H, G, D)
+        sizes, options = constants("forward", H, G, D, packed)
         chunks = sum(triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, G))
         q, k = dense_rows(q), dense_rows(k)
         shared = [x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight)]
@@ -254,7 +263,6 @@ def _forward(
                 q, k, *shared, q_out, k_out, T, *q.stride()[:2], *k.stride()[:2],
                 **sizes, INVERSE=inverse, **options,
             )  # fmt: skip
-    return q_out, k_out
 
 
 @torch.library.custom_op("transfusion_fast::rope_norm_backward", mutates_args=())
@@ -262,9 +270,18 @@ def _norm_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return contiguous (dq, dk, dq_weight, dk_weight)."""
-    T, H, D = q.shape
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    sizes, options = constants("backward", H, k.shape[1], D)
+    weights = differentiate_norm(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, dq, dk)
+    return dq, dk, *weights
+
+
+def differentiate_norm(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor,
+    dq: Tensor, dk: Tensor, packed: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write dq and dk, packed as in `rotate`, and return (dq_weight, dk_weight)."""
+    T, H, D = q.shape
+    sizes, options = constants("backward", H, k.shape[1], D, packed)
     q_chunks, k_chunks = (triton.cdiv(n, sizes["BLOCK_HEADS"]) for n in (H, k.shape[1]))
     steps = triton.cdiv(T, TILES * sizes["BLOCK_T"])
     sums = torch.empty((steps, q_chunks + k_chunks, D), dtype=torch.float32, device=q.device)
@@ -277,7 +294,7 @@ def _norm_backward(
                 dq_out, dk_out, q, k, *shared, dq, dk, sums, T, *strides, **sizes, **options
             )
     dq_weight, dk_weight = sums[:, :q_chunks].sum(dim=(0, 1)), sums[:, q_chunks:].sum(dim=(0, 1))
-    return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
+    return dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
 _forward.register_fake(lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)))
@@ -303,7 +320,7 @@ def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | N
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def constants(kernel: str, H: int, G: int, D: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def constants(kernel: str, H: int, G: int, D: int, packed: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constants except INVERSE, and the options, to compile the kernel "forward" or "backward" with."""
     half = D // 2
     block_half = triton.next_power_of_2(half)
@@ -311,7 +328,7 @@ def constants(kernel: str, H: int, G: int, D: int) -> tuple[dict[str, Any], dict
     block_t = max(1, PAIRS // (block_heads * block_half))
     sizes = {
         "H": H, "G": G, "BLOCK_HEADS": block_heads, "HALF": half, "BLOCK_HALF": block_half, "BLOCK_T": block_t,
-        "EPS": EPS,
+        "EPS": EPS, "PACKED": packed,
     }  # fmt: skip
     tiles = {"TILES": TILES} if kernel == "backward" else {}
     warps = max(1, block_t * block_heads * block_half // PAIRS_OF_WARP)

@@ -1,4 +1,4 @@
-"""Cases, memory layouts and error rules, shared by the tests of rope, SwiGLU and the diffusion error."""
+"""Cases, memory layouts and error rules, shared by the tests of rope, RMS norm, SwiGLU and the diffusion error."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from attention_cases import ROUNDING, relative_error
 
-from transfusion_fast.kernels import diffusion_mse, reference, rope, swiglu
+from transfusion_fast.kernels import diffusion_mse, reference, rms_norm, rope, swiglu
 from transfusion_fast.model import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,6 +30,8 @@ ROPE_SHAPES = {
 }
 
 SWIGLU_SHAPES = [(1,), (63,), (100,), (4097,), (3, 5, 7), (2, 1), (3, 768), (2, 2816), (0, 4), (4, 0), ()]
+
+NORM_SHAPES = [(1, 1), (63, 100), (130, 96), (3, 5, 768), (70, 2050), (2, 8192), (0, 32), (37,)]
 
 # Patches of each image, and values of a patch.
 IMAGES = {
@@ -86,6 +88,19 @@ def rope_case(shape, dtype=torch.float32, norm=True, device="cpu", positions=Non
     return Case(kernel, specified, plain, tensors, [*table, *(tensors.values() if norm else ())])
 
 
+def norm_case(shape, dtype=torch.float32, device="cpu"):
+    """The outputs are the norm and its input, for the residual."""
+    tensors = draw({"x": shape, "weight": shape[-1:]}, dtype, device)
+    eps = 1e-5
+    return Case(
+        lambda x, weight: ops.rms_norm(x, weight, eps, backend="triton"),
+        lambda x, weight: reference.rms_norm(x, weight, eps),
+        lambda x, weight: (F.rms_norm(x, weight.shape, weight, eps), x.clone()),
+        tensors,
+        list(tensors.values()),
+    )
+
+
 def swiglu_case(shape, dtype=torch.float32, fused=False, device="cpu"):
     doubled = (*shape[:-1], 2 * shape[-1]) if fused else shape
     tensors = draw({"gate": doubled} if fused else {"gate": shape, "up": shape}, dtype, device)
@@ -137,14 +152,14 @@ def draw(shapes, dtype, device):
 CASES = {
     "rotation": partial(rope_case, (21, 6, 2, 32), norm=False),
     "norm and rotation": partial(rope_case, (21, 6, 2, 32)),
+    "rms norm and residual": partial(norm_case, (69, 37)),
     "swiglu of two tensors": partial(swiglu_case, (3, 5, 37)),
     "swiglu of one projection": partial(swiglu_case, (3, 5, 37), fused=True),
     "error of a target": partial(mse_case, ([127, 130, 1, 3], 16), flow=False),
     "error from noise": partial(mse_case, ([20, 1, 9], 5)),
 }
-KERNELS = [
-    (module, name) for module in (rope, swiglu, diffusion_mse) for name in vars(module) if name.endswith("_kernel")
-]
+MODULES = (rope, rms_norm, swiglu, diffusion_mse)
+KERNELS = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
 @contextmanager

@@ -55,6 +55,7 @@ Probability = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
+Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 _Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
 Folders = Annotated[
@@ -162,7 +163,7 @@ class ModelConfig(_Settings):
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
-    backend: Backend | dict[Literal["hybrid_attention", "rope", "swiglu", "diffusion_mse"], Backend] = "auto"
+    backend: Backend | dict[Op, Backend] = "auto"
     """Backend of the fused ops: a name for all of them, or a mapping by op with auto for the rest; see model/ops.py."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations that a block keeps for its backward pass: all; its input and the output of attention; its input

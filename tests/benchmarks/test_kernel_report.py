@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import mixes
 import pytest
 import torch
-from pointwise_report import PYTORCH, cases, mse_bytes, rope_bytes, swiglu_bytes
+from pointwise_report import PYTORCH, cases, mse_bytes, norm_bytes, rope_bytes, swiglu_bytes
 
 from transfusion_fast.kernels import swiglu
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS
@@ -78,9 +78,11 @@ def test_memory_bound_kernels_move_16_bytes_a_thread_without_spills(report, arch
 def test_memory_bound_kernels_touch_device_memory_once_in_and_once_out(report):
     for row in rows(report / "pointwise.csv"):
         # Beyond that, through the norm, each program's sums of the weights' gradients: written, and read again.
-        assert 1 <= float(row["once_by_least"]) < (1.02 if "norm backward" in row["case"] else 1.002), row["name"]
+        assert 1 <= float(row["once_by_least"]) < (1.025 if "norm backward" in row["case"] else 1.002), row["name"]
         # With four chunks of heads of q and one of k, reading the table again adds 4/21, the weights of a norm 1/34.
-        most = 1.25 if row["case"].startswith("rope") else 1.01
+        # A tile of RMS norm with 4,096 columns is one row, and reads as many weights as numbers, from a cache.
+        most = {"rope": 1.25, "rms_norm forward,": 1.51}
+        most = next((limit for name, limit in most.items() if row["case"].startswith(name)), 1.01)
         assert 1 <= float(row["moved_by_least"]) < most, row["name"]
 
 
@@ -222,6 +224,15 @@ def by_name(tensors):
 def test_swiglu_moves_each_number_once():
     assert totals(swiglu_bytes("forward", 10, 2)) == (60, 60, 60)
     assert totals(swiglu_bytes("backward", 10, 4)) == (200, 200, 200)
+
+
+def test_the_norms_backward_reads_and_writes_each_number_once_and_leaves_a_sum_for_each_64_rows():
+    found = by_name(norm_bytes("backward", 130, 96, 2))
+    rows, weight, sums = (130 * 96 * 2,) * 3, 96 * 2, 3 * 96 * 4
+    assert [found[f"{name}_ptr"] for name in ("dy", "dresidual", "x", "dx")] == [rows] * 4
+    assert found["weight_ptr"] == (weight, weight, 3 * weight)
+    assert found["sums_ptr"] == (0, sums, sums) and found[PYTORCH] == (weight, sums + weight, sums + weight)
+    assert totals(norm_bytes("forward", 130, 96, 2))[0] == 2 * rows[0] + weight
 
 
 def test_each_chunk_of_heads_reads_the_rotary_table():

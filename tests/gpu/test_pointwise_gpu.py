@@ -1,4 +1,4 @@
-"""The kernels of rope, SwiGLU and the diffusion error as a GPU runs them, compiled and in parallel."""
+"""The kernels of rope, RMS norm, SwiGLU and the diffusion error as a GPU runs them, compiled and in parallel."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ from pointwise_cases import (
     DTYPES,
     IMAGES,
     KERNELS,
+    NORM_SHAPES,
     ROPE_SHAPES,
     STORED,
     SWIGLU_SHAPES,
@@ -17,6 +18,7 @@ from pointwise_cases import (
     assert_writes_stay_inside,
     heads_first,
     mse_case,
+    norm_case,
     rope_case,
     run,
     swiglu_case,
@@ -50,6 +52,12 @@ def test_rope_in_the_sizes_of_models(heads, dim, dtype):
 
 
 @EACH_DTYPE
+@pytest.mark.parametrize("shape", [*NORM_SHAPES, (1000, 2048), (1000, 4096)], ids=str)
+def test_hard_shapes_of_rms_norm(shape, dtype):
+    assert_accurate(norm_case(shape, dtype, **CUDA))
+
+
+@EACH_DTYPE
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("shape", [*SWIGLU_SHAPES[:-1], (1000, 2816), (1000, 768)], ids=str)
 def test_hard_shapes_of_swiglu(shape, fused, dtype):
@@ -65,11 +73,13 @@ def test_hard_lists_of_images(images, flow, dtype):
 
 CASES = {
     "rope": partial(rope_case, (300, 6, 2, 64), **CUDA),
+    "rms_norm": partial(norm_case, (300, 1100), **CUDA),
     "swiglu": partial(swiglu_case, (30, 1100), **CUDA),
     "diffusion_mse": partial(mse_case, IMAGES["pieces that images share"], **CUDA),
 }
 LARGE = {
     "rope": partial(rope_case, (8192, 16, 4, 128), **CUDA),
+    "rms_norm": partial(norm_case, (8192, 2048), **CUDA),
     "swiglu": partial(swiglu_case, (8192, 2816), fused=True, **CUDA),
     "diffusion_mse": partial(mse_case, ([256] * 64 + [65_536, 1, 3], 64), **CUDA),
 }

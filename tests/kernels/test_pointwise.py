@@ -1,4 +1,4 @@
-"""Facts that hold for rope, SwiGLU and the diffusion error alike, in Triton's interpreter."""
+"""Facts that hold for rope, RMS norm, SwiGLU and the diffusion error alike, in Triton's interpreter."""
 
 from functools import partial
 
@@ -16,6 +16,7 @@ from pointwise_cases import (
     heads_first,
     mse_case,
     nan_in_new_memory,
+    norm_case,
     odd_rows,
     outputs_of,
     record_launches,
@@ -78,7 +79,7 @@ def test_inputs_with_dense_rows_are_read_without_a_copy(make, monkeypatch):
     launches = record_launches(monkeypatch).values()
     # A gradient of the target would be computed from a prediction in fp32, which is a copy.
     leaves = [
-        x.detach().requires_grad_(name in ("q", "k", "gate", "up", "prediction"))
+        x.detach().requires_grad_(name in ("q", "k", "x", "gate", "up", "prediction"))
         for name, x in matrices(case, odd_rows).items()
     ]
     addresses = {x.data_ptr() for x in leaves if x.ndim > 1}
@@ -95,6 +96,7 @@ PARTIAL_TILES = {
     "rope, chunks": partial(rope_case, (21, 6, 2, 32)),
     "rope, heads and tokens": partial(rope_case, (63, 3, 1, 48)),
     "rotation": partial(rope_case, (63, 3, 1, 48), norm=False),
+    "norm, rows and columns": partial(norm_case, (67, 100)),
     "swiglu, a partial block": partial(swiglu_case, (63,)),
     "swiglu, a block of its own": partial(swiglu_case, (1023,)),
     "swiglu, rows": partial(swiglu_case, (3, 5, 37), fused=True),
@@ -157,9 +159,9 @@ def test_a_gradient_that_is_not_needed_is_none_and_each_is_right_alone(make):
 @EACH_CASE
 def test_a_dtype_without_a_kernel_is_refused_by_name(make):
     case, rule = make(), r"must be fp16, bf16 or fp32 .*got torch.float64; cast"
-    with pytest.raises(ValueError, match=rf"(q|gate|prediction) {rule}"):
+    with pytest.raises(ValueError, match=rf"(q|x|gate|prediction) {rule}"):
         case.kernel(*(x.double() for x in case.tensors.values()))
-    for name in case.tensors.keys() & {"q_weight", "k_weight", "target", "x_0"}:
+    for name in case.tensors.keys() & {"q_weight", "k_weight", "weight", "target", "x_0"}:
         with pytest.raises(ValueError, match=f"{name} {rule}"):
             case.kernel(*(case.tensors | {name: case.tensors[name].double()}).values())
 
@@ -167,6 +169,7 @@ def test_a_dtype_without_a_kernel_is_refused_by_name(make):
 OPS = {
     "rotation": ["rope", "rope"],
     "norm and rotation": ["rope", "rope_norm_backward"],
+    "norm": ["rms_norm", "rms_norm_backward"],
     "swiglu": ["swiglu", "swiglu_backward"],
     "error": ["diffusion_mse", "diffusion_mse_backward"],
 }

@@ -47,7 +47,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
     model(next(training_batches(config, data, BatchSplit(0, 1, 3, 3), 0)).batch)
-    assert counters["stats"]["unique_graphs"] == graphs <= 4 and not counters["recompiles"]
+    assert counters["stats"]["unique_graphs"] == graphs <= 5 and not counters["recompiles"]
     [reason] = counters["graph_break"]
     assert "tiled_attention" in reason
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -36,6 +35,15 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class ResidualLinear(Linear):
+    """A linear layer [T, K] -> [T, E] that adds its output to the residual [T, E] within the matrix product."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        if residual.dtype != x.dtype:  # under autocast, which would make the sum as narrow as the product
+            return residual + super().forward(x)
+        return torch.addmm(residual, x, self.weight.t())
+
+
 class Embedding(nn.Embedding):
     """A table of vectors that are normal with standard deviation `INIT_STD`."""
 
@@ -44,21 +52,22 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis, x / rms(x) * weight, with statistics in fp32 (arXiv 1910.07467)."""
+    """RMS norm over the last axis (arXiv 1910.07467), which returns x / rms(x) * weight, and x for the residual."""
 
-    def __init__(self, dim: int, eps: float = 1e-5):
+    def __init__(self, dim: int, eps: float = 1e-5, backend: ops.Backend = "auto"):
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
 
 
 class Attention(nn.Module):
-    """Attention that is causal over text and bidirectional within images, over packed documents: [T, E] -> [T, E].
+    """Attention that is causal over text and bidirectional within images, over packed documents.
 
-    Given fewer positions than the layout has, it attends to those of the other ranks of its `sequence_group` too.
+    It adds its output [T, E] for x [T, E] to the residual. Given fewer positions than the layout has, it attends to
+    those of the other ranks of its `sequence_group` too.
     """
 
     sequence_group: str = ""
@@ -69,34 +78,35 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.backend = backend
         self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.out = Linear(self.heads * self.head_dim, config.dim, std=_residual_std(config))
+        self.out = ResidualLinear(self.heads * self.head_dim, config.dim, std=_residual_std(config))
         self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
         qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
-        q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, q_weight=self.q_norm, k_weight=self.k_norm, backend=self.backend)
-        attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
+        norm: dict[str, Any] = {"q_weight": self.q_norm, "k_weight": self.k_norm, "backend": self.backend}
         if self.sequence_group and len(x) < layout.total_length:
+            q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, **norm)
+            attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
             parts = layout.total_length // len(x)
             out_THD = exchange_heads(attention, q_THD, k_TGD, v_TGD, self.sequence_group, parts)
         else:
-            out_THD = attention(q_THD, k_TGD, v_TGD)
-        return self.out(out_THD.flatten(1))
+            out_THD = ops.rotary_attention(qkv, self.kv_heads, rotary, layout, **norm)
+        return self.out(out_THD.flatten(1), residual)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [T, E] -> [T, E]."""
+    """residual + down(silu(gate(x)) * up(x)) (arXiv 2002.05202) for x and the residual [T, E]."""
 
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
         self.backend = backend
         self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
-        self.down = Linear(config.hidden_dim, config.dim, std=_residual_std(config))
+        self.down = ResidualLinear(config.hidden_dim, config.dim, std=_residual_std(config))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend), residual)
 
 
 class Block(nn.Module):
@@ -104,14 +114,14 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, backend)
         self.attention = Attention(config, backend)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, backend)
         self.mlp = SwiGLU(config, backend)
 
     def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, layout)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(*self.attention_norm(x), rotary, layout)
+        return self.mlp(*self.mlp_norm(x))
 
 
 class TimestepEmbedding(nn.Module):
@@ -138,11 +148,12 @@ def _residual_std(config: TransformerConfig) -> float:
 
 
 # Activation checkpointing. "selective" keeps a block's input and the output of attention, which takes most of the time
-# and whose output and log-sum-exp take little memory. These are this project's kernel and those behind
+# and whose output and log-sum-exp take little memory. These are this project's ops and those behind
 # scaled_dot_product_attention.
 _KEPT = frozenset(
     {
         "transfusion_fast::hybrid_attention",
+        "transfusion_fast::rotary_attention",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",

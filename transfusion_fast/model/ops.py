@@ -7,27 +7,30 @@
     auto       triton for CUDA tensors, torch for all others
 or a mapping from ops to these names; an op that it does not name is auto. A backend that is named is used or refused,
 never replaced.
-
-Triton, and the torch backend's attention with torch's compiler, are imported at the first call, so that machines which
-never use them need not install or wait for them. Import statements do this, because torch.compile can follow them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion_fast.kernels import reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.reference import Rotary
+from transfusion_fast.model.backends import (
+    BACKENDS,
+    IMPLEMENTATIONS,
+    Backend,
+    choose,
+    describe,
+    implementation,
+    triton_rotary_attention,
+)
 
-BACKENDS = ("auto", "torch", "triton", "reference")
-Backend = str | Mapping[Any, str]
+__all__ = ["BACKENDS", "IMPLEMENTATIONS", "Backend", "Rotary", "choose", "describe"]  # besides the ops
 
 
 def hybrid_attention(
@@ -47,6 +50,13 @@ def hybrid_attention(
         ValueError: shapes, dtypes or devices that do not fit each other or the layout.
         NotImplementedError: the backend has no kernel for these inputs.
     """
+    _check_attention(q, k, v, layout)
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
+    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> None:
     T, H, _ = _check_heads("hybrid_attention", q, k)
     if v.shape != k.shape or v.dtype != q.dtype or v.device != q.device:
         raise ValueError(
@@ -59,9 +69,6 @@ def hybrid_attention(
         raise ValueError(f"layout must have q's length {T}, got {layout.total_length}; build it for this batch")
     if layout.device != q.device:
         raise ValueError(f"layout must be on q's device {q.device}, got {layout.device}; call layout.to(q.device)")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a positive number, got {scale}; to negate the scores, negate q")
-    return implementation("hybrid_attention", q.device, backend)(q, k, v, layout, scale)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
@@ -109,6 +116,14 @@ def rope(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
+    table = _check_rope(q, k, positions, theta, q_weight, k_weight)
+    return implementation("rope", q.device, backend)(q, k, table, q_weight, k_weight)
+
+
+def _check_rope(
+    q: Tensor, k: Tensor, positions: Tensor | Rotary, theta: float, q_weight: Tensor | None, k_weight: Tensor | None
+) -> Rotary:
+    """Return the table of the positions if all arguments of `rope` fit each other."""
     T, _, D = _check_heads("rope", q, k)
     if isinstance(positions, Tensor):
         if positions.shape[:1] != (T,):
@@ -126,7 +141,66 @@ def rope(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and (weight.shape != (D,) or weight.device != q.device):
             raise ValueError(f"{name} must be [{D}] on {q.device}, got {tuple(weight.shape)} on {weight.device}")
-    return implementation("rope", q.device, backend)(q, k, positions, q_weight, k_weight)
+    return positions
+
+
+def rotary_attention(
+    qkv: Tensor,
+    kv_heads: int,
+    positions: Tensor | Rotary,
+    layout: AttentionLayout,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return `hybrid_attention` of the queries, keys and values in one projection, after `rope` of queries and keys.
+
+    Where triton computes both, backward writes the gradient of the projection once; autograd would join its parts.
+
+    Args:
+        qkv: [T, H + 2G, D]: H query heads, G key heads, G value heads.
+        kv_heads: G, which divides H.
+        positions, q_weight, k_weight: as in `rope`. layout: as in `hybrid_attention`.
+
+    Returns:
+        [T, H, D] in the dtype of qkv; zero at padding.
+
+    Raises:
+        As `rope` and `hybrid_attention`.
+    """
+    if qkv.ndim != 3 or not 0 < 2 * kv_heads < qkv.shape[1]:
+        raise ValueError(f"qkv must be [T, H + 2G, D] with G={kv_heads} of at least 1, got {tuple(qkv.shape)}")
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    table = _check_rope(q, k, positions, 10000.0, q_weight, k_weight)
+    _check_attention(q, k, v, layout)
+    rotate, attend = (implementation(op, qkv.device, backend) for op in ("rope", "hybrid_attention"))
+    if {choose(op, qkv.device, backend) for op in ("rope", "hybrid_attention")} == {"triton"}:
+        return triton_rotary_attention(qkv, kv_heads, table, layout, q_weight, k_weight)
+    q, k = rotate(q, k, table, q_weight, k_weight)
+    return attend(q, k, v, layout, None)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Return x / rms(x) * weight over the last axis (arXiv 1910.07467), and x for the residual connection.
+
+    The residual must continue from the returned x: the triton backend then adds its gradient in the norm's backward.
+
+    Args:
+        x: [.., E]. weight: [E]. eps: added to the mean square.
+
+    Returns:
+        [.., E] in x's dtype, and x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
+    """
+    _check_floating("rms_norm", "x", x)
+    if x.shape[-1:] != weight.shape or weight.device != x.device:
+        raise ValueError(
+            f"weight must be {list(x.shape[-1:])} on {x.device} like x, got {list(weight.shape)} on {weight.device}"
+        )
+    return implementation("rms_norm", x.device, backend)(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
@@ -236,119 +310,3 @@ def _check_patches(prediction: Tensor, image_offsets: Tensor, **others: Tensor) 
         offsets = image_offsets.tolist()
         if offsets[0] != 0 or offsets[-1] != len(prediction) or any(a >= b for a, b in pairwise(offsets)):
             raise ValueError(f"image_offsets must ascend from 0 to P={len(prediction)}, no image empty, got {offsets}")
-
-
-def implementation(op: str, device: torch.device, backend: Backend) -> Callable:
-    """Return the function that computes `op` on tensors of `device`.
-
-    Raises:
-        ValueError: an unknown backend. NotImplementedError: a package that the backend needs is missing.
-    """
-    chosen = choose(op, device, backend)
-    if chosen == "triton":
-        try:
-            import triton  # noqa: F401
-        except ModuleNotFoundError as error:
-            hint = 'install it, or use backend="torch"'
-            raise NotImplementedError(f'{op}: backend="triton" needs the package {error.name}; {hint}') from error
-    return IMPLEMENTATIONS[chosen][op]
-
-
-def choose(op: str, device: torch.device, backend: Backend) -> str:
-    """Return the name of the backend that computes `op` on tensors of `device`; ValueError for an unknown one."""
-    if not isinstance(backend, str):
-        unknown = set(backend) - set(IMPLEMENTATIONS["torch"])
-        if unknown:
-            names = ", ".join(IMPLEMENTATIONS["torch"])
-            raise ValueError(f"backend must name ops of {names}, got {min(unknown)!r}; correct it")
-        backend = backend.get(op, "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    return backend
-
-
-def describe(backend: Backend, device: torch.device) -> str:
-    """Describe which ops run on which backend for tensors of `device`. Raises the errors of `implementation`."""
-    chosen = {}
-    for op in IMPLEMENTATIONS["torch"]:
-        implementation(op, device, backend)
-        chosen[op] = choose(op, device, backend)
-    if len(set(chosen.values())) == 1:
-        return f"all ops on {next(iter(chosen.values()))}"
-    return ", ".join(f"{op} on {name}" for op, name in chosen.items())
-
-
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
-    from transfusion_fast.kernels.attention_cpu import tiled_attention
-
-    return tiled_attention(q, k, v, layout, scale)
-
-
-def _torch_rope(
-    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
-
-
-def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    """Compute the reference without its conversion to fp32, which on a CPU costs more than the matmuls around it."""
-    gate, up = reference.halves(gate, up)
-    return F.silu(gate) * up
-
-
-def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    if x_0 is not None:
-        target = target.to(torch.promote_types(target.dtype, torch.float32)) - x_0
-    return reference.diffusion_mse(prediction, target, image_offsets)
-
-
-def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    return reference.swiglu(*reference.halves(gate, up))
-
-
-def _triton_attention(*args: Any) -> Tensor:
-    from transfusion_fast.kernels.hybrid_attention import hybrid_attention
-
-    return hybrid_attention(*args)
-
-
-def _triton_rope(*args: Any) -> tuple[Tensor, Tensor]:
-    from transfusion_fast.kernels.rope import rope
-
-    return rope(*args)
-
-
-def _triton_swiglu(*args: Any) -> Tensor:
-    from transfusion_fast.kernels.swiglu import swiglu
-
-    return swiglu(*args)
-
-
-def _triton_diffusion_mse(*args: Any) -> Tensor:
-    from transfusion_fast.kernels.diffusion_mse import diffusion_mse
-
-    return diffusion_mse(*args)
-
-
-IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    "torch": {
-        "hybrid_attention": _torch_attention,
-        "rope": _torch_rope,
-        "swiglu": _torch_swiglu,
-        "diffusion_mse": _torch_diffusion_mse,
-    },
-    "triton": {
-        "hybrid_attention": _triton_attention,
-        "rope": _triton_rope,
-        "swiglu": _triton_swiglu,
-        "diffusion_mse": _triton_diffusion_mse,
-    },
-    "reference": {
-        "hybrid_attention": reference.hybrid_attention,
-        "rope": _torch_rope,
-        "swiglu": _reference_swiglu,
-        "diffusion_mse": _torch_diffusion_mse,
-    },
-}

@@ -69,7 +69,7 @@ class Transfusion(nn.Module):
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)
         self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim) for width in config.dim_latent)
         self.blocks = nn.ModuleList(Block(transformer, config.backend) for _ in range(transformer.depth))
-        self.norm = RMSNorm(transformer.dim, transformer.norm_eps)
+        self.norm = RMSNorm(transformer.dim, transformer.norm_eps, config.backend)
         tied = self.embedding.weight if config.tie_embeddings else None
         self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
 
@@ -166,7 +166,7 @@ class Transfusion(nn.Module):
         run = CHECKPOINTING[self.config.activation_checkpointing if self.training else "none"]
         for block in self.blocks:
             x = run(block, x, rotary, batch.layout)
-        return self.norm(x)
+        return self.norm(x)[0]
 
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
         """Return the diffusion head's output for one modality, [P, C] in the weights' dtype."""

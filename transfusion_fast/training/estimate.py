@@ -173,7 +173,7 @@ def kept_activations(
         positions: T, with padding. supervised: positions with a label. patches: of all modalities.
     """
     vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.dim_latent)).size, model.transformer.dim
-    rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim + _FP32
+    rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim
     # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
     head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim
     blocks = model.transformer.depth * _kept_by_block(model, setting, itemsize)
@@ -197,9 +197,9 @@ def _kept_by_block(model: ModelConfig, setting: str, itemsize: int) -> float:
     output_and_lse = itemsize * q + _FP32 * t.num_heads
     if setting == "selective":
         return itemsize * t.dim + output_and_lse
-    # The inputs of two norms with their statistics, and of the two matrices after them; q, k and v as projected, of
-    # which attention reads v; q and k rotated; gate and up, and their product.
-    norms = 2 * (2 * itemsize * t.dim + _FP32)
+    # The inputs of two norms, and of the two matrices after them; q, k and v as projected, of which attention reads v;
+    # q and k rotated; gate and up, and their product.
+    norms = 2 * 2 * itemsize * t.dim
     return norms + itemsize * (q + 2 * kv) + itemsize * (q + kv) + output_and_lse + itemsize * 3 * t.hidden_dim
 
 

@@ -1,0 +1,53 @@
+"""The bytes that a layer moves and what the host pays for launches, without a GPU."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments, folder):
+    """Run Python in another process, because kernels are interpreted in this one."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_fused_ops_alone_move_bytes_outside_of_products_and_attention_and_few_of_them(tmp_path):
+    script = """
+import fake_driver, json, layer_bench
+with fake_driver.fake_gpu():
+    print(json.dumps(layer_bench.byte_rows(layer_bench.PRESETS["1.4b"], 16384)))
+"""
+    rows = json.loads(run("-c", script, folder=tmp_path))
+    units = {(row["pass"], row["op"]): row["units"] for row in rows}
+    pointwise = {key for row in rows if row["kind"] == "pointwise" for key in [(row["pass"], row["op"])]}
+    assert {op for _, op in pointwise} == {
+        "rms_norm", "rope", "swiglu", "rms_norm_backward", "rope_backward", "swiglu_backward"
+    }  # fmt: skip
+    assert sum(units[key] for key in pointwise) <= 44
+    assert sum(units.values()) <= 112
+    # Two norms of x, dy, the residual's gradient and dx, and the sums of the weights' gradients.
+    assert units["backward", "rms_norm_backward"] == pytest.approx(2 * 4, abs=0.2)
+
+
+@pytest.mark.slow
+def test_other_batches_compile_nothing_and_launches_cost_the_host_little(tmp_path):
+    """Exit status 0 says that nothing was compiled again."""
+    run(ROOT / "benchmarks" / "layer_bench.py", "--out", tmp_path, folder=tmp_path)
+    with (tmp_path / "layer_host.csv").open(newline="") as file:
+        rows = {(row["op"], row["pass"]): row for row in csv.DictReader(file)}
+    # Planned and bound anew for each launch they cost 105 and 150.
+    most = {"forward": 75, "backward": 115}
+    for name, limit in most.items():
+        row = rows["hybrid_attention", name]
+        assert float(row["linears"]) < limit
+        assert row["launches"] == {"forward": "2", "backward": "4"}[name]
