@@ -186,7 +186,8 @@ class _HalfPrecisionAttention(torch.autograd.Function):
             k_BHLD, v_BHLD = torch.stack([batch.keys.of(x) for x in (k, v)])
             heads = q_BHLD.shape[:2]
             pieces = [piece for tile in batch.tiles for piece in _pieces(tile, next(negative_lse), math.prod(heads))]
-            found = _batch_gradients(pieces, *(x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)), scale)
+            by_heads = [x.flatten(0, 1) for x in (q_BHLD, k_BHLD, v_BHLD, do_BHLD)]
+            found = _batch_gradients(pieces, scale, *by_heads)
             targets = batch.queries.of(dq), batch.keys.of(dk), batch.keys.of(dv)
             for target, gradient in zip(targets, found, strict=True):
                 target.copy_(gradient.unflatten(0, heads))
@@ -216,7 +217,7 @@ def _pieces(tile: Tile, negative_lse: Tensor, products: int) -> Iterator[_Piece]
 
 
 def _batch_gradients(
-    pieces: Sequence[_Piece], q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float
+    pieces: Sequence[_Piece], scale: float, q: Tensor, k: Tensor, v: Tensor, do: Tensor
 ) -> tuple[Tensor, ...]:
     """Return dQ and dK, both divided by the scale of Q K^T, and dV, all [B * H, L, D]."""
     if len(pieces) == 1 and pieces[0][1] == k.shape[1]:
