@@ -299,7 +299,7 @@ def markdown(kernels: Sequence[Row], areas: Sequence[Row], estimates: Sequence[R
         "## Resources",
         tables.markdown_table(kernels, _RESOURCES),
         "What was tried, and what it changed: docs/kernels.md.",
-        *_races(hopper),
+        *races.section(hopper),
         "## Inner loops on sm_90, bf16",
         _LOOPS_LEGEND,
         tables.markdown_table(hopper, _LOOPS),
@@ -355,19 +355,6 @@ def _assembler(arch: int) -> str:
         f"sm_{arch}: ptxas {major}.{minor}. WARNING: before 13.3 it may misorder matrix instructions whose left "
         "operand is in registers; name a newer one in TRITON_PTXAS_PATH and run `make test-gpu`."
     )
-
-
-def _races(hopper: Sequence[Row]) -> list[str]:
-    """Return the section on registers that are written too early (races.py), if sm_90 was compiled."""
-    left, found, without = (
-        sum(row[name] for row in hopper) for name in ("wgmma_of_registers", "races", "races_without_waits")
-    )
-    text = (
-        f"{len(hopper)} variants in bf16 have {left} matrix instructions that read their left operand from registers. "
-        f"Of {found}, a register is written before the instruction is retired. With the waits removed from the same "
-        f"code, the search finds {without}."
-    )
-    return ["## Register races on sm_90", text] if hopper else []
 
 
 def _area_table(areas: Sequence[Row]) -> str:

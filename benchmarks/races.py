@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from offline import Instruction, matrix_loops
+from tables import Row
 
 _LEFT_REGISTERS = 4  # of a thread, for 64 rows by 32 bytes of the left operand
 # Opcodes whose first vector register is a source.
@@ -38,6 +39,19 @@ def columns(instructions: Sequence[Instruction]) -> dict[str, int]:
     races_now, races_then = (len({matrix for matrix, _ in races(code)}) for code in found)
     left = sum(bool(_left(i)) for i in instructions)
     return {"wgmma_of_registers": left, "races": races_now, "races_without_waits": races_then}
+
+
+def section(hopper: Sequence[Row]) -> list[str]:
+    """Return the section on registers that are written too early for the kernel report, if sm_90 was compiled."""
+    left, found, without = (
+        sum(row[name] for row in hopper) for name in ("wgmma_of_registers", "races", "races_without_waits")
+    )
+    text = (
+        f"{len(hopper)} variants in bf16 have {left} matrix instructions that read their left operand from registers. "
+        f"Of {found}, a register is written before the instruction is retired. With the waits removed from the same "
+        f"code, the search finds {without}."
+    )
+    return ["## Register races on sm_90", text] if hopper else []
 
 
 def _races_on(path: Sequence[Instruction]) -> Iterator[tuple[int, int]]:
