@@ -1,17 +1,14 @@
 """A driver that lets compiled kernels be launched on CPU tensors up to the launch itself, on a machine without a GPU.
 
 Triton compiles and specialises as it does for the GPU, and the launch is counted instead of made: results are what the
-memory held before. Import this before anything of the library that imports triton.
+memory held before. Import this with TRITON_INTERPRET=0, before anything of the library that imports triton.
 """
 
-import os
 import types
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
-
-os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
 
 import triton
 from triton.backends.compiler import GPUTarget

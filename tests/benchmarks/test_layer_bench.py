@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(*arguments, folder):
     """Run Python in another process, because kernels are interpreted in this one."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
