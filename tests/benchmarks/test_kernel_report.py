@@ -81,7 +81,8 @@ def test_memory_bound_kernels_touch_device_memory_once_in_and_once_out(report):
         assert 1 <= float(row["once_by_least"]) < (1.025 if "norm backward" in row["case"] else 1.002), row["name"]
         # With four chunks of heads of q and one of k, reading the table again adds 4/21, the weights of a norm 1/34.
         # A tile of RMS norm with 4,096 columns is one row, and reads as many weights as numbers, from a cache.
-        most = {"rope": 1.25, "rms_norm forward,": 1.51, "rms_norm backward": 1.025}
+        # Each program of its backward reads the weights, and writes sums that are read again: 2.6 % of three tensors.
+        most = {"rope": 1.25, "rms_norm forward,": 1.51, "rms_norm backward": 1.03}
         most = next((limit for name, limit in most.items() if row["case"].startswith(name)), 1.01)
         assert 1 <= float(row["moved_by_least"]) < most, row["name"]
 
