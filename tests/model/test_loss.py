@@ -51,6 +51,18 @@ def test_token_cross_entropy_of_half_precision_is_near_and_single_precision(voca
         assert (a.float() - b.float()).norm() <= tolerance["bf16"]["rtol"] * b.float().norm()
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_values_and_gradients_of_inputs_in_its_dtype(hidden_dtype, tolerance):
+    hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)
+    expected = with_gradients(token_cross_entropy, hidden, weight, labels)
+    hidden, weight = hidden.detach().to(hidden_dtype).requires_grad_(), weight.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = token_cross_entropy(hidden, weight, labels)
+    got = [losses, *torch.autograd.grad(losses, (hidden, weight), torch.linspace(-1, 2, len(losses)))]
+    assert got[1].dtype == hidden_dtype and got[2].dtype == torch.float32
+    torch.testing.assert_close([x.float() for x in got], [x.float() for x in expected], **tolerance["fp32"])
+
+
 def test_values_of_a_large_vocabulary_have_single_precision_given_logits_in_half_precision():
     """Rounded to half precision, values near 8 would be multiples of 1/32."""
     hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)

@@ -99,6 +99,19 @@ def test_a_document_gives_the_same_outputs_and_gradients_in_a_full_pack_as_alone
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_gradients_under_autocast_are_near_those_in_single_precision(backend):
+    """With a vocabulary whose logits are computed in chunks."""
+    model = make(backend=backend, num_text_tokens=5000, transformer=SMALL["transformer"] | {"heads": 2, "kv_heads": 1})
+    batch = pack(model, PACK, 80, DELIMITED)
+    expected = gradients(model, model(batch).total)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch).total
+    for name, got in gradients(model, loss).items():
+        assert got.dtype == torch.float32
+        assert (got - expected[name]).norm() <= 0.05 * expected[name].norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_diffusion_loss_is_the_mean_squared_error_of_an_image_whatever_its_size(objective, monkeypatch):
     """Errors of 1 in an image of 1 x 4 values and of 3 in one of 9 x 192: squared 1 and 9, 5 on the mean."""

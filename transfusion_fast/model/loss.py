@@ -56,6 +56,10 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
     [S, V] are never in memory at once.
     """
     if weight.shape[0] > SMALL_VOCABULARY:
+        # The backward pass runs outside of autocast, so both passes get the inputs in the dtype of its products.
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
         return _ChunkedCrossEntropy.apply(hidden, weight, labels)
     return F.cross_entropy(F.linear(hidden.float(), weight.float()), labels, reduction="none")
 
