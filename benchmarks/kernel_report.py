@@ -122,7 +122,7 @@ class Variant(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """What tells the variant for layouts with copies from the other."""
+        """The end of the name of a variant for layouts with noised copies."""
         return ", copies" if self.copies else ""
 
 

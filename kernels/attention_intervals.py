@@ -2,7 +2,7 @@
 
 In layouts with noised copies a tile sees a second interval. The loops over full and over partial blocks then continue
 from the first interval to the second, so that loads run ahead from one to the other. Without copies the pointers of
-the second interval, and `second` here, are None: such layouts run code of their own, in which none of this is left.
+the second interval, and `second` here, are None, and the kernels are compiled without the code of second intervals.
 """
 
 import triton

@@ -20,7 +20,9 @@ try:
         field_validator,
         model_validator,
     )
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "pydantic":  # a broken installation
+        raise
     from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
         AfterValidator,
         BaseModel,

@@ -1,14 +1,18 @@
 """Stand-ins for what config.py takes from pydantic, so that a model can be built and timed where it is not installed.
 
-Settings then come from Python alone: names and the rules between settings are checked, types and ranges are not.
-config_reading.py refuses to read files, command lines or saved settings without pydantic.
+Settings then come from Python alone: names and the rules between settings are checked, types and ranges are not, and
+importing this module warns of that. config_reading.py refuses to read files, command lines or saved settings without
+pydantic.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from inspect import get_annotations
 from typing import Any
+
+warnings.warn("pydantic is not installed: types and ranges of settings are not checked", stacklevel=2)
 
 ConfigDict = dict
 ValidationInfo = Any

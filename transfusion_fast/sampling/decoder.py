@@ -30,7 +30,7 @@ class ImageSettings:
 
     steps: number of model evaluations; guidance: weight w of pred_uncond + w (pred_cond - pred_uncond), 1 turns it off;
     eta: 1 for DDPM sampling, 0 for DDIM, above 1 to add more noise in each step, which corrects errors of earlier
-    steps; clip: bound of the predicted clean latents (1 for pixels), None for no bound.
+    steps, unused by flow matching; clip: bound of the predicted clean latents (1 for pixels), None for no bound.
     """
 
     steps: int = 250

@@ -38,7 +38,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 class Llama(BaseModel):
-    """What config.json of a Llama model says, without what the blocks of this project could not compute."""
+    """The settings in config.json of a Llama model, limited to values that the blocks of this project can compute."""
 
     hidden_size: int
     num_hidden_layers: int

@@ -1,4 +1,4 @@
-"""What a run that resumes must have in common with its checkpoint, and what it says about other differences."""
+"""Compare a run that resumes with its checkpoint: some settings must be equal, other differences are reported."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class SliceWeights:
 
     @property
     def averaged(self) -> bool:
-        """Whether these are the average of the weights over steps."""
+        """Whether these weights are the exponential moving average (EMA)."""
         return self.kind == EMA
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:
