@@ -112,8 +112,10 @@ def _by_mean(mean: int, total_length: int, rng: np.random.Generator) -> list[Doc
 
 
 def _illustrated(length: int) -> Document:
-    patches = min(isqrt(length // 2), 32) ** 2
-    images = length // 2 // patches if patches else 0
+    half = length // 2
+    if not half:
+        return [(length, False)]
+    patches, images = min(isqrt(half), 32) ** 2, max(half // 1024, 1)
     # As many runs of text as images, and one behind them; the first ones are the longer ones.
     text = length - images * patches
     runs = [text // (images + 1) + (i < text % (images + 1)) for i in range(images + 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import mixes
 import numpy as np
 import pytest
@@ -81,8 +83,9 @@ def test_packs_have_the_mean_length_of_their_name(name: str, total_length: int) 
     for document in illustrated:
         start, end = layout.document_offsets[document : document + 2].tolist()
         patches = [length for first, length in spans if start <= first < end]
-        assert 0.2 * (end - start) < sum(patches) <= 0.5 * (end - start)
-        assert all(n**0.5 % 1 == 0 and n <= 1024 for n in patches)
+        half, side = (end - start) // 2, isqrt(patches[0])
+        assert side == 32 or side**2 <= half < (side + 1) ** 2
+        assert patches == [side**2] * max(half // 1024, 1)
 
 
 def test_lengths_around_a_mean_spread_by_their_sigma() -> None:
