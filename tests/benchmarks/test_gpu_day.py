@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attn_bench
 import gpu_day
+import mixes
 import pytest
 from gpu_day import Day, Stage
 
@@ -123,3 +125,13 @@ def test_no_stage_starts_that_might_not_end_in_the_time_that_is_left(tmp_path):
 @pytest.mark.parametrize("one", gpu_day.stages(16), ids=lambda one: one.name)
 def test_every_stage_is_expected_to_end_within_its_limit_of_less_than_8_minutes(one):
     assert one.estimate() < one.limit < 480
+
+
+def test_attention_is_asked_for_the_six_mixes_and_then_for_documents_from_short_to_long(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attn_bench.timing, "run_benchmark", lambda name, options, measure: asked.append(options) or 0)
+    for command in (command for one in gpu_day.stages(16) for command in one.commands if "attn_bench" in command):
+        attn_bench.main(command.split()[2:])
+    packs = [attn_bench._packs(options, gpu=True) for options in asked]
+    short = [(mix, length) for mix in mixes.BY_MEAN for length in (16384, 65536)]
+    assert packs == [[(mix, 16384) for mix in mixes.NAMES], short]
