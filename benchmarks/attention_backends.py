@@ -6,10 +6,11 @@ differentiates. What it returns at padding is not defined.
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from gate import OUT_OF_MEMORY, Backend, Forward, Gate, Results, failure_reason, make_gate, run
 from timing import NEEDS_CUDA
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model.ops import hybrid_attention
@@ -164,6 +166,32 @@ def _documents(problem: Problem) -> Forward:
     return forward
 
 
+def _documents_preferring_cudnn(problem: Problem) -> Forward:
+    """The same by cuDNN's kernel; where PyTorch cannot use it, by the next one of its usual order."""
+    documents = _documents(problem)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(order, set_priority=True):
+            return documents(q, k, v)
+
+    return forward
+
+
+def _sdpa_kernels(problem: Problem, forward: Callable[[], Tensor]) -> str:
+    """Return which of its kernels PyTorch chose, and how often, by the nodes that they leave for autograd."""
+    pending, seen, chosen = [forward().grad_fn], set(), Counter[str]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [earlier for earlier, _ in node.next_functions]
+        if kernel := re.match("ScaledDotProduct(?:Fused)?(.+?)Attention", node.name()):
+            chosen[kernel[1].lower()] += 1
+    return ", ".join(f"{kernel} {count}" for kernel, count in chosen.most_common()) or "math"
+
+
 def _masks_too_large(lengths: Sequence[int], problem: Problem) -> str | None:
     """Return why masks of these lengths do not fit into memory, all as booleans and the largest also as a bias."""
     squares = [length**2 for length in lengths]
@@ -185,7 +213,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)[0].transpose(0, 1)
 
 
-def _flex(problem: Problem) -> Forward:
+def _flex(problem: Problem, kernel_options: Mapping[str, str] | None = None) -> Forward:
     """Compiled FlexAttention, given the interval form of the mask, which is its best case."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -194,12 +222,16 @@ def _flex(problem: Problem) -> Forward:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= key_start[query]) & (key < key_end[query])
 
-    block_mask = create_block_mask(visible, None, None, T, T, device=problem.layout.device, _compile=True)
+    # FlashAttention-4 takes two tiles of queries at once on B200, and its block mask must have blocks of that height.
+    device, tall = problem.layout.device, bool(kernel_options) and _capability(problem)[0] == 10
+    size = (256 if tall else 128, 128)
+    block_mask = create_block_mask(visible, None, None, T, T, device=device, BLOCK_SIZE=size, _compile=True)
     grouped = problem.heads != problem.kv_heads
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return _compiled_flex()(q, k, v, block_mask=block_mask, enable_gqa=grouped)[0].transpose(0, 1)
+        options = {"block_mask": block_mask, "enable_gqa": grouped, "kernel_options": kernel_options}
+        return _compiled_flex()(q, k, v, **options)[0].transpose(0, 1)
 
     return forward
 
@@ -213,12 +245,30 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def _flex_missing(problem: Problem) -> str | None:
+    cpu = _on_gpu()(problem)
+    return cpu and f"{cpu}: FlexAttention has no backward on a CPU"
+
+
+def _flex_flash_missing(problem: Problem) -> str | None:
+    options = getattr(importlib.import_module("torch.nn.attention.flex_attention"), "FlexKernelOptions", None)
+    if "BACKEND" not in getattr(options, "__annotations__", {}):
+        return f"torch {torch.__version__} has no FLASH backend of FlexAttention"
+    return _on_gpu("flash_attn.cute", majors=(9, 10, 11, 12))(problem)
+
+
+def _varlen(problem: Problem) -> tuple[str, Callable[..., Any]]:
+    """Return the first installed varlen kernel of flash-attn that this GPU can run, and its module's name."""
+    hopper = _capability(problem)[0] == 9
+    names = [name for name in _VARLEN if hopper or name != "flash_attn_interface"]
+    return next((name, f) for name in names if (f := getattr(_load(name)[0], _VARLEN[name], None)))
+
+
 def _flash_varlen_causal(problem: Problem) -> Forward:
     """flash-attn's varlen kernel, causal on the same documents: FA3 or FA2 if installed, else torch's copy of it."""
     offsets = problem.layout.document_offsets.to(problem.layout.device, torch.int32)
     longest = max(problem.lengths)
-    module = _first_installed(*_VARLEN)
-    function = getattr(module, "flash_attn_varlen_func", None) or module.varlen_attn
+    _, function = _varlen(problem)
     parameters = inspect.signature(function).parameters
     flags = {name: True for name in ("causal", "is_causal") if name in parameters} or {"window_size": (-1, 0)}
     if "enable_gqa" in parameters:
@@ -227,27 +277,18 @@ def _flash_varlen_causal(problem: Problem) -> Forward:
 
 
 def _flashmask(problem: Problem) -> Forward:
-    """Paddle's FlashMask, its tensors shared with torch's. Untested on a GPU: written from its documentation."""
-    paddle = importlib.import_module("paddle")
-    share = paddle.utils.dlpack.from_dlpack
+    """FlashMask 4 in its build for PyTorch. Untested on a GPU: written from its documentation."""
+    function = importlib.import_module(_FLASHMASK).flashmask_attention
     # A key is hidden from the queries at and after query_end, and from those before query_start.
-    bounds = share(torch.stack([problem.layout.query_end, problem.layout.query_start], dim=-1)[None, None].contiguous())
+    bounds = torch.stack([problem.layout.query_end, problem.layout.query_start], dim=-1)[None, None].contiguous()
+    return lambda *qkv: _without_lse(function(*(x[None] for x in qkv), bounds, causal=False))[0]
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *qkv: Tensor) -> Tensor:
-            ctx.inputs = [share(x.detach()[None].contiguous()) for x in qkv]
-            for x in ctx.inputs:
-                x.stop_gradient = False
-            ctx.out = _without_lse(paddle.nn.functional.flashmask_attention(*ctx.inputs, bounds, causal=False))
-            return torch.from_dlpack(ctx.out.detach())[0]
 
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-            gradients = paddle.grad([ctx.out], ctx.inputs, [share(gradient[None].contiguous())])
-            return tuple(torch.from_dlpack(x.detach())[0] for x in gradients)
-
-    return Function.apply
+def _flashmask_missing(problem: Problem) -> str | None:
+    # The same module is built for one framework or the other.
+    if hasattr(_load(_FLASHMASK)[0], "paddle"):
+        return "flash_mask is built for PaddlePaddle, not for PyTorch"
+    return _on_gpu(_FLASHMASK, majors=(9, 10))(problem)
 
 
 def _flex_flash_attention(problem: Problem) -> Forward:
@@ -257,10 +298,14 @@ def _flex_flash_attention(problem: Problem) -> Forward:
     rows = [(start, end, first, end, int(not image)) for start, end, first, image in mixes.segments(problem.layout)]
     slices = torch.tensor(rows, dtype=torch.int32, device=problem.layout.device)
     queries, keys, kinds = (x.contiguous() for x in (slices[:, :2], slices[:, 2:4], slices[:, 4]))
-    arguments = {"q_ranges": queries, "k_ranges": keys, "attn_type_map": kinds}
+    arguments: dict[str, Any] = {"q_ranges": queries, "k_ranges": keys, "attn_type_map": kinds}
+    parameters = inspect.signature(function).parameters
+    # Faster, and allowed because every query is in one slice only.
+    if "disable_fwd_atomic_reduction" in parameters:
+        arguments["disable_fwd_atomic_reduction"] = True
     # Early releases require the longest ranges; in later ones these are optional or gone.
     for name, ranges in (("max_seqlen_q", queries), ("max_seqlen_k", keys)):
-        parameter = inspect.signature(function).parameters.get(name)
+        parameter = parameters.get(name)
         if parameter and parameter.default is inspect.Parameter.empty:
             arguments[name] = int(ranges.diff().max())
     return lambda q, k, v: _without_lse(function(q, k, v, **arguments))
@@ -272,37 +317,67 @@ def _without_lse(result: Any) -> Any:
 
 
 @cache
-def _first_installed(*modules: str) -> Any:
-    for name in modules:
-        with suppress(ImportError):
-            return importlib.import_module(name)
-    return None
+def _load(name: str) -> tuple[Any, str]:
+    """Return a module, or None, and why there is none."""
+    try:
+        return importlib.import_module(name), ""
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            return None, f"{error.name} is not installed"
+        return None, f"{name} cannot be imported: {failure_reason(error)}"
+    except Exception as error:  # noqa: BLE001 - a library built for another torch must not end the run, whatever it raises
+        return None, f"{name} cannot be imported: {failure_reason(error)}"
 
 
-def _on_gpu(*modules: str) -> Callable[[Problem], str | None]:
-    """Return the function that says why compiled kernels cannot do a problem; one of a library's modules is enough."""
+def _capability(problem: Problem) -> tuple[int, int]:
+    device = problem.layout.device
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _on_gpu(*modules: str, majors: Sequence[int] = ()) -> Callable[[Problem], str | None]:
+    """Return the function that says why compiled kernels cannot do a problem.
+
+    Args:
+        modules: one of a library's modules is enough.
+        majors: compute capabilities that it has kernels for, without their minor version; by default all.
+    """
 
     def missing(problem: Problem) -> str | None:
-        if problem.layout.device.type != "cuda":
-            return NEEDS_CUDA
-        if modules and problem.dtype.itemsize != 2:
-            return "takes fp16 and bf16 only"
-        return f"not installed: {' or '.join(modules)}" if modules and not _first_installed(*modules) else None
+        major, minor = _capability(problem)
+        reasons = [] if major else [NEEDS_CUDA]
+        if major and majors and major not in majors:
+            known = " or ".join(f"{known}.x" for known in majors)
+            reasons.append(f"needs compute capability {known}, got {major}.{minor}")
+        if modules and not any(_load(name)[0] for name in modules):
+            reasons += dict.fromkeys(_load(name)[1] for name in modules)
+        if not reasons and modules and problem.dtype.itemsize != 2:
+            reasons.append("takes fp16 and bf16 only")
+        return "; ".join(reasons) or None
 
     return missing
 
 
-_VARLEN = ("flash_attn_interface", "flash_attn", "torch.nn.attention.varlen")
+_FLASHMASK = "flash_mask.cute.interface"
+_VARLEN = {
+    "flash_attn_interface": "flash_attn_varlen_func",
+    "flash_attn": "flash_attn_varlen_func",
+    "torch.nn.attention.varlen": "varlen_attn",
+}
 _CAUSAL = "reference rate of a causal mask, not gated"
 
 BACKENDS = {
     "triton": _ours("triton", _on_gpu()),
     "torch": _ours("torch", lambda problem: None),
-    "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p)),
-    "sdpa_documents": Backend(_documents, lambda p: _masks_too_large(p.lengths, p)),
-    "flex": Backend(_flex, lambda p: (cpu := _on_gpu()(p)) and f"{cpu}: FlexAttention has no backward on a CPU"),
-    "flash_varlen_causal": Backend(_flash_varlen_causal, _on_gpu(*_VARLEN), ungated=_CAUSAL),
-    "flashmask": Backend(_flashmask, _on_gpu("paddle")),
-    "flex_flash_attention": Backend(_flex_flash_attention, _on_gpu("magi_attention.api")),
+    "sdpa_dense": Backend(_dense, lambda p: _masks_too_large([p.layout.total_length], p), kernel=_sdpa_kernels),
+    "sdpa_documents": Backend(
+        _documents_preferring_cudnn, lambda p: _masks_too_large(p.lengths, p), kernel=_sdpa_kernels
+    ),
+    "flex": Backend(_flex, _flex_missing),
+    "flex_flash": Backend(partial(_flex, kernel_options={"BACKEND": "FLASH"}), _flex_flash_missing),
+    "flash_varlen_causal": Backend(
+        _flash_varlen_causal, _on_gpu(*_VARLEN), ungated=_CAUSAL, kernel=lambda problem, _: _varlen(problem)[0]
+    ),
+    "flashmask": Backend(_flashmask, _flashmask_missing),
+    "flex_flash_attention": Backend(_flex_flash_attention, _on_gpu("magi_attention.api", majors=(9,))),
 }
 """The rows of the comparison. A backend that is not gated cannot express the mask: its rate is only a reference."""

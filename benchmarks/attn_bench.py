@@ -3,18 +3,24 @@
     python benchmarks/attn_bench.py --out DIR [--device cuda|cpu] [--mixes ...] [--lengths ...] [--backends ...]
 
 Writes DIR/attention.csv, attention.png and attention.md. A backend is timed at a shape only after its output and
-gradients were found right there. On a GPU: six mixes at 16,384 positions and two of them from 1k to 128k. On a CPU: a
-few small shapes, in one or two minutes. Exit status 1 where a backend computed something wrong, or one of ours broke.
+gradients were found right there. On a GPU: six mixes at 16,384 positions; documents of 32 to 4,096 positions on average
+in packs of 16k and 64k; two of the mixes from 1k to 128k. On a CPU: a few small shapes, in one or two minutes.
+
+Rows that DIR/attention.csv has from the same machine and revision are kept and not measured again. Exit status 1 where
+a backend computed something wrong, or one of ours broke; 3 where time ran out, so that the same command can go on.
 """
 
 import argparse
+import csv
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
@@ -24,7 +30,8 @@ import tables
 import timing
 import torch
 from attention_backends import BACKENDS, Problem, attention_gate
-from gate import Backend, compare, failure_reason
+from attention_goals import SHAPE, judge
+from gate import OVER_BUDGET, Backend, compare, failure_reason
 from tables import Row
 from timing import DTYPES, NOT_MEASURED
 
@@ -43,7 +50,7 @@ FIGURES = (
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark that the command line asks for; return the exit code."""
     parser = timing.make_parser(__doc__)
-    parser.add_argument("--mixes", nargs="+", choices=mixes.NAMES)
+    parser.add_argument("--mixes", nargs="+", choices=mixes.ALL_NAMES, metavar="MIX", help="|".join(mixes.ALL_NAMES))
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="positions of a pack")
     parser.add_argument("--heads", type=int, help="query heads (default: 16 on cuda, 8 on a CPU)")
     parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
@@ -57,7 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace, device: torch.device) -> bool:
-    """Measure shape after shape; return whether nothing failed."""
+    """Measure shape after shape; return whether nothing failed.
+
+    Raises:
+        Unfinished: time ran out.
+    """
     gpu, quick = device.type == "cuda", options.quick
     heads = (2 if quick else 16 if gpu else 8) if options.heads is None else options.heads
     kv_heads = heads if options.kv_heads is None else options.kv_heads
@@ -70,16 +81,55 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
     dtype = DTYPES[options.dtype or ("bf16" if gpu else "fp32")]
     seconds = 0.1 if quick else 0.25 if gpu else 2
     deadline = time.monotonic() + 60 * options.minutes
-    machine = timing.describe_machine(device)
+    machine, path = timing.describe_machine(device), options.out / "attention"
+    earlier = _earlier_groups(path.with_suffix(".csv"), machine)
+    shapes = [
+        (mix, T, heads, kv_heads, D, str(dtype).removeprefix("torch."))
+        for D, (mix, T) in product(head_dims, _packs(options, gpu))
+    ]
+    left = [shape for shape in shapes if not _is_complete(earlier.get(shape, []), backends)]
+    kept = [row for shape, rows in earlier.items() if shape not in left for row in rows]
+    late = set()
 
     def groups() -> Iterator[list[Row]]:
-        for head_dim, (mix, length) in product(head_dims, _packs(options, gpu)):
-            problem = Problem(mixes.sample(mix, length), heads, kv_heads, head_dim, dtype)
+        for shape in left:
+            mix, T, _, _, D, _ = shape
+            problem = Problem(mixes.sample(mix, T), heads, kv_heads, D, dtype)
             outcomes = compare_backends(problem, backends, device, seconds, deadline)
+            if any(OVER_BUDGET in outcome["status"] for outcome in outcomes.values()):
+                late.add(shape)
             yield make_rows(mix, problem, outcomes, backends, machine)
 
-    path, problem = options.out / "attention", "{mix} T={T} D={D}"
-    return tables.write_comparison(path, "Hybrid attention", groups(), problem, PANELS, COLUMNS, NOTES)
+    name, problem = "Hybrid attention", "{mix} T={T} D={D}"
+    if not tables.write_comparison(path, name, groups(), problem, PANELS, COLUMNS, NOTES, kept, judge):
+        return False
+    if late:
+        raise timing.Unfinished(f"time ran out with {len(late)} of {len(shapes)} shapes left; run it again to go on")
+    return True
+
+
+def _earlier_groups(path: Path, machine: Mapping[str, str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows of a CSV file by shape, numbers as numbers; none of another machine or of changed code."""
+    if not path.exists() or machine["git"] == "unknown" or machine["git"].endswith("+"):
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+    same = [row for row in rows if machine.items() <= row.items()]
+    return {shape: list(group) for shape, group in groupby(same, lambda row: tuple(row[name] for name in SHAPE))}
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("T", "H", "G", "D", "documents", "visible_area"):
+        return int(text)
+    if name in ("mean_length", *FIGURES) and text != NOT_MEASURED:
+        return float(text) if text else None
+    return text
+
+
+def _is_complete(rows: Sequence[Row], backends: Iterable[str]) -> bool:
+    """Return whether measuring a shape again would tell nothing new."""
+    is_open = any(OVER_BUDGET in row["status"] or row["status"].startswith("FAILED") for row in rows)
+    return not is_open and {row["backend"] for row in rows}.issuperset(backends)
 
 
 def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
@@ -90,9 +140,10 @@ def _packs(options: argparse.Namespace, gpu: bool) -> list[tuple[str, int]]:
     if options.quick:
         return [("mixed", 512)]
     if gpu:
+        short = product(mixes.BY_MEAN, (mixes.FIXED_LENGTH, 4 * mixes.FIXED_LENGTH))
         over_lengths = [(mix, length) for length in LENGTHS for mix in ("mixed", "long")]
-        return list(dict.fromkeys([*((mix, mixes.FIXED_LENGTH) for mix in mixes.NAMES), *over_lengths]))
-    return [("mixed", 1024), ("mixed", 4096), ("pairs", 4096), ("tiny", 4096)]
+        return list(dict.fromkeys([*((mix, mixes.FIXED_LENGTH) for mix in mixes.NAMES), *short, *over_lengths]))
+    return [(mix, 4096) for mix in ("mixed", "pairs", "tiny", "mean32", "mean256", "mean1024")]
 
 
 def compare_backends(
@@ -117,6 +168,7 @@ def make_rows(
     `times_sdpa_dense` and `times_sdpa_documents` say how many times as fast as this baseline a backend is in the same
     run, forward and backward together. None stands for a percentage of an unknown peak.
     """
+    lengths = problem.lengths
     T, H, G, D = problem.layout.total_length, problem.heads, problem.kv_heads, problem.head_dim
     least_bytes = problem.dtype.itemsize * T * D * (2 * H + 2 * G) + 4 * T * H
     peak_tflops, peak_gbs = timing.peaks_of(machine["hardware"])
@@ -126,10 +178,12 @@ def make_rows(
     for name, outcome in outcomes.items():
         area = problem.layout.area
         if backends[name].ungated:  # the documents without their images
-            area = sum(length * (length + 1) // 2 for length in problem.lengths)
+            area = sum(length * (length + 1) // 2 for length in lengths)
         row = {
             "op": "attention", "mix": mix, "T": T, "H": H, "G": G, "D": D,
-            "dtype": str(problem.dtype).removeprefix("torch."), "backend": name, **machine, "visible_area": area,
+            "dtype": str(problem.dtype).removeprefix("torch."), "backend": name, "kernel": "", **machine,
+            "documents": len(lengths), "mean_length": sum(lengths) / len(lengths),
+            "visible_area": area,
             **dict.fromkeys(FIGURES, NOT_MEASURED), "status": "", **outcome,
         }  # fmt: skip
         if timing.COLUMNS[0] in outcome:
@@ -148,7 +202,8 @@ def make_rows(
 
 PANELS = {f"{which}, TFLOP/s by exact area": f"{which}_tflops" for which in PER_PAIR}
 COLUMNS = {
-    "mix": "{mix}", "T": "{T}", "D": "{D}", "backend": "{backend}", "prepare": "{prepare_ms:.3g}",
+    "mix": "{mix}", "T": "{T}", "documents": "{documents}", "D": "{D}", "backend": "{backend}", "kernel": "{kernel}",
+    "prepare": "{prepare_ms:.3g}",
     "forward": tables.spread("forward"), "backward": tables.spread("backward"), "MiB": "{peak_mib:.3g}",
     "TFLOP/s": "{forward_tflops:.3g} / {backward_tflops:.3g}",
     "% of peak": "{forward_percent_of_peak:.3g} / {backward_percent_of_peak:.3g}",
@@ -158,9 +213,13 @@ NOTES = """\
 Forward and backward are medians in ms (20th to 80th percentile); TFLOP/s and the percent of peak count 4 and 10
 operations for each head dimension and visible pair. The percent of peak is open where no 16-bit peak is on record for
 this hardware and dtype. `x dense` and `x documents` say how many times as fast as dense and per-document SDPA a backend
-is in this run, forward and backward together. `prepare` is what a micro-batch needs once: ours builds its layout, and
-the others are given theirs. Every backend passed the correctness gate before it was timed, except flash_varlen_causal,
-which computes another mask: its rate, by the area of its own mask, is only a reference."""
+is in this run, forward and backward together. `prepare` is what a micro-batch needs once, in ms and in no other column:
+ours builds its layout and tables, FlexAttention its block mask, the others their bounds, offsets or masks, for which
+they are given a layout. `kernel` names the library or, for SDPA, the kernels that PyTorch chose and in how many calls;
+for single documents it is asked to prefer cuDNN's. Every backend passed the correctness gate before it was timed,
+except flash_varlen_causal, which computes another mask: its rate, by the area of its own mask, is only a reference. The
+packs are described in benchmarks/mixes.py; mean32 holds documents of 32 positions on average, half of them with
+images."""
 
 
 if __name__ == "__main__":

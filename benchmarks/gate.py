@@ -25,7 +25,7 @@ Gate = Callable[[Results], str | None]
 # Errors that a backend may raise for a shape that it cannot do. NotImplementedError and running out of memory are
 # RuntimeErrors.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, OSError, TritonError)
-_OVER_BUDGET = "time budget"
+OVER_BUDGET = "time budget"
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -90,6 +90,8 @@ class Backend(NamedTuple):
     """An error of this backend fails the benchmark."""
     ungated: str | None = None
     """Why the results are not checked."""
+    kernel: Callable[[Any, Callable[[], Any]], str] | None = None
+    """Returns which of several kernels computes a problem; takes it and a function that runs the forward pass."""
 
 
 def compare(
@@ -112,21 +114,22 @@ def compare(
 
     Returns:
         The columns of each backend, in order, and the times of the other steps: `status` and, if a backend was timed,
-        those of `Times`, `peak_mib` and `prepare_ms`.
+        those of `Times`, `peak_mib`, `prepare_ms` and, if the backend names it, `kernel`.
     """
     device, others = inputs[0].device, others or {}
     late = time.monotonic() > deadline
-    reasons = {name: _OVER_BUDGET if late else backend.missing(problem) for name, backend in backends.items()}
+    reasons = {name: OVER_BUDGET if late else backend.missing(problem) for name, backend in backends.items()}
     outcomes = {name: {"status": f"{NOT_MEASURED}: {reason}"} for name, reason in reasons.items() if reason}
     able = {name: backend for name, backend in backends.items() if name not in outcomes}
     wrong = gate() if able else None
     timings: dict[str, Times] = {}
+    kernels: dict[str, Row] = {}
     # On a GPU each backend has the memory to itself; on a CPU the backends and the other steps take turns.
     apart = device.type == "cuda"
     for group in [{name: backend} for name, backend in able.items()] if apart else [able]:
         steps: dict[str, Step] = {}
         for name, backend in group.items():
-            outcomes[name] = {"status": f"{NOT_MEASURED}: {_OVER_BUDGET}"}
+            outcomes[name] = {"status": f"{NOT_MEASURED}: {OVER_BUDGET}"}
             if time.monotonic() <= deadline:
                 with _errors_in(outcomes, {name: backend}):
                     forward = backend.prepare(problem)
@@ -134,12 +137,15 @@ def compare(
                     if found := None if backend.ungated else wrong(results):
                         outcomes[name] = {"status": f"FAILED: {found}"}
                     else:
+                        if backend.kernel:
+                            kernels[name] = {"kernel": backend.kernel(problem, partial(forward, *inputs))}
                         steps[name] = partial(_step, forward, inputs, upstream)
         with _errors_in(outcomes, {name: group[name] for name in steps}):
             timings |= time_steps(steps if apart else steps | others, device, seconds)
         for name in [name for name in steps if name in timings]:
             with _errors_in(outcomes, {name: group[name]}):
-                outcomes[name] = _finish(group[name], problem, steps[name], timings[name], device)
+                finished = _finish(group[name], problem, steps[name], timings[name], device)
+                outcomes[name] = finished | kernels.get(name, {})
     timings |= time_steps({name: step for name, step in others.items() if name not in timings}, device, seconds)
     return {name: outcomes[name] for name in backends}, {name: timings[name] for name in others}
 

@@ -1,4 +1,4 @@
-"""Six mixes of packed documents to measure attention on: fixed samples, and a generator of packs with their statistics.
+"""Packs of documents to measure attention on: six mixes, and packs of a given mean length of documents.
 
     pairs        a caption and an image of 256 patches, a few with the image first
     text         documents of 30 to 1,600 tokens, log-normal
@@ -9,11 +9,18 @@
 
 Bounds and comparisons use the fixed samples of 16,384 positions in mixes.json; the generator makes packs of the same
 kind at any length.
+
+Beside the mixes, mean32, mean64, ..., mean4096 are packs whose documents have that mean length; they have no fixed
+samples. Lengths are log-normal, scaled to fill the pack: with sigma 0.6, the middle 60 % lie between 0.6 and 1.7 times
+the median. Half of the documents, chosen at random, are text alone. The others hold an image between two runs of text:
+the largest square number of patches, up to 1,024, that fits into half of the document. Where several images of 1,024
+patches fit, there are several, with text between them.
 """
 
 import json
 from collections.abc import Iterator
 from itertools import pairwise
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +28,8 @@ import numpy as np
 from transfusion_fast.kernels.layout import AttentionLayout
 
 NAMES = ("pairs", "text", "mixed", "interleaved", "tiny", "long")
+BY_MEAN = {f"mean{2**power}": 2**power for power in range(5, 13)}
+ALL_NAMES = (*NAMES, *BY_MEAN)
 FIXED_LENGTH = 16384
 
 _FIXED = Path(__file__).with_name("mixes.json")
@@ -28,6 +37,7 @@ _MARKERS = 2  # special tokens: <bos> and <boi> before a first image, <eoi> and 
 _PAIR_SHARE = 0.58
 _CAPTION_FIRST_SHARE = 0.84
 _IMAGE_SIZES, _IMAGE_SHARES = (256, 576, 1024), (0.1, 0.25, 0.65)
+_SIGMA = 0.6  # of the logarithm of the lengths around a mean
 
 
 # A document is a list of (length, is_image): runs of text, and images.
@@ -38,17 +48,11 @@ def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], li
     """Return a pack of the mix `name`: the lengths of its documents and its image spans, absolute (start, length).
 
     Where the next document does not fit, the pack ends with a part of it that keeps an image, or with text; the mixes
-    without text leave less than one document of padding.
+    without text leave less than one document of padding. Packs of a mean length have none.
     """
-    rng = np.random.default_rng([NAMES.index(name), total_length, seed])
-    documents: list[Document] = []
-    remaining = total_length
-    for document in _documents(name, total_length, rng):
-        fitting = document if _length(document) <= remaining else _last_document(name, document, remaining)
-        documents.append(fitting)
-        remaining -= _length(fitting)
-        if fitting is not document or not remaining:
-            break
+    rng = np.random.default_rng([ALL_NAMES.index(name), total_length, seed])
+    mean = BY_MEAN.get(name)
+    documents = _by_mean(mean, total_length, rng) if mean else list(_fill(name, total_length, rng))
     segments = [segment for document in documents for segment in document]
     starts = np.cumsum([0, *(length for length, _ in segments)]).tolist()
     spans = [(start, length) for start, (length, is_image) in zip(starts, segments, strict=False) if is_image]
@@ -57,7 +61,7 @@ def generate(name: str, total_length: int, seed: int = 0) -> tuple[list[int], li
 
 def sample(name: str, total_length: int) -> AttentionLayout:
     """Return the layout to measure on, on the CPU: the fixed sample at its length, a generated pack at any other."""
-    if total_length == FIXED_LENGTH:
+    if total_length == FIXED_LENGTH and name in NAMES:
         return AttentionLayout.from_spans(**json.loads(_FIXED.read_text(encoding="utf-8"))[name])
     return AttentionLayout.from_spans(*generate(name, total_length), total_length)
 
@@ -84,6 +88,39 @@ def flex_visited_area(layout: AttentionLayout, block: int = 128) -> int:
     first, last = first[order], last[order]
     covered = np.concatenate([[0], np.maximum.accumulate(last)[:-1]])
     return int(np.maximum(last - np.maximum(first, covered), 0).sum()) * block * block
+
+
+def _fill(name: str, total_length: int, rng: np.random.Generator) -> Iterator[Document]:
+    remaining = total_length
+    for document in _documents(name, total_length, rng):
+        fitting = document if _length(document) <= remaining else _last_document(name, document, remaining)
+        yield fitting
+        remaining -= _length(fitting)
+        if fitting is not document or not remaining:
+            break
+
+
+def _by_mean(mean: int, total_length: int, rng: np.random.Generator) -> list[Document]:
+    """Return documents that fill the pack exactly, as many as have a mean length closest to `mean`."""
+    count = max(round(total_length / mean), 1)
+    weights = rng.lognormal(sigma=_SIGMA, size=count)
+    # Every document gets one token, and the rest is shared out. Rounding its running sum keeps the total.
+    ends = np.rint((total_length - count) * weights.cumsum() / weights.sum()).astype(int) + np.arange(1, count + 1)
+    illustrated = rng.permutation(count) % 2 == 0
+    lengths = np.diff(ends, prepend=0).tolist()
+    return [_illustrated(n) if images else [(n, False)] for n, images in zip(lengths, illustrated, strict=True)]
+
+
+def _illustrated(length: int) -> Document:
+    half = length // 2
+    if not half:
+        return [(length, False)]
+    patches, images = min(isqrt(half), 32) ** 2, max(half // 1024, 1)
+    # As many runs of text as images, and one behind them; the first ones are the longer ones.
+    text = length - images * patches
+    runs = [text // (images + 1) + (i < text % (images + 1)) for i in range(images + 1)]
+    document = [segment for run in runs[:-1] for segment in ((run, False), (patches, True))]
+    return [*document, (runs[-1], False)]
 
 
 def _documents(name: str, total_length: int, rng: np.random.Generator) -> Iterator[Document]:

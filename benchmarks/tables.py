@@ -2,7 +2,7 @@
 
 import string
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +74,23 @@ def write_report(path: Path, title: str, rows: Sequence[Row], columns: Columns, 
 
 
 def write_comparison(
-    path: Path, title: str, groups: Iterable[list[Row]], problem: str, panels: Columns, columns: Columns, notes: str
-) -> bool:
+    path: Path, title: str, groups: Iterable[list[Row]], problem: str, panels: Columns, columns: Columns, notes: str,
+    earlier: Sequence[Row] = (), section: Callable[[Sequence[Row]], str] = lambda rows: "",
+) -> bool:  # fmt: skip
     """Write a report of backends on problems, one group of rows after the other; return whether no row failed.
 
     The CSV file is up to date after each group. `problem` is the format of a problem's name, `panels` are as in `draw`.
+    Rows of an `earlier` run stand before the groups, and only those of the groups decide what is returned. `section`
+    makes a part of the report from all rows.
     """
-    rows: list[Row] = []
+    rows = list(earlier)
     for group in groups:
         rows += group
         write_csv(rows, path.with_suffix(".csv"))
         print(f"{problem.format_map(rows[-1])}: done", file=sys.stderr)
     draw(rows, path.with_suffix(".png"), problem, "{backend}", panels)
-    write_report(path, title, rows, columns, notes, list_unmeasured(rows, problem))
-    return not any(row["status"].startswith("FAILED") for row in rows)
+    write_report(path, title, rows, columns, notes, list_unmeasured(rows, problem), section(rows))
+    return not any(row["status"].startswith("FAILED") for row in rows[len(earlier) :])
 
 
 def write_markdown(path: Path, *parts: str) -> None:

@@ -51,6 +51,10 @@ _PEAKS = {
 }
 
 
+class Unfinished(Exception):
+    """Time ran out before everything was measured."""
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark: --out and --device."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,7 +66,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def run_benchmark(program: str, options: argparse.Namespace, measure: Callable[[torch.device], bool]) -> int:
     """Make --out, run `measure` on the chosen device, and return the exit code: 1 where `measure` returns False.
 
-    Errors in the user's input are printed in one line, with exit code 2.
+    Errors in the user's input are printed in one line, with exit code 2, and `Unfinished` likewise, with exit code 3.
     """
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -70,9 +74,9 @@ def run_benchmark(program: str, options: argparse.Namespace, measure: Callable[[
             raise InputError("--device cuda needs a GPU that torch can use, and there is none; use --device cpu")
         options.out.mkdir(parents=True, exist_ok=True)
         return 0 if measure(device) else 1
-    except (InputError, OSError) as error:
+    except (InputError, OSError, Unfinished) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, Unfinished) else 2
 
 
 def time_steps(

@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import attention_backends
 import attn_bench
@@ -55,6 +54,7 @@ def test_the_command_measures_what_a_cpu_has_and_names_the_rest(tmp_path):
     for name, row in rows.items():
         if name in MEASURED_ON_CPU:
             assert row["status"] == "ok"
+            assert row["kernel"] == {"sdpa_dense": "flash 1", "sdpa_documents": "flash 2"}.get(name, "")
             assert float(row["forward_p20"]) <= float(row["forward_p50"]) <= float(row["forward_p80"])
             assert float(row["peak_mib"]) > 0 and float(row["prepare_ms"]) > 0
         else:
@@ -63,7 +63,8 @@ def test_the_command_measures_what_a_cpu_has_and_names_the_rest(tmp_path):
     assert float(rows["sdpa_dense"]["times_sdpa_dense"]) == 1
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
     for text in ((tmp_path / "attention.md").read_text(encoding="utf-8"), done.stdout):
-        assert "- flashmask, all problems: not measured: needs a CUDA device\n" in text
+        assert "- flashmask, all problems: not measured: needs a CUDA device; flash_mask is not installed\n" in text
+        assert "Not applicable: measured on" in text
 
 
 @pytest.mark.parametrize(
@@ -230,79 +231,31 @@ def test_rates_count_the_visible_area_against_the_peak_of_the_gpu(tmp_path):
     assert ours["times_sdpa_documents"] == flex["times_sdpa_dense"] == NOT_MEASURED
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_is_given_the_mask_of_the_layout(monkeypatch):
-    """Uncompiled and forward only, because FlexAttention has no backward on a CPU."""
-    from torch.nn.attention import flex_attention
+def test_rows_of_the_same_machine_and_code_are_kept_until_nothing_is_left(tmp_path, monkeypatch, capsys):
+    machine = H100 | {"git": "abc1234"}
+    monkeypatch.setattr(attn_bench.timing, "describe_machine", lambda device: machine)
+    measured, compare = [], attn_bench.compare_backends
 
-    create = flex_attention.create_block_mask
-    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *a, _compile, **named: create(*a, **named))
-    monkeypatch.setattr("attention_backends._compiled_flex", lambda: flex_attention.flex_attention)
-    problem = make_problem()
-    q, k, v = (x.detach() for x in problem.inputs()[0])
-    expected = reference.hybrid_attention(q, k, v, problem.layout)
-    torch.testing.assert_close(BACKENDS["flex"].prepare(problem)(q, k, v), expected, rtol=1e-5, atol=1e-5)
+    def measure(problem, *rest):
+        measured.append(problem.head_dim)
+        deadline = 0 if measured == [16, 32] else float("inf")
+        return compare(problem, *rest[:-1], deadline)
 
+    def run_again():
+        before, out = len(measured), ["--out", str(tmp_path)]
+        options = ["--quick", "--device", "cpu", "--head-dim", "16", "32", "--backends", "torch"]
+        return attn_bench.main(options + out), measured[before:]
 
-def masked_attention(q, k, v, mask):
-    scores = torch.einsum("thd,shd->hts", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("hts,shd->thd", scores.masked_fill(~mask, -1e30).softmax(-1), v)
-
-
-class FakePaddle(SimpleNamespace):
-    """Paddle's functions, computed by torch."""
-
-    def __init__(self):
-        dlpack = SimpleNamespace(from_dlpack=lambda x: x.detach())
-        functional = SimpleNamespace(flashmask_attention=self.attention)
-        super().__init__(utils=SimpleNamespace(dlpack=dlpack), nn=SimpleNamespace(functional=functional))
-
-    def attention(self, q, k, v, bounds, causal):
-        assert not causal
-        end, start = bounds[0, 0].T
-        rows = torch.arange(q.shape[1])[:, None]
-        self.leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            self.out = masked_attention(*(x[0] for x in self.leaves), (rows < end) & (rows >= start))[None]
-        return self.out.detach(), "log-sum-exp"
-
-    def grad(self, outputs, inputs, gradients):
-        return torch.autograd.grad(self.out, self.leaves, gradients)
-
-
-def fake_flex_flash_attn(q, k, v, q_ranges, k_ranges, attn_type_map, max_seqlen_q):
-    """Paint the mask from the slices, which must not overlap."""
-    count = np.zeros((len(q), len(q)), dtype=np.int64)
-    assert max_seqlen_q == 200
-    for (a, b), (c, d), kind in zip(q_ranges.tolist(), k_ranges.tolist(), attn_type_map.tolist(), strict=True):
-        square = np.ones((b - a, d - c), dtype=np.int64)
-        count[a:b, c:d] += np.tril(square, d - c - (b - a)) if kind == 1 else square
-    assert count.max() == 1
-    return masked_attention(q, k, v, torch.from_numpy(count > 0)), "log-sum-exp"
-
-
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("flashmask", FakePaddle()),
-        ("flex_flash_attention", SimpleNamespace(flex_flash_attn_func=fake_flex_flash_attn)),
-    ],
-)
-def test_libraries_that_are_not_here_would_be_given_the_mask_of_the_layout(monkeypatch, name, module):
-    monkeypatch.setattr(attention_backends.importlib, "import_module", lambda _: module)
-    problem = make_problem(kv_heads=2)
-    wrong_with, results = gate_and_results(problem, name)
-    assert wrong_with(results) is None
-
-
-def test_a_library_that_is_not_installed_is_named():
-    on_gpu = SimpleNamespace(layout=SimpleNamespace(device=torch.device("cuda")), dtype=torch.bfloat16)
-    assert BACKENDS["flashmask"].missing(on_gpu) == "not installed: paddle"
-    assert BACKENDS["flex_flash_attention"].missing(on_gpu) == "not installed: magi_attention.api"
-    assert BACKENDS["flash_varlen_causal"].missing(on_gpu) is None  # torch has a copy
-    on_gpu.dtype = torch.float32
-    assert BACKENDS["flashmask"].missing(on_gpu) == "takes fp16 and bf16 only"
-    assert BACKENDS["triton"].missing(on_gpu) is None
+    monkeypatch.setattr(attn_bench, "compare_backends", measure)
+    assert run_again() == (3, [16, 32])
+    assert "time ran out with 1 of 2 shapes left; run it again to go on" in capsys.readouterr().err
+    first = (tmp_path / "attention.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert run_again() == (0, [32])
+    assert (tmp_path / "attention.csv").read_text(encoding="utf-8").splitlines()[1] == first
+    assert run_again() == (0, [])
+    assert capsys.readouterr().out.count("| mixed | 512 |") == 2 + 2  # rows of two whole reports
+    for machine["git"] in ("def5678", "def5678+", "def5678+"):  # another revision, then one that is not committed
+        assert run_again() == (0, [16, 32])
 
 
 @pytest.mark.parametrize("name", mixes.NAMES)

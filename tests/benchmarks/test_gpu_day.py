@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attn_bench
 import gpu_day
+import mixes
 import pytest
 from gpu_day import Day, Stage
 
@@ -90,8 +92,10 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next_and_only_those_are_r
     ran, day = tmp_path / "ran", Day(tmp_path, rehearse=False)
     script = tmp_path / "append.sh"
     script.write_text(f"echo once >> {ran}")
+    (tmp_path / "unfinished.sh").write_text(f"exit {gpu_day.UNFINISHED}")
     chosen = [
         stage("broken", "false"),
+        stage("unfinished", f"sh {tmp_path / 'unfinished.sh'}"),
         stage("hanging", "sleep 60", limit=0.2),
         stage("absent", "true", needs=("no_such_package",)),
         stage("tool", "true", tools=("no-such-tool",)),
@@ -103,6 +107,7 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next_and_only_those_are_r
         day.write(chosen)
         day = Day(tmp_path, rehearse=False)
     outcomes = [day.records[one.name]["outcome"] for one in chosen]
+    assert outcomes.pop(1) == "ran out of time; run the same command again to go on"
     assert outcomes[:2] == ["failed with exit status 1", "stopped after its limit of 0 s"]
     assert outcomes[2:4] == ["did not run: not installed: no_such_package", "did not run: not installed: no-such-tool"]
     assert outcomes[4] == "ok" and ran.read_text() == "once\n"
@@ -121,3 +126,13 @@ def test_no_stage_starts_that_might_not_end_in_the_time_that_is_left(tmp_path):
 @pytest.mark.parametrize("one", gpu_day.stages(16), ids=lambda one: one.name)
 def test_every_stage_is_expected_to_end_within_its_limit_of_less_than_8_minutes(one):
     assert one.estimate() < one.limit < 480
+
+
+def test_attention_is_asked_for_the_six_mixes_and_then_for_documents_from_short_to_long(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attn_bench.timing, "run_benchmark", lambda name, options, measure: asked.append(options) or 0)
+    for command in (command for one in gpu_day.stages(16) for command in one.commands if "attn_bench" in command):
+        attn_bench.main(command.split()[2:])
+    packs = [attn_bench._packs(options, gpu=True) for options in asked]
+    short = [(mix, length) for mix in mixes.BY_MEAN for length in (16384, 65536)]
+    assert packs == [[(mix, 16384) for mix in mixes.NAMES], short]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 import mixes
 import numpy as np
 import pytest
@@ -70,7 +72,28 @@ def test_packs_of_any_length_are_valid_and_nearly_full(name: str, total_length: 
             assert name != "long" or (len(lengths) == 1 and len(spans) >= 4)
 
 
-@given(name=st.sampled_from(mixes.NAMES), total_length=st.integers(1, 3000), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("total_length", [4096, 16384, 65536])
+@pytest.mark.parametrize("name", mixes.BY_MEAN)
+def test_packs_have_the_mean_length_of_their_name(name: str, total_length: int) -> None:
+    lengths, spans = mixes.generate(name, total_length)
+    layout = AttentionLayout.from_spans(lengths, spans, total_length)
+    assert sum(lengths) == total_length and np.mean(lengths) == mixes.BY_MEAN[name]
+    illustrated = set(np.searchsorted(np.cumsum(lengths), layout.image_spans[:, 0].numpy(), side="right").tolist())
+    assert len(illustrated) == -(-len(lengths) // 2)
+    for document in illustrated:
+        start, end = layout.document_offsets[document : document + 2].tolist()
+        patches = [length for first, length in spans if start <= first < end]
+        half, side = (end - start) // 2, isqrt(patches[0])
+        assert side == 32 or side**2 <= half < (side + 1) ** 2
+        assert patches == [side**2] * max(half // 1024, 1)
+
+
+def test_lengths_around_a_mean_spread_by_their_sigma() -> None:
+    logs = np.log(mixes.generate("mean256", 2**20)[0])
+    assert logs.std() == pytest.approx(0.6, rel=0.03)
+
+
+@given(name=st.sampled_from(mixes.ALL_NAMES), total_length=st.integers(1, 3000), seed=st.integers(0, 10**6))
 def test_packs_fit_into_their_length(name: str, total_length: int, seed: int) -> None:
     lengths, spans = mixes.generate(name, total_length, seed)
     AttentionLayout.from_spans(lengths, spans, total_length)
