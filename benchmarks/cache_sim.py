@@ -238,7 +238,8 @@ _TABLE = {
 }  # fmt: skip
 _NOTES = """\
 **A simulation, not a measurement.** Bound: the larger of the time to compute and the time to move bytes. Longest first
-orders the tiles by the columns that they see, whatever their documents. Least: every input and output once.
+orders the tiles by the columns that they see, whatever their documents. Least: every input and output once,
+padding too.
 
 Assumed: {multiprocessors} multiprocessors at {clock_ghz} GHz, the clock of the published peak; {usable_gbs:,.0f} of
 {memory_gbs:,} GB/s; one cache of {usable_mib:.0f} of {cache_mib} MiB, empty at first, which loses what was used longest

@@ -32,7 +32,7 @@ def test_a_large_cache_moves_each_byte_once_and_none_moves_what_programs_load(ke
 
 
 def test_columns_that_were_used_longest_ago_are_lost():
-    """On one multiprocessor, two documents of four tiles, with room for the columns of one and the rows of two tiles."""
+    """On one multiprocessor, two documents of four tiles, with room for the columns of one and the rows of two."""
     together = AttentionLayout.from_spans([512, 512], [(0, 512), (512, 512)])
     in_turn = replace(together, query_tiles=together.query_tiles[[0, 4, 1, 5, 2, 6, 3, 7]])
     gpu = H100._replace(multiprocessors=1, cache_mib=769 * COLUMN / 0.8 / 2**20)
