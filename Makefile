@@ -81,6 +81,7 @@ gpu-day: $(STAMP)  ## the first hour on a GPU, in stages of under 8 minutes, int
 bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	failed=0; \
 	$(RUN) benchmarks/kernel_report.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/cache_sim.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/attn_bench.py --out $(REPORT) --minutes 30 || [ $$? = 3 ] || failed=1; \
 	$(RUN) benchmarks/pointwise_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/layer_bench.py --out $(REPORT) || failed=1; \

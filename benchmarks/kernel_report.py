@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported, so that kernels are compiled
 
+import cache_sim
 import mixes
 import offline
 import pandas as pd
@@ -38,6 +39,7 @@ import pointwise_report
 import races
 import tables
 import triton
+from cache_sim import GPUS, KERNEL_NAMES
 from matplotlib import pyplot as plt
 from tables import Row
 from triton.backends.nvidia.compiler import get_ptxas_version
@@ -46,14 +48,11 @@ from transfusion_fast.kernels import attention_kernels, hybrid_attention
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS, Config, config, padded_head_dim
 
 PTXAS_WITHOUT_RACE = (13, 3)
-KERNEL_NAMES = {"forward": "forward", "backward_dq": "dQ", "backward_dkdv": "dK and dV", "backward": "backward"}
 UNITS = ("matrix", "issue", "mufu")
 ALL_HEAD_DIMS = (32, 64, 128, 256, 96)  # 96 runs with the configurations of 128
 HEAD_DIMS = (64, 128)  # of areas and estimates
 # Matrix products of a step, each of 2 * rows * columns * D FLOPs.
 PRODUCTS = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
-# Tensors that each reads or writes: q, o, do and dq [T, H, D]; k, v, dk and dv [T, G, D]; lse and delta fp32 [T, H].
-TENSORS = {"forward": (2, 2, 1), "backward_dq": (4, 2, 2), "backward_dkdv": (2, 4, 2)}
 # Per full block, max(issue, MUFU) / matrix cycles on sm_90 in 16 bits: above 1 the matrix units wait.
 MOST_CYCLES = {128: 0.53, 64: 1.06}
 # Columns of a loop.
@@ -62,13 +61,6 @@ FULL = (*PARTIAL, "ratio", "serial_bound", "overlapped_bound", "exponentials", "
 # Compares of the loop itself: its end, and the state of its ring buffers and barriers. A mask has at least one compare
 # per value, so 32 for the narrowest step.
 MOST_COMPARES = 12
-# Published figures: architecture, multiprocessors, boost clock of the published dense peak in GHz, memory GB/s.
-GPUS = {
-    "A100 80GB": (80, 108, 1.41, 2039),
-    "H100 SXM": (90, 132, 1.83, 3350),
-    "H200": (90, 132, 1.83, 4800),
-    "B200": (100, 148, 1.85, 8000),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,7 +242,7 @@ def estimate_rows(compiled: Sequence[Row]) -> list[Row]:
     known = {(row["kernel"], row["arch"], row["head_dim"], row["height"]): row for row in chosen}
     found = []
     for gpu, kernel, head_dim in product(GPUS, KERNELS, HEAD_DIMS):
-        heights = [known.get((kernel, GPUS[gpu][0], head_dim, height)) for height in (128, 64)]
+        heights = [known.get((kernel, GPUS[gpu].arch, head_dim, height)) for height in (128, 64)]
         if None not in heights:
             found += [_estimate(gpu, kernel, head_dim, mix, heights) for mix in mixes.NAMES]
     return found
@@ -258,7 +250,7 @@ def estimate_rows(compiled: Sequence[Row]) -> list[Row]:
 
 def _estimate(gpu: str, kernel: str, head_dim: int, mix: str, heights: Sequence[Row]) -> Row:
     layout = mixes.sample(mix, mixes.FIXED_LENGTH)
-    arch, multiprocessors, clock_ghz, bandwidth_gbs = GPUS[gpu]
+    arch, multiprocessors, clock_ghz, bandwidth_gbs, _ = GPUS[gpu]
     T, H, G = layout.total_length, 16, 4
     best = worst = loaded = 0.0
     work = layout.tile_work(kernel, head_dim=head_dim, arch=arch)
@@ -271,15 +263,16 @@ def _estimate(gpu: str, kernel: str, head_dim: int, mix: str, heights: Sequence[
         # dK and dV visit their queries once for every query head of a group, but load their own tile once.
         loaded += programs * row["block"] * (G if kernel == "backward_dkdv" else H) * 2 * head_dim * 2
     flops = 2 * PRODUCTS[kernel] * H * head_dim * layout.area
-    queries, keys, scalars = TENSORS[kernel]
-    least = 2 * T * head_dim * (queries * H + keys * G) + 4 * T * H * scalars
+    least = cache_sim.least_bytes(kernel, T, H, G, head_dim)
     memory_us = least / bandwidth_gbs / 1e3
     best_us, worst_us = (max(cycles / multiprocessors / clock_ghz / 1e3, memory_us) for cycles in (best, worst))
+    cached = cache_sim.simulate(layout, heights, GPUS[gpu], H, G)
     figures = {
         "estimated_us_best": best_us, "estimated_us_worst": worst_us,
         **{f"estimated_visible_tflops_{n}": flops / us / 1e6 for n, us in (("best", best_us), ("worst", worst_us))},
         "memory_us": memory_us, "least_mib": least / 2**20, "loaded_mib": loaded / 2**20,
-        "loaded_by_least": loaded / least,
+        "loaded_by_least": loaded / least, "estimated_cached_mib": cached.moved_mib,
+        "estimated_cached_us": cached.memory_us, "estimated_bound_us": cached.bound_us,
     }  # fmt: skip
     row = {"gpu": gpu, "kernel": kernel, "mix": mix, "T": T, "heads": f"{H}/{G}", "head_dim": head_dim}
     return row | {"dtype": "bf16"} | {column: round(value, 1) for column, value in figures.items()}
@@ -329,7 +322,8 @@ _ESTIMATES = {
     "estimate for": "{gpu}", "kernel": "{title}", "mix": "{mix}", "D": "{head_dim}",
     "us, best to worst": "{estimated_us_best} to {estimated_us_worst}",
     "visible TFLOP/s": "{estimated_visible_tflops_best} to {estimated_visible_tflops_worst}",
-    "memory alone us": "{memory_us}", "loaded / least bytes": "{loaded_by_least}",
+    "memory alone us: each byte once / simulated cache": "{memory_us} / {estimated_cached_us}",
+    "bound us with the cache": "{estimated_bound_us}", "loaded / least bytes": "{loaded_by_least}",
 }  # fmt: skip
 _LOOPS_LEGEND = """\
 Cycles are per step of one block on one multiprocessor. Serial bound: the share of the matrix units' peak that one block
@@ -338,9 +332,10 @@ instruction, E exponential, W wait for matrix instructions, B barrier."""
 _ESTIMATES_LEGEND = """\
 An estimate, not a measurement: a roofline from the machine code and the tables of tiles. A step costs its cycles as
 read off the machine code: at worst matrix + max(issue, MUFU) (nothing overlaps), at best the largest of the three.
-Multiprocessors are taken to share the work evenly, at the clock of the published peak. Left out: what a program does
-before its first step, latencies, bank conflicts, and the L2 cache, whose traffic is given instead. Measured kernels of
-this kind reach about two thirds of the worst case's rate."""
+Multiprocessors are taken to share the work evenly, at the clock of the published peak, and memory to move each byte
+once. The bound with the cache drops both: it is that of a simulation of the launch order against the L2 cache, in the
+worst case of cycles (benchmarks/cache_sim.py). Left out: what a program does before its first step, latencies and bank
+conflicts. Measured kernels of this kind reach about two thirds of the worst case's rate."""
 _AREAS_LEGEND = """\
 Pairs that the kernels visit, divided by the pairs that FlexAttention's 128 x 128 blocks visit, on six mixes of 16,384
 positions, in bf16. The first line is the least possible."""

@@ -54,6 +54,9 @@ Plan = TypeVar("Plan")
 
 # Tall and short: two and one times 64 rows, which one matrix instruction of Hopper takes from a group of four warps.
 TILE_HEIGHTS = (128, 64)
+# Tiles at the end of the launch order, in units of the longest one there: at 16 heads they level the ends of 132
+# multiprocessors. Tried with benchmarks/cache_sim.py.
+LAST_TILES = 16
 
 
 class TileWork(NamedTuple):
@@ -67,6 +70,17 @@ class TileWork(NamedTuple):
     programs: int
     full: int
     partial: int
+
+
+class Programs(NamedTuple):
+    """The programs of one head over the tiles of one height in the order of their launch, as int64 [programs]."""
+
+    config: Config
+    starts: np.ndarray  # own rows, [starts, ends)
+    ends: np.ndarray
+    columns: list[Interval]  # of the other side: one interval, or with copies two
+    full: np.ndarray  # columns in full and in partial blocks
+    partial: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +97,7 @@ class AttentionLayout:
         image_spans: int64 [images, 2] on the CPU, rows (start, length) in ascending order.
         noised_copies: int64 [copies, 3] on the CPU, rows (start, length, place) in ascending order.
         query_tiles, key_tiles: int32 [capacity, 2], rows (start, end): tiles of queries for the forward pass and dQ,
-            tiles of keys for dK and dV. All tall tiles, then all short tiles, both by descending work, then zeros.
+            tiles of keys for dK and dV. All tall tiles, then all short tiles, both in launch order, then zeros.
             The capacity depends on T alone and on whether there are copies, so that batches have one shape.
         tile_counts: int64 [5] on the CPU: the numbers of tall and short query tiles, of tall and short key tiles, and
             of positions in documents.
@@ -203,12 +217,19 @@ class AttentionLayout:
         Raises:
             ValueError: An unknown kernel, or a head dimension or architecture without a configuration.
         """
+        return [
+            TileWork(p.config, len(p.starts), int(p.full.sum()), int(p.partial.sum()))
+            for p in self.programs(kernel, head_dim=head_dim, arch=arch, itemsize=itemsize)
+        ]
+
+    def programs(self, kernel: str, *, head_dim: int, arch: int | str, itemsize: int = 2) -> list[Programs]:
+        """Return the programs of one head, of the tall tiles and of the short tiles; see `tile_work`."""
         by_keys = kernel == "backward_dkdv"
         tiles = (self.key_tiles if by_keys else self.query_tiles).cpu().numpy().astype(np.int64)
         names = _INTERVALS[2:4] + _INTERVALS[6:] if by_keys else _INTERVALS[:2] + _INTERVALS[4:6]
         bounds = [x.cpu().numpy().astype(np.int64) for name in names if (x := getattr(self, name)) is not None]
         tall, short = self.tile_counts.tolist()[2:4] if by_keys else self.tile_counts.tolist()[:2]
-        work = []
+        found = []
         for height, own in zip(TILE_HEIGHTS, (tiles[:tall], tiles[tall : tall + short]), strict=True):
             c = config(kernel, arch, head_dim, itemsize, height)
             starts, ends = own.T
@@ -216,14 +237,15 @@ class AttentionLayout:
             number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
             starts = np.repeat(starts, parts) + number * c.block
             ends = np.minimum(starts + c.block, np.repeat(ends, parts))
-            full = partial = 0
+            full, partial, columns = np.zeros_like(starts), np.zeros_like(starts), []
             for low, high in zip(bounds[::2], bounds[1::2], strict=True):
+                columns.append((low[starts], high[ends - 1]))
                 common = np.maximum(high[starts] - low[ends - 1], 0)  # columns that all rows of a program see
                 in_full = common // c.step * c.step
                 blocks = -(-(high[ends - 1] - low[starts] - in_full) // c.partial_step)
-                full, partial = full + int(in_full.sum()), partial + int(blocks.sum()) * c.partial_step
-            work.append(TileWork(c, len(starts), full, partial))
-        return work
+                full, partial = full + in_full, partial + blocks * c.partial_step
+            found.append(Programs(c, starts, ends, columns, full, partial))
+        return found
 
     def key_ends(self) -> np.ndarray:
         """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
@@ -296,13 +318,36 @@ def _tiles(
     tiles = np.concatenate([_tiles_of_long(cuts[long], cuts[long + 1], columns), shared])
     starts, ends = tiles.T
     is_short = ends - starts <= short
-    order = np.lexsort((-columns(tiles), is_short))
+    work, document = columns(tiles), documents_of(starts, offsets)
+    heights = np.flatnonzero(~is_short), np.flatnonzero(is_short)
+    order = np.concatenate([own[_launch_order(work[own], document[own])] for own in heights])
     # A tall tile, and two neighbours of short documents, hold more than `short` positions; else they would be one tile.
     # Contexts and copies share no tile, so with copies a tile can hold a single position.
     table = np.zeros((total if len(copies) else 2 * (total // short) + 1, 2), dtype=np.int32)
     table[: len(tiles)] = tiles[order]
     shorts = int(is_short.sum())
     return table, (len(tiles) - shorts, shorts)
+
+
+def _launch_order(work: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Return the order to start tiles of one height in, given the columns that each sees and the document it is in.
+
+    A document's tiles stand together, because they load the same columns, and start with its longest one; documents
+    with the longest tiles come first. Only the tiles at the end are in order of work alone, so that multiprocessors end
+    together: those of the last documents, and the shortest ones of all, which load little, if all documents are long.
+    """
+    if not len(work):
+        return work
+    longest = np.zeros(document.max() + 1, dtype=np.int64)
+    np.maximum.at(longest, document, work)
+    group = longest[document] * len(longest) - document
+    ascending = np.argsort(group, kind="stable")
+    enough = np.cumsum(work[ascending]) >= LAST_TILES * longest[document[ascending]]
+    enough[-1] = True
+    is_last = group <= group[ascending[enough.argmax()]]
+    ascending, least = np.argsort(work, kind="stable"), longest[document].min()
+    is_last[ascending] |= (work[ascending] < least) & (np.cumsum(work[ascending]) <= LAST_TILES * least)
+    return np.lexsort((-work, -np.where(is_last, 0, group)))
 
 
 def _barriers(offsets: np.ndarray, copies: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from transfusion_fast.kernels import launch
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 
-TALL, SHORT = 128, 64
+TALL, SHORT, LAST = 128, 64, 16
 TABLES = ("query_tiles", "key_tiles")
 each_table = pytest.mark.parametrize("table", TABLES)
 each_kernel = st.sampled_from(["forward", "backward_dq", "backward_dkdv"])
@@ -48,12 +48,10 @@ def columns_of(layout, table, tile):
 
 @each_table
 @given(many_spans | with_copies(many_spans, AROUND_TILES))
-def test_tiles_cover_documents_once_sorted_by_work_in_a_table_whose_shape_depends_on_the_length(table, spans):
+def test_tiles_cover_documents_once_in_a_table_whose_shape_depends_on_the_length(table, spans):
     layout, used = layout_of(spans), sum(spans[0])
     covered = np.zeros(layout.total_length, dtype=int)
     for tiles in tall_and_short(layout, table):
-        work = [columns_of(layout, table, tile) for tile in tiles]
-        assert work == sorted(work, reverse=True)
         for start, end in tiles:
             assert start < end
             covered[start:end] += 1
@@ -67,6 +65,41 @@ def test_tiles_cover_documents_once_sorted_by_work_in_a_table_whose_shape_depend
         return
     assert tensor.shape == getattr(AttentionLayout.from_spans([], [], layout.total_length), table).shape
     assert len(tensor) <= layout.total_length / 32 + 4
+
+
+long_documents = any_spans(st.integers(1, 130) | st.integers(700, 1500))
+# Two documents, each long enough to be the last one alone; a copy in each.
+LONG_COPIES = ([4530, 4580], [], 9110, [(4400, 130, 4000), (8930, 180, 8000)])
+
+
+@each_table
+@given(many_spans | long_documents | with_copies(long_documents, AROUND_TILES))
+@example(LONG_COPIES)
+@settings(max_examples=50)
+def test_the_tiles_of_a_document_are_launched_together_and_the_last_ones_in_order_of_work(table, spans):
+    layout = layout_of(spans)
+    offsets = layout.document_offsets.numpy()
+    for tiles in tall_and_short(layout, table):
+        work = [columns_of(layout, table, tile) for tile in tiles]
+        document = np.searchsorted(offsets, [start for start, _ in tiles], side="right").tolist()
+        longest = dict.fromkeys(document, 0)
+        for d, columns in zip(document, work, strict=True):
+            longest[d] = max(longest[d], columns)
+        group = [(longest[d], -d) for d in document]
+        # As many of the last documents as it takes, and the shortest tiles of all, which all documents exceed.
+        last, columns = set(), 0
+        for key in sorted(set(group)):
+            of_document = [n for n, other in enumerate(group) if other == key]
+            last.update(of_document)
+            columns += sum(work[n] for n in of_document)
+            if columns >= LAST * key[0]:
+                break
+        least, columns = min(longest.values(), default=0), 0
+        for n in sorted(range(len(tiles)), key=lambda n: work[n]):
+            columns += work[n]
+            last |= {n} if work[n] < least and columns <= LAST * least else set()
+        expected = [((0, 0) if n in last else group[n], work[n]) for n in range(len(tiles))]
+        assert expected == sorted(expected, reverse=True)
 
 
 @each_table
