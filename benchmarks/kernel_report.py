@@ -333,9 +333,10 @@ _ESTIMATES_LEGEND = """\
 An estimate, not a measurement: a roofline from the machine code and the tables of tiles. A step costs its cycles as
 read off the machine code: at worst matrix + max(issue, MUFU) (nothing overlaps), at best the largest of the three.
 Multiprocessors are taken to share the work evenly, at the clock of the published peak, and memory to move each byte
-once. The bound with the cache drops both: it is that of a simulation of the launch order against the L2 cache, in the
-worst case of cycles (benchmarks/cache_sim.py). Left out: what a program does before its first step, latencies and bank
-conflicts. Measured kernels of this kind reach about two thirds of the worst case's rate."""
+once, that of padding too, at its published rate. The bound with the cache takes neither: it simulates the launch order
+against the L2 cache, at 0.9 of that rate (benchmarks/cache_sim.py). There nothing overlaps within a block, but blocks
+on one multiprocessor share its units. Left out: what programs do before their first step, latencies and bank conflicts.
+Measured kernels of this kind reach about two thirds of the worst case's rate."""
 _AREAS_LEGEND = """\
 Pairs that the kernels visit, divided by the pairs that FlexAttention's 128 x 128 blocks visit, on six mixes of 16,384
 positions, in bf16. The first line is the least possible."""
