@@ -123,6 +123,7 @@ CONTEXT = ([4, 9, 3], [(5, 2)])  # the second document is at 4; its image lies w
         ([(9, 0, 5)], r"\(start=9, length=0, place=5\) must have a positive length"),
         ([(9, 5, 5)], r"\(start=9, length=5, place=5\) must lie inside one document, but crosses a document's end"),
         ([(16, 1, 5)], r"\(start=16, length=1, place=5\) must lie inside one document, got documents over \[0, 16\)"),
+        ([(2**62, 2**62, 5)], r"\(start=4611686018427387904, .* must lie inside one document, got documents over"),
         ([(-1, 1, 0)], r"\(start=-1, length=1, place=0\) must lie inside one document"),
         ([(9, 2, 5), (10, 3, 5)], r"\(start=10, length=3, place=5\) overlaps the copy before it"),
         ([(11, 2, 5), (9, 2, 5)], r"\(start=9, length=2, place=5\) must start behind the copy before it"),
