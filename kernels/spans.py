@@ -84,7 +84,7 @@ def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) ->
     inside = (offsets[document] <= places) & (places <= context_end)
     reject(~inside, "must have a place in the context of its document, which ends at the document's first copy")
     same = document[1:] == document[:-1]
-    reject(same & (places[1:] < places[:-1]), "must have no place before that of the copy before it; sort by place")
+    reject(places[1:] < places[:-1], "must have no place before that of the copy before it; sort by place")
     expected_end = offsets[document + 1]
     expected_end[:-1] = np.where(same, starts[1:], expected_end[:-1])
     reject(ends != expected_end, "must end where the next copy begins, the last one with its document; leave no gap")

@@ -63,10 +63,9 @@ def test_every_configuration_keeps_the_rules(tmp_path):
     check_rules(rows(make_report(tmp_path) / "kernels.csv"), ARCHITECTURES, (32, 64, 128, 256))
 
 
-@pytest.mark.parametrize("kernel", KERNELS[1:])
-def test_the_bound_of_weights_in_fp32_keeps_what_is_no_number(kernel):
+def test_the_bound_of_weights_in_fp32_keeps_what_is_no_number():
     """The interpreter keeps it in any case."""
-    script = f"import kernel_report as r; print(r.compile_variant(r.Variant('{kernel}', 90, 'fp32', 64, 64)).ptx)"
+    script = "import kernel_report as r; print(r.compile_variant(r.Variant('backward_dq', 90, 'fp32', 64, 64)).ptx)"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
