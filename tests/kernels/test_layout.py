@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import any_spans, layout_of, with_copies
-from hypothesis import given
+from attention_cases import COPIES, any_spans, layout_of, with_copies
+from hypothesis import example, given
 
 from transfusion_fast.kernels.layout import AttentionLayout
 
@@ -47,6 +47,7 @@ def test_the_intervals_the_dense_mask_and_the_area_are_those_of_the_definition(s
 
 
 @given(with_copies(any_spans()))
+@example(COPIES["a document that is its copy"])
 def test_with_copies_two_intervals_the_dense_mask_and_the_area_are_those_of_the_definition(spans):
     layout, visible = layout_of(spans), visible_by_definition(*spans)
     assert layout.dense_mask().tolist() == visible
