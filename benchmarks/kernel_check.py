@@ -35,7 +35,7 @@ def cases(device: str, dim: int) -> Iterator[tuple[str, Op, list[Tensor]]]:
     draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     q, k, v = draw(T, H + 2 * G, dim).split([H, G, G], dim=1)
     yield f"attention D={dim}", partial(ops.hybrid_attention, layout=layout), [q, k, v]
-    copies = AttentionLayout.from_spans([130, 55], [(5, 40)], T, device, noised_copies=[(50, 40, 5), (90, 40, 45)])
+    copies = AttentionLayout.from_spans([110, 75], [(5, 30)], T, device, noised_copies=[(50, 30, 5), (80, 30, 35)])
     yield f"attention with copies D={dim}", partial(ops.hybrid_attention, layout=copies), [q, k, v]
     table = ops.rotary(torch.arange(T, device=device), dim)
 
