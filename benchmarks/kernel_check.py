@@ -74,7 +74,7 @@ def check(device: str, dims: Sequence[int], dtypes: Sequence[str], compare: bool
             error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True))
             verdict = "ok" if error <= LIMITS[dtype] else "WRONG"  # NaN is wrong
             right &= verdict == "ok"
-            print(f"{verdict}: {name} {dtype}: error {error:.1e} of {LIMITS[dtype]:.0e} ({seconds:.1f} s)", flush=True)
+            print(f"{verdict}: {name} {dtype}: error {error:.1e} of {LIMITS[dtype]:.1e} ({seconds:.1f} s)", flush=True)
     return right
 
 
