@@ -82,7 +82,7 @@ def stages(jobs: int) -> list[Stage]:
     mixes = "--mixes pairs text mixed interleaved tiny long --lengths 16384 --head-dim 128 --minutes 6.5"
     step = f"{bench}/step_bench.py --out {{out}}"
     return [
-        Stage("kernels", (check,), (compiled, interpreted), 50, 10),
+        Stage("kernels", (check,), (compiled, interpreted), 106, 10),
         Stage("attention tests", (f"{tests} attention",), (f"{collect} -k attention_gpu",), 270, 60, TESTS, (), jobs),
         Stage("attention", (f"{bench}/attn_bench.py --out {{out}} {mixes} {attention}",),
               (f"{bench}/attn_bench.py {quick}",), 12, 300, TABLES),

@@ -43,6 +43,8 @@ def cases(device: str, dim: int) -> Iterator[tuple[str, Op, list[Tensor]]]:
         return ops.rope(q, k, table, q_weight=q_weight, k_weight=k_weight, backend=backend)
 
     yield f"rope D={dim}", normed_rope, [q, k, 1 + 0.1 * draw(dim), 1 + 0.1 * draw(dim)]
+    of_projection = partial(ops.rotary_attention, kv_heads=G, positions=table, layout=layout)
+    yield f"rotary_attention D={dim}", of_projection, [draw(T, H + 2 * G, dim)]
     yield f"rms_norm E={dim}", partial(ops.rms_norm, eps=1e-5), [draw(T, dim), 1 + 0.1 * draw(dim)]
     yield f"swiglu F={dim}", ops.swiglu, [draw(T, 2 * dim)]
     target, offsets = draw(P, dim), torch.tensor([0, 1, 33, P], dtype=torch.int32, device=device)
