@@ -35,7 +35,7 @@ def cases(device: str, dim: int) -> Iterator[tuple[str, Op, list[Tensor]]]:
     draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
     q, k, v = draw(T, H + 2 * G, dim).split([H, G, G], dim=1)
     yield f"attention D={dim}", partial(ops.hybrid_attention, layout=layout), [q, k, v]
-    copies = AttentionLayout.from_spans([T], [(10, 40)], device=device, noised_copies=[(105, 40, 10), (145, 40, 50)])
+    copies = AttentionLayout.from_spans([110, 75], [(5, 30)], T, device, noised_copies=[(50, 30, 5), (80, 30, 35)])
     yield f"attention with copies D={dim}", partial(ops.hybrid_attention, layout=copies), [q, k, v]
     table = ops.rotary(torch.arange(T, device=device), dim)
 
@@ -43,6 +43,8 @@ def cases(device: str, dim: int) -> Iterator[tuple[str, Op, list[Tensor]]]:
         return ops.rope(q, k, table, q_weight=q_weight, k_weight=k_weight, backend=backend)
 
     yield f"rope D={dim}", normed_rope, [q, k, 1 + 0.1 * draw(dim), 1 + 0.1 * draw(dim)]
+    of_projection = partial(ops.rotary_attention, kv_heads=G, positions=table, layout=layout)
+    yield f"rotary_attention D={dim}", of_projection, [draw(T, H + 2 * G, dim)]
     yield f"rms_norm E={dim}", partial(ops.rms_norm, eps=1e-5), [draw(T, dim), 1 + 0.1 * draw(dim)]
     yield f"swiglu F={dim}", ops.swiglu, [draw(T, 2 * dim)]
     target, offsets = draw(P, dim), torch.tensor([0, 1, 33, P], dtype=torch.int32, device=device)
@@ -74,7 +76,7 @@ def check(device: str, dims: Sequence[int], dtypes: Sequence[str], compare: bool
             error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True))
             verdict = "ok" if error <= LIMITS[dtype] else "WRONG"  # NaN is wrong
             right &= verdict == "ok"
-            print(f"{verdict}: {name} {dtype}: error {error:.1e} of {LIMITS[dtype]:.0e} ({seconds:.1f} s)", flush=True)
+            print(f"{verdict}: {name} {dtype}: error {error:.1e} of {LIMITS[dtype]:.1e} ({seconds:.1f} s)", flush=True)
     return right
 
 

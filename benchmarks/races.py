@@ -48,8 +48,8 @@ def section(hopper: Sequence[Row]) -> list[str]:
     )
     text = (
         f"{len(hopper)} variants in bf16 have {left} matrix instructions that read their left operand from registers. "
-        f"Of {found}, a register is written before the instruction is retired. With the waits removed from the same "
-        f"code, the search finds {without}."
+        f"In {found} of them, such a register is written before the instruction is retired; with the waits removed "
+        f"from the same code, in {without}."
     )
     return ["## Register races on sm_90", text] if hopper else []
 

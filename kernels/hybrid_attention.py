@@ -50,7 +50,7 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     check_inputs("hybrid_attention", q=q)
     padded_head_dim(q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _Attention.apply(q, k, v, *tables_of(layout), scale)
+    return _Attention.apply(q, k, v, scale, *tables_of(layout))
 
 
 Tables = Sequence[Tensor | None]
@@ -65,15 +65,8 @@ def tables_of(layout: AttentionLayout) -> Tables:
 
 
 @torch.library.custom_op("transfusion_fast::hybrid_attention", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor,
-    key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
-    own_start: Tensor | None, own_end: Tensor | None, copies_start: Tensor | None, copies_end: Tensor | None,
-    query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return o [T, H, D] and lse fp32 [H, T]. The intervals and tiles of keys are only saved for backward."""
-    copies = own_start, own_end, copies_start, copies_end
-    tables = key_start, key_end, query_start, query_end, *copies, query_tiles, key_tiles, tile_counts
+def _forward(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Tensor]:
+    """Return o [T, H, D] and lse fp32 [H, T]."""
     return attend(q, k, v, tables, scale)
 
 
@@ -100,14 +93,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float) -> tup
 
 @torch.library.custom_op("transfusion_fast::hybrid_attention_backward", mutates_args=())
 def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    key_start: Tensor, key_end: Tensor, query_start: Tensor, query_end: Tensor,
-    own_start: Tensor | None, own_end: Tensor | None, copies_start: Tensor | None, copies_end: Tensor | None,
-    query_tiles: Tensor, key_tiles: Tensor, tile_counts: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: Sequence[Tensor | None], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return contiguous (dq, dk, dv) with the shapes of q, k, v."""
-    copies = own_start, own_end, copies_start, copies_end
-    tables = key_start, key_end, query_start, query_end, *copies, query_tiles, key_tiles, tile_counts
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     differentiate(do, q, k, v, o, lse, tables, scale, (dq, dk, dv))
     return dq, dk, dv
@@ -151,16 +139,16 @@ class _Attention(torch.autograd.Function):
     """The formula of autograd. Registered with the op, it would cost the host more than the launches."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        o, lse = _forward(q, k, v, *rest)
-        ctx.save_for_backward(q, k, v, *rest[:-1], o, lse)
-        ctx.scale = rest[-1]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, *tables: Tensor | None) -> Tensor:
+        o, lse = _forward(q, k, v, tables, scale)
+        ctx.save_for_backward(q, k, v, *tables, o, lse)
+        ctx.scale = scale
         return o
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *tables, o, lse = ctx.saved_tensors
-        return *_backward(do, q, k, v, o, lse, *tables, ctx.scale), *(None for _ in tables), None
+        return *_backward(do, q, k, v, o, lse, tables, ctx.scale), None, *(None for _ in tables)
 
 
 @dataclass(frozen=True)

@@ -316,6 +316,8 @@ def _tiles(
 
     shared = _shared_tiles(cuts, _barriers(offsets, copies))
     tiles = np.concatenate([_tiles_of_long(cuts[long], cuts[long + 1], columns), shared])
+    if len(copies):
+        tiles = _halve_at_places(tiles, intervals[1][0], columns(tiles))
     starts, ends = tiles.T
     is_short = ends - starts <= short
     work, document = columns(tiles), documents_of(starts, offsets)
@@ -380,6 +382,19 @@ def _tiles_of_long(starts: np.ndarray, ends: np.ndarray, columns: Callable[[np.n
     if not len(counts):
         return remainder_last
     return np.where((work(remainder_first) < work(remainder_last))[document, None], remainder_first, remainder_last)
+
+
+def _halve_at_places(tiles: np.ndarray, copies_start: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Cut tall tiles of keys in two where that saves an eighth of their work: fewer copies see the second half.
+
+    In tiles of queries both halves see the same copy. What short tiles cost is not measured; an eighth should cover it.
+    """
+    starts, ends = tiles.T
+    middles = starts + TILE_HEIGHTS[1]
+    unseen = copies_start[np.minimum(middles, ends - 1)] - copies_start[starts]
+    halved = (ends > middles) & (4 * unseen > columns)
+    second = np.stack([middles, ends], axis=1)[halved]
+    return np.concatenate([np.stack([starts, np.where(halved, middles, ends)], axis=1), second])
 
 
 def _shared_tiles(offsets: np.ndarray, barriers: np.ndarray) -> np.ndarray:

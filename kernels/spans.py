@@ -84,7 +84,7 @@ def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) ->
     inside = (offsets[document] <= places) & (places <= context_end)
     reject(~inside, "must have a place in the context of its document, which ends at the document's first copy")
     same = document[1:] == document[:-1]
-    reject(same & (places[1:] < places[:-1]), "must have no place before that of the copy before it; sort by place")
+    reject(places[1:] < places[:-1], "must have no place before that of the copy before it; sort by place")
     expected_end = offsets[document + 1]
     expected_end[:-1] = np.where(same, starts[1:], expected_end[:-1])
     reject(ends != expected_end, "must end where the next copy begins, the last one with its document; leave no gap")
@@ -101,7 +101,7 @@ def check_copies(copies: np.ndarray, images: np.ndarray, offsets: np.ndarray) ->
 def _check_inside(kind: str, spans: np.ndarray, offsets: np.ndarray) -> None:
     starts, ends = spans[:, 0], spans[:, 0] + spans[:, 1]
     _reject(kind, spans, spans[:, 1] <= 0, "must have a positive length; drop empty ones")
-    outside = (starts < 0) | (ends > offsets[-1])
+    outside = (starts < 0) | (spans[:, 1] > offsets[-1] - starts)  # the sum of huge numbers would wrap around
     _reject(kind, spans, outside, f"must lie inside one document, got documents over [0, {offsets[-1]})")
     document_end = offsets[np.minimum(documents_of(starts, offsets) + 1, len(offsets) - 1)]
     _reject(kind, spans, ends > document_end, "must lie inside one document, but crosses a document's end")
@@ -149,10 +149,14 @@ def intervals_of_keys(offsets: np.ndarray, images: np.ndarray, copies: np.ndarra
     lengths, (start, end, _) = _segments(offsets, copies, total, copies[:, 2])
     np.copyto(query_start, query_end, where=np.repeat(end > 0, lengths))
     positions = np.cumsum(lengths) - lengths
+    document = documents_of(positions, offsets)
+    document_end = np.append(offsets[1:], total)[document]
     following = np.append(copies[:, 0], total)[np.searchsorted(copies[:, 2], positions, side="right")]
-    document_end = np.append(np.where(contexts < offsets[1:], offsets[1:], 0), 0)[documents_of(positions, offsets)]
-    start = np.where(end > 0, start, np.minimum(following, document_end)).astype(np.int32)
-    end = np.where(end > 0, end, document_end).astype(np.int32)
+    # A document without copies has the same empty interval as its neighbours, with which it may share a tile. It stands
+    # behind the first interval, so that the loops of the kernels, which end at its end, end behind both.
+    last = np.append(np.where(contexts < offsets[1:], offsets[1:], total), total)[document]
+    start = np.where(end > 0, start, np.where(following < document_end, following, last)).astype(np.int32)
+    end = np.where(end > 0, end, last).astype(np.int32)
     return [first, (np.repeat(start, lengths), np.repeat(end, lengths))]
 
 

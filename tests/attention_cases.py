@@ -49,6 +49,8 @@ COPIES = {
         113,
         [(28, 20, 3), *((48 + 20 * n, 20, 3) for n in range(3))],
     ),
+    # Several blocks of queries see the keys of the second document, and all of them stand before any copy.
+    "text behind a document with copies": ([20, 70, 1], [], 91, [(12, 8, 4)]),
     "a document that is its copy": ([5, 70, 3, 20], [], 98, [(5, 70, 5), (90, 8, 80)]),
 }
 

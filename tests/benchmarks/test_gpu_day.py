@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import attn_bench
@@ -93,10 +94,12 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next_and_only_those_are_r
     script = tmp_path / "append.sh"
     script.write_text(f"echo once >> {ran}")
     (tmp_path / "unfinished.sh").write_text(f"exit {gpu_day.UNFINISHED}")
+    hanging = tmp_path / "hanging.sh"
+    hanging.write_text(f"(sleep 1; echo survived >> {ran}) & wait")
     chosen = [
         stage("broken", "false"),
         stage("unfinished", f"sh {tmp_path / 'unfinished.sh'}"),
-        stage("hanging", "sleep 60", limit=0.2),
+        stage("hanging", f"sh {hanging}", limit=0.2),
         stage("absent", "true", needs=("no_such_package",)),
         stage("tool", "true", tools=("no-such-tool",)),
         stage("good", f"sh {script}"),
@@ -110,9 +113,29 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next_and_only_those_are_r
     assert outcomes.pop(1) == "ran out of time; run the same command again to go on"
     assert outcomes[:2] == ["failed with exit status 1", "stopped after its limit of 0 s"]
     assert outcomes[2:4] == ["did not run: not installed: no_such_package", "did not run: not installed: no-such-tool"]
+    time.sleep(1)  # longer than a process of a stopped stage would take
     assert outcomes[4] == "ok" and ran.read_text() == "once\n"
     page = (tmp_path / "gpu_day.md").read_text()
     assert all(outcome in page for outcome in outcomes)
+
+
+def test_a_stage_that_passed_in_a_rehearsal_or_before_the_code_changed_runs_again(tmp_path, monkeypatch):
+    ran, script = tmp_path / "ran", tmp_path / "append.sh"
+    script.write_text(f"echo once >> {ran}")
+    monkeypatch.setattr(gpu_day, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    for rehearse, code in ((True, "1"), (False, "1"), (False, "2"), (False, "2")):
+        (tmp_path / "kernels" / "code.py").write_text(code)
+        day = Day(tmp_path, rehearse)
+        day.run(stage("one", f"sh {script}"), 1000)
+        day.write([])
+    assert ran.read_text() == "once\n" * 3
+
+
+def test_a_test_process_that_dies_is_a_failure(tmp_path):
+    (tmp_path / "test_it.py").write_text("import os, pytest\npytestmark = pytest.mark.gpu\n"
+                                         "def test_dies(): os.abort()\ndef test_passes(): pass\n")  # fmt: skip
+    assert gpu_day.run_tests(str(tmp_path / "test_it.py"), 2) == 1
 
 
 def test_no_stage_starts_that_might_not_end_in_the_time_that_is_left(tmp_path):

@@ -63,6 +63,15 @@ def test_every_configuration_keeps_the_rules(tmp_path):
     check_rules(rows(make_report(tmp_path) / "kernels.csv"), ARCHITECTURES, (32, 64, 128, 256))
 
 
+def test_the_bound_of_weights_in_fp32_keeps_what_is_no_number():
+    """The interpreter keeps it in any case."""
+    script = "import kernel_report as r; print(r.compile_variant(r.Variant('backward_dq', 90, 'fp32', 64, 64)).ptx)"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert "min.NaN.f32" in done.stdout and "min.f32" not in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_memory_bound_kernels_move_16_bytes_a_thread_without_spills(report, arch):
     chosen = [row for row in rows(report / "pointwise.csv") if (row["arch"], row["dtype"]) == (arch, "bf16")]

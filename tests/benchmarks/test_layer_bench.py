@@ -39,6 +39,25 @@ with fake_driver.fake_gpu():
     assert units["backward", "rms_norm_backward"] == pytest.approx(2 * 4, abs=0.2)
 
 
+def test_a_known_binary_is_launched_only_for_strides_alignments_and_intervals_that_it_was_compiled_for(tmp_path):
+    script = """
+import dataclasses, fake_driver, torch
+from transfusion_fast.kernels import attention_kernels
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model import ops
+
+layout, copies = (AttentionLayout.from_spans([9], [], noised_copies=c) for c in ([], [(5, 4, 2)]))
+moved = dataclasses.replace(layout, key_start=torch.cat([layout.key_start[:1], layout.key_start])[1:])
+with fake_driver.fake_gpu():
+    for layout, stride in ((layout, 16), (layout, 16), (layout, 24), (moved, 16), (copies, 16), (layout, 16)):
+        q = torch.zeros(9, 1, stride, dtype=torch.float16)[..., :16]
+        ops.hybrid_attention(q, q, q, layout, backend="triton")
+        print(fake_driver.compilations(attention_kernels).total(), fake_driver.launches.total())
+"""
+    counts = [tuple(map(int, line.split())) for line in run("-c", script, folder=tmp_path).splitlines()]
+    assert counts == [(1, 1), (1, 2), (2, 3), (3, 4), (4, 5), (4, 6)]
+
+
 @pytest.mark.slow
 def test_other_batches_compile_nothing_and_launches_cost_the_host_little(tmp_path):
     """Exit status 0 says that nothing was compiled again."""

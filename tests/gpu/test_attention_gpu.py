@@ -29,10 +29,20 @@ def assert_accurate(layout, heads, dim, dtype):
     attention_cases.assert_accurate(triton, layout, attention_cases.qkv(layout, heads, dim, dtype))
 
 
+HARD = attention_cases.SPANS | attention_cases.COPIES
+
+
 @EACH_DTYPE
-@pytest.mark.parametrize("spans", attention_cases.SPANS.values(), ids=attention_cases.SPANS)
+@pytest.mark.parametrize("spans", HARD.values(), ids=HARD)
 def test_hard_layouts(spans, dtype):
-    assert_accurate(AttentionLayout.from_spans(*spans), (4, 2), 64, dtype)
+    assert_accurate(attention_cases.layout_of(spans), (4, 2), 64, dtype)
+
+
+@pytest.mark.parametrize("dim", [32, 128, 256])
+def test_noised_copies(dim):
+    (lengths, images, _, copies), text = attention_cases.COPIES["copies as tall as tiles"], 300
+    layout = AttentionLayout.from_spans([*lengths, text], images, noised_copies=copies)
+    assert_accurate(layout, (4, 1), dim, torch.bfloat16)
 
 
 # Each compiles six kernels, so that not all dimensions go with all heads.

@@ -63,9 +63,14 @@ def test_with_copies_values_and_gradients_are_those_of_the_reference(spans, head
 
 LONG_COPY = ([960, 9], [(100, 200)], 975, [(320, 600, 310), (920, 40, 315)])
 
+# Whose gradients add up in the context.
+MANY_COPIES = ([304], [], 304, [(n, 1, 4) for n in range(4, 304)])
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spans", [*COPIES.values(), LONG_COPY], ids=[*COPIES, "copies of several tiles"])
+@pytest.mark.parametrize(
+    "spans", [*COPIES.values(), LONG_COPY, MANY_COPIES], ids=[*COPIES, "copies of several tiles", "many copies"]
+)
 def test_copies_keep_the_error_rule(spans, dtype):
     layout = layout_of(spans)
     assert_accurate(tiled, layout, qkv(layout, (4, 2), dim=8, dtype=dtype))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import any_spans, layout_of, with_copies
-from hypothesis import given
+from attention_cases import COPIES, any_spans, layout_of, with_copies
+from hypothesis import example, given
 
 from transfusion_fast.kernels.layout import AttentionLayout
 
@@ -47,6 +47,7 @@ def test_the_intervals_the_dense_mask_and_the_area_are_those_of_the_definition(s
 
 
 @given(with_copies(any_spans()))
+@example(COPIES["a document that is its copy"])
 def test_with_copies_two_intervals_the_dense_mask_and_the_area_are_those_of_the_definition(spans):
     layout, visible = layout_of(spans), visible_by_definition(*spans)
     assert layout.dense_mask().tolist() == visible
@@ -123,6 +124,7 @@ CONTEXT = ([4, 9, 3], [(5, 2)])  # the second document is at 4; its image lies w
         ([(9, 0, 5)], r"\(start=9, length=0, place=5\) must have a positive length"),
         ([(9, 5, 5)], r"\(start=9, length=5, place=5\) must lie inside one document, but crosses a document's end"),
         ([(16, 1, 5)], r"\(start=16, length=1, place=5\) must lie inside one document, got documents over \[0, 16\)"),
+        ([(2**62, 2**62, 5)], r"\(start=4611686018427387904, .* must lie inside one document, got documents over"),
         ([(-1, 1, 0)], r"\(start=-1, length=1, place=0\) must lie inside one document"),
         ([(9, 2, 5), (10, 3, 5)], r"\(start=10, length=3, place=5\) overlaps the copy before it"),
         ([(11, 2, 5), (9, 2, 5)], r"\(start=9, length=2, place=5\) must start behind the copy before it"),

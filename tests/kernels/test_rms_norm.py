@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pointwise_cases import DTYPES, NORM_SHAPES, assert_accurate, assert_same_bits, norm_case, run, upstreams
 
 from transfusion_fast.kernels import launch, rms_norm
@@ -48,6 +49,14 @@ def test_the_residual_is_the_input_and_without_its_gradient_backward_is_that_of_
     assert_same_bits(dict(zip(("gradient of x", "gradient of weight"), alone, strict=True)), zeros)
     _, residual = case.kernel(x, weight)
     assert torch.equal(torch.autograd.grad(residual, x, upstream)[0], upstream)
+
+
+def test_rows_may_have_a_stride_for_each_tensor_and_weights_a_stride():
+    case = norm_case((69, 37))
+    expected = run(case.kernel, case.tensors, upstream := upstreams(case.tensors["x"].expand(2, -1, -1)))
+    x, *moved = (F.pad(x, (0, gap))[:, :-gap] for gap, x in enumerate([case.tensors["x"], *upstream], start=1))
+    weight = case.tensors["weight"].repeat_interleave(2)[::2]
+    assert_same_bits(run(case.kernel, {"x": x, "weight": weight}, moved), expected)
 
 
 def test_rows_beyond_the_widest_tile_are_refused():

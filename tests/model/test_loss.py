@@ -70,6 +70,21 @@ def test_values_of_a_large_vocabulary_have_single_precision_given_logits_in_half
     torch.testing.assert_close(token_cross_entropy(hidden, weight, labels), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_many_chunks_are_as_accurate_as_those_of_all_logits_at_once(monkeypatch):
+    monkeypatch.setattr("transfusion_fast.model.loss._CHUNK", 5000)  # one position
+
+    def at_once(hidden, weight, labels):
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
+
+    case = inputs(300, 5000, 16, torch.bfloat16)
+    exact = with_gradients(plain, *(x.detach().float().requires_grad_() for x in case[:2]), case[2])[1:]
+    ours, theirs = (
+        [float((a - b).norm() / b.norm()) for a, b in zip(with_gradients(function, *case)[1:], exact, strict=True)]
+        for function in (token_cross_entropy, at_once)
+    )
+    assert ours == pytest.approx(theirs, rel=0.03)
+
+
 def test_a_large_vocabulary_never_has_all_its_logits_in_memory():
     hidden, weight, labels = inputs(320, 5000, 16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:

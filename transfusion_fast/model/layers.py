@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
 
 class ResidualLinear(Linear):
-    """A linear layer [T, K] -> [T, E] that adds its output to the residual [T, E] within the matrix product."""
+    """A linear layer [T, K] -> [T, E] without bias, which adds its output to the residual within the matrix product."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         if residual.dtype != x.dtype:  # under autocast, which would make the sum as narrow as the product
