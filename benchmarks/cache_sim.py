@@ -25,7 +25,8 @@ import torch
 from tables import Row
 
 from transfusion_fast.kernels.attention_configs import KERNELS
-from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout, Programs
+from transfusion_fast.kernels.layout import AttentionLayout, Programs
+from transfusion_fast.kernels.tiles import TILE_HEIGHTS
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "kernels" / "kernels.csv"
 KERNEL_NAMES = {"forward": "forward", "backward_dq": "dQ", "backward_dkdv": "dK and dV", "backward": "backward"}

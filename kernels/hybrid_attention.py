@@ -29,7 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from transfusion_fast.kernels import attention_kernels as kernels
 from transfusion_fast.kernels.attention_configs import Config, config, padded_head_dim
 from transfusion_fast.kernels.launch import INTERPRETED, addressable, architecture, check_inputs, on_device
-from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.tiles import TILE_HEIGHTS
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None = None) -> Tensor:

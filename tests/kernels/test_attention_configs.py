@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS, config
-from transfusion_fast.kernels.layout import TILE_HEIGHTS
+from transfusion_fast.kernels.tiles import TILE_HEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

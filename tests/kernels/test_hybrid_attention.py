@@ -27,7 +27,8 @@ from op_checks import far_apart
 from pointwise_cases import heads_first, misaligned, odd_rows
 
 from transfusion_fast.kernels import attention_configs, launch, reference
-from transfusion_fast.kernels.layout import TILE_HEIGHTS, AttentionLayout
+from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.kernels.tiles import TILE_HEIGHTS
 from transfusion_fast.model import ops
 
 pytestmark = [
