@@ -60,15 +60,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
     queries, keys = [batch.queries for batch in batches], [batch.keys for batch in batches]
     group, outs = q.shape[1] // k.shape[1], []
     parts = (_Gather.apply(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
-    for batch, q_BLHD, k_BLGD, v_BLGD in zip(batches, *parts, strict=True):
-        q_BHLD, k_BHLD, v_BHLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLGD, v_BLGD))
+    for batch, q_BHLD, k_BHLD, v_BHLD in zip(batches, *parts, strict=True):
         if group > 1:  # the fused kernels do not take grouped heads together with a mask
             k_BHLD, v_BHLD = (x.repeat_interleave(group, dim=1) for x in (k_BHLD, v_BHLD))
         if on_cpu and half and len(batch.tiles) == 1 and batch.keys.shape[1] <= attention_cpu_plan.SHORT:
-            out_BHLD = _HalfPrecisionAttention.apply(q_BHLD, k_BHLD, v_BHLD, batch.tiles[0], scale)
+            outs.append(_HalfPrecisionAttention.apply(q_BHLD, k_BHLD, v_BHLD, batch.tiles[0], scale))
         else:
-            out_BHLD = _product(batch.tiles, q_BHLD, k_BHLD, v_BHLD, scale)
-        outs.append(out_BHLD.transpose(1, 2))
+            outs.append(_product(batch.tiles, q_BHLD, k_BHLD, v_BHLD, scale))
     return _Scatter.apply(queries, len(q), *outs)
 
 
@@ -83,7 +81,7 @@ def _product(tiles: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor, scale: floa
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of each batch [B, L, ..] from all positions [T, ..]."""
+    """The rows of each batch [B, H, L, D] from all positions [T, H, D]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, batches: Sequence[Rows]) -> tuple[Tensor, ...]:
@@ -97,7 +95,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The positions [T, ..] from the rows of each batch [B, L, ..], with zeros at padding."""
+    """The positions [T, H, D] from the rows of each batch [B, H, L, D], with zeros at padding."""
 
     @staticmethod
     def forward(ctx: Any, batches: Sequence[Rows], length: int, *parts: Tensor) -> Tensor:
@@ -111,17 +109,18 @@ class _Scatter(torch.autograd.Function):
 
 
 def _scatter(batches: Sequence[Rows], parts: Sequence[Tensor], length: int) -> Tensor:
-    """Return what each position [T, ..] has in its own row, plus the repeated rows, which are added in fp32."""
-    dtype = parts[0].dtype
+    """Return what each position [T, H, D] has in its own row, plus the repeated rows, which are added in fp32."""
+    (_, H, _, D), dtype = parts[0].shape, parts[0].dtype
     repeated = [(batch, part) for batch, part in zip(batches, parts, strict=True) if batch.repeated]
     wide = torch.promote_types(dtype, torch.float32) if repeated else dtype
-    out = torch.empty(length, *parts[0].shape[2:], dtype=wide, device=parts[0].device)
+    out = torch.empty(length, H, D, dtype=wide, device=parts[0].device)
     for batch, part in zip(batches, parts, strict=True):
         batch.scatter(part, out)
-    out[sum(batch.count for batch in batches) :] = 0.0
+    out[sum(len(batch.positions) for batch in batches) :] = 0.0
     for batch, part in repeated:
+        rows_of_part = part.transpose(1, 2).flatten(0, 1)
         for rows, positions in batch.repeated:
-            out[positions] += part.flatten(0, 1)[rows]
+            out[positions] += rows_of_part[rows]
     return out.to(dtype)
 
 

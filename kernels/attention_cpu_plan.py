@@ -20,7 +20,7 @@ from transfusion_fast.kernels.spans import context_ends, documents_of
 
 # Longest document that shares a batch with others. On a CPU, one call for each document of more than TINY is faster in
 # fp32; in half precision, PyTorch's backward pass takes 1.1 to 5 times as long up to SHORT, and longer texts less.
-SHORT, TINY = 256, 32
+SHORT, TINY = 256, 24
 HALF_ALIGNMENT = 16  # lengths in half precision: CPUs need up to 5 times as long for products with unaligned rows
 MAX_ROWS = 512  # queries of a tile: more would mask up to half of their keys, fewer cost more calls
 
@@ -50,37 +50,33 @@ class Tile:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows [B, L] of a batch. Rows of padding are zero."""
+    """The rows of a batch, B times L. Rows of padding are zero."""
 
     shape: tuple[int, int]  # B, L
     rows: Tensor  # int64 [n], the rows that positions own
     positions: Tensor  # int64 [n]
-    document: slice | None  # the positions of a batch that is one document
+    start: int | None  # the first position of a batch that is one document
     repeated: list[tuple[slice, slice]]  # further rows, and their positions
 
-    @property
-    def count(self) -> int:
-        """The number of positions that own a row."""
-        return len(self.positions)
-
     def gather(self, x: Tensor) -> Tensor:
-        """Return these rows [B, L, ..] of all positions x [T, ..], a view for a single document."""
-        if self.document is not None:
-            return x[self.document][None]
-        flat, (B, L) = x.flatten(1), self.shape
+        """Return these rows [B, H, L, D] of all positions x [T, H, D], a view for a single document."""
+        B, L = self.shape
+        if self.start is not None:
+            return x.transpose(0, 1).unsqueeze(0).narrow(2, self.start, L)
+        flat = x.flatten(1)
         out = flat.index_select(0, self.positions)
         if len(out) < B * L:
             out = flat.new_zeros(B * L, flat.shape[1]).index_copy_(0, self.rows, out)
         for rows, positions in self.repeated:
             out[rows] = flat[positions]
-        return out.view(B, L, *x.shape[1:])
+        return out.view(B, L, *x.shape[1:]).transpose(1, 2)
 
     def scatter(self, part: Tensor, out: Tensor) -> None:
-        """Write the rows [B, L, ..] that positions own to these positions of out [T, ..]."""
-        if self.document is not None:
-            out[self.document] = part[0]
+        """Write the rows [B, H, L, D] that positions own to these positions of out [T, H, D]."""
+        if self.start is not None:
+            out.narrow(0, self.start, self.shape[1]).copy_(part[0].transpose(0, 1))
             return
-        flat = part.flatten(0, 1).flatten(1)
+        flat = part.transpose(1, 2).flatten(0, 1).flatten(1)
         if len(flat) > len(self.rows):
             flat = flat.index_select(0, self.rows)
         out.flatten(1).index_copy_(0, self.positions, flat.to(out.dtype))
@@ -112,9 +108,8 @@ def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated
     """Return rows given as their positions [B, L], and whether each is the one row that a position owns."""
     rows = torch.from_numpy(np.flatnonzero(own)).to(device)
     found = torch.from_numpy(positions[own]).to(device)
-    alone = len(own) == 1 and own.all()  # one document, whose positions are consecutive
-    document = slice(int(positions[0, 0]), int(positions[0, -1]) + 1) if alone else None
-    return Rows(own.shape, rows, found, document, list(repeated))
+    start = int(positions[0, 0]) if len(own) == 1 and own.all() else None  # positions of one document are consecutive
+    return Rows(own.shape, rows, found, start, list(repeated))
 
 
 def _document_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
