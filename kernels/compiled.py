@@ -31,6 +31,11 @@ def cpp_compiler_name() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
+def used_compiler() -> str | None:
+    """Return the path of the compiler of large formulas, or None where they run uncompiled."""
+    return None if torch._dynamo.config.disable else cpp_compiler()
+
+
 class Compiled:
     """A function that computes `formula`, compiled for large tensors on a CPU that a gradient is computed of.
 
@@ -64,12 +69,11 @@ class Compiled:
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
-        if torch._dynamo.config.disable:
-            return self.plain
-        if cpp_compiler() is None:
+        if used_compiler() is not None:
+            return torch.compile(self.formula, dynamic=False)
+        if not torch._dynamo.config.disable:
             _warn(f"there is no C++ compiler {cpp_compiler_name()}; install one")
-            return self.plain
-        return torch.compile(self.formula, dynamic=False)
+        return self.plain
 
 
 @cache

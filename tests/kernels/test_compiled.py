@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfusion_fast.kernels import compiled
 from transfusion_fast.kernels.compiled import Compiled
 from transfusion_fast.model.layers import CHECKPOINTING
-from transfusion_fast.model.ops import IMPLEMENTATIONS
+from transfusion_fast.model.ops import IMPLEMENTATIONS, describe
 
 LONGER = {
     "norm and rotation": partial(rope_case, (40, 6, 2, 32)),
@@ -91,6 +91,16 @@ def test_without_a_compiler_or_where_it_fails_the_plain_formula_runs_and_one_lin
     assert (op(X) == 2).all() and (op(X) == 2).all()
     [_, message] = said(caplog)
     assert message.endswith("OSError: no space left")
+
+
+def test_the_description_of_a_backend_names_the_compiler_that_runs(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setenv("CXX", "c++")
+    assert describe("auto", torch.device("cpu")).endswith("on torch, large ones except attention compiled by /bin/c++")
+    assert describe("reference", torch.device("cpu")).endswith("on reference")
+    with torch._dynamo.config.patch(disable=True):  # what TORCH_COMPILE_DISABLE=1 sets
+        assert describe("auto", torch.device("cpu")).endswith("on torch")
+        assert (Compiled(plus_one, plus_two)(X) == 2).all()
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion_fast.kernels import reference
-from transfusion_fast.kernels.compiled import Compiled, cpp_compiler
+from transfusion_fast.kernels.compiled import Compiled, used_compiler
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.reference import Rotary
 
@@ -59,8 +59,8 @@ def describe(backend: Backend, device: torch.device) -> str:
     for op in IMPLEMENTATIONS["torch"]:
         implementation(op, device, backend)
         chosen[op] = choose(op, device, backend)
-    compiles = device.type == "cpu" and "torch" in chosen.values() and (compiler := cpp_compiler())
-    note = f", compiled by {compiler} where they are large" if compiles else ""
+    compiles = device.type == "cpu" and "torch" in chosen.values() and (compiler := used_compiler())
+    note = f", large ones except attention compiled by {compiler}" if compiles else ""
     if len(set(chosen.values())) == 1:
         return f"all ops on {next(iter(chosen.values()))}{note}"
     return ", ".join(f"{op} on {name}" for op, name in chosen.items()) + note
