@@ -20,7 +20,7 @@ from transfusion_fast.kernels.spans import context_ends, documents_of
 
 # Longest document that shares a batch with others. On a CPU, one call for each document of more than TINY is faster in
 # fp32; in half precision, PyTorch's backward pass takes 1.1 to 5 times as long up to SHORT, and longer texts less.
-SHORT, TINY = 256, 24
+SHORT, TINY = 256, 16
 HALF_ALIGNMENT = 16  # lengths in half precision: CPUs need up to 5 times as long for products with unaligned rows
 MAX_ROWS = 512  # queries of a tile: more would mask up to half of their keys, fewer cost more calls
 
@@ -53,6 +53,8 @@ class Rows:
     """The rows of a batch, B times L. Rows of padding are zero."""
 
     shape: tuple[int, int]  # B, L
+    index: Tensor  # int64 [B * L], the position of each row; any for padding
+    padding: Tensor  # int64 [B * L - n], rows
     rows: Tensor  # int64 [n], the rows that positions own
     positions: Tensor  # int64 [n]
     start: int | None  # the first position of a batch that is one document
@@ -64,9 +66,9 @@ class Rows:
         if self.start is not None:
             return x.transpose(0, 1).unsqueeze(0).narrow(2, self.start, L)
         flat = x.flatten(1)
-        out = flat.index_select(0, self.positions)
-        if len(out) < B * L:
-            out = flat.new_zeros(B * L, flat.shape[1]).index_copy_(0, self.rows, out)
+        out = flat.index_select(0, self.index)
+        if len(self.padding):
+            out.index_fill_(0, self.padding, 0.0)
         for rows, positions in self.repeated:
             out[rows] = flat[positions]
         return out.view(B, L, *x.shape[1:]).transpose(1, 2)
@@ -106,10 +108,12 @@ plan_on_gpu = partial(plan, short=SHORT)
 
 def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated: Sequence = ()) -> Rows:
     """Return rows given as their positions [B, L], and whether each is the one row that a position owns."""
-    rows = torch.from_numpy(np.flatnonzero(own)).to(device)
-    found = torch.from_numpy(positions[own]).to(device)
+    index, padding, rows, owned = (
+        torch.from_numpy(x.reshape(-1)).to(device)
+        for x in (positions, np.flatnonzero(~own), np.flatnonzero(own), positions[own])
+    )
     start = int(positions[0, 0]) if len(own) == 1 and own.all() else None  # positions of one document are consecutive
-    return Rows(own.shape, rows, found, start, list(repeated))
+    return Rows(own.shape, index, padding, rows, owned, start, list(repeated))
 
 
 def _document_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
