@@ -6,11 +6,10 @@ It is made once for all layers. attention_cpu.py explains the batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,25 +18,26 @@ from torch import Tensor
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.spans import context_ends, documents_of
 
-SHORT = 256  # longest document that shares a batch with others
+# Longest document that shares a batch with others. On a CPU, one call for each document of more than TINY is faster in
+# fp32; in half precision, PyTorch's backward pass takes 1.1 to 5 times as long up to SHORT, and longer texts less.
+SHORT, TINY = 256, 16
 HALF_ALIGNMENT = 16  # lengths in half precision: CPUs need up to 5 times as long for products with unaligned rows
 MAX_ROWS = 512  # queries of a tile: more would mask up to half of their keys, fewer cost more calls
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Queries `rows` of each of the B documents or copies of a batch, and the keys [0, keys) that they see."""
+    """The next `rows` queries of each of the B documents or copies of a batch, and the keys [0, keys) they see."""
 
-    rows: slice
+    rows: int
     keys: int
     visible: Tensor | None  # bool [B, 1, rows, keys], or [B, 1, 1, keys]; None for causal attention over a text
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def hidden(self) -> Tensor:
-        """The complement of `visible`, of a tile with a mask."""
-        assert self.visible is not None
-        return ~self.visible
+        """The complement of `visible`, or [rows, keys] for causal attention, on the CPU."""
+        return torch.ones(self.rows, self.keys, dtype=torch.bool).triu(1) if self.visible is None else ~self.visible
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return what to add to the scores, 0 or -inf; None for causal attention."""
@@ -50,14 +50,38 @@ class Tile:
 
 @dataclass(frozen=True)
 class Rows:
-    """B times L consecutive rows from `start`."""
+    """The rows of a batch, B times L. Rows of padding are zero."""
 
-    start: int
     shape: tuple[int, int]  # B, L
+    index: Tensor  # int64 [B * L], the position of each row; any for padding
+    padding: Tensor  # int64 [B * L - n], rows
+    rows: Tensor  # int64 [n], the rows that positions own
+    positions: Tensor  # int64 [n]
+    start: int | None  # the first position of a batch that is one document
+    repeated: list[tuple[slice, slice]]  # further rows, and their positions
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Return this part of all rows [R, H, D], a view [B, H, L, D]."""
-        return rows[self.start : self.start + math.prod(self.shape)].unflatten(0, self.shape).transpose(1, 2)
+    def gather(self, x: Tensor) -> Tensor:
+        """Return these rows [B, H, L, D] of all positions x [T, H, D], a view for a single document."""
+        B, L = self.shape
+        if self.start is not None:
+            return x.transpose(0, 1).unsqueeze(0).narrow(2, self.start, L)
+        flat = x.flatten(1)
+        out = flat.index_select(0, self.index)
+        if len(self.padding):
+            out.index_fill_(0, self.padding, 0.0)
+        for rows, positions in self.repeated:
+            out[rows] = flat[positions]
+        return out.view(B, L, *x.shape[1:]).transpose(1, 2)
+
+    def scatter(self, part: Tensor, out: Tensor) -> None:
+        """Write the rows [B, H, L, D] that positions own to these positions of out [T, H, D]."""
+        if self.start is not None:
+            out.narrow(0, self.start, self.shape[1]).copy_(part[0].transpose(0, 1))
+            return
+        flat = part.transpose(1, 2).flatten(0, 1).flatten(1)
+        if len(flat) > len(self.rows):
+            flat = flat.index_select(0, self.rows)
+        out.flatten(1).index_copy_(0, self.positions, flat.to(out.dtype))
 
 
 @dataclass(frozen=True)
@@ -69,132 +93,94 @@ class Batch:
     tiles: tuple[Tile, ...]  # cover all queries; the last tile sees every key
 
 
-@dataclass(frozen=True)
-class Index:
-    """The positions of rows."""
+def plan(layout: AttentionLayout, short: int, alignment: int = 1) -> list[Batch]:
+    """Plan the attention of `layout` on its device: a batch for each long document and for each class of short ones.
 
-    gather: Tensor  # int64 [R], the position of each row
-    scatter: Tensor  # int64 [positions of all documents], one row of each position
-    repeated: list[tuple[slice, slice]]  # further rows, and their positions
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batches of a layout: one for each long document, and one for each class of short documents; then copies.
-
-    A document shorter than its batch is padded with its last position.
+    Documents of up to `short` positions are short. Padded lengths are multiples of `alignment`.
     """
-
-    batches: list[Batch]
-    queries: Index
-    keys: Index
+    return [*_document_batches(layout, short, alignment), *_copy_batches(layout, short, alignment)]
 
 
-class _Part(NamedTuple):
-    """A batch before its rows are numbered, as positions [B, L]; keys of copies begin with their own."""
-
-    queries: np.ndarray
-    keys: np.ndarray
-    own: np.ndarray  # bool, which queries are no padding
-    tiles: tuple[Tile, ...]
-    contexts: np.ndarray = np.zeros((0, 2), dtype=np.int64)  # positions (start, end) of the other keys of each copy
+plan_on_cpu = partial(plan, short=TINY)
+plan_for_half = partial(plan, short=SHORT, alignment=HALF_ALIGNMENT)
+plan_on_gpu = partial(plan, short=SHORT)
 
 
-def plan(layout: AttentionLayout, alignment: int = 1) -> Plan:
-    """Plan the attention of `layout` on its device; padded lengths are multiples of `alignment`."""
-    parts = [*_document_parts(layout, alignment), *_copy_parts(layout, alignment)]
-    batches: list[Batch] = []
-    repeated: list[tuple[slice, slice]] = []
-    query = key = 0
-    for part in parts:
-        (B, N), (_, L) = part.queries.shape, part.keys.shape
-        batches.append(Batch(Rows(query, (B, N)), Rows(key, (B, L)), part.tiles))
-        for first, (start, end) in zip(range(key + N, key + B * L, L), part.contexts.tolist(), strict=False):
-            repeated.append((slice(first, first + end - start), slice(start, end)))
-        query, key = query + B * N, key + B * L
-    used = int(layout.document_offsets[-1])
-    queries = _index([(part.queries, part.own) for part in parts], [], used, layout.device)
-    if not len(layout.noised_copies):
-        return Plan(batches, queries, queries)
-    own_keys = [np.pad(part.own, ((0, 0), (0, part.keys.shape[1] - part.own.shape[1]))) for part in parts]
-    keys = zip((part.keys for part in parts), own_keys, strict=True)
-    return Plan(batches, queries, _index(list(keys), repeated, used, layout.device))
+def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated: Sequence = ()) -> Rows:
+    """Return rows given as their positions [B, L], and whether each is the one row that a position owns."""
+    index, padding, rows, owned = (
+        torch.from_numpy(x.reshape(-1)).to(device)
+        for x in (positions, np.flatnonzero(~own), np.flatnonzero(own), positions[own])
+    )
+    start = int(positions[0, 0]) if len(own) == 1 and own.all() else None  # positions of one document are consecutive
+    return Rows(own.shape, index, padding, rows, owned, start, list(repeated))
 
 
-def _index(
-    rows: list[tuple[np.ndarray, np.ndarray]], repeated: list[tuple[slice, slice]], used: int, device: torch.device
-) -> Index:
-    """Number rows, given as their positions and whether each is the one row that a position owns."""
-    gather = np.concatenate([np.zeros(0, dtype=np.int64), *(positions.reshape(-1) for positions, _ in rows)])
-    own = np.flatnonzero(np.concatenate([np.zeros(0, dtype=bool), *(is_own.reshape(-1) for _, is_own in rows)]))
-    scatter = np.zeros(used, dtype=np.int64)
-    scatter[gather[own]] = own
-    return Index(torch.from_numpy(gather).to(device), torch.from_numpy(scatter).to(device), repeated)
-
-
-def _document_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:
+def _document_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
     """Yield the batches of documents without their copies."""
     offsets = layout.document_offsets.numpy()
     key_end = layout.key_ends()
     has_image = np.zeros(len(offsets) - 1, dtype=bool)
     has_image[documents_of(layout.image_spans[:, 0].numpy(), offsets)] = True
     lengths = context_ends(offsets, layout.noised_copies.numpy()) - offsets[:-1]
-    documents = np.flatnonzero(lengths)
-    for chosen in _documents_by_batch(lengths[documents], max(alignment, 8)):
-        document = documents[chosen]
-        own, L = lengths[document, None], _round_up(int(lengths[document].max()), alignment)
-        positions = offsets[document, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
-        # Keys of the padding are columns beyond the document's length, which none of its rows sees.
-        ends = key_end[positions] - offsets[document, None]
-        causal = L > SHORT and not has_image[document[0]]
-        tiles = (Tile(slice(0, L), L, None),) if causal else _tiles(ends, alignment, layout.device)
-        yield _Part(positions, positions, np.arange(L) < own, tiles)
+    for images in (False, True):
+        documents = np.flatnonzero((lengths > 0) & (has_image == images))
+        for chosen in _documents_by_batch(lengths[documents], max(alignment, 8), short):
+            document = documents[chosen]
+            own, longest = lengths[document, None], int(lengths[document].max())
+            L = _round_up(longest, alignment) if longest <= short else longest
+            positions = offsets[document, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
+            # Keys of the padding are columns beyond the document's length, which none of its rows sees.
+            ends = key_end[positions] - offsets[document, None]
+            tiles = _tiles(ends, layout.device) if images else (Tile(L, L, None),)
+            rows = _rows(positions, np.arange(L) < own, layout.device)
+            yield Batch(rows, rows, tiles)
 
 
-def _copy_parts(layout: AttentionLayout, alignment: int) -> Iterator[_Part]:
+def _copy_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
     """Yield the batches of copies. The keys of a copy are its own, [0, N), and behind them those of its context."""
     copies = layout.noised_copies.numpy()
     offsets = layout.document_offsets.numpy()
     starts = offsets[documents_of(copies[:, 0], offsets)]
     lengths = copies[:, 1] + copies[:, 2] - starts
-    for chosen in _documents_by_batch(lengths, max(alignment, 8)):
+    for chosen in _documents_by_batch(lengths, max(alignment, 8), short):
         copy, own, places = copies[chosen, :1], copies[chosen, 1:2], copies[chosen, 2:]
         seen = places - starts[chosen, None]
         N, M = (_round_up(int(x.max()), alignment) for x in (own, seen))
-        queries = copy + np.minimum(np.arange(N), own - 1)
-        is_own, in_context = np.arange(N) < own, np.arange(M) < seen
-        context = np.where(in_context, starts[chosen, None] + np.arange(M), copy)
-        visible = torch.from_numpy(np.concatenate([is_own, in_context], axis=1)[:, None, None]).to(layout.device)
-        tiles = tuple(Tile(slice(n, min(n + MAX_ROWS, N)), N + M, visible) for n in range(0, N, MAX_ROWS))
-        contexts = np.concatenate([starts[chosen, None], places], axis=1)
-        yield _Part(queries, np.concatenate([queries, context], axis=1), is_own, tiles, contexts)
+        queries, is_own = copy + np.minimum(np.arange(N), own - 1), np.arange(N) < own
+        visible = torch.from_numpy(np.concatenate([is_own, np.arange(M) < seen], axis=1)[:, None, None])
+        visible = visible.to(layout.device)
+        tiles = tuple(Tile(min(MAX_ROWS, N - n), N + M, visible) for n in range(0, N, MAX_ROWS))
+        contexts = zip(starts[chosen].tolist(), places[:, 0].tolist(), strict=True)
+        first = (N + n * (N + M) for n in range(len(copy)))
+        repeated = [(slice(n, n + b - a), slice(a, b)) for n, (a, b) in zip(first, contexts, strict=True)]
+        unowned = ((0, 0), (0, M))
+        keys = _rows(np.pad(queries, unowned), np.pad(is_own, unowned), layout.device, repeated)
+        yield Batch(_rows(queries, is_own, layout.device), keys, tiles)
 
 
-plan_for_half = partial(plan, alignment=HALF_ALIGNMENT)
-
-
-def _documents_by_batch(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:
+def _documents_by_batch(lengths: np.ndarray, step: int, short: int) -> Iterator[np.ndarray]:
     """Yield the documents of each batch: one long document, or all short documents of a class.
 
     Lengths of a class differ by less than `step`, or by less than a quarter.
     """
-    longest = list(accumulate(range(SHORT // step), lambda n, _: n + step * max(1, n // 4 // step), initial=step))
+    longest = list(accumulate(range(short // step), lambda n, _: n + step * max(1, n // 4 // step), initial=step))
     classes = np.searchsorted(longest, lengths)
-    is_long = lengths > SHORT
+    is_long = lengths > short
     classes[is_long] = len(longest) + np.arange(is_long.sum())
     order = np.argsort(classes, kind="stable")
     yield from np.split(order, np.flatnonzero(np.diff(classes[order])) + 1) if len(order) else ()
 
 
-def _tiles(key_end: np.ndarray, alignment: int, device: torch.device) -> tuple[Tile, ...]:
+def _tiles(key_end: np.ndarray, device: torch.device) -> tuple[Tile, ...]:
     """Cut B documents of one length L into tiles; each row sees the keys [0, key_end), key_end [B, L]."""
     length = key_end.shape[1]
     tiles = []
     for start in range(0, length, MAX_ROWS):
         ends = key_end[:, start : start + MAX_ROWS]
-        keys = _round_up(int(ends.max()), alignment)
+        keys = int(ends.max()) if start + MAX_ROWS < length else length
         visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None, :, None]
-        tiles.append(Tile(slice(start, start + ends.shape[1]), keys, visible))
+        tiles.append(Tile(ends.shape[1], keys, visible))
     return tuple(tiles)
 
 

@@ -100,8 +100,17 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor) -> 
 
     Image n is the patches [image_offsets[n], image_offsets[n + 1]).
     """
-    squared_P = (_fp32(prediction) - _fp32(target)).square().mean(dim=-1)
-    return torch.segment_reduce(squared_P, "mean", offsets=image_offsets)
+    return mean_of_images(squared_error(prediction, target), image_offsets)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each patch, fp32 [P]."""
+    return (_fp32(prediction) - _fp32(target)).square().mean(dim=-1)
+
+
+def mean_of_images(x: Tensor, image_offsets: Tensor) -> Tensor:
+    """Return the mean [N] over the patches of each image of x [P]."""
+    return torch.segment_reduce(x, "mean", offsets=image_offsets)
 
 
 def diffusion_mse_from_noise(

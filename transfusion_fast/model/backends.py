@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfusion_fast.kernels import reference
+from transfusion_fast.kernels.compiled import Compiled, used_compiler
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.kernels.reference import Rotary
 
@@ -58,9 +59,11 @@ def describe(backend: Backend, device: torch.device) -> str:
     for op in IMPLEMENTATIONS["torch"]:
         implementation(op, device, backend)
         chosen[op] = choose(op, device, backend)
+    compiles = device.type == "cpu" and "torch" in chosen.values() and (compiler := used_compiler())
+    note = f", large ones except attention compiled by {compiler}" if compiles else ""
     if len(set(chosen.values())) == 1:
-        return f"all ops on {next(iter(chosen.values()))}"
-    return ", ".join(f"{op} on {name}" for op, name in chosen.items())
+        return f"all ops on {next(iter(chosen.values()))}{note}"
+    return ", ".join(f"{op} on {name}" for op, name in chosen.items()) + note
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None) -> Tensor:
@@ -69,30 +72,65 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     return tiled_attention(q, k, v, layout, scale)
 
 
-def _torch_rope(
-    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return reference.rope(q, k, table, q_weight=q_weight, k_weight=k_weight)
+    return reference.rope(q, k, Rotary(cos, sin), q_weight=q_weight, k_weight=k_weight)
 
 
-def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype), x
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference.rms_norm(x, weight, eps)[0]
 
 
-def _torch_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+def _eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps).to(x.dtype)
+
+
+def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+    return reference.swiglu(*reference.halves(gate, up))
+
+
+def _eager_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     """Compute the reference without its conversion to fp32, which on a CPU costs more than the matmuls around it."""
     gate, up = reference.halves(gate, up)
     return F.silu(gate) * up
 
 
-def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+def _squared_error(prediction: Tensor, target: Tensor, x_0: Tensor | None) -> Tensor:
+    """Return the mean of each patch, fp32 [P]."""
     if x_0 is not None:
         target = target.to(torch.promote_types(target.dtype, torch.float32)) - x_0
-    return reference.diffusion_mse(prediction, target, image_offsets)
+    return reference.squared_error(prediction, target)
 
 
-def _reference_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    return reference.swiglu(*reference.halves(gate, up))
+_compiled_rope = Compiled(_rope)
+_compiled_rms_norm = Compiled(_rms_norm, _eager_rms_norm)
+_compiled_swiglu = Compiled(_reference_swiglu, _eager_swiglu)
+_compiled_squared_error = Compiled(_squared_error)
+
+
+def _torch_rope(
+    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _compiled_rope(q, k, *table, q_weight, k_weight)
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _compiled_rms_norm(x, weight, eps), x
+
+
+def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    return reference.mean_of_images(_compiled_squared_error(prediction, target, x_0), image_offsets)
+
+
+def _reference_rope(
+    q: Tensor, k: Tensor, table: Rotary, q_weight: Tensor | None, k_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _rope(q, k, *table, q_weight, k_weight)
+
+
+def _reference_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+    return reference.mean_of_images(_squared_error(prediction, target, x_0), image_offsets)
 
 
 def _triton_attention(*args: Any) -> Tensor:
@@ -136,7 +174,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
         "hybrid_attention": _torch_attention,
         "rope": _torch_rope,
         "rms_norm": _torch_rms_norm,
-        "swiglu": _torch_swiglu,
+        "swiglu": _compiled_swiglu,
         "diffusion_mse": _torch_diffusion_mse,
     },
     "triton": {
@@ -148,9 +186,9 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     },
     "reference": {
         "hybrid_attention": reference.hybrid_attention,
-        "rope": _torch_rope,
+        "rope": _reference_rope,
         "rms_norm": reference.rms_norm,
         "swiglu": _reference_swiglu,
-        "diffusion_mse": _torch_diffusion_mse,
+        "diffusion_mse": _reference_diffusion_mse,
     },
 }

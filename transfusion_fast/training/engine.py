@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import BatchSplit
 from transfusion_fast.errors import InputError
+from transfusion_fast.kernels.compiled import cpp_compiler, cpp_compiler_name
 from transfusion_fast.model.layers import Attention, Block
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
@@ -57,9 +55,9 @@ def check_compiler(config: Config, device: torch.device) -> None:
     train, optimizer = config.train, config.optimizer
     needed = {"train.compile=off": train.compile == "blocks", "optimizer.name=adamw": optimizer.name == "muon"}
     others = " and ".join(setting for setting, is_needed in needed.items() if is_needed)
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if others and device.type == "cpu" and shutil.which(compiler) is None:
-        raise InputError(f"torch.compile must have a C++ compiler, got no {compiler}; install one, or set {others}")
+    if others and device.type == "cpu" and cpp_compiler() is None:
+        name = cpp_compiler_name()
+        raise InputError(f"torch.compile must have a C++ compiler, got no {name}; install one, or set {others}")
 
 
 def compile_blocks(model: Transfusion) -> None:
