@@ -9,8 +9,8 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from timing import NEEDS_CUDA
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from transfusion_fast.kernels import attention_cpu_plan
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model.ops import hybrid_attention
 
@@ -117,18 +118,12 @@ def _by_blocks(problem: Problem, inputs: Results, dtype: torch.dtype) -> Results
 def _ours(name: str, missing: Callable[[Problem], str | None]) -> Backend:
     """Return this repository's op; preparing it includes building the layout, which other backends are given."""
 
-    @lru_cache(1)
-    def own_layout(problem: Problem) -> AttentionLayout:
-        return replace(problem.layout)
-
     def prepare(problem: Problem) -> Forward:
-        layout = own_layout(problem)
-        spans = layout.image_spans.numpy()
-        new = AttentionLayout.from_spans(problem.lengths, spans, layout.total_length, layout.device)
-        # A plan is built when a pass first needs it. Preparing again builds the plans that the passes needed, so that
-        # it costs what preparing costs in every micro-batch.
-        for build in layout._plans:
-            new.plan(build)
+        spans, T, device = problem.layout.image_spans.numpy(), problem.layout.total_length, problem.layout.device
+        layout = AttentionLayout.from_spans(problem.lengths, spans, T, device)
+        if name == "torch":  # its plan, which the first layer makes in every micro-batch
+            attention_cpu_plan.forget_plans()
+            attention_cpu_plan.kept_plan(layout, torch.empty(T, 1, 1, dtype=problem.dtype, device=device))
         return lambda q, k, v: hybrid_attention(q, k, v, layout, backend=name)
 
     return Backend(prepare, missing, is_ours=True)

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from math import prod
 from typing import NamedTuple
@@ -198,9 +198,10 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, s
     """Compute one scaled_dot_product_attention under a dense mask that all layers share."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # without a batch, torch takes no fused kernel
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.plan(_mask), scale=scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(layout), scale=scale)[0].transpose(0, 1)
 
 
+@lru_cache(maxsize=1)
 def _mask(layout: AttentionLayout) -> Tensor:
     mask = layout.dense_mask()
     return mask | ~mask.any(dim=-1, keepdim=True)  # padding must see something, or its softmax is NaN

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
-from transfusion_fast.kernels.spans import context_ends, documents_of
+from transfusion_fast.kernels.spans import context_ends, documents_of, key_ends
 
 # Longest document that shares a batch with others. On a CPU, one call for each document of more than TINY is faster in
 # fp32; in half precision, PyTorch's backward pass takes 1.1 to 5 times as long up to SHORT, and longer texts less.
@@ -92,18 +93,50 @@ class Batch:
     keys: Rows
     tiles: tuple[Tile, ...]  # cover all queries; the last tile sees every key
 
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the part of each tile of x [B, H, L, ..]."""
+        return x.split([tile.rows for tile in self.tiles], dim=2) if len(self.tiles) > 1 else (x,)
 
-def plan(layout: AttentionLayout, short: int, alignment: int = 1) -> list[Batch]:
-    """Plan the attention of `layout` on its device: a batch for each long document and for each class of short ones.
 
-    Documents of up to `short` positions are short. Padded lengths are multiples of `alignment`.
+def is_half(x: Tensor) -> bool:
+    """Return whether x is in half precision."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+class Spans(NamedTuple):
+    """The documents, images and copies of an AttentionLayout."""
+
+    document_offsets: Tensor
+    image_spans: Tensor
+    noised_copies: Tensor
+
+
+def kept_plan(spans: Spans | AttentionLayout, q: Tensor) -> list[Batch]:
+    """Return the plan for q [T, H, D] on its device: a batch for each long document and for each class of short ones.
+
+    The plans of the last two layouts are kept, for all layers and the backward pass.
     """
-    return [*_document_batches(layout, short, alignment), *_copy_batches(layout, short, alignment)]
+    short, alignment = SHORT, 1
+    if q.device.type == "cpu":
+        short, alignment = (SHORT, HALF_ALIGNMENT) if is_half(q) else (TINY, 1)
+    tables = (spans.document_offsets, spans.image_spans, spans.noised_copies)
+    return _plan(*(x.numpy().tobytes() for x in tables), len(q), q.device, short, alignment, MAX_ROWS)
 
 
-plan_on_cpu = partial(plan, short=TINY)
-plan_for_half = partial(plan, short=SHORT, alignment=HALF_ALIGNMENT)
-plan_on_gpu = partial(plan, short=SHORT)
+@lru_cache(maxsize=2)
+def _plan(
+    offsets: bytes, images: bytes, copies: bytes, total: int, device: torch.device,
+    short: int, alignment: int, max_rows: int,
+) -> list[Batch]:  # fmt: skip
+    """Plan documents of up to `short` positions together; padded lengths are multiples of `alignment`."""
+    bounds, i, c = (np.frombuffer(x, dtype=np.int64) for x in (offsets, images, copies))
+    spans, noised = i.reshape(-1, 2), c.reshape(-1, 3)
+    key_end, sizes = key_ends(bounds, spans, noised, total), (short, alignment, max_rows, device)
+    documents = _document_batches(bounds, spans, noised, key_end, *sizes)
+    return [*documents, *_copy_batches(bounds, noised, *sizes)]
+
+
+forget_plans = _plan.cache_clear
 
 
 def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated: Sequence = ()) -> Rows:
@@ -116,15 +149,16 @@ def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated
     return Rows(own.shape, index, padding, rows, owned, start, list(repeated))
 
 
-def _document_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
+def _document_batches(
+    offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, key_end: np.ndarray,
+    short: int, alignment: int, max_rows: int, device: torch.device,
+) -> Iterator[Batch]:  # fmt: skip
     """Yield the batches of documents without their copies."""
-    offsets = layout.document_offsets.numpy()
-    key_end = layout.key_ends()
     has_image = np.zeros(len(offsets) - 1, dtype=bool)
-    has_image[documents_of(layout.image_spans[:, 0].numpy(), offsets)] = True
-    lengths = context_ends(offsets, layout.noised_copies.numpy()) - offsets[:-1]
-    for images in (False, True):
-        documents = np.flatnonzero((lengths > 0) & (has_image == images))
+    has_image[documents_of(images[:, 0], offsets)] = True
+    lengths = context_ends(offsets, copies) - offsets[:-1]
+    for illustrated in (False, True):
+        documents = np.flatnonzero((lengths > 0) & (has_image == illustrated))
         for chosen in _documents_by_batch(lengths[documents], max(alignment, 8), short):
             document = documents[chosen]
             own, longest = lengths[document, None], int(lengths[document].max())
@@ -132,15 +166,15 @@ def _document_batches(layout: AttentionLayout, short: int, alignment: int) -> It
             positions = offsets[document, None] + np.minimum(np.arange(L), own - 1)  # [B, L]
             # Keys of the padding are columns beyond the document's length, which none of its rows sees.
             ends = key_end[positions] - offsets[document, None]
-            tiles = _tiles(ends, layout.device) if images else (Tile(L, L, None),)
-            rows = _rows(positions, np.arange(L) < own, layout.device)
+            tiles = _tiles(ends, max_rows, device) if illustrated else (Tile(L, L, None),)
+            rows = _rows(positions, np.arange(L) < own, device)
             yield Batch(rows, rows, tiles)
 
 
-def _copy_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterator[Batch]:
+def _copy_batches(
+    offsets: np.ndarray, copies: np.ndarray, short: int, alignment: int, max_rows: int, device: torch.device
+) -> Iterator[Batch]:
     """Yield the batches of copies. The keys of a copy are its own, [0, N), and behind them those of its context."""
-    copies = layout.noised_copies.numpy()
-    offsets = layout.document_offsets.numpy()
     starts = offsets[documents_of(copies[:, 0], offsets)]
     lengths = copies[:, 1] + copies[:, 2] - starts
     for chosen in _documents_by_batch(lengths, max(alignment, 8), short):
@@ -149,14 +183,14 @@ def _copy_batches(layout: AttentionLayout, short: int, alignment: int) -> Iterat
         N, M = (_round_up(int(x.max()), alignment) for x in (own, seen))
         queries, is_own = copy + np.minimum(np.arange(N), own - 1), np.arange(N) < own
         visible = torch.from_numpy(np.concatenate([is_own, np.arange(M) < seen], axis=1)[:, None, None])
-        visible = visible.to(layout.device)
-        tiles = tuple(Tile(min(MAX_ROWS, N - n), N + M, visible) for n in range(0, N, MAX_ROWS))
+        visible = visible.to(device)
+        tiles = tuple(Tile(min(max_rows, N - n), N + M, visible) for n in range(0, N, max_rows))
         contexts = zip(starts[chosen].tolist(), places[:, 0].tolist(), strict=True)
         first = (N + n * (N + M) for n in range(len(copy)))
         repeated = [(slice(n, n + b - a), slice(a, b)) for n, (a, b) in zip(first, contexts, strict=True)]
         unowned = ((0, 0), (0, M))
-        keys = _rows(np.pad(queries, unowned), np.pad(is_own, unowned), layout.device, repeated)
-        yield Batch(_rows(queries, is_own, layout.device), keys, tiles)
+        keys = _rows(np.pad(queries, unowned), np.pad(is_own, unowned), device, repeated)
+        yield Batch(_rows(queries, is_own, device), keys, tiles)
 
 
 def _documents_by_batch(lengths: np.ndarray, step: int, short: int) -> Iterator[np.ndarray]:
@@ -172,13 +206,13 @@ def _documents_by_batch(lengths: np.ndarray, step: int, short: int) -> Iterator[
     yield from np.split(order, np.flatnonzero(np.diff(classes[order])) + 1) if len(order) else ()
 
 
-def _tiles(key_end: np.ndarray, device: torch.device) -> tuple[Tile, ...]:
+def _tiles(key_end: np.ndarray, max_rows: int, device: torch.device) -> tuple[Tile, ...]:
     """Cut B documents of one length L into tiles; each row sees the keys [0, key_end), key_end [B, L]."""
     length = key_end.shape[1]
     tiles = []
-    for start in range(0, length, MAX_ROWS):
-        ends = key_end[:, start : start + MAX_ROWS]
-        keys = int(ends.max()) if start + MAX_ROWS < length else length
+    for start in range(0, length, max_rows):
+        ends = key_end[:, start : start + max_rows]
+        keys = int(ends.max()) if start + max_rows < length else length
         visible = torch.arange(keys, device=device) < torch.from_numpy(ends).to(device)[:, None, :, None]
         tiles.append(Tile(ends.shape[1], keys, visible))
     return tuple(tiles)

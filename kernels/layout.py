@@ -28,9 +28,9 @@ row bound what a whole tile sees, and a kernel needs only the start and the end 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,11 +47,8 @@ from transfusion_fast.kernels.spans import (
     integers,
     intervals_of_keys,
     intervals_of_queries,
-    key_ends,
 )
 from transfusion_fast.kernels.tiles import TILE_HEIGHTS, cut_tiles
-
-Plan = TypeVar("Plan")
 
 
 class TileWork(NamedTuple):
@@ -115,7 +112,6 @@ class AttentionLayout:
     own_end: Tensor | None = None
     copies_start: Tensor | None = None
     copies_end: Tensor | None = None
-    _plans: dict[Callable[..., Any], Any] = field(init=False, repr=False, default_factory=dict)
 
     @classmethod
     def from_spans(
@@ -241,17 +237,6 @@ class AttentionLayout:
                 full, partial = full + in_full, partial + blocks * c.partial_step
             found.append(Programs(c, starts, ends, columns, full, partial))
         return found
-
-    def key_ends(self) -> np.ndarray:
-        """Return `key_end` as int32 [T] on the CPU, recomputed so that the caller does not wait for the device."""
-        offsets, images, copies = (x.numpy() for x in (self.document_offsets, self.image_spans, self.noised_copies))
-        return key_ends(offsets, images, copies, self.total_length)
-
-    def plan(self, build: Callable[[AttentionLayout], Plan]) -> Plan:
-        """Return `build(self)`, computed once and kept: a backend's list of work, which all layers share."""
-        if build not in self._plans:
-            self._plans[build] = build(self)
-        return self._plans[build]
 
     def dense_mask(self) -> Tensor:
         """Return the mask by its definition, bool [T, T], True where query (row) sees key (column), for tests only."""

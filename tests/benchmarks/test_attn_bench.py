@@ -19,7 +19,7 @@ from gate import Backend, run
 from timing import COLUMNS as TIMES
 from timing import NOT_MEASURED
 
-from transfusion_fast.kernels import reference
+from transfusion_fast.kernels import attention_cpu_plan, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 
 ROOT = Path(__file__).parents[2]
@@ -194,15 +194,13 @@ def test_long_packs_are_gated_on_their_first_and_last_heads():
         assert (wrong_with([spoiled, *right[1:]]) is not None) == wrong
 
 
-def test_preparing_again_builds_the_plans_that_the_passes_needed(monkeypatch):
-    problem, built, plan = make_problem(), [], AttentionLayout.plan
-    monkeypatch.setattr(AttentionLayout, "plan", lambda layout, build: built.append(layout) or plan(layout, build))
-    gate_and_results(problem)
-    built.clear()
-    BACKENDS["torch"].prepare(problem)
-    assert len(built) == 1
-    BACKENDS["torch"].prepare(make_problem())
-    assert len(built) == 1
+def test_preparing_again_makes_the_plan_that_the_passes_use():
+    problem = make_problem()
+    for times in (1, 2):
+        forward = BACKENDS["torch"].prepare(problem)
+        forward(*problem.inputs()[0])
+        info = attention_cpu_plan._plan.cache_info()
+        assert (info.hits, info.misses) == (1, 1), times
 
 
 def test_rates_count_the_visible_area_against_the_peak_of_the_gpu(tmp_path):

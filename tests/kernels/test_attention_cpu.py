@@ -20,7 +20,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion_fast.kernels import attention_cpu_plan, reference
 from transfusion_fast.kernels.layout import AttentionLayout
@@ -161,7 +161,7 @@ def test_a_second_derivative_is_refused(dtype):
     layout = AttentionLayout.from_spans([9, 3], [(2, 5)])
     leaves = [x.requires_grad_() for x in qkv(layout, dtype=dtype)]
     (gradient,) = torch.autograd.grad(tiled(*leaves, layout).sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
 
 
@@ -202,26 +202,36 @@ def test_poison_in_later_tiles_of_a_document_does_not_reach_earlier_tiles(monkey
     assert torch.equal(tiled(*poisoned, layout)[:16], tiled(*clean, layout)[:16])
 
 
-class LargestOutput(TorchDispatchMode):
-    """A mode that keeps the number of values of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = out if isinstance(out, (tuple, list)) else [out]
-        self.numel = max([self.numel, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
-        return out
-
-
 @pytest.mark.parametrize("length", [32, 96])
 def test_memory_is_linear_in_the_number_of_documents(length):
     def largest(documents):
         layout = AttentionLayout.from_spans([length] * documents, [(d * length + 8, 16) for d in range(documents)])
         inputs = qkv(layout, dim=16)
-        with LargestOutput() as made:
+        run(tiled, inputs, layout)  # makes the plan
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
             run(tiled, inputs, layout)
-        assert made.numel >= inputs[0].numel(), "the output at least is seen"
-        return made.numel
+        made = max(event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
+        assert made >= inputs[0].nbytes, "the output at least is seen"
+        return made
 
-    assert largest(48) == 2 * largest(24)
+    assert largest(48) == pytest.approx(2 * largest(24), rel=0.01)
+
+
+def test_layers_and_the_backward_pass_share_a_plan():
+    layout = AttentionLayout.from_spans([9, 40], [(3, 4)])
+    inputs = qkv(layout)
+    attention_cpu_plan.forget_plans()
+    for _ in range(3):
+        run(tiled, inputs, layout)
+    assert attention_cpu_plan._plan.cache_info()[:2] == (5, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_compiled_in_one_graph_it_computes_the_same_for_all_layouts_of_a_length(dtype):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tiled, fullgraph=True, backend=counter)
+    for spans in (([20, 30], [(2, 5)]), ([4, 46], [(10, 9)]), ([50], [])):
+        layout = AttentionLayout.from_spans(*spans)
+        inputs = qkv(layout, dtype=dtype)
+        assert_same_bits(run(compiled, inputs, layout), run(tiled, inputs, layout))
+    assert counter.frame_count <= 2  # one, and one more once the number of documents has varied

@@ -155,7 +155,7 @@ _KEPT = frozenset(
         "transfusion_fast::hybrid_attention",
         "transfusion_fast::rotary_attention",
         "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "transfusion_fast::tiled_attention",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
     }
