@@ -61,6 +61,7 @@ def check_document(document: Document, config: ModelConfig, number: int = 0) -> 
     return [_check_piece(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(document)]
 
 
+@torch.compiler.disable
 def pack_documents(
     documents: Sequence[Document], config: ModelConfig, randomness: Randomness = Randomness()
 ) -> PackedBatch:
@@ -83,6 +84,7 @@ def pack_documents(
     return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, randomness)
 
 
+@torch.compiler.disable
 def pack_rows(
     text_ids: Tensor,
     modality_tokens: Sequence[Sequence[Tensor]] | None,

@@ -160,6 +160,12 @@ class Transfusion(nn.Module):
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
         """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
+        for images in batch.modalities:
+            if images.timesteps.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"timesteps must be fp32, got {images.timesteps.dtype}, which cannot hold them; do not convert the "
+                    "batch, which FSDP2 does without MixedPrecisionPolicy(cast_forward_inputs=False)"
+                )
         x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
