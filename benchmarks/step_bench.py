@@ -170,7 +170,8 @@ def mix_documents(mix: str, length: int) -> Documents:
 
 def make_batch(model: Transfusion, documents: Documents) -> PackedBatch:
     """Return one micro-batch of the documents, with the same noise and timesteps each time."""
-    return inputs.pack_documents(documents, model.config, torch.Generator().manual_seed(0))
+    randomness = inputs.Randomness(torch.Generator().manual_seed(0), prob_uncond=0)
+    return inputs.pack_documents(documents, model.config, randomness)
 
 
 def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,18 @@ def _rank(rank: int, ranks: int, port: str, cases: Sequence[dict[str, Any]], out
 
 def on_ranks(ranks: int, cases: Sequence[dict[str, Any]], folder: Path) -> list[Result]:
     """Return the sums over ranks that share the batch, for each of the model settings."""
-    context, port, out = multiprocessing.get_context("forkserver"), free_port(), folder / "results"
-    processes = [context.Process(target=_rank, args=(rank, ranks, port, cases, out)) for rank in range(ranks)]
+    out = folder / "results"
+    run_ranks(_rank, ranks, cases, out)
+    return torch.load(out)
+
+
+def run_ranks(function: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """Call function(rank, ranks, port, *arguments) in a process for each rank, and assert that all end well."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    processes = [context.Process(target=function, args=(rank, ranks, port, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks
-    return torch.load(out)

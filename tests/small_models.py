@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from transfusion_fast import Transfusion
-from transfusion_fast.model.sequence import TEXT, Segments, TokenSequence, Vocabulary, lay_out
+from transfusion_fast.model.sequence import TEXT, Segments, TokenSequence, Vocabulary, lay_out, without_context
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -29,16 +29,14 @@ def small_model(**settings: Any) -> Transfusion:
     return model
 
 
-def laid_out(
-    documents: Sequence[Sequence[Any]], vocabulary: Vocabulary, delimited: Sequence[bool] | None = None
-) -> TokenSequence:
-    """Lay out documents of texts (lists of ids) and images (modality, rows, columns); default: all are delimited."""
+def laid_out(documents: Sequence[Sequence[Any]], vocabulary: Vocabulary, dropped: Sequence[bool] = ()) -> TokenSequence:
+    """Lay out documents of texts (lists of ids) and images (modality, rows, columns); cut before `dropped` images."""
     pieces = [(number, piece) for number, document in enumerate(documents) for piece in document]
     rows = [
         (number, TEXT, len(p), 0, 0) if isinstance(p, list) else (number, 1 + p[0], p[1] * p[2], p[1], p[2])
         for number, p in pieces
     ]
     columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    flags = np.array([True] * len(documents) if delimited is None else delimited, dtype=bool)
     text = np.array([i for _, p in pieces if isinstance(p, list) for i in p], dtype=np.int64)
-    return lay_out(Segments(*columns, delimited=flags), text, vocabulary)
+    sequence = lay_out(Segments(*columns), text, vocabulary)
+    return without_context(sequence, np.array(dropped, dtype=bool), vocabulary) if len(dropped) else sequence

@@ -22,7 +22,7 @@ def test_nothing_given_is_the_papers_recipe(tmp_path):
     assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps) == (3e-4, 1.5e-5, 4000)
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
     assert (config.optimizer.max_norm, config.model.diffusion_weight) == (1.0, 5.0)
-    assert (config.data.caption_first, config.data.guidance_drop, config.data.noise_cap) == (0.8, 0.1, 500)
+    assert (config.data.caption_first, config.data.prob_uncond, config.data.noise_cap) == (0.8, 0.1, 500)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == config
 
@@ -67,7 +67,7 @@ def test_an_unknown_key_is_named_with_the_nearest_name(override, key, hint):
         ("optimizer.lr=.inf", "optimizer.lr", "got inf"),
         ("optimizer.lr=true", "optimizer.lr", "got True"),
         ("optimizer.beta2=1", "optimizer.beta2", "got 1"),
-        ("data.guidance_drop=1.5", "data.guidance_drop", "got 1.5"),
+        ("data.prob_uncond=1.5", "data.prob_uncond", "got 1.5"),
         ("data.noise_cap=1001", "data.noise_cap", "got 1001"),
         ("model.dim_latent=[4, 0]", "model.dim_latent.1", "got 0"),
         ("model.diffusion_weight=-1", "model.diffusion_weight", "got -1"),

@@ -74,7 +74,9 @@ MAX_SEED = 2**63 - 1
 """Largest seed that torch takes."""
 Seed = Annotated[Integer, Field(ge=0, le=MAX_SEED)]
 NOISE_CAP = 500.0
-"""Default for the largest timestep of an image that text follows (arXiv 2408.11039, section 4.1)."""
+"""Default for the largest timestep of the image of an image-first pair (arXiv 2408.11039, section 4.1)."""
+PROB_UNCOND = 0.1
+"""Default for the probability that an image is trained without what precedes it."""
 
 
 class _Settings(BaseModel):
@@ -151,6 +153,9 @@ class ModelConfig(_Settings):
     dim_latent: tuple[Positive, ...] = (4,)
     """Values C of a patch, for each modality; a number means one modality, [] means text alone. Training reads it from
     the data if it is not given."""
+    channel_first: bool | None = None
+    """Whether images in Python have the axes [C, rows, columns]; default: [rows, columns, C], but a shape that could be
+    either is refused. Packs do not depend on it."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A model size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
@@ -211,10 +216,10 @@ class DataConfig(_Settings):
     """Shards whose packs are shuffled together."""
     caption_first: Probability = 0.8
     """Probability that a caption-image pair keeps its caption first."""
-    guidance_drop: Probability = 0.1
-    """Probability that the image of a pair is trained without its caption, for classifier-free guidance."""
+    prob_uncond: Probability = PROB_UNCOND
+    """Probability that an image is trained without what precedes it in its document, for classifier-free guidance."""
     noise_cap: Timestep = NOISE_CAP
-    """Largest timestep of an image that text follows."""
+    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit."""
     quarantine: Count = 0
     """Number of unreadable packs that a run may skip; one more stops it."""
 

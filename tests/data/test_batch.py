@@ -29,7 +29,7 @@ def image(seed: int, height: int = 4, width: int = 2, modality: int = 0) -> Imag
 
 
 def builder(total_length: int = 64, **settings: float) -> BatchBuilder:
-    keep = {"caption_first": 1.0, "guidance_drop": 0.0}
+    keep = {"caption_first": 1.0, "prob_uncond": 0.0}
     data = DataConfig(**{**keep, **settings})
     return BatchBuilder(MODALITIES, VOCABULARY, CosineDDPM(), data, 0, "sequential", total_length)
 
@@ -49,16 +49,22 @@ def test_a_pair_is_laid_out_caption_first_image_first_or_apart_in_the_same_lengt
     stored = keyed(PAIR)
     assert used(builder()([stored])) == [BOS, 5, 6, BOI, 0, 0, EOI, EOS]
     assert used(builder(caption_first=0.0)([stored])) == [BOS, BOI, 0, 0, EOI, 5, 6, EOS]
-    apart = builder(guidance_drop=1.0)([stored])
-    assert used(apart) == [BOI, 0, 0, EOI, BOS, 5, 6, EOS]
-    assert apart.layout.document_offsets.tolist() == [0, 4, 8]
+    apart = builder(prob_uncond=1.0)([stored])
+    assert used(apart) == [BOS, 5, 6, BOI, 0, 0, EOI, EOS]
+    assert apart.layout.document_offsets.tolist() == [0, 3, 8]
 
 
 def test_only_pairs_are_rearranged() -> None:
     others = [(text(1),), (image(2),), (text(1), image(2), text(3)), (text(1), text(2)), (image(3), text(4))]
-    usual, changed = (builder(**s)([keyed(*others)]) for s in ({}, {"caption_first": 0.0, "guidance_drop": 1.0}))
+    usual, changed = (builder(**s)([keyed(*others)]) for s in ({}, {"caption_first": 0.0}))
     assert used(usual) == used(changed)
     assert torch.equal(usual.layout.document_offsets, changed.layout.document_offsets)
+
+
+def test_an_image_of_any_document_is_trained_without_what_precedes_it() -> None:
+    batch = builder(prob_uncond=1.0)([keyed((text(1), image(2), text(3), image(4)), (text(5),))])
+    assert used(batch) == [BOS, 1, BOI, 0, 0, EOI, 3, BOI, 0, 0, EOI, EOS, BOS, 5, EOS]
+    assert batch.layout.document_offsets.tolist() == [0, 2, 7, 12, 15]
 
 
 def test_the_image_that_text_follows_keeps_under_the_noise_cap_and_no_other() -> None:
@@ -72,16 +78,16 @@ def test_the_image_that_text_follows_keeps_under_the_noise_cap_and_no_other() ->
 
 def test_the_probabilities_of_order_and_drop_are_those_of_the_settings() -> None:
     packs = [keyed(PAIR, number=n) for n in range(2000)]
-    batch = builder(2000 * 8, caption_first=0.8, guidance_drop=0.1)(packs)
+    batch = builder(2000 * 8, caption_first=0.8, prob_uncond=0.1)(packs)
     documents = len(batch.layout.document_offsets) - 1
     assert documents - 2000 == pytest.approx(200, abs=45)  # three standard deviations
     followed = sum(a == EOI and b == 5 for a, b in zip(used(batch), used(batch)[1:], strict=False))
-    assert followed == pytest.approx(0.9 * 0.2 * 2000, abs=55)
+    assert followed == pytest.approx(0.2 * 2000, abs=55)
 
 
 def test_what_is_drawn_is_keyed_by_seed_epoch_pack_and_image_and_by_nothing_else() -> None:
     documents = ((text(1), image(1)), (image(2), image(3, modality=1), text(9)), (text(4), image(5)))
-    build = replace(builder(200, caption_first=0.5, guidance_drop=0.3))
+    build = replace(builder(200, caption_first=0.5, prob_uncond=0.3))
     pack, other = keyed(*documents, number=7), keyed(PAIR, number=3)
     alone, after = build([pack]), build([other, pack])
     for modality in range(2):
@@ -112,21 +118,24 @@ def test_all_draws_have_their_distribution_and_are_independent_of_each_other() -
 
 def test_a_batch_uses_each_draw_for_its_own_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Order, drop and timestep of one pair come from three numbers, each of which is set here alone."""
+    documents: list[int] = []
 
     def tokens_and_timestep(order: float, drop: float, timestep: float) -> tuple[list[int], float]:
         drawn = Draws(np.array([order]), np.array([drop]), np.array([timestep]), np.zeros(8, np.float32))
         monkeypatch.setattr("transfusion_fast.data.batch.draw", lambda pack, seed: drawn)
-        batch = builder(caption_first=0.5, guidance_drop=0.5)([keyed(PAIR)])
+        batch = builder(caption_first=0.5, prob_uncond=0.5)([keyed(PAIR)])
+        documents.append(len(batch.layout.document_offsets) - 1)
         return used(batch), batch.modalities[0].timesteps.item()
 
     assert tokens_and_timestep(order=0.2, drop=0.9, timestep=0.7) == ([BOS, 5, 6, BOI, 0, 0, EOI, EOS], 701)
     assert tokens_and_timestep(order=0.9, drop=0.9, timestep=0.2) == ([BOS, BOI, 0, 0, EOI, 5, 6, EOS], 101)
-    assert tokens_and_timestep(order=0.9, drop=0.2, timestep=0.7) == ([BOI, 0, 0, EOI, BOS, 5, 6, EOS], 701)
+    assert tokens_and_timestep(order=0.2, drop=0.2, timestep=0.7) == ([BOS, 5, 6, BOI, 0, 0, EOI, EOS], 701)
+    assert documents == [1, 1, 2]
 
 
 def test_settings_of_order_and_drop_do_not_shift_timestep_uniforms_or_noise() -> None:
     stored = keyed(PAIR, (text(8), image(9)), number=5)
-    one, two = builder()([stored]), builder(guidance_drop=1.0)([stored])
+    one, two = builder()([stored]), builder(prob_uncond=1.0)([stored])
     assert torch.equal(one.modalities[0].noise, two.modalities[0].noise)
     assert torch.equal(one.modalities[0].timesteps, two.modalities[0].timesteps)
 

@@ -190,7 +190,7 @@ def test_every_tensor_that_goes_to_a_device_is_pinned(folder: Path, monkeypatch:
 
 def test_another_epoch_has_the_same_packs_in_another_order_with_other_noise(folder: Path) -> None:
     packs = open_data(config_of(folder)).num_packs
-    both = batches(folder, 0, 1, 1, 0, 2 * packs, "data.guidance_drop=0", "data.caption_first=1")
+    both = batches(folder, 0, 1, 1, 0, 2 * packs, "data.prob_uncond=0", "data.caption_first=1")
     first, second = both[:packs], both[packs:]
     tokens = [[b.tokens.tolist() for b in epoch] for epoch in (first, second)]
     assert tokens[0] != tokens[1]

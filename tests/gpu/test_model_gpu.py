@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transfusion_fast import ModelConfig, Transfusion
-from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.model.inputs import Randomness, pack_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -17,7 +17,7 @@ def test_losses_and_gradients_on_a_gpu_are_those_on_a_cpu() -> None:
         [torch.randint(0, 64, (9,)), torch.randn(12, 8), torch.randint(0, 64, (3,))],
         [(1, torch.randn(2, 3, 4)), torch.randint(0, 64, (70,))],
     ]
-    batch = pack_documents(documents, model.config)
+    batch = pack_documents(documents, model.config, Randomness(prob_uncond=0))
 
     def losses_and_gradients(device: str) -> list[torch.Tensor]:
         model.to(device).zero_grad()

@@ -11,7 +11,8 @@ import torch
 from small_models import ids, seeded, small_model
 
 from transfusion_fast import Transfusion
-from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.inputs import Randomness, pack_documents
 from transfusion_fast.model.layers import INIT_STD
 
 HEADS, KV_HEADS, HEAD_DIM, EPS, THETA = 4, 2, 8, 0.03, 500.0
@@ -97,7 +98,7 @@ def test_the_model_computes_the_published_equations_and_their_gradients(scheme, 
     model = small_model(num_text_tokens=16, dim_latent=(4, 6), positions=scheme, transformer=settings).double()
     generator = seeded(1)
     document = [ids(3, 1), (1, torch.randn(2, 3, 6, generator=generator)), ids(5), torch.randn(5, 4), ids(9)]
-    batch = pack_documents([document], model.config, generator)
+    batch = pack_documents([document], model.config, Randomness(generator, prob_uncond=0))
     x_t = [torch.randn(m.latents.shape, generator=generator, dtype=torch.float64) for m in batch.modalities]
     images = [(first, x, m.timesteps.item()) for first, x, m in zip((13, 4), x_t, batch.modalities, strict=True)]
     positions = [pair if scheme == "axial" else [pair] * 2 for pair in batch.positions.tolist()]
@@ -120,5 +121,21 @@ def test_weights_start_with_their_standard_deviations():
             continue
         residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
         expected = INIT_STD / (2 * depth) ** 0.5 if residual else INIT_STD
+        if name.endswith(("head.weight", "decoder.weight")):
+            expected = 1 / 256
         assert weight.std().item() == pytest.approx(expected, rel=0.05), name
         assert abs(weight.mean().item()) < 0.1 * expected, name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("width", [64, 4096])
+def test_the_first_losses_are_those_of_a_model_that_knows_nothing(width, objective):
+    """ln V, and the mean square of the target: 1 for noise, 2 for the velocity between normal latents and noise."""
+    torch.manual_seed(0)
+    settings = {"dim": width, "depth": 1, "heads": 2, "ffn_dim": 64}
+    model = Transfusion(num_text_tokens=996, dim_latent=16, transformer=settings, objective=objective)
+    batch = pack_documents([[torch.randint(0, 996, (200,)), torch.randn(400, 16)]], model.config)
+    with torch.no_grad():
+        losses = model(batch)
+    assert losses.text.item() == pytest.approx(math.log(1000), abs=0.02)
+    assert losses.diffusion.item() == pytest.approx({"ddpm": 1.0, "flow": 2.0}[objective], abs=0.08)

@@ -6,7 +6,7 @@ from small_models import ids, seeded
 
 from transfusion_fast import Losses, ModelConfig, Transfusion
 from transfusion_fast.model.diffusion import OBJECTIVES
-from transfusion_fast.model.inputs import pack_documents, pack_rows
+from transfusion_fast.model.inputs import Randomness, pack_documents, pack_rows
 from transfusion_fast.model.loss import Counts
 
 SMALL = {"num_text_tokens": 16, "transformer": {"dim": 32, "depth": 2}}
@@ -18,8 +18,12 @@ def latents(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))
 
 
-def packed(*documents, config=CONFIG, seed=0):
-    return pack_documents(documents, config, seeded(seed))
+def random(seed=0, **settings):
+    return Randomness(seeded(seed), **{"prob_uncond": 0.0} | settings)
+
+
+def packed(*documents, config=CONFIG, **settings):
+    return pack_documents(documents, config, random(**settings))
 
 
 ROWS = ids(
@@ -36,7 +40,7 @@ def test_documents_and_rows_of_one_content_are_one_batch_and_ids_in_images_are_i
     rows = ROWS.clone()
     rows[0, 4:7] = ids_in_images
     given = rows.clone()
-    batch, expected = pack_rows(rows, *IN_ROWS, CONFIG, seeded()), packed(*DOCUMENTS)
+    batch, expected = pack_rows(rows, *IN_ROWS, CONFIG, random()), packed(*DOCUMENTS)
     assert torch.equal(rows, given), "the caller keeps its tensor"
     assert batch.tokens.tolist() == ROWS.flatten().tolist()
     assert batch.layout.document_offsets.tolist() == [0, 14, 28]
@@ -51,15 +55,19 @@ def test_documents_and_rows_of_one_content_are_one_batch_and_ids_in_images_are_i
 def test_each_form_of_a_batch_gives_its_losses():
     torch.manual_seed(0)
     model = Transfusion(CONFIG)
-    loss, breakdown = model(ROWS, *IN_ROWS, generator=seeded())
+    loss, breakdown = model(ROWS, *IN_ROWS, generator=seeded(), prob_uncond=0)
     assert isinstance(breakdown, Losses)
     assert torch.equal(loss, breakdown.total)
     assert loss.item() == pytest.approx((breakdown.text + 5 * breakdown.diffusion).item())
     assert (breakdown.counts.tokens, breakdown.counts.images) == (6 + 5, 4)
-    assert model(DOCUMENTS, generator=seeded()).item() == loss.item() == model(packed(*DOCUMENTS)).total.item()
-    loss, breakdown = model(ids(1, 2, 3, 4, 5, 6).view(2, 3))
+    of_documents = model(DOCUMENTS, generator=seeded(), prob_uncond=0)
+    assert of_documents.item() == loss.item() == model(packed(*DOCUMENTS)).total.item()
+    dropped = model(DOCUMENTS, generator=seeded(), prob_uncond=1, noise_cap=1)
+    assert dropped.item() == model(packed(*DOCUMENTS, prob_uncond=1.0, noise_cap=1.0)).total.item() != loss.item()
+    text = ids(1, 2, 3, 4, 5, 6).view(2, 3)
+    assert model(text).item() == model(pack_rows(text, None, None, CONFIG)).text.item()
+    loss, breakdown = model(text, [[], []], [[], []])
     assert (breakdown.counts.tokens, breakdown.counts.images) == (4, 0)
-    assert loss.item() == breakdown.text.item()
     with pytest.raises(ValueError, match=r"modality_tokens must come with text_ids \[B, T\]"):
         model(DOCUMENTS, IN_ROWS[0])
     for refused in (
@@ -80,17 +88,62 @@ def test_noise_and_timesteps_come_from_the_generator():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_an_image_that_text_follows_has_at_most_half_the_noise(objective):
-    """Text follows the images of modality 1 and not those of modality 0, in turn."""
+def test_an_image_before_its_caption_has_at_most_the_noise_of_the_cap(objective):
     config = ModelConfig(**SMALL, dim_latent=(4, 6), objective=objective)
-    batch = packed(*[[(1, latents(1, 6)), ids(1), latents(1, 4)]] * 300, config=config)
-    after, before = (m.timesteps for m in batch.modalities)
-    assert before.min() > 0 and 350 < before.max() <= 500 and 600 < after.max() <= 1000
+
+    def timesteps(document, **settings):
+        return packed(*[document] * 300, config=config, **settings).modalities[1].timesteps
+
+    image = (1, latents(1, 6))
+    assert 350 < timesteps([image, ids(1)]).max() <= 500
+    assert timesteps([image, ids(1)], prob_uncond=1.0).max() <= 500
+    assert 200 < timesteps([image, ids(1)], noise_cap=300).max() <= 300
+    for free in ([ids(1), image], [ids(1), image, ids(2)], [image, ids(1), latents(1, 4)]):
+        assert 600 < timesteps(free).max() <= 1000
+        assert 600 < timesteps(free, prob_uncond=1.0).max() <= 1000
 
 
-def test_an_image_at_the_very_start_of_a_row_has_at_most_half_the_noise_too():
-    batch = pack_rows(ids(0, 1).expand(300, 2), [[latents(1, 4)]] * 300, [[(0, 1)]] * 300, CONFIG, seeded())
-    assert 350 < batch.modalities[0].timesteps.max() <= 500
+def test_an_image_at_the_very_start_of_a_row_is_before_its_caption_too():
+    rows = ids(0, 1).expand(300, 2), [[latents(1, 4)]] * 300, [[(0, 1)]] * 300
+    assert 350 < pack_rows(*rows, CONFIG, random()).modalities[0].timesteps.max() <= 500
+
+
+def test_the_share_of_images_without_context_is_that_of_the_setting():
+    batch = packed(*[[ids(1), latents(1, 4), ids(2), latents(2, 4)]] * 500, prob_uncond=0.3)
+    assert len(batch.layout.document_offsets) - 501 == pytest.approx(300, abs=45)  # three standard deviations
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"noise_cap": 0}, "noise_cap.* got 0"), ({"prob_uncond": 1.5}, "prob_uncond.* got 1.5")]
+)
+def test_settings_out_of_their_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Transfusion(CONFIG)([[ids(1)]], **settings)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_reach_the_encoder_of_latents(objective):
+    """Through the noisy input, and for flow matching through the target."""
+    torch.manual_seed(0)
+    model = Transfusion(**SMALL, dim_latent=4, objective=objective)
+    given = A.double().requires_grad_()
+    [gradient] = torch.autograd.grad(model([[ids(1), given]], generator=seeded(), prob_uncond=0), given)
+    step = 1e-2 * gradient / gradient.norm()
+    up, down = (model([[ids(1), given + sign * step]], generator=seeded(), prob_uncond=0) for sign in (1, -1))
+    assert ((up - down) / 2e-2).item() == pytest.approx(gradient.norm().item(), rel=1e-2)
+
+
+def test_channels_first_are_channels_last_by_setting_and_a_doubtful_shape_is_refused():
+    grid = latents(2, 3, 4)
+    first = ModelConfig(**SMALL, dim_latent=(4, 6), channel_first=True)
+    given, expected = packed([grid.movedim(-1, 0)], config=first), packed([grid])
+    assert torch.equal(given.modalities[0].latents, expected.modalities[0].latents)
+    with pytest.raises(ValueError, match=r"got \(4, 3, 4\), which could be channels first; set channel_first"):
+        packed([latents(4, 3, 4)])
+    last = ModelConfig(**SMALL, dim_latent=(4, 6), channel_first=False)
+    assert packed([latents(4, 3, 4)], config=last).modalities[0].latents.shape == (12, 4)
+    with pytest.raises(ValueError, match=r"must be \[patches, 4\] or \[4, rows, columns\], .*got \(2, 3, 4\)"):
+        packed([grid], config=first)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +168,10 @@ def test_latents_and_ids_of_any_precision_are_taken_and_text_may_be_empty():
         ([1, 2], r"piece 1 must be a tensor or \(modality, tensor\), got list"),
         ((0, [1.0]), r"piece 1 must be a tensor or \(modality, tensor\), got \(int, list\)"),
         ((0, 1, latents(3, 4)), r"piece 1 must be .* got \(int, int, Tensor\)"),
-        (ids(1)[None], r"piece 1: text ids must be \[n\], got \(1, 1\)"),
+        (ids(1)[None], r"piece 1: text ids must be integers \[n\], got torch.int64 \(1, 1\)"),
+        (ids(1).bool(), r"piece 1: text ids must be integers \[n\], got torch.bool \(1,\)"),
+        (latents(2, 4) * torch.nan, "piece 1: latents must be finite, got NaN or infinity"),
+        ((True, latents(3, 6)), r"piece 1: modality must be in \[0, 2\), got True"),
         (ids(3, 16), r"piece 1: text ids must lie in \[0, 16\), got 3 to 16"),
         (ids(-1, 3), r"piece 1: text ids must lie in \[0, 16\), got -1 to 3"),
         ((0, ids(1)), "piece 1: a modality tensor must be floating point, got torch.int64"),
@@ -141,6 +197,7 @@ X = latents(2, 4)
     ("text_ids", "tensors", "places", "message"),
     [
         (ROW[0], [[]], [[]], r"text_ids must be integers \[B, T\], got torch.int64 \(8,\)"),
+        (ROW.bool(), [[], []], [[], []], r"text_ids must be integers \[B, T\], got torch.bool \(2, 8\)"),
         (ROW.float(), [[], []], [[], []], r"text_ids must be integers \[B, T\], got torch.float32 \(2, 8\)"),
         (ROW + 22, [[], []], [[], []], r"text_ids must lie in \[0, 22\), got 22 to 22"),
         (ROW - 1, [[], []], [[], []], r"text_ids must lie in \[0, 22\), got -1 to -1"),

@@ -45,7 +45,7 @@ def picture(rows=1, columns=3, seed=0, timestep=300.0, modality=0, width=4):
     return Picture(latents, noise, timestep, modality)
 
 
-def pack(model, documents, total_length=None, delimited=None):
+def pack(model, documents, total_length=None):
     """Return documents of texts (lists of ids) and pictures as one batch."""
     grids = [[p if isinstance(p, list) else (p.modality, *p.latents.shape[:2]) for p in d] for d in documents]
     pictures = [piece for document in documents for piece in document if isinstance(piece, Picture)]
@@ -54,7 +54,7 @@ def pack(model, documents, total_length=None, delimited=None):
         own = [(p.latents, p.noise) for p in pictures if p.modality == modality]
         tensors = zip(*own, strict=True) if own else ([], [])
         images.append([torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in tensors])
-    sequence, timesteps = laid_out(grids, model.vocabulary, delimited), torch.tensor([p.timestep for p in pictures])
+    sequence, timesteps = laid_out(grids, model.vocabulary), torch.tensor([p.timestep for p in pictures])
     return build_batch(sequence, images, timesteps, model.config.positions, total_length)
 
 
@@ -75,7 +75,6 @@ PACK = [
     [[9, 10]],
     [[11], picture(1, 1, seed=4), picture(2, 3, seed=5, timestep=5.0), [12]],
 ]
-DELIMITED = [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("number", range(len(PACK)))
@@ -92,8 +91,8 @@ def test_a_document_gives_the_same_outputs_and_gradients_in_a_full_pack_as_alone
         return model.head(hidden[start:end]), prediction[offsets[first_image] : offsets[first_image + image_count]]
 
     images = [sum(isinstance(piece, Picture) for piece in document) for document in PACK]
-    full = outputs(pack(model, PACK, 80, DELIMITED), number, images[number], sum(images[:number]))
-    alone = outputs(pack(model, [PACK[number]], None, [DELIMITED[number]]), 0, images[number], 0)
+    full = outputs(pack(model, PACK, 80), number, images[number], sum(images[:number]))
+    alone = outputs(pack(model, [PACK[number]]), 0, images[number], 0)
     torch.testing.assert_close(full, alone, **tolerance["fp32"])
     got, expected = (gradients(model, a.logsumexp(-1).mean() + b.square().mean(-1).sum()) for a, b in (full, alone))
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
@@ -103,7 +102,7 @@ def test_a_document_gives_the_same_outputs_and_gradients_in_a_full_pack_as_alone
 def test_gradients_under_autocast_are_near_those_in_single_precision(backend):
     """With a vocabulary whose logits are computed in chunks."""
     model = make(backend=backend, num_text_tokens=5000, transformer=SMALL["transformer"] | {"heads": 2, "kv_heads": 1})
-    batch = pack(model, PACK, 80, DELIMITED)
+    batch = pack(model, PACK, 80)
     expected = gradients(model, model(batch).total)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(batch).total
@@ -126,7 +125,7 @@ def test_the_diffusion_loss_is_the_mean_squared_error_of_an_image_whatever_its_s
 
 def test_the_text_loss_is_the_mean_over_supervised_tokens(tolerance):
     model = make()
-    batch = pack(model, PACK, 80, DELIMITED)
+    batch = pack(model, PACK, 80)
     logits = model.head(hidden_of(model, batch))
     expected = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100)
     losses = model(batch)
@@ -137,10 +136,10 @@ def test_the_text_loss_is_the_mean_over_supervised_tokens(tolerance):
 def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
     """A micro-batch without an image is among them."""
     model = make(dim_latent=(4, 6))
-    documents, delimited = [*PACK, [[3], picture(modality=1, width=6)]], [*DELIMITED, True]
-    whole = model(pack(model, documents, delimited=delimited))
+    documents = [*PACK, [[3], picture(modality=1, width=6)]]
+    whole = model(pack(model, documents))
     parts = [
-        model(pack(model, documents[cut], delimited=delimited[cut]), counts=whole.counts)
+        model(pack(model, documents[cut]), counts=whole.counts)
         for cut in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 6))
     ]
     sums = [sum(losses) for losses in zip(*(part[:3] for part in parts), strict=True)]
@@ -149,10 +148,9 @@ def test_losses_and_gradients_of_unequal_micro_batches_add_up(tolerance):
 
 
 @pytest.mark.parametrize("documents", [[[[1, 2, 3]]], [[picture()]]], ids=["text only", "images only"])
-@pytest.mark.parametrize("delimited", [True, False])
-def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents, delimited):
+def test_every_parameter_has_a_gradient_whatever_the_batch_holds(documents):
     model = make(dim_latent=(4, 6))
-    model(pack(model, documents, delimited=[delimited])).total.backward()
+    model(pack(model, documents)).total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 

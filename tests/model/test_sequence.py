@@ -3,6 +3,8 @@
 Ten text ids, so <bos> is 10, <eos> 11, <boi> and <eoi> 12 and 13 for modality 0, 14 and 15 for modality 1.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import laid_out
 
-from transfusion_fast.model.sequence import Vocabulary, build_batch, labels_of, patch_mask, positions_of, precedes_text
+from transfusion_fast.model.inputs import place_images
+from transfusion_fast.model.sequence import (
+    Vocabulary,
+    before_captions,
+    build_batch,
+    labels_of,
+    patch_mask,
+    positions_of,
+    without_context,
+)
 
 VOCABULARY = Vocabulary(num_text_tokens=10, num_modalities=2)
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
 NONE = -100  # no label
 
 
-def described(documents, scheme, delimited=None):
-    """Return tokens, labels, positions, and which images text follows."""
-    laid = laid_out(documents, VOCABULARY, delimited)
+def described(documents, scheme, dropped=()):
+    """Return tokens, labels and positions."""
+    laid = laid_out(documents, VOCABULARY, dropped)
     is_patch = patch_mask(laid)
     arrays = laid.tokens, labels_of(laid, is_patch), positions_of(laid, is_patch, scheme)
-    return *(array.tolist() for array in arrays), precedes_text(laid, VOCABULARY).tolist()
+    return [array.tolist() for array in arrays]
 
 
 def batch_of(*documents, total_length=None, scheme="sequential"):
@@ -45,38 +56,66 @@ def batch_of(*documents, total_length=None, scheme="sequential"):
     ],
 )
 def test_a_caption_before_its_image(scheme, expected):
-    tokens, labels, positions, capped = described([[[5, 6], (0, 2, 3)]], scheme)
+    tokens, labels, positions = described([[[5, 6], (0, 2, 3)]], scheme)
     assert tokens == [BOS, 5, 6, BOI, 0, 0, 0, 0, 0, 0, EOI, EOS]
     assert labels == [5, 6, BOI, NONE, NONE, NONE, NONE, NONE, NONE, NONE, EOS, NONE]
-    assert (positions, capped) == (expected, [False])
+    assert positions == expected
 
 
-def test_a_bare_image_between_two_documents():
-    """An image whose caption was dropped: no <bos> and no <eos>, and nothing to predict."""
-    documents = [[[5]], [(0, 1, 2)], [[6]]]
-    tokens, labels, positions, capped = described(documents, "sequential", delimited=[True, False, True])
-    assert tokens == [BOS, 5, EOS, BOI, 0, 0, EOI, BOS, 6, EOS]
-    assert labels == [5, EOS, NONE, NONE, NONE, NONE, NONE, 6, EOS, NONE]
-    assert positions == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
-    assert capped == [False]
+def test_an_image_without_context_begins_a_document_with_what_follows_it():
+    """Nothing predicts its <boi>."""
+    documents = [[[5], (0, 1, 2), [6], (0, 1, 1)], [(0, 1, 1), [7]]]
+    tokens, labels, positions = described(documents, "sequential", dropped=[True, False, True])
+    first = [BOS, 5], [BOI, 0, 0, EOI, 6, BOI, 0, EOI, EOS]
+    second = [BOS], [BOI, 0, EOI, 7, EOS]
+    assert tokens == [*first[0], *first[1], *second[0], *second[1]]
+    assert labels == [5, NONE, NONE, NONE, NONE, 6, BOI, NONE, NONE, EOS, NONE, NONE, NONE, NONE, 7, EOS, NONE]
+    assert positions == [place for part in (*first, *second) for place in range(len(part))]
 
 
-def walk(number, document, delimited, scheme):
-    """Yield (document, token, whether it is a patch, position) of every position of a document, in plain loops."""
-    pieces = [[BOS]] * delimited
+def test_rows_are_cut_at_an_image_that_no_token_opens():
+    """The token before it may be anything, or of the row before."""
+    tokens, images = np.array([1, 2, 0, 0, BOI, 0, 3, BOI]), [(2, 0, torch.zeros(2, 4)), (5, 0, torch.zeros(1, 4))]
+    sequence = place_images(tokens, np.array([5, 3]), images)
+    cut = without_context(sequence, np.array([True, True]), VOCABULARY)
+    assert cut.document_lengths.tolist() == [2, 3, 3]
+
+
+def test_only_the_image_of_an_image_first_pair_stands_before_its_caption():
+    documents = {
+        "pair": ([(0, 1, 2), [5]], [True]),
+        "caption first": ([[5], (0, 1, 2)], [False]),
+        "image alone": ([(0, 1, 2)], [False]),
+        "empty caption": ([(0, 1, 2), []], [False]),
+        "text on both sides": ([[5], (0, 1, 2), [6]], [False]),
+        "two images": ([(0, 1, 2), [5], (1, 1, 1)], [False, False]),
+    }
+    laid = laid_out([pieces for pieces, _ in documents.values()], VOCABULARY)
+    expected = [flag for _, flags in documents.values() for flag in flags]
+    assert before_captions(laid, VOCABULARY).tolist() == expected
+
+
+def walk(number, document, dropped, scheme):
+    """Yield (document, token, whether it is a patch, position) of every position of a document, in plain loops.
+
+    `dropped` says of each image whether a new document begins with its <boi>.
+    """
+    pieces, dropped = [[BOS]], iter(dropped)
     for piece in document:
         pieces += [piece] if isinstance(piece, list) else [[BOI + 2 * piece[0]], piece, [EOI + 2 * piece[0]]]
-    index = 0
-    for piece in [*pieces, *[[EOS]] * delimited]:
+    index = part = 0
+    for piece, following in pairwise([*pieces, [EOS], []]):
+        if not isinstance(following, list) and next(dropped):
+            index, part = 0, part + 1
         if isinstance(piece, list):
-            yield from ((number, token, False, [index + i] * 2) for i, token in enumerate(piece))
+            yield from (((number, part), token, False, [index + i] * 2) for i, token in enumerate(piece))
             index += len(piece)
             continue
         _modality, rows, columns = piece
         for row, column in np.ndindex(rows, columns):
             patch = row * columns + column
             down, right = {"sequential": (patch, patch), "shared": (0, 0), "axial": (row, column)}[scheme]
-            yield number, 0, True, [index + down, index + right]
+            yield (number, part), 0, True, [index + down, index + right]
         index += {"sequential": rows * columns, "shared": 1, "axial": max(rows, columns)}[scheme]
 
 
@@ -85,16 +124,16 @@ images = st.tuples(st.integers(0, 1), st.integers(1, 3), st.integers(1, 3))
 documents = st.lists(texts | images, min_size=1, max_size=4)
 
 
-@given(st.lists(st.tuples(documents, st.booleans()), max_size=4), st.sampled_from(["sequential", "shared", "axial"]))
-def test_layouts_are_those_of_a_walk_over_the_documents(flagged, scheme):
-    documents = [document for document, _ in flagged]
-    delimited = [flag or not any(document) for document, flag in flagged]  # no document is empty
+@given(st.lists(documents, max_size=4), st.sampled_from(["sequential", "shared", "axial"]), st.data())
+def test_layouts_are_those_of_a_walk_over_the_documents(documents, scheme, data):
+    counts = [sum(not isinstance(piece, list) for piece in document) for document in documents]
+    dropped = [data.draw(st.lists(st.booleans(), min_size=count, max_size=count)) for count in counts]
     places = [
         place
-        for number, pair in enumerate(zip(documents, delimited, strict=True))
+        for number, pair in enumerate(zip(documents, dropped, strict=True))
         for place in walk(number, *pair, scheme)
     ]
-    tokens, labels, positions, capped = described(documents, scheme, delimited)
+    tokens, labels, positions = described(documents, scheme, [flag for flags in dropped for flag in flags])
     assert tokens == [token for _, token, _, _ in places]
     following = [*places, (None, None, False, None)][1:]
     assert labels == [
@@ -102,12 +141,6 @@ def test_layouts_are_those_of_a_walk_over_the_documents(flagged, scheme):
         for (document, _, patch, _), (next_document, token, next_patch, _) in zip(places, following, strict=True)
     ]
     assert positions == [both if scheme == "axial" else both[0] for *_, both in places]
-    assert capped == [
-        any(isinstance(later, list) and later for later in document[number + 1 :])
-        for document in documents
-        for number, piece in enumerate(document)
-        if not isinstance(piece, list)
-    ]
 
 
 def test_padding_is_no_label_no_position_and_no_document():

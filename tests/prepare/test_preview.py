@@ -44,9 +44,9 @@ def picture(*arguments, **settings):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"caption_first": 1.0, "guidance_drop": 0.0}, [["<bos>", "cat", "<boi 0>", "IMAGE", "<eoi 0>", "<eos>"]]),
-        ({"caption_first": 0.0, "guidance_drop": 0.0}, [["<bos>", "<boi 0>", "IMAGE", "<eoi 0>", "cat", "<eos>"]]),
-        ({"guidance_drop": 1.0}, [["<boi 0>", "IMAGE", "<eoi 0>"], ["<bos>", "cat", "<eos>"]]),
+        ({"caption_first": 1.0, "prob_uncond": 0.0}, [["<bos>", "cat", "<boi 0>", "IMAGE", "<eoi 0>", "<eos>"]]),
+        ({"caption_first": 0.0, "prob_uncond": 0.0}, [["<bos>", "<boi 0>", "IMAGE", "<eoi 0>", "cat", "<eos>"]]),
+        ({"caption_first": 1.0, "prob_uncond": 1.0}, [["<bos>", "cat"], ["<boi 0>", "IMAGE", "<eoi 0>", "<eos>"]]),
     ],
 )
 def test_order_and_drop_are_those_that_the_run_draws(tmp_path, settings, expected):
@@ -57,12 +57,12 @@ def test_order_and_drop_are_those_that_the_run_draws(tmp_path, settings, expecte
 def test_an_image_is_shown_as_it_is_and_with_its_noise(tmp_path):
     document = (CAT, ImageSegment(GRADIENT), TextSegment(TOKENIZER.encode("!")))
     assert shape(preview(tmp_path / "0", document)[0]) == ["<bos>", "cat", "<boi 0>", "IMAGE", "<eoi 0>", "!", "<eos>"]
-    shown = picture(tmp_path / "1", document[:2], noise_cap=1.0, caption_first=0.0, guidance_drop=0.0)
+    shown = picture(tmp_path / "1", document[:2], noise_cap=1.0, caption_first=0.0, prob_uncond=0.0)
     clean, noisy = shown.images
     np.testing.assert_array_equal(clean, GRADIENT, strict=True)
     assert shown.caption == "photos, 6 x 4, t = 1"
     assert 0 < np.abs(noisy.astype(int) - GRADIENT).max() < 40
-    other = picture(tmp_path / "2", document[:2], epoch=2, caption_first=1.0, guidance_drop=0.0)
+    other = picture(tmp_path / "2", document[:2], epoch=2, caption_first=1.0, prob_uncond=0.0)
     assert not np.array_equal(other.images[1], noisy)
     np.testing.assert_array_equal(other.images[0], GRADIENT)
     assert float(other.caption.rpartition(" ")[2]) > 300

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import ids, seeded, small_model
 
-from transfusion_fast.model.inputs import pack_rows
+from transfusion_fast.model.inputs import Randomness, pack_rows
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
@@ -71,7 +71,7 @@ def predict(model, tokens, x, t):
     """Return the prediction for one image of modality 0 after `tokens`, by the way that training takes."""
     rows, columns, _ = x.shape
     row = ids(*tokens, *[0] * (rows * columns))[None]
-    batch = pack_rows(row, [[x]], [[(len(tokens), rows * columns)]], model.config)
+    batch = pack_rows(row, [[x]], [[(len(tokens), rows * columns)]], model.config, Randomness(prob_uncond=0))
     images = replace(batch.modalities[0], timesteps=torch.tensor([t]))
     batch = replace(batch, modalities=(images, batch.modalities[1]))
     hidden = model.hidden(batch, [x.flatten(0, 1), torch.zeros(0, 6)])

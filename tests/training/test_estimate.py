@@ -15,7 +15,7 @@ from transfusion_fast import Transfusion
 from transfusion_fast.config import Config, ModelConfig
 from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.errors import DataError
-from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.model.inputs import Randomness, pack_documents
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.estimate import (
     Cluster,
@@ -61,7 +61,7 @@ def test_activations_are_those_that_the_forward_pass_keeps(setting: str, dtype: 
     transformer = {"dim": 96, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 160}
     config = ModelConfig(backend="triton", activation_checkpointing=setting, transformer=transformer)
     model, ids = Transfusion(config).to(dtype), torch.zeros(50, dtype=torch.long)
-    batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, None)
+    batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, Randomness(prob_uncond=0))
     expected = kept_activations(config, setting, len(batch.tokens), len(batch.supervised), 16, dtype.itemsize)
     weight = 4 * model.head.weight.numel() * (dtype != torch.float32)  # the head's copy, as the vocabulary is small
     # The rest is the timestep MLP, and the indices of patches and supervised positions.

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion_fast import Transfusion
-from transfusion_fast.model.inputs import pack_documents
+from transfusion_fast.model.inputs import Randomness, pack_documents
 from transfusion_fast.training.flops import find_gpu, gpu_peak, peak_flops, training_flops
 
 
@@ -13,7 +13,9 @@ def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_tim
     transformer = {"dim": 64, "depth": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
     model = Transfusion(num_text_tokens=250, dim_latent=[12, 20], backend="reference", transformer=transformer)
     text = torch.zeros(9, dtype=torch.long)
-    batch = pack_documents([[text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20))], [text]], model.config, None)
+    batch = pack_documents(
+        [[text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20))], [text]], model.config, Randomness(prob_uncond=0)
+    )
     with FlopCounterMode(display=False) as counter:
         model(batch).total.backward()
     counted = {str(op).partition(".")[2]: count for op, count in counter.get_flop_counts()["Global"].items()}

@@ -164,7 +164,7 @@ def test_the_text_side_of_a_llama_model_gives_its_logits(digits: Path, tmp_path:
     words = torch.randint(0, 256, (1, 40))
     with torch.no_grad():
         expected = theirs(torch.cat([torch.tensor([[256]]), words], dim=1)).logits[0]
-        batch = pack_documents([[words[0]]], model.config, None)
+        batch = pack_documents([[words[0]]], model.config)
         logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities]))[:41]
     torch.testing.assert_close(logits[:, :256], expected[:, :256], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[:, 257], expected[:, 257], rtol=1e-5, atol=1e-5)  # <eos>

@@ -84,7 +84,7 @@ def test_rates_count_the_work_of_all_ranks_since_the_last_row(tmp_path: Path) ->
     Each position sees those before it and itself, and each patch those after it in its image, so 555 pairs are visible.
     """
     data = write_packs(tmp_path / "data", [(text(9, seed), picture(seed)) for seed in range(16)], sequence_length=56)
-    settings = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=9", "data.guidance_drop=0")
+    settings = ("train.steps=4", "train.log_every=2", "train.checkpoint_every=9", "data.prob_uncond=0")
     train(2, data, tmp_path / "run", *settings, "data.caption_first=1", setup=fix_what_is_measured)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     blocks = 2 * (4 * 32 * 32 + 3 * 32 * 64)  # weights of attention and feed-forward, two blocks

@@ -18,7 +18,15 @@ from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.model.diffusion import Objective
 from transfusion_fast.model.inputs import draw_timesteps
-from transfusion_fast.model.sequence import PackedBatch, PositionScheme, Segments, Vocabulary, build_batch, lay_out
+from transfusion_fast.model.sequence import (
+    PackedBatch,
+    PositionScheme,
+    Segments,
+    Vocabulary,
+    build_batch,
+    lay_out,
+    without_context,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class BatchBuilder:
         sequence = lay_out(self._segments(rows, drawn), tokens, self.vocabulary)
         uniform = torch.from_numpy(drawn.timestep)
         timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
+        sequence = without_context(sequence, drawn.drop < self.settings.prob_uncond, self.vocabulary)
         values = np.concatenate([keyed.pack.latents for keyed in packs])
         values = scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
         images = [
@@ -79,31 +88,20 @@ class BatchBuilder:
         return build_batch(sequence, images, timesteps, self.positions, self.total_length)
 
     def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
-        """Return the segments in the order drawn.
-
-        A document of one text and one image is a caption-image pair. It is kept, laid out image first, or split so that
-        the image is trained without its caption. No length changes: `<boi> patches <eoi>` and `<bos> text <eos>` take
-        as many positions as one document of both.
-        """
+        """Return the segments in the order drawn: a document of one text and one image, in this order, is a
+        caption-image pair, which can be laid out image first."""
         is_image = rows[:, 1] != KIND_TEXT
         segments = np.bincount(rows[:, 0])
         second = np.flatnonzero(is_image & (segments[rows[:, 0]] == 2))  # images of documents of two segments
         second = second[second > 0]
         second = second[(rows[second - 1, 0] == rows[second, 0]) & ~is_image[second - 1]]
         number = np.cumsum(is_image)[second] - 1
-        dropped = draws.drop[number] < self.settings.guidance_drop
-        image_first = second[dropped | (draws.order[number] >= self.settings.caption_first)]
+        image_first = second[draws.order[number] >= self.settings.caption_first]
         order = np.arange(len(rows))
         order[image_first], order[image_first - 1] = image_first - 1, image_first
         document, kind, _, length, height, width = rows[order].T
-        alone = second[dropped] - 1  # the new index of a dropped image; its caption is the next row
-        splits = np.zeros(len(rows), dtype=np.int64)
-        splits[alone + 1] = 1
-        document = document + np.cumsum(splits)
-        delimited = np.ones(document[-1] + 1 if len(rows) else 0, dtype=bool)
-        delimited[document[alone]] = False
         patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
-        return Segments(document, kind, length, height // patch_size, width // patch_size, delimited)
+        return Segments(document, kind, length, height // patch_size, width // patch_size)
 
 
 def _joined(packs: Sequence[Pack]) -> np.ndarray:

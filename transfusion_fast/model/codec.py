@@ -20,7 +20,7 @@ class LinearCodec(nn.Module):
         super().__init__()
         self.timestep = TimestepEmbedding(dim_latent)
         self.encoder = Linear(dim_latent, dim, bias=True)
-        self.decoder = Linear(dim, dim_latent, bias=True)
+        self.decoder = Linear(dim, dim_latent, bias=True, std=1 / dim)  # so that the first prediction is near zero
 
     def encode(self, x_t: Tensor, timesteps: Tensor, image_offsets: Tensor) -> Tensor:
         """Map noisy patches fp32 [P, C], timesteps [N] and image_offsets [N + 1] to [P, E] in the weights' dtype."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,11 @@ class CosineDDPM:
         (1 - max_beta) f(T - 1) / f(0), so that no beta exceeds `max_beta`.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        last = self._f(torch.tensor(NUM_TIMESTEPS - 1.0, dtype=torch.float64)) * (1 - self.max_beta)
-        return self._f(t).clamp_min(float(last))
+        start, last = (math.cos(self._angle(t)) ** 2 for t in (0, NUM_TIMESTEPS - 1))
+        return (torch.cos(self._angle(t)).square() / start).clamp_min(last / start * (1 - self.max_beta))
 
-    def _f(self, t: Tensor) -> Tensor:
-        start = math.cos(self.s / (1 + self.s) * math.pi / 2) ** 2
-        return torch.cos((t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)).square() / start
+    def _angle(self, t: Any) -> Any:
+        return (t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)
 
     def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
         """Map u in [0, 1) to timesteps that are uniform over the integers from 1 to the cap (at least 1); fp32."""

@@ -2,18 +2,19 @@
 
 A document is a list of pieces, `[ids, latents, (modality, latents), ...]`. An integer tensor [n] is text, a float
 tensor [patches, C] or [rows, columns, C] is an image of modality 0, and a tuple names another modality. Special tokens
-are added. `sample` returns documents of the same form.
+are added. `sample` returns documents of the same form. With `model.channel_first` images are [C, rows, columns].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transfusion_fast.config import NOISE_CAP, ModelConfig
+from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, OBJECTIVES, Objective
 from transfusion_fast.model.sequence import (
     TEXT,
@@ -21,15 +22,34 @@ from transfusion_fast.model.sequence import (
     Segments,
     TokenSequence,
     Vocabulary,
+    before_captions,
     build_batch,
     lay_out,
-    precedes_text,
+    without_context,
 )
 
 Piece = Tensor | tuple[int, Tensor]
 Document = Sequence[Piece]
 Segment = tuple[int, Tensor]
 """(kind, tensor) of a checked piece: TEXT with ids int64 [n], or 1 + modality with latents."""
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What is random in training: timesteps in (0, 1000], at most `noise_cap` for images that begin an image-caption
+    pair; noise; and with probability `prob_uncond` an image is trained without what precedes it."""
+
+    generator: torch.Generator | None = None
+    noise_cap: float = NOISE_CAP
+    prob_uncond: float = PROB_UNCOND
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.noise_cap <= NUM_TIMESTEPS:
+            raise ValueError(
+                f"noise_cap must be in 1..{NUM_TIMESTEPS}, got {self.noise_cap}; {NOISE_CAP} is the paper's"
+            )
+        if not 0 <= self.prob_uncond <= 1:
+            raise ValueError(f"prob_uncond must be in 0..1, got {self.prob_uncond}; 0 drops no condition")
 
 
 def check_document(document: Document, config: ModelConfig, number: int = 0) -> list[Segment]:
@@ -41,8 +61,9 @@ def check_document(document: Document, config: ModelConfig, number: int = 0) -> 
     return [_check_piece(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(document)]
 
 
+@torch.compiler.disable
 def pack_documents(
-    documents: Sequence[Document], config: ModelConfig, generator: torch.Generator | None = None
+    documents: Sequence[Document], config: ModelConfig, randomness: Randomness = Randomness()
 ) -> PackedBatch:
     """Lay documents out one after another, and draw timesteps and noise.
 
@@ -55,20 +76,21 @@ def pack_documents(
     checked = [check_document(document, config, i) for i, document in enumerate(documents)]
     rows = [(i, kind, *_size(kind, x)) for i, document in enumerate(checked) for kind, x in document]
     number, kinds, lengths, grid_rows, grid_columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    segments = Segments(number, kinds, lengths, grid_rows, grid_columns, np.ones(len(documents), dtype=bool))
+    segments = Segments(number, kinds, lengths, grid_rows, grid_columns)
     flat = [segment for document in checked for segment in document]
     ids = [x.cpu().numpy() for kind, x in flat if kind == TEXT]
     vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
     sequence = lay_out(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
-    return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, generator)
+    return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, randomness)
 
 
+@torch.compiler.disable
 def pack_rows(
     text_ids: Tensor,
     modality_tokens: Sequence[Sequence[Tensor]] | None,
     modality_positions: Sequence[Sequence[tuple[int, ...]]] | None,
     config: ModelConfig,
-    generator: torch.Generator | None = None,
+    randomness: Randomness = Randomness(),
 ) -> PackedBatch:
     """Pack rows that are laid out already: each row of text_ids [B, T] is one document; ids at image spans are ignored.
 
@@ -79,7 +101,7 @@ def pack_rows(
     Raises:
         ValueError: naming the row and the span that does not fit.
     """
-    if text_ids.ndim != 2 or text_ids.is_floating_point():
+    if text_ids.ndim != 2 or not _is_integer(text_ids):
         raise ValueError(f"text_ids must be integers [B, T], got {text_ids.dtype} {tuple(text_ids.shape)}")
     rows, row_length = text_ids.shape
     latents = [()] * rows if modality_tokens is None else modality_tokens
@@ -104,7 +126,7 @@ def pack_rows(
     tokens = sequence.tokens
     if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
         raise ValueError(f"text_ids must lie in [0, {size}), got {tokens.min()} to {tokens.max()}")
-    return _with_noise(sequence, [(modality, x) for _, modality, x in images], config, generator)
+    return _with_noise(sequence, [(modality, x) for _, modality, x in images], config, randomness)
 
 
 def place_images(
@@ -125,11 +147,12 @@ def place_images(
 def draw_timesteps(
     sequence: TokenSequence, vocabulary: Vocabulary, objective: Objective, uniform: Tensor, noise_cap: float
 ) -> Tensor:
-    """Turn uniform numbers [N] into timesteps, fp32 [N], at most `noise_cap` for images that text follows.
+    """Turn uniform numbers [N] into timesteps, fp32 [N], at most `noise_cap` in image-first pairs.
 
-    Source: arXiv 2408.11039, section 4.1.
+    Captions then see an image that is not too noisy (arXiv 2408.11039, section 4.1). In other documents a cap would
+    leave images untrained at the noise that drawing begins with.
     """
-    capped = torch.from_numpy(precedes_text(sequence, vocabulary))
+    capped = torch.from_numpy(before_captions(sequence, vocabulary))
     caps = torch.tensor([NUM_TIMESTEPS, noise_cap], dtype=torch.float64)
     return objective.timesteps(uniform, caps[capped.long()])
 
@@ -138,7 +161,7 @@ def flat_latents(images: Sequence[tuple[int, Tensor]], widths: Sequence[int]) ->
     """Return fp32 [P, C] of each modality on the CPU, from (modality, latents) of images in sequence order."""
     flat: list[list[Tensor]] = [[torch.zeros(0, width)] for width in widths]
     for modality, latents in images:
-        flat[modality].append(latents.detach().float().cpu().reshape(-1, widths[modality]))
+        flat[modality].append(latents.float().cpu().reshape(-1, widths[modality]))
     return [torch.cat(latents) for latents in flat]
 
 
@@ -146,12 +169,13 @@ def _with_noise(
     sequence: TokenSequence,
     images: Sequence[tuple[int, Tensor]],
     config: ModelConfig,
-    generator: torch.Generator | None,
+    randomness: Randomness,
 ) -> PackedBatch:
-    """Draw timesteps and noise, in sequence order, and build the batch. `images` are (modality, latents)."""
-    vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
-    uniform = torch.rand(len(images), generator=generator)
-    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, NOISE_CAP)
+    """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
+    vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.dim_latent)), randomness.generator
+    uniform, drop = torch.rand(2, len(images), generator=generator)
+    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, randomness.noise_cap)
+    sequence = without_context(sequence, (drop < randomness.prob_uncond).numpy(), vocabulary)
     latents = flat_latents(images, config.dim_latent)
     noisy = [(x, torch.randn(x.shape, generator=generator)) for x in latents]
     return build_batch(sequence, noisy, timesteps, config.positions)
@@ -170,11 +194,12 @@ def _check_piece(piece: Piece, what: str, config: ModelConfig) -> Segment:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_type_names(piece)}")
     if tensor.is_floating_point():
-        return 1 + _check_image(tensor, modality, what, config), tensor
+        latents = _check_image(tensor, modality, what, config)
+        return 1 + modality, latents
     if isinstance(piece, tuple):
         raise ValueError(f"{what}: a modality tensor must be floating point, got {tensor.dtype}")
-    if tensor.ndim != 1:
-        raise ValueError(f"{what}: text ids must be [n], got {tuple(tensor.shape)}")
+    if tensor.ndim != 1 or not _is_integer(tensor):
+        raise ValueError(f"{what}: text ids must be integers [n], got {tensor.dtype} {tuple(tensor.shape)}")
     if len(tensor) and (tensor.min() < 0 or tensor.max() >= config.num_text_tokens):
         raise ValueError(
             f"{what}: text ids must lie in [0, {config.num_text_tokens}), "
@@ -183,26 +208,38 @@ def _check_piece(piece: Piece, what: str, config: ModelConfig) -> Segment:
     return TEXT, tensor.long()
 
 
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def _type_names(value: object) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(type(v).__name__ for v in value)})"
     return type(value).__name__
 
 
-def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig) -> int:
-    """Return the modality of latents that fit the model; ValueError naming `what` if they do not."""
+def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig) -> Tensor:
+    """Return latents that fit the model, channels last; ValueError naming `what` if they do not fit."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else _type_names(latents)
         raise ValueError(f"{what}: latents must be a floating point tensor, got {got}")
-    if not isinstance(modality, int) or not 0 <= modality < len(config.dim_latent):
+    if not isinstance(modality, int) or isinstance(modality, bool) or not 0 <= modality < len(config.dim_latent):
         raise ValueError(f"{what}: modality must be in [0, {len(config.dim_latent)}), got {modality!r}")
     width = config.dim_latent[modality]
-    if latents.ndim not in (2, 3) or latents.shape[-1] != width or not latents.numel():
+    shape = tuple(latents.shape)
+    grid = f"[{width}, rows, columns]" if config.channel_first else f"[rows, columns, {width}]"
+    channels_last = latents.movedim(0, -1) if config.channel_first and latents.ndim == 3 else latents
+    if latents.ndim not in (2, 3) or channels_last.shape[-1] != width or not latents.numel():
+        rule = f"latents of modality {modality} must be [patches, {width}] or {grid}, not empty"
+        raise ValueError(f"{what}: {rule}, got {shape}")
+    if config.channel_first is None and latents.ndim == 3 and shape[0] == width > 1:
+        rule = f"latents of modality {modality} must be {grid}"
         raise ValueError(
-            f"{what}: latents of modality {modality} must be [patches, {width}] or [rows, columns, {width}], "
-            f"not empty, got {tuple(latents.shape)}"
+            f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
         )
-    return modality
+    if not latents.isfinite().all():
+        raise ValueError(f"{what}: latents must be finite, got NaN or infinity; check the encoder")
+    return channels_last
 
 
 def _check_span(
@@ -213,7 +250,7 @@ def _check_span(
     if len(span) not in (2, 3):
         raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length), got {len(span)} numbers")
     modality, offset, length = span if len(span) == 3 else (0, *span)
-    modality = _check_image(latents, modality, what, config)
+    latents = _check_image(latents, modality, what, config)
     if _size(1 + modality, latents)[0] != length:
         raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
     if offset < 0 or offset + length > row_length:

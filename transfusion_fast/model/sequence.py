@@ -57,7 +57,7 @@ class Segments:
     """S segments of documents, in order, as int64 columns [S].
 
     `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `rows` and `columns` are
-    the patch grid of an image. `delimited` [documents] is False for a document without <bos> and <eos>.
+    the patch grid of an image.
     """
 
     document: np.ndarray
@@ -65,7 +65,6 @@ class Segments:
     length: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    delimited: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,17 +88,16 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     """Lay segments out with their special tokens. `text_ids` are the ids of all text segments, in order."""
     is_image = segments.kind != TEXT
     first, last = _first_and_last(segments.document)
-    delimited = segments.delimited[segments.document]
-    before = is_image.astype(np.int64) + (first & delimited)  # <bos> and <boi>
-    extent = before + segments.length + is_image + (last & delimited)  # ... <eoi> and <eos>
+    before = is_image.astype(np.int64) + first  # <bos> and <boi>
+    extent = before + segments.length + is_image + last  # ... <eoi> and <eos>
     end = np.cumsum(extent)
     start = end - extent + before
 
     tokens = np.zeros(end[-1] if len(end) else 0, dtype=np.int64)
     text = ~is_image
     tokens[_ranges(start[text], segments.length[text])] = text_ids
-    tokens[(start - before)[first & delimited]] = vocabulary.bos
-    tokens[(end - 1)[last & delimited]] = vocabulary.eos
+    tokens[(start - before)[first]] = vocabulary.bos
+    tokens[(end - 1)[last]] = vocabulary.eos
     modality = segments.kind[is_image] - 1
     image_start, image_length = start[is_image], segments.length[is_image]
     tokens[image_start - 1] = vocabulary.boi() + 2 * modality
@@ -154,14 +152,33 @@ def positions_of(sequence: TokenSequence, is_patch: np.ndarray, scheme: Position
     return both.astype(np.int32)
 
 
-def precedes_text(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
-    """Return bool [N], True for images that text other than special tokens follows in their document."""
+def before_captions(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
+    """Return bool [N], True for the image of an image-first pair: the only image of its document, with text after it
+    and none before it."""
     is_text = ~patch_mask(sequence) & (sequence.tokens < vocabulary.num_text_tokens)
     count = np.concatenate([[0], np.cumsum(is_text)])
-    document_ends = np.cumsum(sequence.document_lengths)
-    image_end = sequence.start + sequence.length
-    document_end = document_ends[np.searchsorted(document_ends, sequence.start, side="right")]
-    return count[document_end] > count[image_end]
+    document, bounds = _documents_of_images(sequence)
+    text_before = count[sequence.start] > count[bounds[document]]
+    text_after = count[bounds[document + 1]] > count[sequence.start + sequence.length]
+    return (np.bincount(document)[document] == 1) & text_after & ~text_before
+
+
+def without_context(sequence: TokenSequence, chosen: np.ndarray, vocabulary: Vocabulary) -> TokenSequence:
+    """Cut documents before the <boi> of the `chosen` images, bool [N].
+
+    Such an image begins a document, as in the unconditional branch of classifier-free guidance, and sees nothing that
+    precedes it. No token is added or removed.
+    """
+    document, bounds = _documents_of_images(sequence)
+    opened = sequence.tokens[sequence.start - 1] == vocabulary.boi() + 2 * sequence.modality
+    cuts = sequence.start - (opened & (sequence.start > bounds[document]))
+    return replace(sequence, document_lengths=np.diff(np.union1d(bounds, cuts[chosen])))
+
+
+def _documents_of_images(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarray]:
+    """Return the document of each image [N], and the bounds of all documents [documents + 1]."""
+    bounds = np.concatenate([[0], np.cumsum(sequence.document_lengths)])
+    return np.searchsorted(bounds, sequence.start, side="right") - 1, bounds
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfusion_fast.config import ModelConfig
+from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
 from transfusion_fast.config_reading import parse
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import OBJECTIVES
-from transfusion_fast.model.inputs import Document, pack_documents, pack_rows
-from transfusion_fast.model.layers import CHECKPOINTING, INIT_STD, Block, Embedding, RMSNorm
+from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
+from transfusion_fast.model.layers import CHECKPOINTING, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
 from transfusion_fast.model.weights import WeightFiles, load_weights
@@ -28,11 +28,14 @@ MODEL_CONFIG = "config.json"
 
 
 class LanguageHead(nn.Module):
-    """A linear layer from vectors [S, E] to logits [S, V], or, given labels [S], to cross-entropies fp32 [S]."""
+    """A linear layer from vectors [S, E] to logits [S, V], or, given labels [S], to cross-entropies fp32 [S].
+
+    Logits start with standard deviation E ** -0.5, so that the first loss is ln V; but not if the weight is `tied`.
+    """
 
     def __init__(self, dim: int, vocabulary_size: int, tied: Tensor | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary_size, dim).normal_(std=INIT_STD)) if tied is None else tied
+        self.weight = nn.Parameter(torch.empty(vocabulary_size, dim).normal_(std=1 / dim)) if tied is None else tied
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -45,7 +48,8 @@ class Transfusion(nn.Module):
 
         model = Transfusion(num_text_tokens=256, dim_latent=192, transformer=dict(dim=512, depth=8))
         loss = model([[ids, latents, ids], [ids, (1, latents)]])                 # documents, see inputs.py
-        loss, losses = model(text_ids, modality_tokens, modality_positions)      # rows [B, T] that are laid out already
+        loss = model(text_ids)                                                   # rows [B, T] that are laid out already
+        loss, losses = model(text_ids, modality_tokens, modality_positions)      # and have images
         losses = model(packed_batch)                                             # the form that the trainer uses
 
     Args:
@@ -90,16 +94,25 @@ class Transfusion(nn.Module):
     def __call__(self, batch: PackedBatch, *, counts: Counts | None = None) -> Losses: ...
 
     @overload
-    def __call__(self, batch: Sequence[Document], *, generator: torch.Generator | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        batch: Tensor | Sequence[Document],
+        *,
+        generator: torch.Generator | None = None,
+        noise_cap: float = NOISE_CAP,
+        prob_uncond: float = PROB_UNCOND,
+    ) -> Tensor: ...
 
     @overload
     def __call__(
         self,
         batch: Tensor,
-        modality_tokens: Sequence[Sequence[Tensor]] | None = None,
-        modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
+        modality_tokens: Sequence[Sequence[Tensor]],
+        modality_positions: Sequence[Sequence[tuple[int, ...]]],
         *,
         generator: torch.Generator | None = None,
+        noise_cap: float = NOISE_CAP,
+        prob_uncond: float = PROB_UNCOND,
     ) -> tuple[Tensor, Losses]: ...
 
     def __call__(
@@ -110,6 +123,8 @@ class Transfusion(nn.Module):
         *,
         counts: Counts | None = None,
         generator: torch.Generator | None = None,
+        noise_cap: float = NOISE_CAP,
+        prob_uncond: float = PROB_UNCOND,
     ) -> Losses | Tensor | tuple[Tensor, Losses]:
         """Return the training loss of a packed batch, of documents, or of rows.
 
@@ -117,10 +132,13 @@ class Transfusion(nn.Module):
             batch: a `PackedBatch`; documents as `inputs.pack_documents` takes them; or rows of ids, int64 [B, T].
             modality_tokens, modality_positions: the images of rows, as `inputs.pack_rows` takes them.
             counts: divisors of the losses of a packed batch; default: its own tokens and images.
-            generator: source of the timesteps and noise of documents and rows.
+            generator: source of all that is random in documents and rows: timesteps, noise and dropped conditions.
+            noise_cap: largest timestep, 1 to 1000, of an image that its document begins with and only text follows.
+            prob_uncond: probability that an image is trained without what precedes it, for classifier-free guidance.
 
         Returns:
-            `Losses` for a packed batch; the total loss for documents; the total loss and `Losses` for rows.
+            `Losses` for a packed batch; the total loss for documents, and for rows without images; the total loss and
+            `Losses` for rows with images.
 
         Raises:
             ValueError: naming the input that does not fit the model, or that does not belong to this form of `batch`.
@@ -133,14 +151,21 @@ class Transfusion(nn.Module):
             return super().__call__(batch, counts)
         if counts is not None:
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
+        randomness = Randomness(generator, noise_cap, prob_uncond)
         if isinstance(batch, Tensor):
-            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, generator)
+            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness)
             losses = super().__call__(packed.to(self.device))
-            return losses.total, losses
-        return super().__call__(pack_documents(batch, self.config, generator).to(self.device)).total
+            return losses.total if modality_tokens is None and modality_positions is None else (losses.total, losses)
+        return super().__call__(pack_documents(batch, self.config, randomness).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
         """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
+        for images in batch.modalities:
+            if images.timesteps.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"timesteps must be fp32, got {images.timesteps.dtype}, which cannot hold them; do not convert the "
+                    "batch, which FSDP2 does without MixedPrecisionPolicy(cast_forward_inputs=False)"
+                )
         x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)

@@ -101,7 +101,8 @@ def sample(
 
     Returns:
         The continuation of each prompt, a document of the same form: ids int64 [n], and images fp32
-        [rows, columns, C], alone for modality 0, else as (modality, latents).
+        [rows, columns, C], alone for modality 0, else as (modality, latents); with model.channel_first
+        [C, rows, columns].
 
     Raises:
         ValueError: a prompt that does not fit the model.
@@ -223,7 +224,8 @@ def _draw(
     for stream, latents in zip(streams, x, strict=True):
         stream.append_image(modality, latents, CLEAN_TIMESTEP)
         stream.tokens.append(model.vocabulary.eoi(modality))
-        stream.produced.append(latents if modality == 0 else (modality, latents))
+        produced = latents.movedim(-1, 0) if model.config.channel_first else latents
+        stream.produced.append(produced if modality == 0 else (modality, produced))
         stream.num_drawn += 1
 
 
