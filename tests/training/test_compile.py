@@ -21,7 +21,7 @@ from transfusion_fast.training.stored_slices import StoredSlices
 def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
     digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
 ) -> None:
-    """The compiler here stops before C++, which takes long. The only break is the CPU's attention, a loop in Python."""
+    """The compiler here stops before C++, which takes long."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -47,9 +47,8 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
     model(next(training_batches(config, data, BatchSplit(0, 1, 3, 3), 0)).batch)
-    assert counters["stats"]["unique_graphs"] == graphs <= 5 and not counters["recompiles"]
-    [reason] = counters["graph_break"]
-    assert "tiled_attention" in reason
+    assert counters["stats"]["unique_graphs"] == graphs <= 2 and not counters["recompiles"]
+    assert not counters["graph_break"]
 
 
 def test_the_rates_leave_out_the_first_step_which_compiles(digits: Path, tmp_path: Path) -> None:
