@@ -55,9 +55,10 @@ def rope(
     cos, sin = (angles[:, None] for angles in table)
 
     def norm_and_rotate(x: Tensor, weight: Tensor | None) -> Tensor:
-        normed = _fp32(x) if weight is None else F.rms_norm(_fp32(x), x.shape[-1:], _fp32(weight), eps)
-        first, second = normed.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+        x_or_normed = x if weight is None else F.rms_norm(_fp32(x), x.shape[-1:], _fp32(weight), eps)
+        # Halves are converted apart: a compiler would write the joined fp32 values to memory first.
+        first, second = (_fp32(half) for half in x_or_normed.chunk(2, dim=-1))
+        return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)], dim=-1)
 
     return norm_and_rotate(q, q_weight), norm_and_rotate(k, k_weight)
 
