@@ -119,11 +119,12 @@ def _ours(name: str, missing: Callable[[Problem], str | None]) -> Backend:
     """Return this repository's op; preparing it includes building the layout, which other backends are given."""
 
     def prepare(problem: Problem) -> Forward:
-        spans, T, device = problem.layout.image_spans.numpy(), problem.layout.total_length, problem.layout.device
-        layout = AttentionLayout.from_spans(problem.lengths, spans, T, device)
+        images, T, device = problem.layout.image_spans.numpy(), problem.layout.total_length, problem.layout.device
+        layout = AttentionLayout.from_spans(problem.lengths, images, T, device)
         if name == "torch":  # its plan, which the first layer makes in every micro-batch
             attention_cpu_plan.forget_plans()
-            attention_cpu_plan.kept_plan(layout, torch.empty(T, 1, 1, dtype=problem.dtype, device=device))
+            spans = attention_cpu_plan.spans_of_layout(layout)
+            attention_cpu_plan.kept_plan(spans, torch.empty(T, 1, 1, dtype=problem.dtype, device=device))
         return lambda q, k, v: hybrid_attention(q, k, v, layout, backend=name)
 
     return Backend(prepare, missing, is_ours=True)

@@ -31,7 +31,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transfusion_fast.kernels import attention_cpu_plan
-from transfusion_fast.kernels.attention_cpu_plan import Batch, Rows, Spans, Tile, is_half, kept_plan
+from transfusion_fast.kernels.attention_cpu_plan import (
+    Batch,
+    Rows,
+    Tile,
+    is_half,
+    kept_plan,
+    spans_of_intervals,
+    spans_of_layout,
+)
 from transfusion_fast.kernels.layout import AttentionLayout
 
 LSE_PARTS = 3  # numbers in half precision whose sum is a log-sum-exp
@@ -50,17 +58,19 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, sc
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.device.type == "cpu":
-        return _forward(q, k, v, layout.document_offsets, layout.image_spans, layout.noised_copies, scale)[0]
+        return _forward(q, k, v, layout.key_start, layout.key_end, layout.own_start, layout.own_end, scale)[0]
     return _attention_on_gpu(q, k, v, layout, scale)
 
 
-# The op finds the plan from the spans: a compiler would follow every number of a plan, and compile for every batch.
+# The op finds the plan from the intervals, whose shapes depend on T alone: a compiler would follow every number of a
+# plan, and compile for every batch.
 @torch.library.custom_op("transfusion_fast::tiled_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, document_offsets: Tensor, image_spans: Tensor, noised_copies: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor,
+    key_start: Tensor, key_end: Tensor, own_start: Tensor | None, own_end: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o [T, H, D] and the log-sum-exp of the scores [T, H, 1], fp32, or fp64 for such inputs."""
-    batches = kept_plan(Spans(document_offsets, image_spans, noised_copies), q)
+    batches = kept_plan(spans_of_intervals(key_start, key_end, own_start, own_end), q)
     outs, lses = [], []
     for batch in batches:
         q_BHLD, k_BHLD, v_BHLD = _inputs(batch, q, k, v)
@@ -83,10 +93,10 @@ def _forward(
 @torch.library.custom_op("transfusion_fast::tiled_attention_backward", mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    document_offsets: Tensor, image_spans: Tensor, noised_copies: Tensor, scale: float,
+    key_start: Tensor, key_end: Tensor, own_start: Tensor | None, own_end: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dq, dk and dv, contiguous."""
-    batches = kept_plan(Spans(document_offsets, image_spans, noised_copies), q)
+    batches = kept_plan(spans_of_intervals(key_start, key_end, own_start, own_end), q)
     found: tuple[list[Tensor], ...] = ([], [], [])
     for batch in batches:
         of_queries = (batch.queries.gather(x) for x in (do, o, lse))
@@ -110,7 +120,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(do, *ctx.saved_tensors, ctx.scale), None, None, None, None
+    return *_backward(do, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
 
 
 _forward.register_fake(_fake)
@@ -178,7 +188,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 @torch.compiler.disable
 def _attention_on_gpu(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float) -> Tensor:
     """Compute the same with the gradients of PyTorch, which chooses a kernel for the GPU."""
-    batches = kept_plan(layout, q)
+    batches = kept_plan(spans_of_layout(layout), q)
     if not batches:
         # Nothing is visible. The empty sum keeps all three inputs in the graph.
         return torch.cat([q[:0] + k[:0].sum() + v[:0].sum(), torch.zeros_like(q)])

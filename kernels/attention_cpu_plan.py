@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,14 +104,31 @@ def is_half(x: Tensor) -> bool:
 
 
 class Spans(NamedTuple):
-    """The documents, images and copies of an AttentionLayout."""
+    """What a plan depends on: document offsets, noised copies, and where the first interval of each row ends."""
 
-    document_offsets: Tensor
-    image_spans: Tensor
-    noised_copies: Tensor
+    offsets: np.ndarray
+    copies: np.ndarray
+    key_end: np.ndarray
 
 
-def kept_plan(spans: Spans | AttentionLayout, q: Tensor) -> list[Batch]:
+def spans_of_layout(layout: AttentionLayout) -> Spans:
+    """Return the spans of a layout on any device, without waiting for it."""
+    offsets, images, copies = (x.numpy() for x in (layout.document_offsets, layout.image_spans, layout.noised_copies))
+    return Spans(offsets, copies, key_ends(offsets, images, copies, layout.total_length))
+
+
+def spans_of_intervals(key_start: Tensor, key_end: Tensor, own_start: Tensor | None, own_end: Tensor | None) -> Spans:
+    """Return the spans of a layout on the CPU from its intervals, whose shapes depend on T alone."""
+    starts, ends = key_start.numpy(), key_end.numpy()
+    own = np.zeros((2, len(starts)), np.int32) if own_start is None or own_end is None else [own_start, own_end]
+    own_starts, own_ends = (np.asarray(x) for x in own)
+    used = int(((ends > starts) | (own_ends > own_starts)).sum())
+    offsets = np.append(np.flatnonzero(starts[:used] == np.arange(used)), used)
+    first = np.flatnonzero((own_ends > own_starts) & (own_starts == np.arange(len(starts))))
+    return Spans(offsets, np.stack([first, own_ends[first] - first, ends[first]], axis=1), ends)
+
+
+def kept_plan(spans: Spans, q: Tensor) -> list[Batch]:
     """Return the plan for q [T, H, D] on its device: a batch for each long document and for each class of short ones.
 
     The plans of the last two layouts are kept, for all layers and the backward pass.
@@ -119,21 +136,17 @@ def kept_plan(spans: Spans | AttentionLayout, q: Tensor) -> list[Batch]:
     short, alignment = SHORT, 1
     if q.device.type == "cpu":
         short, alignment = (SHORT, HALF_ALIGNMENT) if is_half(q) else (TINY, 1)
-    tables = (spans.document_offsets, spans.image_spans, spans.noised_copies)
-    return _plan(*(x.numpy().tobytes() for x in tables), len(q), q.device, short, alignment, MAX_ROWS)
+    return _plan(*(x.astype(np.int64).tobytes() for x in spans), q.device, short, alignment, MAX_ROWS)
 
 
 @lru_cache(maxsize=2)
 def _plan(
-    offsets: bytes, images: bytes, copies: bytes, total: int, device: torch.device,
-    short: int, alignment: int, max_rows: int,
-) -> list[Batch]:  # fmt: skip
+    offsets: bytes, copies: bytes, key_end: bytes, device: torch.device, short: int, alignment: int, max_rows: int
+) -> list[Batch]:
     """Plan documents of up to `short` positions together; padded lengths are multiples of `alignment`."""
-    bounds, i, c = (np.frombuffer(x, dtype=np.int64) for x in (offsets, images, copies))
-    spans, noised = i.reshape(-1, 2), c.reshape(-1, 3)
-    key_end, sizes = key_ends(bounds, spans, noised, total), (short, alignment, max_rows, device)
-    documents = _document_batches(bounds, spans, noised, key_end, *sizes)
-    return [*documents, *_copy_batches(bounds, noised, *sizes)]
+    bounds, noised, ends = (np.frombuffer(x, dtype=np.int64) for x in (offsets, copies, key_end))
+    noised, sizes = noised.reshape(-1, 3), (short, alignment, max_rows, device)
+    return [*_document_batches(bounds, noised, ends, *sizes), *_copy_batches(bounds, noised, *sizes)]
 
 
 forget_plans = _plan.cache_clear
@@ -150,12 +163,11 @@ def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated
 
 
 def _document_batches(
-    offsets: np.ndarray, images: np.ndarray, copies: np.ndarray, key_end: np.ndarray,
-    short: int, alignment: int, max_rows: int, device: torch.device,
-) -> Iterator[Batch]:  # fmt: skip
+    offsets: np.ndarray, copies: np.ndarray, key_end: np.ndarray, short: int, alignment: int, max_rows: int, device: Any
+) -> Iterator[Batch]:
     """Yield the batches of documents without their copies."""
     has_image = np.zeros(len(offsets) - 1, dtype=bool)
-    has_image[documents_of(images[:, 0], offsets)] = True
+    has_image[documents_of(np.flatnonzero(key_end > np.arange(len(key_end)) + 1), offsets)] = True
     lengths = context_ends(offsets, copies) - offsets[:-1]
     for illustrated in (False, True):
         documents = np.flatnonzero((lengths > 0) & (has_image == illustrated))
@@ -172,7 +184,7 @@ def _document_batches(
 
 
 def _copy_batches(
-    offsets: np.ndarray, copies: np.ndarray, short: int, alignment: int, max_rows: int, device: torch.device
+    offsets: np.ndarray, copies: np.ndarray, short: int, alignment: int, max_rows: int, device: Any
 ) -> Iterator[Batch]:
     """Yield the batches of copies. The keys of a copy are its own, [0, N), and behind them those of its context."""
     starts = offsets[documents_of(copies[:, 0], offsets)]

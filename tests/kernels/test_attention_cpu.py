@@ -217,6 +217,15 @@ def test_memory_is_linear_in_the_number_of_documents(length):
     assert largest(48) == pytest.approx(2 * largest(24), rel=0.01)
 
 
+@given(any_spans(SMALL) | with_copies(any_spans(SMALL), SMALL))
+def test_a_plan_depends_on_the_intervals_as_on_the_spans(spans):
+    layout = layout_of(spans)
+    intervals = layout.key_start, layout.key_end, layout.own_start, layout.own_end
+    found = attention_cpu_plan.spans_of_intervals(*intervals)
+    for one, other in zip(found, attention_cpu_plan.spans_of_layout(layout), strict=True):
+        assert one.tolist() == other.tolist()
+
+
 def test_layers_and_the_backward_pass_share_a_plan():
     layout = AttentionLayout.from_spans([9, 40], [(3, 4)])
     inputs = qkv(layout)
@@ -229,9 +238,9 @@ def test_layers_and_the_backward_pass_share_a_plan():
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_compiled_in_one_graph_it_computes_the_same_for_all_layouts_of_a_length(dtype):
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(tiled, fullgraph=True, backend=counter)
+    compiled = torch.compile(tiled, fullgraph=True, dynamic=False, backend=counter)
     for spans in (([20, 30], [(2, 5)]), ([4, 46], [(10, 9)]), ([50], [])):
         layout = AttentionLayout.from_spans(*spans)
         inputs = qkv(layout, dtype=dtype)
         assert_same_bits(run(compiled, inputs, layout), run(tiled, inputs, layout))
-    assert counter.frame_count <= 2  # one, and one more once the number of documents has varied
+    assert counter.frame_count == 1
