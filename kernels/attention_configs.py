@@ -151,5 +151,6 @@ _SHAPES: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
 }
 # In place of these for Triton 3.6, which there spills registers or waits after every single matrix instruction.
 _BEFORE_3_7: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
+    ("sm_90", "backward_dq", 256): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
     ("sm_90", "backward_dkdv", 128): ((64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
 }

@@ -234,6 +234,15 @@ def without_compiling() -> None:
     torch.compiler.set_stance("force_eager")
 
 
+def muon_in_single_precision() -> None:
+    """Let Muon orthogonalise in fp32; it takes half precision where the CPU has it, and then no bound holds. Compile
+    nothing."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    without_compiling()
+    original_muon.ns_compute_dtype = lambda method="gram": torch.float32
+
+
 def take_long_in_the_first_step() -> None:
     """Let the first micro-batch take five seconds more, as its compilation would; compile nothing."""
     from deepspeed.runtime.engine import DeepSpeedEngine

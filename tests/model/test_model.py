@@ -169,7 +169,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(("setting", "blocks", "attentions"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)])
 @pytest.mark.parametrize(
     ("backend", "attention"),
-    [("torch", "aten::_scaled_dot_product_flash_attention_for_cpu"), ("triton", "transfusion_fast::rotary_attention")],
+    [("torch", "transfusion_fast::tiled_attention"), ("triton", "transfusion_fast::rotary_attention")],
 )
 def test_checkpointing_runs_blocks_again_selective_not_their_attention_and_changes_no_bit(
     setting, blocks, attentions, backend, attention
