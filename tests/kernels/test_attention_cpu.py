@@ -165,6 +165,23 @@ def test_a_second_derivative_is_refused(dtype):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_memory_layout_of_the_inputs_changes_nothing(dtype, heads):
+    """A tensor at a time, because a wrong read of one must not hide behind another."""
+    layout = AttentionLayout.from_spans([300, 290, 9], [(310, 40)], 610)
+    inputs = qkv(layout, heads, dtype=dtype)
+    do = upstream(inputs[0])
+    expected = run(tiled, inputs, layout, do=do)
+
+    def dims_first(x):
+        return x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+    for n in range(4):
+        *moved, moved_do = [dims_first(x) if i == n else x for i, x in enumerate((*inputs, do))]
+        assert_same_bits(run(tiled, moved, layout, do=moved_do), expected)
+
+
 def with_poison(inputs, rows, value):
     inputs = [x.clone() for x in inputs]
     for x in inputs:
