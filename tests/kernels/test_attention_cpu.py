@@ -115,17 +115,17 @@ def test_half_precision_with_its_own_backward_keeps_the_error_rule(monkeypatch, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_gradients_of_keys_and_values_are_as_accurate_from_many_tiles_as_from_two(monkeypatch, dtype):
+def test_gradients_of_keys_and_values_are_no_less_accurate_from_many_tiles_than_from_two(monkeypatch, dtype):
     errors = []
     for max_rows in (attention_cpu_plan.MAX_ROWS, 8):
         monkeypatch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
-        layout = AttentionLayout.from_spans([600], [])
+        layout = AttentionLayout.from_spans([600], [(300, 2)])  # text alone is not cut into tiles
         inputs = qkv(layout, dtype=dtype)
         do = upstream(inputs[0])
         got = run(tiled, inputs, layout, do=do)
         exact = run(reference.hybrid_attention, [x.double() for x in inputs], layout, do=do.double())
         errors.append([relative_error(got[name], exact[name]) for name in ("dk", "dv")])
-    assert errors[1] == pytest.approx(errors[0], rel=0.2)
+    assert all(many <= two for two, many in zip(*errors, strict=True))
 
 
 def test_double_precision_has_the_accuracy_of_double_precision(tolerance):

@@ -101,6 +101,7 @@ def test_the_description_of_a_backend_names_the_compiler_that_runs(monkeypatch):
     monkeypatch.setenv("CXX", "c++")
     assert describe("auto", torch.device("cpu")).endswith("on torch, large ones except attention compiled by /bin/c++")
     assert describe("reference", torch.device("cpu")).endswith("on reference")
+    assert describe("torch", torch.device("cuda")).endswith("on torch")
     with torch._dynamo.config.patch(disable=True):  # what TORCH_COMPILE_DISABLE=1 sets
         assert describe("auto", torch.device("cpu")).endswith("on torch")
         assert (Compiled(plus_one, plus_two)(X) == 2).all()
