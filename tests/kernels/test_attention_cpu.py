@@ -20,6 +20,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import assert_registered
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion_fast.kernels import attention_cpu_plan, reference
@@ -250,6 +251,12 @@ def test_layers_and_the_backward_pass_share_a_plan():
     for _ in range(3):
         run(tiled, inputs, layout)
     assert attention_cpu_plan._plan.cache_info()[:2] == (5, 1)
+
+
+def test_the_ops_are_registered_with_pytorch():
+    layout = layout_of(([20, 30], [(2, 5)], 55, [(12, 4, 2), (16, 4, 8), (40, 10, 30)]))
+    names = assert_registered(lambda *inputs: tiled(*inputs, layout), qkv(layout, dtype=torch.bfloat16))
+    assert names == ["tiled_attention", "tiled_attention_backward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
