@@ -62,10 +62,13 @@ class Rows:
     repeated: list[tuple[slice, slice]]  # further rows, and their positions
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return these rows [B, H, L, D] of all positions x [T, H, D], a view for a single document."""
+        """Return these rows [B, H, L, D] of x [T, H, D], for one document a view where each head is contiguous."""
         B, L = self.shape
         if self.start is not None:
-            return x.transpose(0, 1).unsqueeze(0).narrow(2, self.start, L)
+            own = x.narrow(0, self.start, L)
+            # The fused kernels of CPUs take the numbers of a head for neighbours, and do not check it.
+            own = own if own.stride(-1) == 1 else own.contiguous()
+            return own.transpose(0, 1).unsqueeze(0)
         flat = x.flatten(1)
         out = flat.index_select(0, self.index)
         if len(self.padding):

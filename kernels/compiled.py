@@ -37,12 +37,13 @@ def used_compiler() -> str | None:
 
 
 class Compiled:
-    """A function that computes `formula`, compiled for large tensors on a CPU that a gradient is computed of.
+    """A function that computes `formula`, compiled for large tensors on a CPU where gradients are enabled.
 
     Everywhere else it computes `plain`, by default the formula itself: without a C++ compiler, where the compiler
     fails, and inside another torch.compile, which compiles the formula with what surrounds it. The size alone decides,
     so equal inputs give equal bits in every process of a machine. The first axis of every tensor may differ from call
-    to call without another compilation.
+    to call without another compilation. Beyond eight compilations for other widths, dtypes or gradients, PyTorch warns
+    and runs the formula uncompiled.
     """
 
     def __init__(self, formula: Callable[..., Any], plain: Callable[..., Any] | None = None):

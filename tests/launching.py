@@ -235,8 +235,7 @@ def without_compiling() -> None:
 
 
 def muon_in_single_precision() -> None:
-    """Let Muon orthogonalise in fp32; it takes half precision where the CPU has it, and then no bound holds. Compile
-    nothing."""
+    """Let Muon orthogonalise in fp32 also where the CPU has half precision, where no bound holds; compile nothing."""
     from deepspeed.runtime.zero.muon import original_muon
 
     without_compiling()

@@ -256,6 +256,17 @@ def test_rows_of_the_same_machine_and_code_are_kept_until_nothing_is_left(tmp_pa
         assert run_again() == (0, [16, 32])
 
 
+def test_what_failed_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(attn_bench.timing, "describe_machine", lambda device: H100 | {"git": "abc1234"})
+    options = ["--quick", "--device", "cpu", "--backends", "torch", "--out", str(tmp_path)]
+    right = BACKENDS["torch"]
+    monkeypatch.setitem(BACKENDS, "torch", right._replace(prepare=lambda problem: lambda *qkv: 2 * qkv[0]))
+    assert attn_bench.main(options) == 1
+    monkeypatch.setitem(BACKENDS, "torch", right)
+    assert attn_bench.main(options) == 0
+    assert rows_in(tmp_path)["torch"]["status"] == "ok"
+
+
 @pytest.mark.parametrize("name", mixes.NAMES)
 def test_segments_of_a_layout_make_up_its_mask(name):
     layout = mixes.sample(name, 1531)

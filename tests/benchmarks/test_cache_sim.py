@@ -51,6 +51,12 @@ def test_programs_share_multiprocessors_and_short_tiles_wait_for_tall_ones(multi
     assert found.compute_us == pytest.approx(expected)
 
 
+def test_a_program_of_keys_visits_its_columns_for_each_query_head():
+    layout, gpu = AttentionLayout.from_spans([100], []), H100._replace(multiprocessors=1)
+    one, four = (costs(layout, "backward_dkdv", (heads, 1), gpu).compute_us for heads in (1, 4))
+    assert four == pytest.approx(4 * one)
+
+
 @pytest.mark.parametrize(
     ("mix", "T", "most"),
     [("text", 16384, (134, 174, 234)), ("text", 65536, (474, 614, 823)), ("mixed", 131072, (938, 1296, 1463))],

@@ -20,6 +20,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import assert_registered
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from transfusion_fast.kernels import attention_cpu_plan, reference
@@ -115,17 +116,17 @@ def test_half_precision_with_its_own_backward_keeps_the_error_rule(monkeypatch, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_gradients_of_keys_and_values_are_as_accurate_from_many_tiles_as_from_two(monkeypatch, dtype):
+def test_gradients_of_keys_and_values_are_no_less_accurate_from_many_tiles_than_from_two(monkeypatch, dtype):
     errors = []
     for max_rows in (attention_cpu_plan.MAX_ROWS, 8):
         monkeypatch.setattr(attention_cpu_plan, "MAX_ROWS", max_rows)
-        layout = AttentionLayout.from_spans([600], [])
+        layout = AttentionLayout.from_spans([600], [(300, 2)])  # text alone is not cut into tiles
         inputs = qkv(layout, dtype=dtype)
         do = upstream(inputs[0])
         got = run(tiled, inputs, layout, do=do)
         exact = run(reference.hybrid_attention, [x.double() for x in inputs], layout, do=do.double())
         errors.append([relative_error(got[name], exact[name]) for name in ("dk", "dv")])
-    assert errors[1] == pytest.approx(errors[0], rel=0.2)
+    assert all(many <= two for two, many in zip(*errors, strict=True))
 
 
 def test_double_precision_has_the_accuracy_of_double_precision(tolerance):
@@ -163,6 +164,23 @@ def test_a_second_derivative_is_refused(dtype):
     (gradient,) = torch.autograd.grad(tiled(*leaves, layout).sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_memory_layout_of_the_inputs_changes_nothing(dtype, heads):
+    """A tensor at a time, because a wrong read of one must not hide behind another."""
+    layout = AttentionLayout.from_spans([300, 290, 9], [(310, 40)], 610)
+    inputs = qkv(layout, heads, dtype=dtype)
+    do = upstream(inputs[0])
+    expected = run(tiled, inputs, layout, do=do)
+
+    def dims_first(x):
+        return x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+    for n in range(4):
+        *moved, moved_do = [dims_first(x) if i == n else x for i, x in enumerate((*inputs, do))]
+        assert_same_bits(run(tiled, moved, layout, do=moved_do), expected)
 
 
 def with_poison(inputs, rows, value):
@@ -233,6 +251,12 @@ def test_layers_and_the_backward_pass_share_a_plan():
     for _ in range(3):
         run(tiled, inputs, layout)
     assert attention_cpu_plan._plan.cache_info()[:2] == (5, 1)
+
+
+def test_the_ops_are_registered_with_pytorch():
+    layout = layout_of(([20, 30], [(2, 5)], 55, [(12, 4, 2), (16, 4, 8), (40, 10, 30)]))
+    names = assert_registered(lambda *inputs: tiled(*inputs, layout), qkv(layout, dtype=torch.bfloat16))
+    assert names == ["tiled_attention", "tiled_attention_backward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

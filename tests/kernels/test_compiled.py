@@ -57,7 +57,7 @@ X = torch.zeros(3, 2, requires_grad=True)
 def test_only_large_tensors_that_need_gradients_are_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda formula, dynamic: formula)
     op = Compiled(plus_one, plus_two)
-    assert (op(X) == 1).all()
+    assert (op(X) == 1).all() and (op(torch.nn.Parameter(X.detach())) == 1).all()
     with torch.no_grad():
         assert (op(X) == 2).all()
     with FlopCounterMode(display=False):
@@ -83,14 +83,17 @@ def test_without_a_compiler_or_where_it_fails_the_plain_formula_runs_and_one_lin
     assert message.endswith("slower on this CPU: there is no C++ compiler no-such-compiler; install one")
     monkeypatch.delenv("CXX")
 
+    attempts = []
+
     def fail(*_):
+        attempts.append(1)
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
     op = Compiled(plus_one, plus_two)
     assert (op(X) == 2).all() and (op(X) == 2).all()
     [_, message] = said(caplog)
-    assert message.endswith("OSError: no space left")
+    assert message.endswith("OSError: no space left") and len(attempts) == 1
 
 
 def test_the_description_of_a_backend_names_the_compiler_that_runs(monkeypatch):
@@ -98,6 +101,7 @@ def test_the_description_of_a_backend_names_the_compiler_that_runs(monkeypatch):
     monkeypatch.setenv("CXX", "c++")
     assert describe("auto", torch.device("cpu")).endswith("on torch, large ones except attention compiled by /bin/c++")
     assert describe("reference", torch.device("cpu")).endswith("on reference")
+    assert describe("torch", torch.device("cuda")).endswith("on torch")
     with torch._dynamo.config.patch(disable=True):  # what TORCH_COMPILE_DISABLE=1 sets
         assert describe("auto", torch.device("cpu")).endswith("on torch")
         assert (Compiled(plus_one, plus_two)(X) == 2).all()

@@ -75,6 +75,8 @@ LONG_COPIES = ([4530, 4580], [], 9110, [(4400, 130, 4000), (8930, 180, 8000)])
 @each_table
 @given(many_spans | long_documents | with_copies(long_documents, AROUND_TILES))
 @example(LONG_COPIES)
+@example(([100] * 40, [], 4000))  # equal documents keep their order
+@example(([256, 384] + 16 * [100], [], 2240))  # the last documents are just enough
 @settings(max_examples=50)
 def test_the_tiles_of_a_document_are_launched_together_and_the_last_ones_in_order_of_work(table, spans):
     layout = layout_of(spans)
