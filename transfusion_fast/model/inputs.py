@@ -74,6 +74,10 @@ def pack_documents(
         if not len(document):
             raise ValueError(f"document {i} must hold at least one piece, got none; leave it out")
     checked = [check_document(document, config, i) for i, document in enumerate(documents)]
+    for i, pieces in enumerate(checked):
+        for j, (kind, x) in enumerate(pieces):
+            if kind != TEXT:
+                _refuse_doubtful(x, f"document {i}, piece {j}", config)
     rows = [(i, kind, *_size(kind, x)) for i, document in enumerate(checked) for kind, x in document]
     number, kinds, lengths, grid_rows, grid_columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
     segments = Segments(number, kinds, lengths, grid_rows, grid_columns)
@@ -232,14 +236,19 @@ def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig)
     if latents.ndim not in (2, 3) or channels_last.shape[-1] != width or not latents.numel():
         rule = f"latents of modality {modality} must be [patches, {width}] or {grid}, not empty"
         raise ValueError(f"{what}: {rule}, got {shape}")
-    if config.channel_first is None and latents.ndim == 3 and shape[0] == width > 1:
-        rule = f"latents of modality {modality} must be {grid}"
-        raise ValueError(
-            f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
-        )
     if not latents.isfinite().all():
         raise ValueError(f"{what}: latents must be finite, got NaN or infinity; check the encoder")
     return channels_last
+
+
+def _refuse_doubtful(latents: Tensor, what: str, config: ModelConfig) -> None:
+    """Raise ValueError for [rows, columns, C] that could be [C, rows, columns], unless a setting says which it is."""
+    shape = tuple(latents.shape)
+    if config.channel_first is None and len(shape) == 3 and shape[0] == shape[2] > 1:
+        rule = "latents must be [rows, columns, channels]"
+        raise ValueError(
+            f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
+        )
 
 
 def _check_span(
@@ -251,6 +260,7 @@ def _check_span(
         raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length), got {len(span)} numbers")
     modality, offset, length = span if len(span) == 3 else (0, *span)
     latents = _check_image(latents, modality, what, config)
+    _refuse_doubtful(latents, what, config)
     if _size(1 + modality, latents)[0] != length:
         raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
     if offset < 0 or offset + length > row_length:
