@@ -213,7 +213,12 @@ X = latents(2, 4)
         (ROW, [[], [X]], [[], [(7, 2)]], r"row 1, span \(7, 2\): must lie inside the row, got its end at 9 of 8"),
         (ROW, [[], [X]], [[], [(-1, 2)]], r"row 1, span \(-1, 2\): must lie inside the row, got its end at 1 of 8"),
         (ROW, [[], [X]], [[], [(1, 2, 2)]], r"row 1, span \(1, 2, 2\): latents of modality 1 must be .*got \(2, 4\)"),
-        (ROW, [[X, X], []], [[(2, 2), (3, 2)], []], r"span \(start=3, length=2\) overlaps"),
+        (
+            ROW,
+            [[], [X, X]],
+            [[], [(3, 2), (2, 2)]],
+            "row 1: an image at 3 must not begin before 4, where the last one ends",
+        ),
         (ROW, [[], [X]], [[], [(0, 0, 2, 2)]], r"row 1, span \(0, 0, 2, 2\): must be \(offset, length\) or"),
         (ROW, [[], [X.long()]], [[], [(2, 2)]], "row 1.* floating point"),
         (ROW, [[], [X.tolist()]], [[], [(2, 2)]], "row 1.*tensor, got list"),
@@ -221,7 +226,7 @@ X = latents(2, 4)
 )
 def test_a_row_that_does_not_fit_is_named_with_rule_and_value(text_ids, tensors, places, message):
     with pytest.raises(ValueError, match=message):
-        pack_rows(text_ids, tensors, places, CONFIG)
+        pack_rows(text_ids, tensors, places, CONFIG, random(prob_uncond=1.0))  # which cuts rows at images
 
 
 def test_an_empty_document_is_refused_wherever_it_stands():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -36,8 +37,12 @@ Segment = tuple[int, Tensor]
 
 @dataclass(frozen=True)
 class Randomness:
-    """What is random in training: timesteps in (0, 1000], at most `noise_cap` for images that begin an image-caption
-    pair; noise; and with probability `prob_uncond` an image is trained without what precedes it."""
+    """How a training batch is randomised.
+
+    generator: source of the timesteps, the noise and the dropped conditions; noise_cap: largest timestep, in 1..1000,
+    of an image that stands before its caption; prob_uncond: probability that an image is trained without what precedes
+    it in its document.
+    """
 
     generator: torch.Generator | None = None
     noise_cap: float = NOISE_CAP
@@ -123,7 +128,14 @@ def pack_rows(
                 f"{len(spans)} positions"
             )
         spanned = [_check_span(row, x, span, row_length, config) for x, span in zip(of_row, spans, strict=True)]
-        images += sorted(spanned, key=lambda image: image[0])
+        spanned.sort(key=lambda image: image[0])
+        for (start, _, before), (offset, _, _) in pairwise(spanned):
+            if offset < (end := start + _size(1, before)[0]):
+                place, first = offset - row * row_length, end - row * row_length
+                raise ValueError(
+                    f"row {row}: an image at {place} must not begin before {first}, where the last one ends"
+                )
+        images += spanned
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
     sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
     size = Vocabulary(config.num_text_tokens, len(config.dim_latent)).size
