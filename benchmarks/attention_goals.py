@@ -2,10 +2,10 @@
 
 1. 2.5 times FlexAttention's speed, forward and backward together, in every row.
 2. Where documents have at most 512 positions on average: the rates of FlashAttention-3's varlen causal kernel on the
-   same documents, measured in the same run. (Published: 219 forward at 2k in all, where documents have at most 512.)
+   same documents, measured in the same run. (Published: 219 forward at a total of 2k.)
 3. Where they have at least 1,024: the rates that MagiAttention publishes for its FFA kernel under a varlen block-causal
-   mask, from 8k in all. Documents have at most a quarter of the total there, which is taken as an eighth on average: a
-   row is held to the largest total of which its mean length is an eighth or more.
+   mask, from a total of 8k. Documents have at most a quarter of the total there, taken as an eighth on average: a row
+   is held to the largest total of which its mean length is an eighth or more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,9 @@ SHAPE = ("mix", "T", "H", "G", "D", "dtype")
 _FLEX_FACTOR = 2.5
 _FA3 = "flash_attn_interface"
 _NOTE = """\
-FFA's rates are those that MagiAttention publishes for 8k and 32k in all; they are asked for from a mean length of an
-eighth of that. FA3's are measured in the same run, by the area of its causal mask."""
+FFA's rates are those that MagiAttention publishes for totals of 8k and 32k positions. A row must reach the rate of the
+largest total of which its mean length is an eighth or more. FA3's rates are measured in the same run, by the area of
+its causal mask."""
 _COLUMNS = {
     "mix": "{mix}", "T": "{T}", "goal": "{goal}", "wanted": "{wanted:.3g}", "reached": "{reached:.3g}",
     "outcome": "{outcome}",

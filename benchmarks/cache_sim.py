@@ -58,7 +58,7 @@ GPUS = {
 
 
 class Costs(NamedTuple):
-    """What one kernel costs over a layout."""
+    """The simulated time and memory traffic of one kernel over a layout."""
 
     compute_us: float
     memory_us: float

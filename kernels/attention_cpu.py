@@ -84,10 +84,8 @@ def _forward(
         outs.append(_join([o for o, _ in tiles]))
         lses.append(_join([lse for _, lse in tiles])[..., None])
     queries, wide = [batch.queries for batch in batches], torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(*q.shape[:2], 1, dtype=wide)
-    return _scatter(queries, outs, torch.empty_like(q, memory_format=torch.contiguous_format)), _scatter(
-        queries, lses, lse
-    )
+    o, lse = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 1, dtype=wide)
+    return _scatter(queries, outs, o), _scatter(queries, lses, lse)
 
 
 @torch.library.custom_op("transfusion_fast::tiled_attention_backward", mutates_args=())
@@ -105,7 +103,7 @@ def _backward(
         for gradients, gradient in zip(found, (dq, *grouped), strict=True):
             gradients.append(gradient)
     queries, keys = [batch.queries for batch in batches], [batch.keys for batch in batches]
-    outs = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    outs = (x.new_empty(x.shape) for x in (q, k, v))
     dq, dk, dv = (_scatter(*args) for args in zip((queries, keys, keys), found, outs, strict=True))
     return dq, dk, dv
 
@@ -181,7 +179,7 @@ def _short_gradients(
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the rows of tiles [B, H, L, ..] without copying a single one."""
+    """Concatenate the rows of tiles [B, H, L, ..]; a single tile is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=2)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def is_half(x: Tensor) -> bool:
 
 
 class Spans(NamedTuple):
-    """What a plan depends on: document offsets, noised copies, and where the first interval of each row ends."""
+    """The documents, the noised copies and the ends of the first intervals, on which a plan depends."""
 
     offsets: np.ndarray
     copies: np.ndarray
@@ -166,8 +166,9 @@ def _rows(positions: np.ndarray, own: np.ndarray, device: torch.device, repeated
 
 
 def _document_batches(
-    offsets: np.ndarray, copies: np.ndarray, key_end: np.ndarray, short: int, alignment: int, max_rows: int, device: Any
-) -> Iterator[Batch]:
+    offsets: np.ndarray, copies: np.ndarray, key_end: np.ndarray,
+    short: int, alignment: int, max_rows: int, device: torch.device,
+) -> Iterator[Batch]:  # fmt: skip
     """Yield the batches of documents without their copies."""
     has_image = np.zeros(len(offsets) - 1, dtype=bool)
     has_image[documents_of(np.flatnonzero(key_end > np.arange(len(key_end)) + 1), offsets)] = True
@@ -187,7 +188,7 @@ def _document_batches(
 
 
 def _copy_batches(
-    offsets: np.ndarray, copies: np.ndarray, short: int, alignment: int, max_rows: int, device: Any
+    offsets: np.ndarray, copies: np.ndarray, short: int, alignment: int, max_rows: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield the batches of copies. The keys of a copy are its own, [0, N), and behind them those of its context."""
     starts = offsets[documents_of(copies[:, 0], offsets)]

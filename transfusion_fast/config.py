@@ -154,8 +154,9 @@ class ModelConfig(_Settings):
     """Values C of a patch, for each modality; a number means one modality, [] means text alone. Training reads it from
     the data if it is not given."""
     channel_first: bool | None = None
-    """Whether images in Python have the axes [C, rows, columns]; default: [rows, columns, C], but training refuses a
-    shape that could be either. Packs do not depend on it."""
+    """Order of the axes of images given to the model from Python: true is [C, rows, columns], false is
+    [rows, columns, C]. If it is not given, the order is [rows, columns, C], and training refuses an image whose shape
+    fits both. Data folders do not depend on it."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A model size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()

@@ -24,6 +24,6 @@ def test_gradients_are_the_mean_of_the_ranks(results: dict, kind: str, most: flo
 
 def test_timesteps_in_half_precision_are_refused(results: dict) -> None:
     assert results["fsdp in bf16 with inputs cast"] == (
-        "timesteps must be fp32, got torch.bfloat16, which cannot hold them; do not convert the batch, "
-        "which FSDP2 does without MixedPrecisionPolicy(cast_forward_inputs=False)"
+        "timesteps must be fp32, got torch.bfloat16, which rounds them; keep the batch in fp32, "
+        "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
     )

@@ -163,8 +163,8 @@ class Transfusion(nn.Module):
         for images in batch.modalities:
             if images.timesteps.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
-                    f"timesteps must be fp32, got {images.timesteps.dtype}, which cannot hold them; do not convert the "
-                    "batch, which FSDP2 does without MixedPrecisionPolicy(cast_forward_inputs=False)"
+                    f"timesteps must be fp32, got {images.timesteps.dtype}, which rounds them; keep the batch in fp32, "
+                    "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
                 )
         x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
         hidden = self.hidden(batch, x_t)

@@ -90,7 +90,7 @@ class SliceWeights:
 
     @property
     def averaged(self) -> bool:
-        """Whether these weights are the exponential moving average (EMA)."""
+        """True for the exponential moving average of the weights, False for those of the last step."""
         return self.kind == EMA
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> Tensor:
