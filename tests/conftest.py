@@ -1,4 +1,5 @@
-"""Shared set-up: one thread, so that sums round alike; the same examples in every run; and a way to run commands."""
+"""Shared set-up: one thread, so that sums round alike; the same examples and random numbers in every run; and a way to
+run commands."""
 
 import os
 import runpy
@@ -14,10 +15,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def random_numbers():
+    """Let tests that give no generator draw the same numbers in every run, whichever tests run before them."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
