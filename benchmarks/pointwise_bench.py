@@ -142,7 +142,7 @@ def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
         if not flow:
             return ops.diffusion_mse(p, eps, offsets, backend=backend)
         precise = [x.to(torch.promote_types(p.dtype, x.dtype)) for x in (x_0, eps)]
-        return ops.diffusion_mse_from_noise(p, *precise, offsets, "flow", backend=backend)
+        return ops.diffusion_mse_from_noise(p, *precise, offsets, backend=backend)
 
     def plain(p: Tensor) -> Tensor:
         squared = (p.float() - (eps - x_0 if flow else eps)).square().mean(dim=-1)

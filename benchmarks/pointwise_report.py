@@ -24,7 +24,8 @@ HEADS = ((16, 16, 64), (16, 4, 128))  # H, G, D
 PASSES = ("forward", "backward")
 OFFSETS, C = range(0, 64 * 256 + 1, 256), 32  # 64 images of 256 patches: 2 x 2 pixels of 8 latent channels
 # Triton's types of tensors whose dtype is always the same.
-TYPES = {"offsets_ptr": "*i32", **dict.fromkeys(("cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr"), "*fp32")}
+FP32 = ("cos_ptr", "sin_ptr", "sums_ptr", "loss_ptr", "dloss_ptr", "coefficients_ptr")
+TYPES = {"offsets_ptr": "*i32", **dict.fromkeys(FP32, "*fp32")}
 
 
 class Moved(NamedTuple):
@@ -87,11 +88,14 @@ def rope_bytes(T: int, H: int, G: int, D: int, itemsize: int, norm: bool, backwa
     return found
 
 
-def mse_bytes(kernel: str, offsets: Sequence[int], C: int, itemsize: int, targets: Mapping[str, int]) -> list[Moved]:
+def mse_bytes(
+    kernel: str, offsets: Sequence[int], C: int, itemsize: int, targets: Mapping[str, int], coefficients: bool = False
+) -> list[Moved]:
     """Return the bytes of the kernel "forward", "mean" or "backward" of the diffusion error.
 
     Args:
         targets: the tensors that the target is made of, and the bytes of their numbers.
+        coefficients: two of each image make the target.
     """
     images, (live, bounds) = len(offsets) - 1, _programs(offsets, C)
     sums = Moved("sums_ptr", 0, 4 * live, 4 * live)
@@ -101,8 +105,11 @@ def mse_bytes(kernel: str, offsets: Sequence[int], C: int, itemsize: int, target
     outputs = ("dprediction_ptr",) if kernel == "backward" else ()
     itemsizes = dict.fromkeys(("prediction_ptr", *outputs), itemsize) | dict(targets)
     patches = once_each({name: offsets[-1] * C * size for name, size in itemsizes.items()})
-    dloss = Moved("dloss_ptr", 4 * images, 4 * sum(b > a for a, b in pairwise(offsets)), 4 * live)
-    return [*patches, bounds, dloss if kernel == "backward" else sums]
+    used = sum(b > a for a, b in pairwise(offsets))
+    small = [Moved("dloss_ptr", 4 * images, 4 * used, 4 * live)] if kernel == "backward" else [sums]
+    if coefficients:
+        small.append(Moved("coefficients_ptr", 8 * images, 8 * used, 8 * live))
+    return [*patches, bounds, *small]
 
 
 def _programs(offsets: Sequence[int], C: int) -> tuple[int, Moved]:
@@ -155,7 +162,7 @@ def cases(itemsize: int) -> dict[str, Case]:
     found["rms_norm backward without residual"] = _norm(itemsize, "backward", 1024, residual=False)
     for kernel, layout in product(PASSES, ("two tensors", "halves of one", "odd length")):
         found[f"swiglu {kernel}, {layout}"] = _swiglu(itemsize, kernel, layout)
-    for kernel, target in product(PASSES, ("", " with x_0", " with x_0 in fp32")):
+    for kernel, target in product(PASSES, ("", " with x_0", " with x_0 in fp32", " with coefficients")):
         found[f"diffusion_mse {kernel}{target}"] = _mse(itemsize, kernel, target)
     return found | {"diffusion_mse mean": _mse(itemsize, "mean", "")}
 
@@ -189,16 +196,21 @@ def _swiglu(itemsize: int, kernel: str, layout: str) -> Case:
 
 
 def _mse(itemsize: int, kernel: str, target: str) -> Case:
-    """Return the case of a target that is a tensor, or is made from noise and x_0 in the prediction's dtype or fp32."""
+    """Return the case of a target that is a tensor, or is made from noise and x_0 in the prediction's dtype or fp32.
+
+    With coefficients, noise and x_0 are in the prediction's dtype.
+    """
     names = ("target_ptr", "x_0_ptr") if target else ("target_ptr",)
     types = TYPES | dict.fromkeys(names, "*fp32") if "fp32" in target else TYPES
     targets = dict.fromkeys(names, 4 if "fp32" in target else itemsize)
-    moved = {name: mse_bytes(name, OFFSETS, C, itemsize, targets) for name in ("forward", "mean", "backward")}
+    made = target == " with coefficients"
+    moved = {name: mse_bytes(name, OFFSETS, C, itemsize, targets, made) for name in ("forward", "mean", "backward")}
     rest = {"forward": moved["mean"], "mean": moved["forward"]}.get(kernel, ())
     function = getattr(diffusion_mse, f"diffusion_mse_{kernel}_kernel")
     sizes, options = diffusion_mse.constants(kernel, C)
     # Contiguous rows are launched without a stride.
-    unused = [name for name in function.arg_names if name.startswith("stride") or name in {"x_0_ptr"} - set(names)]
+    absent = {"x_0_ptr": not target, "coefficients_ptr": not made}
+    unused = [name for name in function.arg_names if name.startswith("stride") or absent.get(name)]
     shape = f"N={len(OFFSETS) - 1} P={OFFSETS[-1]} C={C}"
     return Case(shape, function, sizes | dict.fromkeys(unused), options, moved[kernel], rest, types)
 

@@ -3,9 +3,9 @@
     L_n = sum over the patches p of image n, and their C values, of (prediction - target)^2 / (C |n|)
     dprediction_p = dL_n 2 (prediction - target) / (C |n|)
 
-The target is the noise eps for noise prediction (DDPM, arXiv 2006.11239, equation 14), or eps - x_0 for flow matching
-(arXiv 2210.02747), which is computed in registers from eps and the clean latents x_0. Neither depends on the timestep.
-Arithmetic is in fp32. Only the inputs are saved for backward.
+The target is a tensor, such as the noise eps (DDPM, arXiv 2006.11239, equation 14). Or it is computed in registers from
+eps and the clean latents x_0: as eps - x_0 for flow matching (arXiv 2210.02747), or as a_n x_0 + b_n eps, with two
+coefficients of each image that depend on its timestep. Arithmetic is in fp32. Only the inputs are saved for backward.
 
 Loads and stores are 16 bytes wide if a patch is a multiple of 16 bytes, and narrower otherwise, since an image may then
 start at any address.
@@ -85,7 +85,8 @@ def _load(ptrs, mask):
 
 @triton.jit
 def _difference(
-    prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
+    prediction_ptr, target_ptr, x_0_ptr, coefficients_ptr, image, first, last,
+    stride_prediction, stride_target, stride_x_0, start,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Return prediction - target of a tile, zero outside its mask, and the mask."""
@@ -93,24 +94,30 @@ def _difference(
     prediction = _load(_pointers(prediction_ptr, first, stride_prediction, start, C, BLOCK_P, BLOCK_C), mask)
     target = _load(_pointers(target_ptr, first, stride_target, start, C, BLOCK_P, BLOCK_C), mask)
     if x_0_ptr is not None:
-        target -= _load(_pointers(x_0_ptr, first, stride_x_0, start, C, BLOCK_P, BLOCK_C), mask)
+        x_0 = _load(_pointers(x_0_ptr, first, stride_x_0, start, C, BLOCK_P, BLOCK_C), mask)
+        if coefficients_ptr is None:
+            target -= x_0
+        else:
+            coefficients_ptr += 2 * image
+            target = tl.load(coefficients_ptr) * x_0 + tl.load(coefficients_ptr + 1) * target
     return prediction - target, mask
 
 
 @triton.jit(do_not_specialize=["N", "P"])
 def diffusion_mse_forward_kernel(
-    prediction_ptr, target_ptr, x_0_ptr, offsets_ptr, sums_ptr, N, P, stride_prediction, stride_target, stride_x_0,
+    prediction_ptr, target_ptr, x_0_ptr, coefficients_ptr, offsets_ptr, sums_ptr, N, P,
+    stride_prediction, stride_target, stride_x_0,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of the squared errors of one piece."""
-    _image, first, last, _patches = _bounds(offsets_ptr, N, P, BLOCK_P)
+    image, first, last, _patches = _bounds(offsets_ptr, N, P, BLOCK_P)
     if first >= last:
         return
     total = 0.0
     for start in tl.range(0, C, BLOCK_C):
         difference, _mask_of_tile = _difference(
-            prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
-            C, BLOCK_P, BLOCK_C,
+            prediction_ptr, target_ptr, x_0_ptr, coefficients_ptr, image, first, last,
+            stride_prediction, stride_target, stride_x_0, start, C, BLOCK_P, BLOCK_C,
         )  # fmt: skip
         total += tl.sum(tl.sum(difference * difference, 1), 0)
     tl.store(sums_ptr + tl.program_id(0), total)
@@ -135,7 +142,7 @@ def diffusion_mse_mean_kernel(
 
 @triton.jit(do_not_specialize=["N", "P"])
 def diffusion_mse_backward_kernel(
-    dloss_ptr, prediction_ptr, target_ptr, x_0_ptr, offsets_ptr, dprediction_ptr, N, P,
+    dloss_ptr, prediction_ptr, target_ptr, x_0_ptr, coefficients_ptr, offsets_ptr, dprediction_ptr, N, P,
     stride_prediction, stride_target, stride_x_0,
     C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -146,20 +153,28 @@ def diffusion_mse_backward_kernel(
     scale = tl.load(dloss_ptr + image) * (2.0 / (patches.to(tl.float32) * C))
     for start in tl.range(0, C, BLOCK_C):
         difference, mask = _difference(
-            prediction_ptr, target_ptr, x_0_ptr, first, last, stride_prediction, stride_target, stride_x_0, start,
-            C, BLOCK_P, BLOCK_C,
+            prediction_ptr, target_ptr, x_0_ptr, coefficients_ptr, image, first, last,
+            stride_prediction, stride_target, stride_x_0, start, C, BLOCK_P, BLOCK_C,
         )  # fmt: skip
         ptrs = _pointers(dprediction_ptr, first, None, start, C, BLOCK_P, BLOCK_C)
         tl.store(ptrs, (difference * scale).to(dprediction_ptr.dtype.element_ty), mask=mask)
 
 
-def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None = None) -> Tensor:
+def diffusion_mse(
+    prediction: Tensor,
+    target: Tensor,
+    image_offsets: Tensor,
+    x_0: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Tensor:
     """Compute the mean squared error of each image, differentiable in `prediction`, `target` and `x_0`.
 
     Args:
         prediction, target: [P, C], fp16, bf16 or fp32, with rows of any stride.
         image_offsets: int32 [N + 1], ascending from 0 to P; image n is the patches [offsets[n], offsets[n + 1]).
-        x_0: [P, C]; if given, the target is `target - x_0`.
+        x_0: [P, C]; if given, the target is `target - x_0`, or with coefficients (a_n, b_n) of image n
+            `a_n x_0 + b_n target`.
+        coefficients: fp32 [N, 2], contiguous.
 
     Returns:
         fp32 [N].
@@ -168,11 +183,13 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0
         ValueError: The kernels do not support the device or a dtype.
     """
     check_inputs("diffusion_mse", prediction=prediction, target=target, x_0=x_0)
-    return _forward(prediction, target, image_offsets, x_0)
+    return _forward(prediction, target, image_offsets, x_0, coefficients)
 
 
 @torch.library.custom_op("transfusion_fast::diffusion_mse", mutates_args=())
-def _forward(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+def _forward(
+    prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None, coefficients: Tensor | None
+) -> Tensor:
     P, C = prediction.shape
     N = len(image_offsets) - 1
     loss, sums = (torch.empty(n, dtype=torch.float32, device=prediction.device) for n in (N, _pieces(N, P, C)))
@@ -180,14 +197,23 @@ def _forward(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Ten
         tensors, strides = _rows(prediction, target, x_0)
         sizes, options = constants("forward", C)
         with on_device(prediction):
-            diffusion_mse_forward_kernel[sums.shape](*tensors, image_offsets, sums, N, P, *strides, **sizes, **options)
+            diffusion_mse_forward_kernel[sums.shape](
+                *tensors, coefficients, image_offsets, sums, N, P, *strides, **sizes, **options
+            )
             sizes, options = constants("mean", C)
             diffusion_mse_mean_kernel[(N,)](sums, image_offsets, loss, **sizes, **options)
     return loss
 
 
 @torch.library.custom_op("transfusion_fast::diffusion_mse_backward", mutates_args=())
-def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
+def _backward(
+    dloss: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    image_offsets: Tensor,
+    x_0: Tensor | None,
+    coefficients: Tensor | None,
+) -> Tensor:
     """Return dprediction, contiguous."""
     P, C = prediction.shape
     N = len(image_offsets) - 1
@@ -197,7 +223,16 @@ def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, image_offsets: 
         sizes, options = constants("backward", C)
         with on_device(prediction):
             diffusion_mse_backward_kernel[(_pieces(N, P, C),)](
-                dloss.contiguous(), *tensors, image_offsets, dprediction, N, P, *strides, **sizes, **options
+                dloss.contiguous(),
+                *tensors,
+                coefficients,
+                image_offsets,
+                dprediction,
+                N,
+                P,
+                *strides,
+                **sizes,
+                **options,
             )
     return dprediction
 
@@ -211,16 +246,22 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    prediction, target, image_offsets, x_0 = ctx.saved_tensors
-    _, needs_target, _, needs_x_0 = ctx.needs_input_grad
-    # Training differentiates only the prediction. The other gradients are its negative and itself, before rounding.
+    prediction, target, image_offsets, x_0, coefficients = ctx.saved_tensors
+    _, needs_target, _, needs_x_0, _ = ctx.needs_input_grad
+    # Training differentiates only the prediction. The other gradients are multiples of its own, before rounding.
     exact = prediction.float() if needs_target or needs_x_0 else prediction
-    gradient = _backward(dloss, exact, target, image_offsets, x_0)
+    gradient = _backward(dloss, exact, target, image_offsets, x_0, coefficients)
+    of_x_0, of_target = gradient, -gradient
+    if coefficients is not None and (needs_target or needs_x_0):
+        lengths = image_offsets.diff()
+        a, b = coefficients.repeat_interleave(lengths, dim=0, output_size=len(gradient)).split(1, dim=1)
+        of_x_0, of_target = -a * gradient, -b * gradient
     return (
         gradient.to(prediction.dtype),
-        -gradient.to(target.dtype) if needs_target else None,
+        of_target.to(target.dtype) if needs_target else None,
         None,
-        gradient.to(x_0.dtype, copy=True) if needs_x_0 else None,
+        of_x_0.to(x_0.dtype, copy=True) if needs_x_0 else None,
+        None,
     )
 
 

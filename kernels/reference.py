@@ -115,11 +115,22 @@ def mean_of_images(x: Tensor, image_offsets: Tensor) -> Tensor:
 
 
 def diffusion_mse_from_noise(
-    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, objective: str
+    prediction: Tensor, x_0: Tensor, eps: Tensor, image_offsets: Tensor, coefficients: Tensor | None = None
 ) -> Tensor:
-    """Compute `diffusion_mse` against the target of an objective: eps for "ddpm", eps - x_0 for "flow"; all [P, C]."""
-    target = {"ddpm": eps, "flow": _fp32(eps) - _fp32(x_0)}[objective]
+    """Compute `diffusion_mse` against eps - x_0, or against a_n x_0 + b_n eps with coefficients [N, 2]."""
+    target = target_from_noise(x_0, eps, per_patch(coefficients, image_offsets, len(eps)))
     return diffusion_mse(prediction, target, image_offsets)
+
+
+def target_from_noise(x_0: Tensor, eps: Tensor, coefficients: Tensor | None) -> Tensor:
+    """Return eps - x_0, or a x_0 + b eps with the coefficients [P, 2] of patches; never in half precision."""
+    x_0, eps = _fp32(x_0), _fp32(eps)
+    return eps - x_0 if coefficients is None else coefficients[:, :1] * x_0 + coefficients[:, 1:] * eps
+
+
+def per_patch(x: Tensor | None, image_offsets: Tensor, patches: int) -> Tensor | None:
+    """Repeat the row of each image for its patches, [N, ..] -> [P, ..]."""
+    return x if x is None else x.repeat_interleave(image_offsets.diff(), dim=0, output_size=patches)
 
 
 def _fp32(x: Tensor) -> Tensor:

@@ -121,26 +121,35 @@ def swiglu_case(shape, dtype=torch.float32, fused=False, device="cpu"):
     )
 
 
-def mse_case(images, dtype=torch.float32, flow=True, device="cpu"):
-    """With `flow`, the tensors are the prediction, the noise and the clean latents."""
+def mse_case(images, dtype=torch.float32, flow=True, device="cpu", coefficients=False):
+    """With `flow`, the tensors are the prediction, the noise and the clean latents, of which `coefficients` of each
+    image, if asked for, make the target."""
     lengths, C = images
     names = ("prediction", "target", "x_0") if flow else ("prediction", "target")
     offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
     tensors = draw(dict.fromkeys(names, (sum(lengths), C)), dtype, device)
+    made = list(draw({"of an image": (len(lengths), 2)}, torch.float32, device).values()) if coefficients else []
 
     def kernel(prediction, target, x_0=None):
         if x_0 is None:
             return ops.diffusion_mse(prediction, target, offsets, backend="triton")
-        return ops.diffusion_mse_from_noise(prediction, x_0, target, offsets, "flow", backend="triton")
+        return ops.diffusion_mse_from_noise(prediction, x_0, target, offsets, *made, backend="triton")
 
     def specified(prediction, target, x_0=None):
-        return reference.diffusion_mse(prediction, target if x_0 is None else target - x_0, offsets)
+        if x_0 is None:
+            return reference.diffusion_mse(prediction, target, offsets)
+        return reference.diffusion_mse_from_noise(prediction, x_0, target, offsets, *(x.to(x_0) for x in made))
 
     def plain(prediction, target, x_0=None):
-        squared = (prediction - (target if x_0 is None else target - x_0)).square().mean(dim=-1)
-        return torch.segment_reduce(squared.float(), "mean", offsets=offsets)
+        if made:
+            a, b = made[0].to(target)[images_of_patches].unbind(dim=1)
+            target = a[:, None] * x_0 + b[:, None] * target
+        elif x_0 is not None:
+            target = target - x_0
+        return torch.segment_reduce((prediction - target).square().mean(dim=-1).float(), "mean", offsets=offsets)
 
-    return Case(kernel, specified, plain, tensors, [*tensors.values(), offsets])
+    images_of_patches = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=int)).to(device)
+    return Case(kernel, specified, plain, tensors, [*tensors.values(), *made, offsets])
 
 
 def draw(shapes, dtype, device):
@@ -157,6 +166,7 @@ CASES = {
     "swiglu of one projection": partial(swiglu_case, (3, 5, 37), fused=True),
     "error of a target": partial(mse_case, ([127, 130, 1, 3], 16), flow=False),
     "error from noise": partial(mse_case, ([20, 1, 9], 5)),
+    "error by coefficients": partial(mse_case, ([20, 1, 9], 5), coefficients=True),
 }
 MODULES = (rope, rms_norm, swiglu, diffusion_mse)
 KERNELS = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]

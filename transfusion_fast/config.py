@@ -7,54 +7,32 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-try:
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-except ModuleNotFoundError as error:
-    if error.name != "pydantic":  # a broken installation
-        raise
-    from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
+from transfusion_fast.diffusion_config import DiffusionConfig
+from transfusion_fast.settings import (
+    AfterValidator,
+    BeforeValidator,
+    Beta,
+    Count,
+    Discriminator,
+    Field,
+    Integer,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Settings,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _no_false(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads off as false
 
 
-Integer = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Positive = Annotated[Integer, Field(gt=0)]
-Count = Annotated[Integer, Field(ge=0)]
-PositiveFloat = Annotated[Number, Field(gt=0)]
-NonNegativeFloat = Annotated[Number, Field(ge=0)]
-Probability = Annotated[Number, Field(ge=0, le=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
 Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
@@ -79,11 +57,7 @@ PROB_UNCOND = 0.1
 """Default for the probability that an image is trained without what precedes it."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TransformerConfig(_Settings):
+class TransformerConfig(Settings):
     """A stack of blocks as in Llama: RMSNorm, rotary embedding, SwiGLU."""
 
     dim: Positive = 512
@@ -145,7 +119,7 @@ FROM_DATA = ("num_text_tokens", "dim_latent")
 """Settings of the model that training reads from the data if they are not given."""
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """The model: what its weights depend on, and its losses."""
 
     num_text_tokens: Positive = 256
@@ -165,8 +139,8 @@ class ModelConfig(_Settings):
     """Layers between patches and the transformer: one linear layer in each direction."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
     """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
-    objective: Literal["ddpm", "flow"] = "ddpm"
-    """Noise prediction on the cosine schedule (the paper), or flow matching."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Noise, prediction and loss of images."""
     diffusion_weight: NonNegativeFloat = 5.0
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
@@ -195,7 +169,7 @@ class ModelConfig(_Settings):
         return {**values, "transformer": transformer}
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """The location of the packs, and how they are laid out."""
 
     path: Folders = "data/digits/train"
@@ -230,7 +204,7 @@ class DataConfig(_Settings):
         return {self.path: 1.0} if isinstance(self.path, str) else self.path
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
     """The optimizer, and its learning rate: linear warm-up, then a schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -272,7 +246,7 @@ class OptimizerConfig(_Settings):
         return 0.0 if self.name == "muon" else self.clip or 1.0
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """The run."""
 
     output: FolderPath = "runs/digits"
@@ -359,7 +333,7 @@ class TrainConfig(_Settings):
         return profile
 
 
-class Config(_Settings):
+class Config(Settings):
     """All settings of train/pretrain.py."""
 
     model: ModelConfig = ModelConfig()

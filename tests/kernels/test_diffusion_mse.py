@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from pointwise_cases import DTYPES, IMAGES, assert_accurate, mse_case, run
 
 from transfusion_fast.kernels import diffusion_mse, launch
-from transfusion_fast.model import ops
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"),
@@ -19,9 +18,11 @@ SHARED = IMAGES["pieces that images share"]
 
 
 @pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("flow", [False, True], ids=["target", "noise and latents"])
-def test_errors_and_gradients_are_those_of_the_reference(images, flow):
-    assert_accurate(mse_case(images, flow=flow))
+@pytest.mark.parametrize(
+    "target", [{"flow": False}, {}, {"coefficients": True}], ids=["tensor", "velocity", "combination"]
+)
+def test_errors_and_gradients_are_those_of_the_reference(images, target):
+    assert_accurate(mse_case(images, **target))
 
 
 @given(st.lists(st.integers(1, 14), max_size=8), st.sampled_from([512, 700]))
@@ -60,14 +61,6 @@ def test_squares_beyond_fp16_are_exact_where_fp32_is(dtype):
     torch.testing.assert_close(results["output 0"], torch.full((2,), difference**2), rtol=1e-6, atol=0)
     gradients = (2 * difference / torch.tensor([4, 20, 20, 20, 20, 20]))[:, None].expand(6, 4).to(dtype)
     torch.testing.assert_close(results["gradient of prediction"], gradients, rtol=1e-3, atol=0)
-
-
-def test_the_error_of_an_objective_is_the_error_against_its_target():
-    case = mse_case(SMALL)
-    (prediction, eps, x_0), offsets = case.tensors.values(), case.saved[-1]
-    for objective, target in (("ddpm", eps), ("flow", eps - x_0)):
-        got = ops.diffusion_mse_from_noise(prediction, x_0, eps, offsets, objective, backend="triton")
-        assert torch.equal(got, ops.diffusion_mse(prediction, target, offsets, backend="triton"))
 
 
 def test_an_infinite_error_is_infinite_and_its_neighbours_are_not():

@@ -9,7 +9,6 @@ from small_models import seeded
 from transfusion_fast.kernels import launch, reference
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
-from transfusion_fast.model.diffusion import OBJECTIVES
 from transfusion_fast.model.ops import IMPLEMENTATIONS
 
 LAYOUT = AttentionLayout.from_spans([4], [(1, 2)], total_length=6)
@@ -29,7 +28,7 @@ CALLS = {
     "rms_norm": (X, torch.rand(8, generator=seeded(9)), 1e-5),
     "swiglu": (Z, Z.flip(0)),
     "diffusion_mse": (P, X[:, 1], OFFSETS),
-    "diffusion_mse_from_noise": (P, X[:, 1], Y[:, 2], OFFSETS, "flow"),
+    "diffusion_mse_from_noise": (P, X[:, 1], Y[:, 2], OFFSETS),
 }
 each_op = pytest.mark.parametrize("op", CALLS)
 
@@ -122,8 +121,20 @@ REFUSED = [
     ("diffusion_mse", (P, P, OFFSETS[1:]), {}, r"ascend from 0 to P=6, .*got \[2, 6\]"),
     ("diffusion_mse", (P, P, OFFSETS[:2]), {}, r"ascend from 0 to P=6, .*got \[0, 2\]"),
     ("diffusion_mse", (P, P, OFFSETS[[0, 1, 1, 2]]), {}, r"no image empty, got \[0, 2, 2, 6\]"),
-    ("diffusion_mse_from_noise", (P, P, P[:3], OFFSETS, "ddpm"), {}, r"eps must be \[6, 8\]"),
-    ("diffusion_mse_from_noise", (P, P, P, OFFSETS, "v"), {}, "objective must be .*ddpm.*flow.*got 'v'"),
+    ("diffusion_mse_from_noise", (P, P, P[:3], OFFSETS), {}, r"eps must be \[6, 8\]"),
+    (
+        "diffusion_mse_from_noise",
+        (P, P, P, OFFSETS, torch.ones(3, 2)),
+        {},
+        r"fp32 \[2, 2\] on cpu, .*got .* \[3, 2\] on",
+    ),
+    ("diffusion_mse_from_noise", (P, P, P, OFFSETS, META[:2, 0, :2]), {}, r"coefficients must be .* on cpu.* on meta"),
+    (
+        "diffusion_mse_from_noise",
+        (P, P, P, OFFSETS, torch.ones(2, 2).double()),
+        {},
+        r"must be fp32.* got torch.float64",
+    ),
 ]
 
 
@@ -133,18 +144,23 @@ def test_what_does_not_fit_is_refused_with_argument_rule_and_value(op, args, opt
         getattr(ops, op)(*args, **options)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_error_formed_from_noise_is_that_against_the_objectives_target(objective):
-    target = OBJECTIVES[objective].target(X[:, 0], X[:, 1], torch.tensor(3.0))
-    got = ops.diffusion_mse_from_noise(Y[:, 0], X[:, 0], X[:, 1], OFFSETS, objective)
-    assert torch.equal(got, ops.diffusion_mse(Y[:, 0], target, OFFSETS))
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_the_error_formed_from_noise_is_that_against_the_combination_of_noise_and_latents(backend, tolerance):
+    prediction, x_0, eps = Y[:, 0], X[:, 0], X[:, 1]
+    got = ops.diffusion_mse_from_noise(prediction, x_0, eps, OFFSETS, backend=backend)
+    assert torch.equal(got, ops.diffusion_mse(prediction, eps - x_0, OFFSETS, backend=backend))
+    coefficients = torch.tensor([[0.3, -2.0], [-0.7, 0.1]])
+    a, b = coefficients[[0, 0, 1, 1, 1, 1]].split(1, dim=1)
+    got = ops.diffusion_mse_from_noise(prediction, x_0, eps, OFFSETS, coefficients, backend=backend)
+    expected = ops.diffusion_mse(prediction, a * x_0 + b * eps, OFFSETS, backend=backend)
+    torch.testing.assert_close(got, expected, **tolerance["fp32"])
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_the_flow_target_does_not_overflow_the_half_precision_of_its_parts(backend):
     parts = (torch.full((1, 1), value, dtype=torch.float16) for value in (0.0, -6e4, 6e4))
     offsets = torch.tensor([0, 1], dtype=torch.int32)
-    [error] = ops.diffusion_mse_from_noise(*parts, offsets, "flow", backend=backend)
+    [error] = ops.diffusion_mse_from_noise(*parts, offsets, backend=backend)
     assert error.item() == pytest.approx(120_000.0**2, rel=1e-3)
 
 

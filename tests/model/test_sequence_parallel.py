@@ -16,7 +16,7 @@ from transfusion_fast.training.ranks import _sequence_group
 GROUPED = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "qk_norm": True}
 CASES: list[dict[str, Any]] = [
     {"transformer": GROUPED, "activation_checkpointing": "selective"},
-    {"transformer": GROUPED, "objective": "flow", "backend": "reference", "tie_embeddings": True},
+    {"transformer": GROUPED, "diffusion": {"process": "flow"}, "backend": "reference", "tie_embeddings": True},
 ]
 
 

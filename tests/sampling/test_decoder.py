@@ -164,7 +164,7 @@ def test_the_unconditional_branch_is_boi_alone(monkeypatch):
 @pytest.mark.parametrize("positions", ["sequential", "axial"])
 def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional(guidance, positions, tolerance):
     """Flow matching in one step: the image is the noise minus the prediction."""
-    model = make(objective="flow", positions=positions)
+    model = make(diffusion={"process": "flow"}, positions=positions)
     x = torch.randn((1, 2, 2, 4), generator=seeded())[0]
     conditional, unconditional = predict(model, [BOS, 1, 2, BOI], x, 1000.0), predict(model, [BOI], x, 1000.0)
     settings = ImageSettings(steps=1, guidance=guidance)
@@ -174,18 +174,18 @@ def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional(gu
     assert (conditional - unconditional).abs().max() > 0.1, "the prompt matters"
 
 
-@pytest.mark.parametrize(("objective", "start"), [("ddpm", 999.0), ("flow", 1000.0)])
+@pytest.mark.parametrize(("process", "start"), [("ddpm", 999.0), ("flow", 1000.0)])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(objective, start, eta, monkeypatch):
-    model = make(objective=objective)
+def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(process, start, eta, monkeypatch):
+    model = make(diffusion={"process": process})
     calls = spy_on(model, monkeypatch)
     clean = torch.randn(2, 2, 2, 4)
 
     def oracle(hidden, batch, modality):
         x_t, t = calls[-1][1][0].view(clean.shape), float(batch.modalities[0].timesteps[-1])
-        if objective == "flow":
+        if process == "flow":
             return ((x_t - clean) / (t / 1000)).view(8, 4)
-        alpha_bar = model.objective.alpha_bar(t)
+        alpha_bar = model.diffusion.alpha_bar(t)
         return ((x_t - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()).float().view(8, 4)
 
     monkeypatch.setattr(model, "prediction", oracle)
@@ -206,7 +206,7 @@ def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolera
     generate_images(model, [[]], (2, 2), image=settings, generator=seeded())
     generator = seeded()
     start, noise = (torch.randn((1, 2, 2, 4), generator=generator).view(4, 4) for _ in range(2))
-    expected = model.objective.step(start, start / 2, 999.0, 499.5, eta=eta, noise=noise)
+    expected = model.diffusion.step(start, start / 2, 999.0, 499.5, eta=eta, noise=noise)
     torch.testing.assert_close(calls[1][1][0], expected, **tolerance["fp32"])
 
 
@@ -214,10 +214,10 @@ FIRST, SECOND, THIRD = (torch.randn(*shape, generator=seeded(7)) for shape in ((
 PROMPTS = [[ids(1, 2, 3)], [], [ids(4), FIRST, (1, SECOND), ids(5)], [(1, THIRD)]]
 
 
-@pytest.mark.parametrize(("objective", "modality"), [("ddpm", 0), ("flow", 0), ("flow", 1)])
-def test_images_after_unequal_prompts_are_those_drawn_one_by_one(objective, modality, tolerance):
+@pytest.mark.parametrize(("process", "modality"), [("ddpm", 0), ("flow", 0), ("flow", 1)])
+def test_images_after_unequal_prompts_are_those_drawn_one_by_one(process, modality, tolerance):
     """An image has 16 or 48 values, so that torch draws the same normals for all at once and for one after another."""
-    model, grid = make(objective=objective), [(2, 2), (2, 4)][modality]
+    model, grid = make(diffusion={"process": process}), [(2, 2), (2, 4)][modality]
     settings = ImageSettings(steps=3, guidance=2.0, eta=0.0, clip=1.0)
     at_once = generate_images(model, PROMPTS, grid, modality=modality, image=settings, generator=seeded())
     generator = seeded()

@@ -26,7 +26,7 @@ def model() -> Transfusion:
     """A model that draws black for "a" and white for "b" and "c", and captions black with "a" and white with "b"."""
     torch.manual_seed(0)
     transformer = {"dim": 32, "depth": 1, "heads": 2, "ffn_dim": 32}
-    model = Transfusion(dim_latent=4, transformer=transformer, objective="flow")
+    model = Transfusion(dim_latent=4, transformer=transformer, diffusion={"process": "flow"})
     black, white = pixels_to_latents(np.stack([BLACK, WHITE]), 2)
     pairs = [[ids("a"), black], [ids("b"), white], [ids("c"), white], [black, ids("a")], [white, ids("b")]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -13,6 +13,7 @@ from small_models import small_model
 from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
 from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
+from transfusion_fast.diffusion_config import DiffusionConfig
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Vocabulary
@@ -112,13 +113,15 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
     config = Config(model={"transformer": STACK}, data={"path": str(digits)}, train={"init_from": str(tmp_path)})
     data = open_data(config)
     config = complete_config(config, data)
-    wider = config.model.model_copy(update={"dim_latent": (*config.model.dim_latent, 6), "objective": "flow"})
+    wider = config.model.model_copy(
+        update={"dim_latent": (*config.model.dim_latent, 6), "diffusion": DiffusionConfig(process="flow")}
+    )
     write_weights(tmp_path, ModelWeights(Transfusion(wider)))
     (tmp_path / "config.json").write_text(json.dumps({"model": wider.model_dump(mode="json")}))
     write_data_description(tmp_path, describe_data(data))
     initial = open_initial_weights(config, data, list)
     assert initial is not None and "warning" not in initial.report
-    assert "model.objective flow -> ddpm" in initial.report
+    assert "model.diffusion.process flow -> ddpm" in initial.report
     assert "left out: codecs.1." in initial.report and "codecs.0" not in initial.report
     monkeypatch.setattr(initialize, "_tokenizer", lambda data: {"name": "tokenizer.json"})
     other = open_initial_weights(config, data, list)

@@ -128,7 +128,15 @@ TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.po
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (1, ["model.objective=flow", "model.transformer.kv_heads=1", "model.diffusion_weight=2", "train.zero_stage=1"]),
+        (
+            1,
+            [
+                "model.diffusion.process=flow",
+                "model.transformer.kv_heads=1",
+                "model.diffusion_weight=2",
+                "train.zero_stage=1",
+            ],
+        ),
         (2, [*TIED, "model.activation_checkpointing=selective"]),
         (2, ["train.zero_stage=2", "optimizer.schedule=wsd"]),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
-from transfusion_fast.model.diffusion import Objective
+from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.inputs import draw_timesteps
 from transfusion_fast.model.sequence import (
     PackedBatch,
@@ -63,7 +63,7 @@ class BatchBuilder:
 
     modalities: tuple[ModalityInfo, ...]
     vocabulary: Vocabulary
-    objective: Objective
+    diffusion: Diffusion
     settings: DataConfig
     seed: int
     positions: PositionScheme
@@ -77,7 +77,7 @@ class BatchBuilder:
         tokens = np.concatenate([keyed.pack.tokens for keyed in packs])
         sequence = lay_out(self._segments(rows, drawn), tokens, self.vocabulary)
         uniform = torch.from_numpy(drawn.timestep)
-        timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
+        timesteps = draw_timesteps(sequence, self.vocabulary, self.diffusion, uniform, self.settings.noise_cap)
         sequence = without_context(sequence, drawn.drop < self.settings.prob_uncond, self.vocabulary)
         values = np.concatenate([keyed.pack.latents for keyed in packs])
         values = scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)

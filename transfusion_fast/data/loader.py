@@ -24,7 +24,7 @@ from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Mixture, MixtureReader, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
-from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 from transfusion_fast.model.sequence_parallel import split_batch
 
@@ -238,7 +238,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
     return BatchBuilder(
         modalities=packed.modalities,
         vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
-        objective=OBJECTIVES[config.model.objective],
+        diffusion=Diffusion(config.model.diffusion),
         settings=config.data,
         seed=config.train.seed,
         positions=config.model.positions,

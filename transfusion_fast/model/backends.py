@@ -96,10 +96,10 @@ def _eager_swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
     return F.silu(gate) * up
 
 
-def _squared_error(prediction: Tensor, target: Tensor, x_0: Tensor | None) -> Tensor:
-    """Return the mean of each patch, fp32 [P]."""
+def _squared_error(prediction: Tensor, target: Tensor, x_0: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    """Return the mean of each patch, fp32 [P]; `coefficients` are [P, 2]."""
     if x_0 is not None:
-        target = target.to(torch.promote_types(target.dtype, torch.float32)) - x_0
+        target = reference.target_from_noise(x_0, target, coefficients)
     return reference.squared_error(prediction, target)
 
 
@@ -119,8 +119,11 @@ def _torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     return _compiled_rms_norm(x, weight, eps), x
 
 
-def _torch_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    return reference.mean_of_images(_compiled_squared_error(prediction, target, x_0), image_offsets)
+def _torch_diffusion_mse(
+    prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None, coefficients: Tensor | None
+) -> Tensor:
+    coefficients = reference.per_patch(coefficients, image_offsets, len(prediction))
+    return reference.mean_of_images(_compiled_squared_error(prediction, target, x_0, coefficients), image_offsets)
 
 
 def _reference_rope(
@@ -129,8 +132,11 @@ def _reference_rope(
     return _rope(q, k, *table, q_weight, k_weight)
 
 
-def _reference_diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None) -> Tensor:
-    return reference.mean_of_images(_squared_error(prediction, target, x_0), image_offsets)
+def _reference_diffusion_mse(
+    prediction: Tensor, target: Tensor, image_offsets: Tensor, x_0: Tensor | None, coefficients: Tensor | None
+) -> Tensor:
+    coefficients = reference.per_patch(coefficients, image_offsets, len(prediction))
+    return reference.mean_of_images(_squared_error(prediction, target, x_0, coefficients), image_offsets)
 
 
 def _triton_attention(*args: Any) -> Tensor:

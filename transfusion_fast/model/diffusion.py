@@ -1,62 +1,199 @@
-"""The two diffusion objectives: cosine DDPM with noise prediction, and flow matching.
+"""Diffusion of images: how noise is added, what the model predicts, the loss of the prediction, and a sampler's step.
 
-Timesteps are fp32 in (0, 1000] for both objectives: 0 is a clean image, 1000 is noise. An objective defines how a
-uniform number becomes a timestep, how noise is added, what the model predicts, and how a sampler takes one step towards
-the clean image. A new schedule or objective is a class beside these, with a name in `OBJECTIVES`. Symbols as in the
-papers: x_0 clean, x_t noisy, eps noise, t timestep.
+Timesteps t are fp32 in (0, T], T = 1000: 0 is a clean image, T is noise. With x_0 clean, eps standard normal noise and
+two levels alpha and sigma, which depend on t,
+
+    x_t = alpha x_0 + sigma eps
+    ddpm: alpha^2 = alpha_bar(t), sigma^2 = 1 - alpha_bar(t)                               arXiv 2006.11239, equation 4
+    flow: alpha = 1 - t / T, sigma = t / T                                                 arXiv 2210.02747, 2403.03206
+
+Every prediction is a x_0 + b eps:
+
+    eps                            arXiv 2006.11239, equation 14
+    x0        x_0                  arXiv 2511.13720
+    v         alpha eps - sigma x_0                                                        arXiv 2202.00512, section 4
+    velocity  dx_t / dt: eps - x_0 for flow (t from 0 to 1); v for ddpm, the derivative by the angle atan(sigma / alpha)
+
+Given x_t, an error e of x_0 is one of -e alpha / sigma of eps. So with d = b alpha - a sigma, the error of one
+prediction is that of another times the ratio of their d, and the loss in any space is that of the prediction with a
+weight for each image.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from transfusion_fast.diffusion_config import DiffusionConfig
+from transfusion_fast.model import ops
+
 NUM_TIMESTEPS = 1000
+MIN_DIVISOR = 0.05
+"""Least d that the loss of another space divides by (arXiv 2511.13720: t, where x0 is predicted): weights are at most
+400, where they would be infinite at one end of the timesteps."""
+SNR_GAMMA = 5.0
+"""Largest weight of min-SNR in the space of x0 (arXiv 2303.09556)."""
+WIDE_PATCH = 256
+"""Values of a patch above which it is doubtful to predict noise or a velocity: both fail in arXiv 2511.13720 at 768."""
+
+Level = TypeVar("Level", float, Tensor)
 
 
-@dataclass(frozen=True)
-class CosineDDPM:
-    """DDPM (arXiv 2006.11239), cosine schedule (arXiv 2102.09672, equation 17), predicting eps.
+def cosine_alpha_bar(t: Tensor | float, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """Return alpha_bar of the cosine schedule (arXiv 2102.09672, equation 17), fp64.
 
-    t broadcasts against x_0 and eps.
+    It is f(t) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) * pi/2), but at least (1 - max_beta) f(T - 1) / f(0), so
+    that no beta exceeds `max_beta`.
     """
+    t = torch.as_tensor(t, dtype=torch.float64)
+    quarter = math.pi / 2
+    start, last = (math.cos((t / NUM_TIMESTEPS + s) / (1 + s) * quarter) ** 2 for t in (0, NUM_TIMESTEPS - 1))
+    angle = (t / NUM_TIMESTEPS + s) / (1 + s) * quarter
+    return (torch.cos(angle).square() / start).clamp_min(last / start * (1 - max_beta))
 
-    s: float = 0.008
-    max_beta: float = 0.999
 
-    def alpha_bar(self, t: Tensor | float) -> Tensor:
-        """Return the fraction of signal variance at t, fp64.
+def linear_alpha_bar(t: Tensor | float, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Return the product of 1 - beta over the steps up to t, with linear betas (arXiv 2006.11239, section 4), fp64.
 
-        It is f(t) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) * pi/2), but at least
-        (1 - max_beta) f(T - 1) / f(0), so that no beta exceeds `max_beta`.
-        """
-        t = torch.as_tensor(t, dtype=torch.float64)
-        start, last = (math.cos(self._angle(t)) ** 2 for t in (0, NUM_TIMESTEPS - 1))
-        return (torch.cos(self._angle(t)).square() / start).clamp_min(last / start * (1 - self.max_beta))
+    The factors fall by `delta`, so the product is delta^t Gamma(m + 1) / Gamma(m + 1 - t) with m = (1 - first) / delta,
+    which is smooth between whole steps.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64)
+    delta = (last - first) / (NUM_TIMESTEPS - 1)
+    end = (1 - first) / delta + 1
+    return (t * math.log(delta) + math.lgamma(end) - torch.lgamma(end - t)).clamp_max(0).exp()
 
-    def _angle(self, t: Any) -> Any:
-        return (t / NUM_TIMESTEPS + self.s) / (1 + self.s) * (math.pi / 2)
 
-    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Map u in [0, 1) to timesteps that are uniform over the integers from 1 to the cap (at least 1); fp32."""
-        return torch.floor(u.double() * torch.as_tensor(cap, dtype=torch.float64).floor()).float() + 1
+SCHEDULES: dict[str, Callable[..., Tensor]] = {"cosine": cosine_alpha_bar, "linear": linear_alpha_bar}
+
+
+class Diffusion:
+    """The diffusion that settings describe; a value without parameters, which data workers use too."""
+
+    def __init__(self, config: DiffusionConfig):
+        self.config, self.is_flow = config, config.process == "flow"
+        self.alpha_bar = SCHEDULES[config.schedule or "cosine"]
+        self.prediction = config.prediction or ("velocity" if self.is_flow else "eps")
+        self.loss_space = config.loss or self.prediction
+        self.distribution = config.timesteps or ("logit_normal" if self.is_flow else "uniform")
+
+    def warn_of_wide_patches(self, widths: Sequence[int]) -> None:
+        """Warn where a prediction holds the noise of so many values that a model can hardly pass it on."""
+        if self.prediction != "x0" and max(widths, default=0) > WIDE_PATCH:
+            warnings.warn(
+                f"{self.prediction} should be predicted for patches of at most {WIDE_PATCH} values, got {max(widths)}; "
+                "set model.diffusion.prediction=x0 and model.diffusion.loss=velocity, or make patches smaller",
+                stacklevel=3,
+            )
+
+    def variances(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return alpha^2 and sigma^2 at t, fp64."""
+        if self.is_flow:
+            fraction = torch.as_tensor(t, dtype=torch.float64) / NUM_TIMESTEPS
+            return (1 - fraction).square(), fraction.square()
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar, 1 - alpha_bar
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (arXiv 2006.11239, equation 4)."""
-        alpha_bar = self.alpha_bar(t)
-        return alpha_bar.sqrt().to(x_0.dtype) * x_0 + (1 - alpha_bar).sqrt().to(x_0.dtype) * eps
+        """Return x_t. t broadcasts against x_0 and eps."""
+        if self.is_flow:
+            return torch.lerp(x_0, eps, (t / NUM_TIMESTEPS).to(x_0.dtype).expand_as(x_0))
+        alpha, sigma = (x.sqrt().to(x_0.dtype) for x in self.variances(t))
+        return alpha * x_0 + sigma * eps
 
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return eps, which `ops.diffusion_mse_from_noise` computes for training."""
-        return eps
+    def timesteps(self, u: Tensor, patches: Tensor | int, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
+        """Map u in [0, 1) to timesteps of images of `patches` patches, conditioned on being at most `cap`, fp32.
+
+        Those of flow lie in (0, cap]. Those of ddpm are whole steps from 1 to the cap, which must be at least 1.
+        """
+        u, cap, shift = u.double(), torch.as_tensor(cap, dtype=torch.float64), self._shift(patches)
+        cap = cap if self.is_flow else cap.floor()
+        unshifted_cap = _shifted(cap, 1 / shift)
+        if self.distribution == "uniform":
+            t = u * unshifted_cap
+        else:  # arXiv 2403.03206, section 3.1
+            below_cap = torch.special.ndtr(torch.logit(unshifted_cap / NUM_TIMESTEPS))
+            t = torch.sigmoid(torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7) * below_cap)) * NUM_TIMESTEPS
+        t = _shifted(t, shift)
+        if self.is_flow:
+            return torch.minimum(t, cap).float().clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.minimum(t.floor() + 1, cap).float()
+
+    def sampling_timesteps(self, steps: int, patches: int) -> list[float]:
+        """Return the steps + 1 timesteps of a sampler, from the first one to 0, shifted as those of training."""
+        first = self.first_timestep()
+        even = torch.from_numpy(np.linspace(first, 0, steps + 1))
+        return _shifted(even, self._shift(patches), first).tolist()
 
     def first_timestep(self) -> float:
-        """Return T - 1: at T the signal is 2e-9 of the variance, and dividing by its root amplifies every error."""
-        return NUM_TIMESTEPS - 1
+        """Return the timestep where sampling begins: T, or T - 1 where eps is predicted.
+
+        At T a prediction of eps says nothing about x_0: its error is divided by alpha, which is 0 for flow and 5e-5 on
+        the cosine schedule. The other predictions divide by sigma or more, which is 1 there.
+        """
+        return NUM_TIMESTEPS - 1 if self.prediction == "eps" else NUM_TIMESTEPS
+
+    def _shift(self, patches: Tensor | int) -> Tensor:
+        """Return the factor of the shift of images of `patches` patches, fp64 (arXiv 2403.03206, equation 23)."""
+        base, patches = self.config.shift_patches, torch.as_tensor(patches, dtype=torch.float64)
+        return self.config.shift * (torch.ones_like(patches) if base is None else (patches / base).sqrt())
+
+    def losses(
+        self,
+        prediction: Tensor,
+        x_0: Tensor,
+        eps: Tensor,
+        timesteps: Tensor,
+        image_offsets: Tensor,
+        backend: ops.Backend = "auto",
+    ) -> Tensor:
+        """Return the loss of each image, fp32 [N], from [P, C] and timesteps [N]: its mean squared error, weighted."""
+        if self.prediction in ("eps", "x0"):
+            target = eps if self.prediction == "eps" else x_0
+            errors = ops.diffusion_mse(prediction, target, image_offsets, backend=backend)
+        else:
+            coefficients = None  # eps - x_0
+            if not (self.is_flow and self.prediction == "velocity"):
+                alpha, sigma = (x.sqrt() for x in self.variances(timesteps))
+                coefficients = torch.stack(self._coefficients(self.prediction, alpha, sigma), dim=1).float()
+            errors = ops.diffusion_mse_from_noise(prediction, x_0, eps, image_offsets, coefficients, backend=backend)
+        weights = self.weights(timesteps)
+        return errors if weights is None else errors * weights
+
+    def weights(self, t: Tensor) -> Tensor | None:
+        """Return the weight of the squared error of the prediction at each timestep, fp32; None where all are 1.
+
+        It is (d of the loss / d of the prediction)^2. With min-SNR it is (d of x0 / d of the prediction)^2 times
+        min(SNR, gamma), the weight of an error of x_0, and the space of the loss does not matter.
+        """
+        if self.config.weighting == "min_snr":
+            # Away from 0, where quotients of levels would be 0 / 0 instead of their limits.
+            alpha, sigma = (x.sqrt().clamp_min(1e-6) for x in self.variances(t))
+            own = self._scale(self.prediction, alpha, sigma)
+            return (torch.minimum(alpha.square(), SNR_GAMMA * sigma.square()) / own.square()).float()
+        if self.loss_space == self.prediction:
+            return None
+        alpha, sigma = (x.sqrt() for x in self.variances(t))
+        own = self._scale(self.prediction, alpha, sigma).abs().clamp_min(MIN_DIVISOR)
+        return (self._scale(self.loss_space, alpha, sigma) / own).square().float()
+
+    def _coefficients(self, space: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
+        """Return a and b of the prediction a x_0 + b eps."""
+        zero = 0 * alpha
+        one = zero + 1
+        velocity = (-one, one) if self.is_flow else (-sigma, alpha)
+        return {"eps": (zero, one), "x0": (one, zero), "v": (-sigma, alpha), "velocity": velocity}[space]
+
+    def _scale(self, space: str, alpha: Level, sigma: Level) -> Level:
+        """Return d, to which errors of a prediction of the same x_0 are proportional."""
+        a, b = self._coefficients(space, alpha, sigma)
+        return b * alpha - a * sigma
 
     def step(
         self,
@@ -69,18 +206,28 @@ class CosineDDPM:
         noise: Tensor | None = None,
         clip: float | None = None,
     ) -> Tensor:
-        """Return x at t_next (arXiv 2010.02502, equations 12 and 16): eta 1 is ancestral DDPM sampling, eta 0 is DDIM.
+        """Return x at t_next: the predicted x_0 and eps, mixed as at t_next.
 
-        The step replaces a part of the noise in x_t by `noise`, standard normal in x_t's shape, which is needed unless
-        eta is 0. A larger eta replaces more, and at most all of it. `clip` bounds the predicted x_0.
+        For ddpm this is arXiv 2010.02502, equations 12 and 16: eta 1 is ancestral DDPM sampling, eta 0 is DDIM. The
+        step replaces a part of the noise in x_t by `noise`, standard normal in x_t's shape, which is needed unless eta
+        is 0. A larger eta replaces more, and at most all of it. For flow it is an Euler step of the velocity, and eta
+        and noise are unused. `clip` bounds the predicted x_0.
+
+        Raises:
+            ValueError: timesteps that do not fall within [0, T]; no noise where it is needed.
         """
-        now, after = self.alpha_bar(t).item(), self.alpha_bar(t_next).item()
-        x_0 = (x_t - math.sqrt(1 - now) * prediction) / math.sqrt(now)
+        if not 0 <= t_next < t <= NUM_TIMESTEPS:
+            raise ValueError(f"timesteps must fall within {NUM_TIMESTEPS}..0, got a step from {t} to {t_next}")
+        (signal, spread), (signal_next, spread_next) = ([x.item() for x in self.variances(s)] for s in (t, t_next))
+        alpha, sigma = math.sqrt(signal), math.sqrt(spread)
+        _, b = self._coefficients(self.prediction, alpha, sigma)
+        x_0 = (b * x_t - sigma * prediction) / self._scale(self.prediction, alpha, sigma)
         if clip is not None:
             x_0 = x_0.clamp(-clip, clip)
-        eps = (x_t - math.sqrt(now) * x_0) / math.sqrt(1 - now)
-        variance = min(eta * eta * (1 - after) / (1 - now) * (1 - now / after), 1 - after)
-        mean = math.sqrt(after) * x_0 + math.sqrt(1 - after - variance) * eps
+        eps = (x_t - alpha * x_0) / sigma
+        variance = min(eta * eta * spread_next / spread * (1 - signal / signal_next), spread_next)
+        variance = 0.0 if self.is_flow else variance
+        mean = math.sqrt(signal_next) * x_0 + math.sqrt(spread_next - variance) * eps
         if variance == 0:
             return mean
         if noise is None:
@@ -88,54 +235,6 @@ class CosineDDPM:
         return mean + math.sqrt(variance) * noise
 
 
-@dataclass(frozen=True)
-class FlowMatching:
-    """Rectified flow: x_t = (1 - t) x_0 + t eps, t in (0, 1), predicting eps - x_0 (arXiv 2210.02747, 2403.03206).
-
-    Timesteps are logit-normal, shifted towards noise if shift > 1 (arXiv 2403.03206, section 3.1 and equation 23).
-    """
-
-    shift: float = 1.0
-
-    def timesteps(self, u: Tensor, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
-        """Map u in [0, 1) to logit-normal timesteps with shift, conditioned on being at most cap; fp32 in (0, 1000]."""
-        cap = torch.as_tensor(cap, dtype=torch.float64) / NUM_TIMESTEPS
-        unshifted_cap = cap / (self.shift + (1 - self.shift) * cap)
-        below_cap = torch.special.ndtr(torch.logit(unshifted_cap))
-        t = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7) * below_cap))
-        shifted = self.shift * t / (1 + (self.shift - 1) * t)
-        return (torch.minimum(shifted, cap) * NUM_TIMESTEPS).float().clamp_min(torch.finfo(torch.float32).tiny)
-
-    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return (1 - t) x_0 + t eps."""
-        return torch.lerp(x_0, eps, (t / NUM_TIMESTEPS).to(x_0.dtype).expand_as(x_0))
-
-    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity, eps - x_0, which `ops.diffusion_mse_from_noise` computes for training."""
-        return eps - x_0
-
-    def first_timestep(self) -> float:
-        """Return the timestep of pure noise."""
-        return NUM_TIMESTEPS
-
-    def step(
-        self,
-        x_t: Tensor,
-        prediction: Tensor,
-        t: float,
-        t_next: float,
-        *,
-        eta: float = 0.0,
-        noise: Tensor | None = None,
-        clip: float | None = None,
-    ) -> Tensor:
-        """Return x at t_next, an Euler step. `clip` bounds the predicted x_0; eta and noise are unused."""
-        velocity = prediction
-        if clip is not None:
-            x_0 = (x_t - t / NUM_TIMESTEPS * prediction).clamp(-clip, clip)
-            velocity = (x_t - x_0) * (NUM_TIMESTEPS / t)
-        return x_t + (t_next - t) / NUM_TIMESTEPS * velocity
-
-
-Objective = CosineDDPM | FlowMatching
-OBJECTIVES: dict[str, Objective] = {"ddpm": CosineDDPM(), "flow": FlowMatching()}
+def _shifted(t: Tensor, shift: Tensor, end: float = NUM_TIMESTEPS) -> Tensor:
+    """Return s t / (1 + (s - 1) t) of timesteps, as fractions of `end`; the shift by 1 / s undoes it."""
+    return shift * t / (1 + (shift - 1) * (t / end))

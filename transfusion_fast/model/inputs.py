@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
-from transfusion_fast.model.diffusion import NUM_TIMESTEPS, OBJECTIVES, Objective
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
 from transfusion_fast.model.sequence import (
     TEXT,
     PackedBatch,
@@ -161,7 +161,7 @@ def place_images(
 
 
 def draw_timesteps(
-    sequence: TokenSequence, vocabulary: Vocabulary, objective: Objective, uniform: Tensor, noise_cap: float
+    sequence: TokenSequence, vocabulary: Vocabulary, diffusion: Diffusion, uniform: Tensor, noise_cap: float
 ) -> Tensor:
     """Turn uniform numbers [N] into timesteps, fp32 [N], at most `noise_cap` in image-first pairs.
 
@@ -170,7 +170,7 @@ def draw_timesteps(
     """
     capped = torch.from_numpy(before_captions(sequence, vocabulary))
     caps = torch.tensor([NUM_TIMESTEPS, noise_cap], dtype=torch.float64)
-    return objective.timesteps(uniform, caps[capped.long()])
+    return diffusion.timesteps(uniform, torch.from_numpy(sequence.length), caps[capped.long()])
 
 
 def flat_latents(images: Sequence[tuple[int, Tensor]], widths: Sequence[int]) -> list[Tensor]:
@@ -190,7 +190,7 @@ def _with_noise(
     """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
     vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.dim_latent)), randomness.generator
     uniform, drop = torch.rand(2, len(images), generator=generator)
-    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, randomness.noise_cap)
+    timesteps = draw_timesteps(sequence, vocabulary, Diffusion(config.diffusion), uniform, randomness.noise_cap)
     sequence = without_context(sequence, (drop < randomness.prob_uncond).numpy(), vocabulary)
     latents = flat_latents(images, config.dim_latent)
     noisy = [(x, torch.randn(x.shape, generator=generator)) for x in latents]

@@ -12,7 +12,6 @@ never replaced.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -242,7 +241,7 @@ def diffusion_mse(prediction: Tensor, target: Tensor, image_offsets: Tensor, *, 
         ValueError: shapes, dtypes or devices that do not fit. NotImplementedError: the backend cannot run here.
     """
     _check_patches(prediction, image_offsets, target=target)
-    return implementation("diffusion_mse", prediction.device, backend)(prediction, target, image_offsets, None)
+    return implementation("diffusion_mse", prediction.device, backend)(prediction, target, image_offsets, None, None)
 
 
 def diffusion_mse_from_noise(
@@ -250,28 +249,34 @@ def diffusion_mse_from_noise(
     x_0: Tensor,
     eps: Tensor,
     image_offsets: Tensor,
-    objective: Literal["ddpm", "flow"],
+    coefficients: Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Return `diffusion_mse` against an objective's target, which is computed on the fly and never stored.
+    """Return `diffusion_mse` against a combination of x_0 and eps, which is computed on the fly and never stored.
 
     Args:
         prediction, x_0, eps: [P, C]: the model's output, the clean latents, the noise.
         image_offsets: as in `diffusion_mse`.
-        objective: "ddpm" with the target eps, or "flow" with the target eps - x_0, at every timestep.
+        coefficients: fp32 [N, 2], (a, b) of each image, whose target is a x_0 + b eps; default: eps - x_0.
 
     Returns:
         fp32 [N].
 
     Raises:
-        As `diffusion_mse`; ValueError for another objective.
+        As `diffusion_mse`; ValueError for other coefficients.
     """
-    if objective not in ("ddpm", "flow"):
-        raise ValueError(f'objective must be "ddpm" or "flow", got {objective!r}')
     _check_patches(prediction, image_offsets, x_0=x_0, eps=eps)
-    subtracted = x_0 if objective == "flow" else None
-    return implementation("diffusion_mse", prediction.device, backend)(prediction, eps, image_offsets, subtracted)
+    if coefficients is not None:
+        shape, device = (len(image_offsets) - 1, 2), prediction.device
+        if (*coefficients.shape,) != shape or coefficients.dtype != torch.float32 or coefficients.device != device:
+            raise ValueError(
+                f"coefficients must be fp32 {list(shape)} on {device}, two for each image, got {coefficients.dtype} "
+                f"{list(coefficients.shape)} on {coefficients.device}"
+            )
+        coefficients = coefficients.contiguous()
+    compute = implementation("diffusion_mse", prediction.device, backend)
+    return compute(prediction, eps, image_offsets, x_0, coefficients)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 
 IGNORED_LABEL = -100
 TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
@@ -251,7 +252,12 @@ def build_batch(
         images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order.
         timesteps: fp32 [N] of the images of all modalities, in sequence order.
         total_length: T, of which the rest is padding; default: no padding.
+
+    Raises:
+        ValueError: a timestep outside (0, 1000].
     """
+    if len(outside := timesteps[~((timesteps > 0) & (timesteps <= NUM_TIMESTEPS))]):
+        raise ValueError(f"timesteps must lie in (0, {NUM_TIMESTEPS}], got {outside[0]:g}; 1 is almost clean")
     used = len(sequence.tokens)
     total = used if total_length is None else total_length
     is_patch = patch_mask(sequence)

@@ -16,7 +16,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
-from transfusion_fast.model.diffusion import OBJECTIVES
+from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
 from transfusion_fast.model.layers import CHECKPOINTING, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
@@ -69,7 +69,8 @@ class Transfusion(nn.Module):
         self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
         transformer = config.transformer
         self.vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
-        self.objective = OBJECTIVES[config.objective]
+        self.diffusion = Diffusion(config.diffusion)
+        self.diffusion.warn_of_wide_patches(config.dim_latent)
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)
         self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim) for width in config.dim_latent)
         self.blocks = nn.ModuleList(Block(transformer, config.backend) for _ in range(transformer.depth))
@@ -166,18 +167,16 @@ class Transfusion(nn.Module):
                     f"timesteps must be fp32, got {images.timesteps.dtype}, which rounds them; keep the batch in fp32, "
                     "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
                 )
-        x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
+        x_t = [self.diffusion.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
         image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
-            clean, noise, offsets = images.latents, images.noise, images.image_offsets
-            errors = ops.diffusion_mse_from_noise(
-                prediction, clean, noise, offsets, self.config.objective, backend=backend
-            )
-            image_losses.append(errors * images.fractions)
+            clean, noise, t, offsets = images.latents, images.noise, images.timesteps, images.image_offsets
+            losses = self.diffusion.losses(prediction, clean, noise, t, offsets, backend)
+            image_losses.append(losses * images.fractions)
         return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:

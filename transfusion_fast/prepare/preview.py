@@ -137,7 +137,7 @@ def _pictures(
         for (height, width), span, t in zip(sizes, spans, own.timesteps, strict=True):
             patches = slice(*span)
             x_0 = own.latents[patches]
-            x_t = builder.objective.add_noise(x_0, own.noise[patches], t)
+            x_t = builder.diffusion.add_noise(x_0, own.noise[patches], t)
             images = [show(unpatchify(x.numpy(), height, width, info.patch_size))[0] for x in (x_0, x_t)]
             first, *others = own.sequence_index[patches].tolist()
             found |= dict.fromkeys(others)

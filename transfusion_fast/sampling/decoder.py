@@ -208,9 +208,7 @@ def _draw(
     width = model.config.dim_latent[modality]
     shape = (len(streams), *grid, width)
     x = _noise(shape, generator)
-    objective = model.objective
-    schedule = np.linspace(objective.first_timestep(), 0, settings.steps + 1).tolist()
-    for t, t_next in pairwise(schedule):
+    for t, t_next in pairwise(model.diffusion.sampling_timesteps(settings.steps, grid[0] * grid[1])):
         drawing = [_with_image(s, modality, latents, t) for s, latents in zip(streams, x, strict=True)]
         if settings.guidance != 1:
             alone = _Stream([model.vocabulary.boi(modality)])
@@ -220,7 +218,7 @@ def _draw(
             conditional, unconditional = prediction.chunk(2)
             prediction = unconditional + settings.guidance * (conditional - unconditional)
         noise = _noise(shape, generator) if settings.eta > 0 else None
-        x = objective.step(x, prediction, t, t_next, eta=settings.eta, noise=noise, clip=settings.clip)
+        x = model.diffusion.step(x, prediction, t, t_next, eta=settings.eta, noise=noise, clip=settings.clip)
     for stream, latents in zip(streams, x, strict=True):
         stream.append_image(modality, latents, CLEAN_TIMESTEP)
         stream.tokens.append(model.vocabulary.eoi(modality))

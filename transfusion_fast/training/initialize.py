@@ -83,8 +83,9 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("positions", "objective", "tie_embeddings", "num_text_tokens", "dim_latent")
-    return {"transformer": transformer_settings(model), **{name: getattr(model, name) for name in names}}
+    names = ("positions", "tie_embeddings", "num_text_tokens", "dim_latent")
+    groups = {"transformer": transformer_settings(model), "diffusion": model.diffusion.model_dump(mode="json")}
+    return groups | {name: getattr(model, name) for name in names}
 
 
 def plan_from_model(
