@@ -13,14 +13,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # of infinity in one test
 ]
 
+TARGETS = {"tensor": {"flow": False}, "noise and latents": {}, "coefficients": {"coefficients": True}}
 SMALL = ([20, 1, 9], 5)
 SHARED = IMAGES["pieces that images share"]
 
 
 @pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize(
-    "target", [{"flow": False}, {}, {"coefficients": True}], ids=["tensor", "velocity", "combination"]
-)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_errors_and_gradients_are_those_of_the_reference(images, target):
     assert_accurate(mse_case(images, **target))
 

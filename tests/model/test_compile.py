@@ -1,6 +1,7 @@
 """torch.compile of the model and of its blocks. The compiler stops before C++, which takes long."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make(backend: str) -> Transfusion:
+def make(backend: str, **settings: Any) -> Transfusion:
     transformer = {"dim": 32, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "qk_norm": True}
     torch._dynamo.reset()
-    return small_model(num_text_tokens=16, dim_latent=4, transformer=transformer, backend=backend)
+    return small_model(num_text_tokens=16, dim_latent=4, transformer=transformer, backend=backend, **settings)
 
 
 def gradients(model: Transfusion, loss: Tensor) -> list[Tensor]:
@@ -37,9 +38,9 @@ def test_calls_of_a_compiled_model_give_the_losses_and_gradients_of_the_model(ca
     torch.testing.assert_close(gradients(model, call(compiled)), gradients(model, call(model)), **tolerance["fp32"])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_model_and_a_block_are_one_graph_each(backend, tolerance):
-    model = make(backend)
+@pytest.mark.parametrize(("backend", "diffusion"), [("torch", {}), ("triton", {"prediction": "v", "loss": "x0"})])
+def test_the_model_and_a_block_are_one_graph_each(backend, diffusion, tolerance):
+    model = make(backend, diffusion=diffusion)
     batch = pack_documents(DOCUMENTS, model.config, Randomness(seeded(), prob_uncond=0))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, expected = (gradients(model, m(batch).total) for m in (compiled, model))

@@ -102,6 +102,18 @@ def test_an_image_before_its_caption_has_at_most_the_noise_of_the_cap(process):
         assert 600 < timesteps(free, prob_uncond=1.0).max() <= 1000
 
 
+def test_the_timesteps_of_an_image_are_shifted_by_its_number_of_patches(tolerance):
+    document = [ids(1), latents(2, 2, 4), (1, latents(9, 6)), latents(1, 4)]
+    diffusion = {"process": "flow", "shift_patches": 4}
+    plain, shifted = (
+        packed(document, config=ModelConfig(**SMALL, dim_latent=(4, 6), diffusion=settings)).modalities
+        for settings in ({"process": "flow"}, diffusion)
+    )
+    for one, other, shifts in zip(plain, shifted, (torch.tensor([1.0, 0.5]), torch.tensor([1.5])), strict=True):
+        odds, shifted_odds = (t / (1000 - t) for t in (one.timesteps, other.timesteps))
+        torch.testing.assert_close(shifted_odds, shifts * odds, rtol=1e-4, atol=0)
+
+
 def test_an_image_at_the_very_start_of_a_row_is_before_its_caption_too():
     rows = ids(0, 1).expand(300, 2), [[latents(1, 4)]] * 300, [[(0, 1)]] * 300
     assert 350 < pack_rows(*rows, CONFIG, random()).modalities[0].timesteps.max() <= 500
@@ -120,11 +132,11 @@ def test_settings_out_of_their_range_are_refused(settings, message):
         Transfusion(CONFIG)([[ids(1)]], **settings)
 
 
-@pytest.mark.parametrize("process", ["ddpm", "flow"])
-def test_gradients_reach_the_encoder_of_latents(process):
-    """Through the noisy input, and for flow matching through the target."""
+@pytest.mark.parametrize("diffusion", [{}, {"process": "flow"}, {"prediction": "v"}], ids=str)
+def test_gradients_reach_the_encoder_of_latents(diffusion):
+    """Through the noisy input, and through a target that holds the latents."""
     torch.manual_seed(0)
-    model = Transfusion(**SMALL, dim_latent=4, diffusion={"process": process})
+    model = Transfusion(**SMALL, dim_latent=4, diffusion=diffusion)
     given = A.double().requires_grad_()
     [gradient] = torch.autograd.grad(model([[ids(1), given]], generator=seeded(), prob_uncond=0), given)
     step = 1e-2 * gradient / gradient.norm()

@@ -210,6 +210,16 @@ def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolera
     torch.testing.assert_close(calls[1][1][0], expected, **tolerance["fp32"])
 
 
+def test_an_image_is_drawn_at_timesteps_that_are_shifted_by_its_number_of_patches(monkeypatch):
+    model = make(diffusion={"prediction": "v", "shift_patches": 1})
+    calls = spy_on(model, monkeypatch)
+    settings = ImageSettings(steps=3, guidance=1.0, eta=0.0)
+    generate_images(model, [[]], (3, 3), image=settings, generator=seeded())
+    times = [batch.modalities[0].timesteps.item() for batch, _ in calls]
+    assert times == pytest.approx(model.diffusion.sampling_timesteps(3, 9)[:-1])
+    assert times == pytest.approx([1000.0, 1000 * 6 / 7, 600.0])
+
+
 FIRST, SECOND, THIRD = (torch.randn(*shape, generator=seeded(7)) for shape in ((3, 4), (2, 6), (1, 6)))
 PROMPTS = [[ids(1, 2, 3)], [], [ids(4), FIRST, (1, SECOND), ids(5)], [(1, THIRD)]]
 

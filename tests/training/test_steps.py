@@ -122,21 +122,14 @@ def test_a_logger_that_is_missing_on_rank_0_ends_all_ranks_with_the_same_line(di
     assert "package wandb must be installed" in line and not (tmp_path / "run").exists()
 
 
+FLOW = ("model.diffusion.process=flow", "model.diffusion.prediction=v", "model.diffusion.loss=x0")
 TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.positions=shared")
 
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (
-            1,
-            [
-                "model.diffusion.process=flow",
-                "model.transformer.kv_heads=1",
-                "model.diffusion_weight=2",
-                "train.zero_stage=1",
-            ],
-        ),
+        (1, [*FLOW, "model.transformer.kv_heads=1", "model.diffusion_weight=2", "train.zero_stage=1"]),
         (2, [*TIED, "model.activation_checkpointing=selective"]),
         (2, ["train.zero_stage=2", "optimizer.schedule=wsd"]),
     ],

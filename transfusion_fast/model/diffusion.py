@@ -114,7 +114,7 @@ class Diffusion:
         """
         u, cap, shift = u.double(), torch.as_tensor(cap, dtype=torch.float64), self._shift(patches)
         cap = cap if self.is_flow else cap.floor()
-        unshifted_cap = _shifted(cap, 1 / shift)
+        unshifted_cap = _shifted(cap, 1 / shift).clamp_max(NUM_TIMESTEPS)  # rounding could exceed it
         if self.distribution == "uniform":
             t = u * unshifted_cap
         else:  # arXiv 2403.03206, section 3.1

@@ -1,0 +1,119 @@
+"""Steps of a sampler: they find what they should, from every prediction and at every noise level."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusion_cases import DDPM, FLOW, SPACES, each_noise, each_prediction, fp64, images, levels, make, predict
+
+
+def steps_back(diffusion, count):
+    return pairwise(diffusion.sampling_timesteps(count, 1))
+
+
+@each_prediction
+@each_noise
+@pytest.mark.parametrize("count", [1, 7])
+def test_with_a_perfect_prediction_any_start_stays_on_the_path_of_its_noise_to_the_image(noise, prediction, count):
+    diffusion = make(noise, prediction=prediction)
+    x_0, x = torch.randn(5, dtype=torch.float64), 10 * torch.randn(5, dtype=torch.float64)
+    signal, spread = diffusion.variances(diffusion.first_timestep())
+    eps = (x - signal.sqrt() * x_0) / spread.sqrt()
+    for t, t_next in steps_back(diffusion, count):
+        alpha, sigma = (level.sqrt() for level in diffusion.variances(t))
+        v = alpha * eps - sigma * x_0
+        exact = {"eps": eps, "x0": x_0, "v": v, "velocity": eps - x_0 if noise == "flow" else v}[prediction]
+        x = diffusion.step(x, exact, t, t_next, eta=0.0)
+        torch.testing.assert_close(x, diffusion.add_noise(x_0, eps, fp64(t_next)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x, x_0, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@each_noise
+def test_a_step_is_the_same_from_every_prediction_of_one_estimate(noise, clip):
+    x_t, estimate, new = images().float()
+    alpha, sigma = levels(noise, 600)
+    eps = (x_t - alpha * estimate) / sigma
+    steps = [
+        make(noise, prediction=p).step(x_t, predict(p, noise, estimate, eps, 600), 600, 400, noise=new, clip=clip)
+        for p in SPACES
+    ]
+    for other in steps[1:]:
+        torch.testing.assert_close(other, steps[0], rtol=1e-5, atol=1e-5)
+    kept = estimate if clip is None else estimate.clamp(-clip, clip)
+    alpha_next, sigma_next = levels(noise, 400)
+    if noise == "flow":  # a step of ddpm is tested below
+        expected = alpha_next * kept + sigma_next * (x_t - alpha * kept) / sigma
+        torch.testing.assert_close(steps[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddpm_sampling_with_the_exact_prediction_draws_from_the_data(eta):
+    """Data N(2, 0.5^2): the mean of eps given x_t is sqrt(1 - a) (x_t - 2 sqrt(a)) / (0.25 a + 1 - a)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10_000, generator=generator, dtype=torch.float64)
+    for t, t_next in steps_back(DDPM, 250):
+        a = DDPM.alpha_bar(t)
+        prediction = (1 - a).sqrt() * (x - 2 * a.sqrt()) / (0.25 * a + 1 - a)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x = DDPM.step(x, prediction, t, t_next, eta=eta, noise=noise)
+    assert x.mean().item() == pytest.approx(2.0, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_an_ancestral_step_has_the_posteriors_mean_and_variance(tolerance):
+    """q(x_{t-1} | x_t, x_0) as DDPM writes it, in terms of beta (arXiv 2006.11239, equation 7)."""
+    (x_0, x_t), t = fp64(0.7, -0.4), 600
+    now, after = DDPM.alpha_bar(t), DDPM.alpha_bar(t - 1)
+    beta = 1 - now / after
+    mean = (after.sqrt() * beta * x_0 + (1 - beta).sqrt() * (1 - after) * x_t) / (1 - now)
+    variance = (1 - after) / (1 - now) * beta
+    prediction = (x_t - now.sqrt() * x_0) / (1 - now).sqrt()
+    at_mean, one_away = (DDPM.step(x_t, prediction, t, t - 1, eta=1.0, noise=noise) for noise in fp64(0, 1))
+    torch.testing.assert_close(at_mean, mean, **tolerance["fp64"])
+    torch.testing.assert_close((one_away - at_mean) ** 2, variance, **tolerance["fp64"])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5, 1e3])
+def test_a_step_keeps_the_noise_level_of_its_timestep_for_any_eta(eta, tolerance):
+    """A larger eta replaces more of the noise, in the end all of it."""
+    (x_0, eps), now, after = fp64(0.7, -0.4), 600, fp64(550)
+    x_t = DDPM.add_noise(x_0, eps, fp64(now))
+    kept, moved = (DDPM.step(x_t, eps, now, 550, eta=eta, noise=noise) for noise in fp64(0, 1))
+    old, new = (kept - DDPM.alpha_bar(after).sqrt() * x_0) / eps, moved - kept
+    torch.testing.assert_close(old**2 + new**2, 1 - DDPM.alpha_bar(after), **tolerance["fp64"])
+    assert (old == 0) == (eta > 100) and (new == 0) == (eta == 0)
+
+
+def test_clip_bounds_the_image_that_is_predicted():
+    """Flow: from x_t = 5 and velocity 2 at t = 1/2, x_0 is 4, and half of the way to it is 4.5; to 1 it is 3."""
+    x_t, now, after = torch.tensor([5.0, -5.0, 0.1]), DDPM.alpha_bar(500).item(), DDPM.alpha_bar(250).item()
+    x_0 = torch.tensor([1.0, -1.0, 0.1 / now**0.5])
+    path = after**0.5 * x_0 + (1 - after) ** 0.5 * (x_t - now**0.5 * x_0) / (1 - now) ** 0.5
+    for t_next, expected in ((0, x_0), (250, path)):
+        torch.testing.assert_close(DDPM.step(x_t, torch.zeros(3), 500, t_next, eta=0.0, clip=1.0), expected)
+    assert DDPM.step(x_t, torch.zeros(3), 500, 0, eta=0.0)[0] > 5
+    for clip, expected in ((None, 4.5), (1.0, 3.0), (9.0, 4.5)):
+        got = FLOW.step(torch.tensor(5.0), torch.tensor(2.0), 500, 250, clip=clip)
+        assert got.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("t", "t_next"), [(1001, 500), (500, 500), (500, -1), (float("nan"), 0)])
+def test_a_step_outside_of_the_timesteps_or_not_downwards_is_refused(t, t_next):
+    with pytest.raises(ValueError, match=rf"timesteps must fall within 1000..0, got a step from {t} to {t_next}"):
+        DDPM.step(torch.zeros(3), torch.zeros(3), t, t_next, eta=0.0)
+
+
+def test_a_random_step_without_noise_is_refused():
+    with pytest.raises(ValueError, match="noise must be given unless eta is 0"):
+        DDPM.step(torch.zeros(3), torch.zeros(3), 500, 250, eta=1.0)
+
+
+@each_noise
+@each_prediction
+def test_samplers_start_where_the_signal_is_gone_and_a_small_error_stays_small(noise, prediction):
+    diffusion = make(noise, prediction=prediction)
+    first = diffusion.first_timestep()
+    assert first == (999 if prediction == "eps" else 1000) and diffusion.variances(first)[0] < 1e-4
+    at = [diffusion.step(fp64(0.0), fp64(error), first, 0.0, eta=0.0) for error in (0.0, 1.0)]
+    assert abs(at[1] - at[0]) < (1000 if prediction == "eps" else 1.01)
