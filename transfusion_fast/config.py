@@ -58,6 +58,7 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
 Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
+Context = Literal["noised", "clean"]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 _Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
 Folders = Annotated[
@@ -165,6 +166,8 @@ class ModelConfig(_Settings):
     """Layers between patches and the transformer: one linear layer in each direction."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
     """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a patch sees of its own image: all of it (the paper), or the patches before it, as in text."""
     objective: Literal["ddpm", "flow"] = "ddpm"
     """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -220,9 +223,27 @@ class DataConfig(_Settings):
     prob_uncond: Probability = PROB_UNCOND
     """Probability that an image is trained without what precedes it in its document, for classifier-free guidance."""
     noise_cap: Timestep = NOISE_CAP
-    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit."""
+    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit. It is not
+    used with context=clean."""
+    context: Context = "noised"
+    """What the text and the images after an image see of it: "noised", the image as it is trained (the paper); or
+    "clean", the image itself, which has no loss then and is trained by noised copies that nothing else sees. Every
+    copy takes as many positions as the image."""
+    copies: Positive = 1
+    """Noised copies of each image with context=clean, each with a timestep and noise of its own."""
     quarantine: Count = 0
     """Number of unreadable packs that a run may skip; one more stops it."""
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> DataConfig:
+        if self.context == "noised" and self.copies != 1:
+            raise ValueError(f"copies must be 1 with context=noised, got {self.copies}; set context to clean")
+        return self
+
+    @property
+    def added_copies(self) -> int:
+        """Noised copies of each image that are added to the sequence."""
+        return self.copies if self.context == "clean" else 0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -369,6 +390,12 @@ class Config(_Settings):
     deepspeed: dict[str, Any] = {}  # noqa: RUF012
     """Raw DeepSpeed settings beyond those derived from this config. A key that DeepSpeed does not read is an error, and
     so is contradicting a derived setting."""
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Config:
+        if self.model.image_attention == "causal" and self.data.context == "clean":
+            raise ValueError("model.image_attention=causal must come with data.context=noised, got clean; set one")
+        return self
 
     @model_validator(mode="after")
     def _check_observations(self) -> Config:
