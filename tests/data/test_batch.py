@@ -158,6 +158,18 @@ def test_images_of_several_sizes_keep_their_order() -> None:
     assert torch.equal(batch.modalities[0].latents, torch.cat(alone))
 
 
+def test_a_batch_with_copies_is_padded_to_a_multiple_and_its_first_copies_have_the_usual_noise() -> None:
+    """Each copy has a timestep and noise of its own, without the cap."""
+    packs = [keyed((image(1), text(4)), PAIR, number=n) for n in range(40)]
+    usual = builder(40 * 16, noise_cap=1000.0)([*packs]).modalities[0]
+    batch = builder(50, context="clean", copies=2)([*packs])
+    assert (batch.num_tokens, len(batch.tokens)) == (40 * (2 * 8 + 2 * 4) - 40, 950)
+    images = batch.modalities[0]
+    assert torch.equal(images.timesteps[:160:2], usual.timesteps)
+    assert torch.equal(images.noise.unflatten(0, (80, 2, 2))[:, 0].flatten(0, 1), usual.noise)
+    assert len(images.timesteps[:160].unique()) > 140 and len(images.noise.unique()) == images.noise.numel()
+
+
 def test_all_padding_stands_at_the_end_and_the_length_is_constant() -> None:
     batch = builder(40)([keyed(PAIR), keyed((text(3),), number=1)])
     assert len(batch.tokens) == len(batch.labels) == batch.layout.total_length == 40
