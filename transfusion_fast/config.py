@@ -223,12 +223,10 @@ class DataConfig(_Settings):
     prob_uncond: Probability = PROB_UNCOND
     """Probability that an image is trained without what precedes it in its document, for classifier-free guidance."""
     noise_cap: Timestep = NOISE_CAP
-    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit. It is not
-    used with context=clean."""
+    """Largest timestep of an image-first pair's image, if its caption sees it noised; 1000 is no limit."""
     context: Context = "noised"
-    """What the text and the images after an image see of it: "noised", the image as it is trained (the paper); or
-    "clean", the image itself, which has no loss then and is trained by noised copies that nothing else sees. Every
-    copy takes as many positions as the image."""
+    """What follows an image sees it noised, as it is trained (the paper), or clean; then it is trained by noised copies
+    behind the document, which take as many positions as the image each, and which nothing else sees."""
     copies: Positive = 1
     """Noised copies of each image with context=clean, each with a timestep and noise of its own."""
     quarantine: Count = 0
@@ -392,13 +390,9 @@ class Config(_Settings):
     so is contradicting a derived setting."""
 
     @model_validator(mode="after")
-    def _check_attention(self) -> Config:
+    def _check_groups_together(self) -> Config:
         if self.model.image_attention == "causal" and self.data.context == "clean":
             raise ValueError("model.image_attention=causal must come with data.context=noised, got clean; set one")
-        return self
-
-    @model_validator(mode="after")
-    def _check_observations(self) -> Config:
         if self.train.validate_every and self.data.heldout is None:
             raise ValueError("train.validate_every needs data.heldout, got none; give a folder or a share")
         if self.train.sample_every and not self.train.sample_prompts:
