@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from transfusion_fast.settings import Positive, PositiveFloat, Settings, model_validator
+
+DEFAULTS = {
+    "ddpm": {"schedule": "cosine", "prediction": "eps", "timesteps": "uniform"},
+    "flow": {"prediction": "velocity", "timesteps": "logit_normal"},
+}
 
 
 class DiffusionConfig(Settings):
@@ -37,3 +42,9 @@ class DiffusionConfig(Settings):
         if self.process == "flow" and self.schedule is not None:
             raise ValueError(f"schedule must be left out with process=flow, which has none, got {self.schedule}")
         return self
+
+    def with_defaults(self) -> dict[str, Any]:
+        """Return all settings, with the defaults of the process in place of None."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        settings = {"schedule": None, "shift_patches": None, **DEFAULTS[self.process], **given}
+        return {"loss": settings["prediction"], **settings}

@@ -286,8 +286,8 @@ def test_programs_of_the_diffusion_error_read_the_offsets_on_their_way_to_an_ima
     }
     found = by_name(mse_bytes("mean", offsets, 1024, 2, {}))
     assert found == {"sums_ptr": (0, 12, 12), "offsets_ptr": (0, 12, 16), "loss_ptr": (8, 8, 8)}
-    found = by_name(mse_bytes("backward", offsets, 1024, 2, {"target_ptr": 2, "x_0_ptr": 2}))
-    assert found["dloss_ptr"] == (8, 8, 12)
+    found = by_name(mse_bytes("backward", offsets, 1024, 2, {"target_ptr": 2, "x_0_ptr": 2}, coefficients=True))
+    assert found["dloss_ptr"] == (8, 8, 12) and found["coefficients_ptr"] == (16, 16, 24)
     assert found["dprediction_ptr"] == found["x_0_ptr"] == (values * 2,) * 3
 
 

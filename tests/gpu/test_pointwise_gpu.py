@@ -65,10 +65,10 @@ def test_hard_shapes_of_swiglu(shape, fused, dtype):
 
 
 @EACH_DTYPE
-@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("target", [{"flow": False}, {}, {"coefficients": True}], ids=str)
 @pytest.mark.parametrize("images", [*IMAGES.values(), ([256] * 40 + [1024, 7], 64)], ids=[*IMAGES, "a batch"])
-def test_hard_lists_of_images(images, flow, dtype):
-    assert_accurate(mse_case(images, dtype, flow, **CUDA))
+def test_hard_lists_of_images(images, target, dtype):
+    assert_accurate(mse_case(images, dtype, **target, **CUDA))
 
 
 CASES = {

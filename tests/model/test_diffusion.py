@@ -43,7 +43,7 @@ def test_alpha_bar_is_the_product_of_one_minus_the_betas(noise):
     st.sampled_from(["uniform", "logit_normal"]),
 )
 def test_ddpm_timesteps_are_whole_and_at_most_the_cap(u, cap, shift, timesteps):
-    t = make(shift=shift, timesteps=timesteps).timesteps(torch.tensor([u]), 1, fp64(cap))
+    t = make(shift=shift, timesteps=timesteps).training_timesteps(torch.tensor([u]), 1, fp64(cap))
     assert t.dtype == torch.float32
     assert t.item() in range(1, math.floor(cap) + 1)
 
@@ -55,14 +55,19 @@ def test_ddpm_timesteps_are_whole_and_at_most_the_cap(u, cap, shift, timesteps):
     st.sampled_from(["uniform", "logit_normal"]),
 )
 def test_flow_timesteps_are_above_zero_and_at_most_the_cap(u, cap, shift, timesteps):
-    t = make("flow", shift=shift, timesteps=timesteps).timesteps(torch.tensor([u]), 1, fp64(cap)).double().item()
+    t = (
+        make("flow", shift=shift, timesteps=timesteps)
+        .training_timesteps(torch.tensor([u]), 1, fp64(cap))
+        .double()
+        .item()
+    )
     assert 0 < t <= cap * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("cap", [1000, 7])
 def test_ddpm_timesteps_are_uniform_over_the_whole_steps_up_to_the_cap(cap):
     u = (torch.arange(3 * cap, dtype=torch.float64) + 0.5) / (3 * cap)
-    steps, counts = DDPM.timesteps(u, 1, cap).unique(return_counts=True)
+    steps, counts = DDPM.training_timesteps(u, 1, cap).unique(return_counts=True)
     assert steps.tolist() == list(range(1, cap + 1))
     assert (counts == 3).all()
 
@@ -74,7 +79,7 @@ def test_flow_timesteps_are_logit_normal_and_shifted_towards_noise(shift, tolera
     normal = torch.sigmoid(torch.distributions.Normal(0.0, 1.0).icdf(u.double()))
     for timesteps, t in ((None, normal), ("uniform", u.double())):
         expected = 1000 * shift * t / (1 + (shift - 1) * t)
-        got = make("flow", shift=shift, timesteps=timesteps).timesteps(u, 1)
+        got = make("flow", shift=shift, timesteps=timesteps).training_timesteps(u, 1)
         torch.testing.assert_close(got, expected.float(), **tolerance["fp32"])
 
 
@@ -84,19 +89,21 @@ def test_capped_timesteps_are_those_below_the_cap(noise, settings):
     """As if drawn without a cap, and drawn again while above it."""
     diffusion = make(noise, **settings)
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    uncapped = diffusion.timesteps(u, 1)
+    uncapped = diffusion.training_timesteps(u, 1)
     kept = uncapped[uncapped <= 500]
     quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    capped = diffusion.timesteps(quantiles, 1, 500)
+    capped = diffusion.training_timesteps(quantiles, 1, 500)
     torch.testing.assert_close(capped, kept.quantile(quantiles), rtol=5e-3, atol=1.0)
 
 
 def test_each_image_has_its_own_cap_and_its_own_shift(tolerance):
     u, caps = torch.full((3,), ALMOST_ONE), torch.tensor([1000.0, 500.0, 20.0])
-    assert DDPM.timesteps(u, 1, caps).tolist() == [1000, 500, 20]
-    assert (FLOW.timesteps(u, 1, caps) <= caps).all()
-    shifted = make("flow", shift=2.0, shift_patches=64).timesteps(torch.full((3,), 0.3), torch.tensor([64, 256, 16]))
-    alone = [make("flow", shift=shift).timesteps(torch.tensor([0.3]), 1) for shift in (2.0, 4.0, 1.0)]
+    assert DDPM.training_timesteps(u, 1, caps).tolist() == [1000, 500, 20]
+    assert (FLOW.training_timesteps(u, 1, caps) <= caps).all()
+    shifted = make("flow", shift=2.0, shift_patches=64).training_timesteps(
+        torch.full((3,), 0.3), torch.tensor([64, 256, 16])
+    )
+    alone = [make("flow", shift=shift).training_timesteps(torch.tensor([0.3]), 1) for shift in (2.0, 4.0, 1.0)]
     torch.testing.assert_close(shifted, torch.cat(alone), **tolerance["fp32"])
 
 
@@ -241,7 +248,7 @@ def behaviour(diffusion):
 
     at_zero, at_one = gradient(0.0), gradient(1.0)
     return {
-        "timesteps": diffusion.timesteps(torch.tensor([0.1, 0.6]), 64),
+        "timesteps": diffusion.training_timesteps(torch.tensor([0.1, 0.6]), 64),
         "noise": by_image(lambda *pair: diffusion.add_noise(*pair[:2], fp64(pair[2])), x_0, eps),
         "target": at_zero / (at_zero - at_one),
         "weight": at_one - at_zero,
@@ -284,7 +291,9 @@ def test_a_schedule_with_flow_is_refused_and_data_workers_can_be_sent_one():
     with pytest.raises(ValueError, match="schedule must be left out with process=flow, which has none, got linear"):
         DiffusionConfig(process="flow", schedule="linear")
     sent = pickle.loads(pickle.dumps(make("linear", shift=2.0)))
-    assert torch.equal(sent.timesteps(torch.tensor([0.3]), 1), make(shift=2.0).timesteps(torch.tensor([0.3]), 1))
+    assert torch.equal(
+        sent.training_timesteps(torch.tensor([0.3]), 1), make(shift=2.0).training_timesteps(torch.tensor([0.3]), 1)
+    )
 
 
 def test_noise_predicted_for_wide_patches_is_warned_of_in_one_line():

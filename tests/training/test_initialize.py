@@ -121,7 +121,7 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
     write_data_description(tmp_path, describe_data(data))
     initial = open_initial_weights(config, data, list)
     assert initial is not None and "warning" not in initial.report
-    assert "model.diffusion.process flow -> ddpm" in initial.report
+    assert "model.diffusion.process flow -> ddpm, model.diffusion.schedule None -> cosine" in initial.report
     assert "left out: codecs.1." in initial.report and "codecs.0" not in initial.report
     monkeypatch.setattr(initialize, "_tokenizer", lambda data: {"name": "tokenizer.json"})
     other = open_initial_weights(config, data, list)

@@ -77,11 +77,10 @@ class Diffusion:
     """The diffusion that settings describe; a value without parameters, which data workers use too."""
 
     def __init__(self, config: DiffusionConfig):
-        self.config, self.is_flow = config, config.process == "flow"
-        self.alpha_bar = SCHEDULES[config.schedule or "cosine"]
-        self.prediction = config.prediction or ("velocity" if self.is_flow else "eps")
-        self.loss_space = config.loss or self.prediction
-        self.distribution = config.timesteps or ("logit_normal" if self.is_flow else "uniform")
+        self.settings = settings = config.with_defaults()
+        self.is_flow: bool = settings["process"] == "flow"
+        self.alpha_bar = SCHEDULES[settings["schedule"] or "cosine"]  # of ddpm
+        self.prediction: str = settings["prediction"]
 
     def warn_of_wide_patches(self, widths: Sequence[int]) -> None:
         """Warn where a prediction holds the noise of so many values that a model can hardly pass it on."""
@@ -107,7 +106,7 @@ class Diffusion:
         alpha, sigma = (x.sqrt().to(x_0.dtype) for x in self.variances(t))
         return alpha * x_0 + sigma * eps
 
-    def timesteps(self, u: Tensor, patches: Tensor | int, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
+    def training_timesteps(self, u: Tensor, patches: Tensor | int, cap: Tensor | float = NUM_TIMESTEPS) -> Tensor:
         """Map u in [0, 1) to timesteps of images of `patches` patches, conditioned on being at most `cap`, fp32.
 
         Those of flow lie in (0, cap]. Those of ddpm are whole steps from 1 to the cap, which must be at least 1.
@@ -115,7 +114,7 @@ class Diffusion:
         u, cap, shift = u.double(), torch.as_tensor(cap, dtype=torch.float64), self._shift(patches)
         cap = cap if self.is_flow else cap.floor()
         unshifted_cap = _shifted(cap, 1 / shift).clamp_max(NUM_TIMESTEPS)  # rounding could exceed it
-        if self.distribution == "uniform":
+        if self.settings["timesteps"] == "uniform":
             t = u * unshifted_cap
         else:  # arXiv 2403.03206, section 3.1
             below_cap = torch.special.ndtr(torch.logit(unshifted_cap / NUM_TIMESTEPS))
@@ -141,8 +140,8 @@ class Diffusion:
 
     def _shift(self, patches: Tensor | int) -> Tensor:
         """Return the factor of the shift of images of `patches` patches, fp64 (arXiv 2403.03206, equation 23)."""
-        base, patches = self.config.shift_patches, torch.as_tensor(patches, dtype=torch.float64)
-        return self.config.shift * (torch.ones_like(patches) if base is None else (patches / base).sqrt())
+        base, patches = self.settings["shift_patches"], torch.as_tensor(patches, dtype=torch.float64)
+        return self.settings["shift"] * (torch.ones_like(patches) if base is None else (patches / base).sqrt())
 
     def losses(
         self,
@@ -172,16 +171,16 @@ class Diffusion:
         It is (d of the loss / d of the prediction)^2. With min-SNR it is (d of x0 / d of the prediction)^2 times
         min(SNR, gamma), the weight of an error of x_0, and the space of the loss does not matter.
         """
-        if self.config.weighting == "min_snr":
+        if self.settings["weighting"] == "min_snr":
             # Away from 0, where quotients of levels would be 0 / 0 instead of their limits.
             alpha, sigma = (x.sqrt().clamp_min(1e-6) for x in self.variances(t))
             own = self._scale(self.prediction, alpha, sigma)
             return (torch.minimum(alpha.square(), SNR_GAMMA * sigma.square()) / own.square()).float()
-        if self.loss_space == self.prediction:
+        if self.settings["loss"] == self.prediction:
             return None
         alpha, sigma = (x.sqrt() for x in self.variances(t))
         own = self._scale(self.prediction, alpha, sigma).abs().clamp_min(MIN_DIVISOR)
-        return (self._scale(self.loss_space, alpha, sigma) / own).square().float()
+        return (self._scale(self.settings["loss"], alpha, sigma) / own).square().float()
 
     def _coefficients(self, space: str, alpha: Level, sigma: Level) -> tuple[Level, Level]:
         """Return a and b of the prediction a x_0 + b eps."""

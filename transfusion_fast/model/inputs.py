@@ -175,7 +175,7 @@ def draw_timesteps(
     """
     capped = torch.from_numpy(before_captions(sequence, vocabulary))
     caps = torch.tensor([NUM_TIMESTEPS, noise_cap], dtype=torch.float64)
-    return diffusion.timesteps(uniform, torch.from_numpy(sequence.length), caps[capped.long()])
+    return diffusion.training_timesteps(uniform, torch.from_numpy(sequence.length), caps[capped.long()])
 
 
 def flat_latents(images: Sequence[tuple[int, Tensor]], widths: Sequence[int]) -> list[Tensor]:

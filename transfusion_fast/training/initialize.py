@@ -84,7 +84,8 @@ def _tokenizer(data: Mixture) -> Any:
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
     names = ("positions", "tie_embeddings", "num_text_tokens", "dim_latent")
-    groups = {"transformer": transformer_settings(model), "diffusion": model.diffusion.model_dump(mode="json")}
+    diffusion = {name: model.diffusion.with_defaults()[name] for name in ("process", "schedule", "prediction")}
+    groups = {"transformer": transformer_settings(model), "diffusion": diffusion}
     return groups | {name: getattr(model, name) for name in names}
 
 
