@@ -194,12 +194,11 @@ def _forward(
     N = len(image_offsets) - 1
     loss, sums = (torch.empty(n, dtype=torch.float32, device=prediction.device) for n in (N, _pieces(N, P, C)))
     if N:
-        tensors, strides = _rows(prediction, target, x_0)
+        rows, strides = _rows(prediction, target, x_0)
+        inputs = (*rows, coefficients, image_offsets)
         sizes, options = constants("forward", C)
         with on_device(prediction):
-            diffusion_mse_forward_kernel[sums.shape](
-                *tensors, coefficients, image_offsets, sums, N, P, *strides, **sizes, **options
-            )
+            diffusion_mse_forward_kernel[sums.shape](*inputs, sums, N, P, *strides, **sizes, **options)
             sizes, options = constants("mean", C)
             diffusion_mse_mean_kernel[(N,)](sums, image_offsets, loss, **sizes, **options)
     return loss
@@ -219,20 +218,12 @@ def _backward(
     N = len(image_offsets) - 1
     dprediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     if N:
-        tensors, strides = _rows(prediction, target, x_0)
+        rows, strides = _rows(prediction, target, x_0)
+        inputs = (*rows, coefficients, image_offsets)
         sizes, options = constants("backward", C)
         with on_device(prediction):
             diffusion_mse_backward_kernel[(_pieces(N, P, C),)](
-                dloss.contiguous(),
-                *tensors,
-                coefficients,
-                image_offsets,
-                dprediction,
-                N,
-                P,
-                *strides,
-                **sizes,
-                **options,
+                dloss.contiguous(), *inputs, dprediction, N, P, *strides, **sizes, **options
             )
     return dprediction
 
@@ -251,16 +242,16 @@ def _differentiate(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     # Training differentiates only the prediction. The other gradients are multiples of its own, before rounding.
     exact = prediction.float() if needs_target or needs_x_0 else prediction
     gradient = _backward(dloss, exact, target, image_offsets, x_0, coefficients)
-    of_x_0, of_target = gradient, -gradient
+    of_x_0: Tensor | int = -1
+    of_target: Tensor | int = 1
     if coefficients is not None and (needs_target or needs_x_0):
         lengths = image_offsets.diff()
-        a, b = coefficients.repeat_interleave(lengths, dim=0, output_size=len(gradient)).split(1, dim=1)
-        of_x_0, of_target = -a * gradient, -b * gradient
+        of_x_0, of_target = coefficients.repeat_interleave(lengths, dim=0, output_size=len(gradient)).split(1, dim=1)
     return (
         gradient.to(prediction.dtype),
-        of_target.to(target.dtype) if needs_target else None,
+        (-of_target * gradient).to(target.dtype) if needs_target else None,
         None,
-        of_x_0.to(x_0.dtype, copy=True) if needs_x_0 else None,
+        (-of_x_0 * gradient).to(x_0.dtype) if needs_x_0 else None,
         None,
     )
 

@@ -26,8 +26,8 @@ class Counts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; this batch's counts; and
-    the squared error of each image, fp32 [N], in the order of modalities, without gradient.
+    """Cross-entropy per token, diffusion loss per image and their weighted sum, fp32 scalars; this batch's counts; and
+    the diffusion loss of each image, fp32 [N], in the order of modalities, without gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
