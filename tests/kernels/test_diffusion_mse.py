@@ -13,15 +13,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),  # of infinity in one test
 ]
 
-TARGETS = {"tensor": {"flow": False}, "noise and latents": {}, "coefficients": {"coefficients": True}}
 SMALL = ([20, 1, 9], 5)
 SHARED = IMAGES["pieces that images share"]
 
 
 @pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_errors_and_gradients_are_those_of_the_reference(images, target):
-    assert_accurate(mse_case(images, **target))
+@pytest.mark.parametrize("flow", [False, True], ids=["target", "noise and latents"])
+def test_errors_and_gradients_are_those_of_the_reference(images, flow):
+    assert_accurate(mse_case(images, flow=flow))
+
+
+@pytest.mark.parametrize("name", ["no image", "pieces that images share", "wider than a tile"])
+def test_coefficients_are_those_of_the_image_of_each_patch(name):
+    assert_accurate(mse_case(IMAGES[name], coefficients=True))
 
 
 @given(st.lists(st.integers(1, 14), max_size=8), st.sampled_from([512, 700]))
