@@ -10,6 +10,10 @@ from transfusion_fast.model.loss import Counts, combine, token_cross_entropy
 PATHS = pytest.mark.parametrize(("vocabulary", "width"), [(8, 8), (5000, 16)])  # the second one in chunks
 
 
+def cross_entropy(hidden, weight, labels):
+    return token_cross_entropy(hidden, weight, labels)[0]
+
+
 def inputs(positions, vocabulary, width, dtype=torch.float32):
     generator = seeded()
     hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (positions, vocabulary))
@@ -37,14 +41,14 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("positions", [0, 1, 100])
 def test_token_cross_entropy_is_cross_entropy_of_the_logits(vocabulary, width, positions, tolerance):
     case = inputs(positions, vocabulary, width)
-    got, expected = with_gradients(token_cross_entropy, *case), with_gradients(plain, *case)
+    got, expected = with_gradients(cross_entropy, *case), with_gradients(plain, *case)
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
 
 
 @PATHS
 def test_token_cross_entropy_of_half_precision_is_near_and_single_precision(vocabulary, width, tolerance):
     case = inputs(50, vocabulary, width, torch.bfloat16)
-    got, expected = with_gradients(token_cross_entropy, *case), with_gradients(plain, *case)
+    got, expected = with_gradients(cross_entropy, *case), with_gradients(plain, *case)
     assert got[0].dtype == torch.float32
     torch.testing.assert_close(got[0], expected[0], **tolerance["bf16"])
     for a, b in zip(got[1:], expected[1:], strict=True):
@@ -54,10 +58,10 @@ def test_token_cross_entropy_of_half_precision_is_near_and_single_precision(voca
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_the_values_and_gradients_of_inputs_in_its_dtype(hidden_dtype, tolerance):
     hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)
-    expected = with_gradients(token_cross_entropy, hidden, weight, labels)
+    expected = with_gradients(cross_entropy, hidden, weight, labels)
     hidden, weight = hidden.detach().to(hidden_dtype).requires_grad_(), weight.detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = token_cross_entropy(hidden, weight, labels)
+        losses = cross_entropy(hidden, weight, labels)
     got = [losses, *torch.autograd.grad(losses, (hidden, weight), torch.linspace(-1, 2, len(losses)))]
     assert got[1].dtype == hidden_dtype and got[2].dtype == torch.float32
     torch.testing.assert_close([x.float() for x in got], [x.float() for x in expected], **tolerance["fp32"])
@@ -67,7 +71,7 @@ def test_values_of_a_large_vocabulary_have_single_precision_given_logits_in_half
     """Rounded to half precision, values near 8 would be multiples of 1/32."""
     hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)
     expected = F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none")
-    torch.testing.assert_close(token_cross_entropy(hidden, weight, labels), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross_entropy(hidden, weight, labels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_many_chunks_are_as_accurate_as_those_of_all_logits_at_once(monkeypatch):
@@ -80,7 +84,7 @@ def test_gradients_of_many_chunks_are_as_accurate_as_those_of_all_logits_at_once
     exact = with_gradients(plain, *(x.detach().float().requires_grad_() for x in case[:2]), case[2])[1:]
     ours, theirs = (
         [float((a - b).norm() / b.norm()) for a, b in zip(with_gradients(function, *case)[1:], exact, strict=True)]
-        for function in (token_cross_entropy, at_once)
+        for function in (cross_entropy, at_once)
     )
     assert ours == pytest.approx(theirs, rel=0.03)
 
@@ -88,16 +92,16 @@ def test_gradients_of_many_chunks_are_as_accurate_as_those_of_all_logits_at_once
 def test_a_large_vocabulary_never_has_all_its_logits_in_memory():
     hidden, weight, labels = inputs(320, 5000, 16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-        token_cross_entropy(hidden, weight, labels).sum().backward()
+        cross_entropy(hidden, weight, labels).sum().backward()
     largest = max(event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
     assert largest <= 4 * 32 * 5000 < 4 * 320 * 5000
 
 
 def test_the_compiler_takes_the_cross_entropy_of_a_large_vocabulary_in_one_graph(tolerance):
     case = inputs(40, 5000, 16)
-    compiled = torch.compile(token_cross_entropy, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(cross_entropy, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(
-        with_gradients(compiled, *case), with_gradients(token_cross_entropy, *case), **tolerance["fp32"]
+        with_gradients(compiled, *case), with_gradients(cross_entropy, *case), **tolerance["fp32"]
     )
 
 

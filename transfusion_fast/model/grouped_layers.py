@@ -12,6 +12,7 @@ output [T, H, D] is read from it once; backward moves their gradients the same w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -32,6 +33,16 @@ CONDITION_DIM = 256
 _EPS = 1e-6  # that of the norm in `ops.rope`
 MODALITIES = "modalities"
 """Part of the names of modalities' own layers, between the name of text's layer and their number."""
+
+
+def name_in_text(name: str) -> str:
+    """Return the name of text's parameter in the place of a modality's, or the name itself if it is not a modality's."""
+    return re.sub(rf"\b{MODALITIES}\.\d+\.", "", name)
+
+
+def of_text(name: str) -> bool:
+    """Return whether a parameter belongs to text, if text has weights of its own."""
+    return name_in_text(name) == name and not name.startswith(("codecs.", "conditions."))
 
 
 def group_positions(batch: PackedBatch) -> Groups:

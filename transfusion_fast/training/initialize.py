@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transfusion_fast.config import Config, ModelConfig, TrainConfig
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.grouped_layers import MODALITIES, name_in_text
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.transfusion import Transfusion, read_model_config
 from transfusion_fast.model.weights import Shape, WeightFiles, Weights
@@ -83,14 +85,17 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("positions", "objective", "tie_embeddings", "num_text_tokens", "dim_latent")
-    return {"transformer": transformer_settings(model), **{name: getattr(model, name) for name in names}}
+    names = ("positions", "objective", "tie_embeddings", "logit_cap", "num_text_tokens", "dim_latent")
+    own = {name: getattr(model.transformer, name) for name in ("modality_weights", "conditioning")}
+    return {"transformer": transformer_settings(model) | own, **{name: getattr(model, name) for name in names}}
 
 
 def plan_from_model(
     source: ModelConfig, stored: Mapping[str, Shape], model: ModelConfig, shapes: Mapping[str, Shape], where: str
 ) -> Plan:
-    """Return the plan to begin from a model of ours with other modalities or a larger vocabulary.
+    """Return the plan to begin from a model of ours with other modalities, a larger vocabulary or separate weights.
+
+    Modalities whose own weights the source lacks begin from those of text.
 
     Raises:
         InputError: other changes of a shape, or of the division into heads; the message names the parameters.
@@ -103,12 +108,15 @@ def plan_from_model(
             f"the vocabulary must hold the {source.num_text_tokens} text ids of {where}, got {model.num_text_tokens}; "
             "prepare the data with a tokenizer that extends the old one"
         )
+    if "separate" == source.transformer.modality_weights != (got := model.transformer.modality_weights):
+        raise InputError(f"model.transformer.modality_weights must be separate, as in {where}, got {got}; correct it")
     kept = min(len(source.dim_latent), len(model.dim_latent))
     old_size = Vocabulary(source.num_text_tokens, len(source.dim_latent)).size
     plan: Plan = {}
     wrong = []
     for name, shape in shapes.items():
-        origin = "embedding.weight" if name == "head.weight" and name not in stored else name  # tied in the source
+        origin = name if name in stored else name_in_text(name)
+        origin = "embedding.weight" if name == "head.weight" and name not in stored else origin  # tied in the source
         old = stored.get(origin)
         plan[name] = [] if old is None else [Span(0, math.prod(shape), origin)]
         if name in VOCABULARY_TABLES and old == (old_size, *shape[1:]):
@@ -123,7 +131,8 @@ def plan_from_model(
 
 def _dropped(stored: Mapping[str, Shape], modalities: int) -> list[str]:
     """Return the stored parameters of modalities that the new model does not have."""
-    return [name for name in stored if name.startswith("codecs.") and int(name.split(".")[1]) >= modalities]
+    numbers = {name: re.search(rf"^(?:codecs|conditions)\.(\d+)|\b{MODALITIES}\.(\d+)", name) for name in stored}
+    return [name for name, found in numbers.items() if found and int(found[1] or found[2]) >= modalities]
 
 
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:
