@@ -1,6 +1,7 @@
 """torch.compile of the model and of its blocks. The compiler stops before C++, which takes long."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make(backend: str) -> Transfusion:
-    transformer = {"dim": 32, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "qk_norm": True}
+def make(backend: str, **blocks: Any) -> Transfusion:
+    transformer = {"dim": 32, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "qk_norm": True, **blocks}
     torch._dynamo.reset()
     return small_model(num_text_tokens=16, dim_latent=4, transformer=transformer, backend=backend)
 
@@ -43,6 +44,10 @@ def test_the_model_and_a_block_are_one_graph_each(backend, tolerance):
     batch = pack_documents(DOCUMENTS, model.config, Randomness(seeded(), prob_uncond=0))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, expected = (gradients(model, m(batch).total) for m in (compiled, model))
+    torch.testing.assert_close(got, expected, **tolerance["fp32"])
+    grouped = make(backend, depth=1, modality_weights="separate", conditioning="adaln")
+    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    got, expected = (gradients(grouped, m(batch).total) for m in (compiled, grouped))
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
     block, x = model.blocks[0], torch.randn(len(batch.tokens), 32, generator=seeded())
     rotary = ops.rotary(batch.positions, 16)

@@ -55,6 +55,19 @@ def test_token_cross_entropy_of_half_precision_is_near_and_single_precision(voca
         assert (a.float() - b.float()).norm() <= tolerance["bf16"]["rtol"] * b.float().norm()
 
 
+@PATHS
+def test_logit_cap_and_z_loss_are_those_of_double_precision(vocabulary, width, tolerance):
+    hidden, weight, labels = inputs(100, vocabulary, width)
+    scales = torch.linspace(-1, 2, 100), torch.linspace(3, -1, 100)
+    losses = token_cross_entropy(hidden, weight, labels, logit_cap=3.0, z_loss=0.1)
+    got = [*losses, *torch.autograd.grad(losses, (hidden, weight), scales)]
+    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = 3 * (hidden @ weight.T / 3).tanh()
+    losses = F.cross_entropy(logits, labels, reduction="none"), 0.1 * logits.logsumexp(1) ** 2
+    expected = [*losses, *torch.autograd.grad(losses, (hidden, weight), [x.double() for x in scales])]
+    torch.testing.assert_close(got, [x.float() for x in expected], **tolerance["fp32"])
+
+
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_the_values_and_gradients_of_inputs_in_its_dtype(hidden_dtype, tolerance):
     hidden, weight, labels = inputs(50, 5000, 16, torch.bfloat16)
@@ -110,6 +123,12 @@ def test_sums_are_divided_by_the_given_counts_or_by_the_batchs_own(counts, text,
     losses = combine(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.5]), 5.0, counts)
     assert [loss.item() for loss in losses[:3]] == pytest.approx([text, diffusion, text + 5 * diffusion])
     assert losses.counts == Counts(tokens=3, images=2)
+
+
+def test_the_z_loss_is_part_of_the_total_alone():
+    plain, z = (combine(torch.ones(3), torch.ones(2), 5.0, None, z) for z in (None, torch.tensor([1.0, 2.0, 3.0])))
+    assert (z.text, z.diffusion) == (plain.text, plain.diffusion)
+    assert z.total.item() == pytest.approx(plain.total.item() + 2)
 
 
 @pytest.mark.parametrize("counts", [None, Counts(0, 0)])

@@ -14,7 +14,6 @@ from transfusion_fast.data.loader import BatchSplit, complete_config, open_data,
 from transfusion_fast.training.engine import compile_blocks
 from transfusion_fast.training.stored_slices import StoredSlices
 
-
 GROUPED = ", modality_weights: separate, conditioning: adaln"
 
 
@@ -33,7 +32,9 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    transformer = f"model.transformer={{dim: 16, depth: 10, heads: 1, ffn_dim: 16{blocks}}}"  # more blocks than recompilations
+    transformer = (
+        f"model.transformer={{dim: 16, depth: 10, heads: 1, ffn_dim: 16{blocks}}}"  # more blocks than recompilations
+    )
     settings = (transformer, f"model.activation_checkpointing={checkpointing}")
     config = small_config(digits, *settings)
     data = open_data(config)

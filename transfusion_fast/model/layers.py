@@ -194,4 +194,8 @@ def checkpointing(setting: str, dropout: float) -> Callable[..., Any]:
     # The recomputation must drop the same values. Without dropout a block draws no random numbers, and the state of the
     # generator is not saved, which on a GPU would be a copy to the host.
     full = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0)
-    return partial(full, context_fn=partial(create_selective_checkpoint_contexts, _keep)) if setting == "selective" else full
+    return (
+        partial(full, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+        if setting == "selective"
+        else full
+    )

@@ -17,8 +17,8 @@ from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import OBJECTIVES
-from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
 from transfusion_fast.model.grouped_layers import CONDITION_DIM, GroupedBlock, GroupedNorm, group_positions, merge
+from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
 from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
 from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
@@ -80,7 +80,9 @@ class Transfusion(nn.Module):
         self.conditions = nn.ModuleList(TimestepEmbedding(CONDITION_DIM) for _ in range(adaln * modalities))
         self.grouped = adaln or self.separate
         self.blocks = nn.ModuleList(
-            GroupedBlock(transformer, config.backend, modalities) if self.grouped else Block(transformer, config.backend)
+            GroupedBlock(transformer, config.backend, modalities)
+            if self.grouped
+            else Block(transformer, config.backend)
             for _ in range(transformer.depth)
         )
         # Logits of tied weights would start near E * INIT_STD at the token that a position holds.

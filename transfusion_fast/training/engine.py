@@ -9,7 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import BatchSplit

@@ -50,7 +50,8 @@ def training_flops(
     codecs = sum(2 * width * t.dim * count for width, count in zip(model.dim_latent, patches, strict=True))
     head = t.dim * vocabulary * supervised
     matrices = t.depth * block * tokens + head + codecs
-    frozen = t.depth * block * (tokens - sum(patches)) + head if frozen_text else 0
+    qkv = t.dim * (attention_dim + 2 * t.num_kv_heads * t.head_dim)  # whose input in the first block needs none either
+    frozen = (t.depth * block + qkv) * (tokens - sum(patches)) + head if frozen_text else 0
     return 6 * matrices - 2 * frozen + 12 * t.depth * attention_dim * area
 
 

@@ -72,7 +72,7 @@ def _from_model(
     changed = list(changes(_comparable(source), _comparable(model), "model"))
     if changed:
         notes.append(f"model settings that differ from it: {', '.join(changed)}")
-    if dropped := _dropped(weights.shapes, len(model.dim_latent)):
+    if dropped := _dropped(weights.shapes, model):
         notes.append(f"left out: {', '.join(dropped)}")
     if (old := read_data_description(described).tokenizer.describe()) != (new := _tokenizer(data)):
         notes.append(f"warning: text has the tokenizer {new['name']}, its weights that of {old['name']}; ids are kept")
@@ -108,8 +108,9 @@ def plan_from_model(
             f"the vocabulary must hold the {source.num_text_tokens} text ids of {where}, got {model.num_text_tokens}; "
             "prepare the data with a tokenizer that extends the old one"
         )
-    if "separate" == source.transformer.modality_weights != (got := model.transformer.modality_weights):
-        raise InputError(f"model.transformer.modality_weights must be separate, as in {where}, got {got}; correct it")
+    for name, value in (("modality_weights", "separate"), ("conditioning", "adaln")):
+        if value == getattr(source.transformer, name) != (got := getattr(model.transformer, name)):
+            raise InputError(f"model.transformer.{name} must be {value}, as in {where}, got {got}; correct it")
     kept = min(len(source.dim_latent), len(model.dim_latent))
     old_size = Vocabulary(source.num_text_tokens, len(source.dim_latent)).size
     plan: Plan = {}
@@ -123,16 +124,20 @@ def plan_from_model(
             plan[name] = list(_vocabulary_spans(source, model, kept, origin))
         elif old not in (None, shape):
             wrong.append(f"{name} {old} -> {shape}")
-    wrong += [f"{name} {old} -> none" for name, old in stored.items() if name not in {*shapes, *_dropped(stored, kept)}]
+    wrong += [
+        f"{name} {old} -> none" for name, old in stored.items() if name not in {*shapes, *_dropped(stored, model)}
+    ]
     if wrong:
         raise InputError(f"weights of {where} must have the shapes of the model, got {', '.join(wrong)}; correct model")
     return plan
 
 
-def _dropped(stored: Mapping[str, Shape], modalities: int) -> list[str]:
-    """Return the stored parameters of modalities that the new model does not have."""
+def _dropped(stored: Mapping[str, Shape], model: ModelConfig) -> list[str]:
+    """Return the stored parameters of modalities, and of timesteps added to patches, that the new model does not have."""
     numbers = {name: re.search(rf"^(?:codecs|conditions)\.(\d+)|\b{MODALITIES}\.(\d+)", name) for name in stored}
-    return [name for name, found in numbers.items() if found and int(found[1] or found[2]) >= modalities]
+    dropped = [name for name, found in numbers.items() if found and int(found[1] or found[2]) >= len(model.dim_latent)]
+    adaln = model.transformer.conditioning == "adaln"
+    return dropped + [name for name in stored if adaln and re.match(r"codecs\.\d+\.timestep\.", name)]
 
 
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:

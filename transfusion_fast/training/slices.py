@@ -87,9 +87,7 @@ def local_slices(engine: Any) -> list[Slice]:
             continue
         if length:
             matrix_start = matrix_starts.get(parameter)
-            found.append(
-                Slice(name, parameter, shape, offset, length, partition, start, matrix_start, frozen, saved)
-            )
+            found.append(Slice(name, parameter, shape, offset, length, partition, start, matrix_start, frozen, saved))
     return found
 
 
