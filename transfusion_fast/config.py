@@ -58,6 +58,7 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
 Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
+Context = Literal["noised", "clean"]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 _Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
 Folders = Annotated[
@@ -174,6 +175,8 @@ class ModelConfig(_Settings):
     """Layers between patches and the transformer: one linear layer in each direction."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
     """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a patch sees of its own image: all of it (the paper), or the patches before it, as in text."""
     objective: Literal["ddpm", "flow"] = "ddpm"
     """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -181,8 +184,8 @@ class ModelConfig(_Settings):
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared log-sum-exp of the logits, averaged over tokens (PaLM, arXiv 2204.02311). It is added to the
-    loss that is minimised, and is no part of the losses that are reported."""
+    """Weight of the squared log-sum-exp of the logits, averaged over tokens (PaLM, arXiv 2204.02311). It is part of the
+    loss that is minimised, and of no loss that is reported."""
     logit_cap: PositiveFloat | None = None
     """Bound c of the language head's logits, c tanh(logits / c), in training and sampling (Gemma 2); default: none."""
     backend: Backend | dict[Op, Backend] = "auto"
@@ -239,9 +242,25 @@ class DataConfig(_Settings):
     prob_uncond: Probability = PROB_UNCOND
     """Probability that an image is trained without what precedes it in its document, for classifier-free guidance."""
     noise_cap: Timestep = NOISE_CAP
-    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit."""
+    """Largest timestep of an image-first pair's image, if its caption sees it noised; 1000 is no limit."""
+    context: Context = "noised"
+    """What follows an image sees it noised, as it is trained (the paper), or clean; then it is trained by noised copies
+    behind the document, which take as many positions as the image each, and which nothing else sees."""
+    copies: Positive = 1
+    """Noised copies of each image with context=clean, each with a timestep and noise of its own."""
     quarantine: Count = 0
     """Number of unreadable packs that a run may skip; one more stops it."""
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> DataConfig:
+        if self.context == "noised" and self.copies != 1:
+            raise ValueError(f"copies must be 1 with context=noised, got {self.copies}; set context to clean")
+        return self
+
+    @property
+    def added_copies(self) -> int:
+        """Noised copies of each image that are added to the sequence."""
+        return self.copies if self.context == "clean" else 0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -394,7 +413,9 @@ class Config(_Settings):
     so is contradicting a derived setting."""
 
     @model_validator(mode="after")
-    def _check_observations(self) -> Config:
+    def _check_groups_together(self) -> Config:
+        if self.model.image_attention == "causal" and self.data.context == "clean":
+            raise ValueError("model.image_attention=causal must come with data.context=noised, got clean; set one")
         if self.train.validate_every and self.data.heldout is None:
             raise ValueError("train.validate_every needs data.heldout, got none; give a folder or a share")
         if self.train.sample_every and not self.train.sample_prompts:
@@ -406,7 +427,7 @@ class Config(_Settings):
         if self.train.freeze == "text" and self.model.transformer.modality_weights != "separate":
             got = self.model.transformer.modality_weights
             raise ValueError(
-                f"train.freeze=text needs model.transformer.modality_weights=separate, got {got}; text has no weights of "
-                "its own"
+                f"train.freeze=text needs model.transformer.modality_weights=separate, got {got}, where text has no "
+                "weights of its own; set that, or train.freeze=none"
             )
         return self

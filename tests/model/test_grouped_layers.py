@@ -1,4 +1,4 @@
-"""Separate weights for modalities, adaLN-zero and dropout: what each setting changes, and that it changes nothing else."""
+"""Separate weights for modalities, adaLN-zero, dropout: what each setting changes, and that it changes nothing else."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -103,11 +103,8 @@ def test_separate_weights_begin_from_shared_ones_and_new_modalities_from_text() 
     settings = {"num_text_tokens": 5, "dim_latent": (4,)}
     shared = small_model(transformer=STACK, **settings)
     separate = small_model(transformer=STACK | {"modality_weights": "separate"}, **settings)
-    wider = small_model(
-        num_text_tokens=5,
-        dim_latent=(4, 6),
-        transformer=STACK | {"modality_weights": "separate", "conditioning": "adaln"},
-    )
+    blocks = STACK | {"modality_weights": "separate", "conditioning": "adaln"}
+    wider = small_model(num_text_tokens=5, dim_latent=(4, 6), transformer=blocks)
     for source, model in ((shared, separate), (separate, wider)):
         initial = planned(source, model)
         initialise(model, initial, 7)
@@ -118,8 +115,10 @@ def test_separate_weights_begin_from_shared_ones_and_new_modalities_from_text() 
                 assert torch.equal(tensor, old[origin]), name
     told = set(initial.initialised)
     assert {"codecs.0", "codecs.1", "conditions.0.mlp.0.weight", "blocks.1.modalities.1.modulation.linear.bias"} > told
-    with pytest.raises(InputError, match=r"modality_weights must be separate, as in RUN, got shared"):
+    with pytest.raises(InputError, match="modality_weights must be separate, as in RUN, got shared"):
         planned(separate, shared)
+    with pytest.raises(InputError, match="conditioning must be adaln, as in RUN, got added"):
+        planned(wider, separate)
 
 
 def test_modalities_that_the_data_lacks_are_left_out() -> None:

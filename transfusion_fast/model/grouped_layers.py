@@ -36,7 +36,7 @@ MODALITIES = "modalities"
 
 
 def name_in_text(name: str) -> str:
-    """Return the name of text's parameter in the place of a modality's, or the name itself if it is not a modality's."""
+    """Return the name of text's parameter in the place of a modality's; other names are returned as they are."""
     return re.sub(rf"\b{MODALITIES}\.\d+\.", "", name)
 
 
@@ -46,7 +46,7 @@ def of_text(name: str) -> bool:
 
 
 def group_positions(batch: PackedBatch) -> Groups:
-    """Return the positions of each group, ascending; their numbers are known without waiting for the device."""
+    """Return the positions of each group; their numbers are known without waiting for the device."""
     patches = tuple(images.sequence_index for images in batch.modalities)
     is_patch = torch.zeros_like(batch.tokens, dtype=torch.uint8)
     for index in patches:

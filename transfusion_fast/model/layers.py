@@ -102,7 +102,7 @@ class Attention(nn.Module):
         """Return queries, keys and values, [T, H + 2G, D]."""
         return self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
 
-    def attend(self, qkv: Tensor, rotary: ops.Rotary, layout: AttentionLayout, **norm: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, rotary: ops.Rotary, layout: AttentionLayout, **norm: Any) -> Tensor:
         """Return the output of all heads, [T, H, D]; `norm` are the weights that `ops.rope` takes."""
         if self.sequence_group and len(qkv) < layout.total_length:
             q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)

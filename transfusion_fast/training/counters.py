@@ -22,11 +22,13 @@ QUARTERS = 4
 
 
 class Work(NamedTuple):
-    """Supervised tokens, images, positions of documents and floating point operations; they can be summed."""
+    """Supervised tokens, trained images, positions of documents with their noised copies, all positions, and floating
+    point operations; they can be summed."""
 
     supervised: float = 0
     images: float = 0
     tokens: float = 0
+    positions: float = 0
     flops: float = 0
 
     @classmethod
@@ -40,7 +42,7 @@ class Work(NamedTuple):
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
         frozen = config.train.freeze == "text"
         flops = training_flops(config.model, tokens, supervised, patches, area, frozen_text=frozen)
-        return cls(supervised, images, tokens, flops)
+        return cls(supervised, images, tokens, len(batch.tokens), flops)
 
 
 @dataclass
@@ -48,7 +50,6 @@ class Interval:
     """The work of all ranks since the last logged row, and the seconds of this rank."""
 
     work: Work = field(default_factory=Work)
-    steps: int = 0
     waited: float = 0.0
     """Seconds for data."""
     stalled: float = 0.0
@@ -58,7 +59,6 @@ class Interval:
     def add(self, work: Work) -> None:
         """Count a finished step."""
         self.work = Work(*map(operator.add, self.work, work))
-        self.steps += 1
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ class QuarterLosses:
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
         """Add the losses [N] of the images, or pieces of images, of a micro-batch, in the order of its modalities."""
-        timesteps = [images.timesteps for images in batch.modalities]
+        timesteps = [images.timesteps[: images.num_trained] for images in batch.modalities]
         if not timesteps:
             return
         quarter = (torch.cat(timesteps) * (QUARTERS / NUM_TIMESTEPS)).ceil().long() - 1

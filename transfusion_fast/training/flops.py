@@ -40,7 +40,7 @@ def training_flops(
         supervised: positions that have a label, where alone the language head is computed.
         patches: image patches of each modality.
         area: visible (query, key) pairs, the sum of `AttentionLayout.area`.
-        frozen_text: whether text's weights need no gradient; that of their input is needed, as patches are seen by text.
+        frozen_text: whether text's weights need no gradient; that of their input is needed, as text sees patches.
     """
     t = model.transformer
     attention_dim = t.num_heads * t.head_dim

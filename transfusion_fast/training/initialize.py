@@ -133,7 +133,7 @@ def plan_from_model(
 
 
 def _dropped(stored: Mapping[str, Shape], model: ModelConfig) -> list[str]:
-    """Return the stored parameters of modalities, and of timesteps added to patches, that the new model does not have."""
+    """Return the stored parameters of modalities, or of timesteps added to patches, that the new model lacks."""
     numbers = {name: re.search(rf"^(?:codecs|conditions)\.(\d+)|\b{MODALITIES}\.(\d+)", name) for name in stored}
     dropped = [name for name, found in numbers.items() if found and int(found[1] or found[2]) >= len(model.dim_latent)]
     adaln = model.transformer.conditioning == "adaln"

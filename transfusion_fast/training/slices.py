@@ -38,8 +38,7 @@ class Slice:
     frozen: bool = False
     """True if `partition` is the weights alone, in the precision of the run, which the optimizer does not have."""
     saved: bool = True
-    """Whether checkpoints get this slice; at stages 1 and 2 every rank holds all of a frozen parameter, and one saves it.
-    """
+    """Whether this rank saves it: below stage 3 every rank holds all of a frozen parameter."""
 
     @property
     def span(self) -> SliceSpan:
