@@ -16,15 +16,16 @@ PACKAGE = "transfusion_fast"
 MAX_LINES = 400
 
 # What each room, a folder or a single file of the library, may import besides itself.
-BASE = {"errors", "files", "plain_settings", "config", "config_reading"}
+BASE = {"errors", "files", "plain_settings", "setting_types", "config", "config_reading"}
 MODEL = BASE | {"kernels", "model"}
 DATA = MODEL | {"data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "plain_settings": set(),
-    "config": {"errors", "files", "plain_settings"},
-    "config_reading": {"errors", "files", "config"},
+    "setting_types": {"plain_settings"},
+    "config": {"errors", "files", "setting_types"},
+    "config_reading": {"errors", "files", "setting_types", "config"},
     "kernels": set(),
     "model": MODEL,
     "data": DATA,

@@ -3,88 +3,41 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-try:
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-except ModuleNotFoundError as error:
-    if error.name != "pydantic":  # a broken installation
-        raise
-    from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
+from transfusion_fast.setting_types import (
+    Backend,
+    BeforeValidator,
+    Beta,
+    Context,
+    Count,
+    Field,
+    FolderPath,
+    Folders,
+    HeldOut,
+    NonNegativeFloat,
+    Number,
+    Op,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Seed,
+    Settings,
+    Timestep,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+    no_false,
+)
 
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _no_false(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads off as false
-
-
-Integer = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Positive = Annotated[Integer, Field(gt=0)]
-Count = Annotated[Integer, Field(ge=0)]
-PositiveFloat = Annotated[Number, Field(gt=0)]
-NonNegativeFloat = Annotated[Number, Field(ge=0)]
-Probability = Annotated[Number, Field(ge=0, le=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-Timestep = Annotated[Number, Field(ge=1, le=1000)]
-Backend = Literal["auto", "torch", "triton", "reference"]
-Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
-Context = Literal["noised", "clean"]
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
-_Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
-Folders = Annotated[
-    Annotated[FolderPath, Tag("folder")] | Annotated[_Weights, Tag("weight")],
-    Discriminator(lambda value: "weight" if isinstance(value, Mapping) else "folder"),
-]
-_Share = Annotated[Number, Field(gt=0, le=0.5)]
-HeldOut = Annotated[
-    Annotated[FolderPath, Tag("folder")] | Annotated[_Share, Tag("share")],
-    Discriminator(lambda value: "folder" if isinstance(value, str) else "share"),
-]
-
-MAX_SEED = 2**63 - 1
-"""Largest seed that torch takes."""
-Seed = Annotated[Integer, Field(ge=0, le=MAX_SEED)]
 NOISE_CAP = 500.0
 """Default for the largest timestep of the image of an image-first pair (arXiv 2408.11039, section 4.1)."""
 PROB_UNCOND = 0.1
 """Default for the probability that an image is trained without what precedes it."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TransformerConfig(_Settings):
+class TransformerConfig(Settings):
     """A stack of blocks as in Llama: RMSNorm, rotary embedding, SwiGLU."""
 
     dim: Positive = 512
@@ -155,7 +108,7 @@ FROM_DATA = ("num_text_tokens", "dim_latent")
 """Settings of the model that training reads from the data if they are not given."""
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """The model: what its weights depend on, and its losses."""
 
     num_text_tokens: Positive = 256
@@ -207,7 +160,8 @@ class ModelConfig(_Settings):
             return values
         given = values.get("transformer", {})
         if isinstance(given, TransformerConfig):
-            given = {name: getattr(given, name) for name in given.model_fields_set}
+            plain = vars(TransformerConfig())
+            given = {name: value for name, value in vars(given).items() if value != plain[name]}
         if not isinstance(given, Mapping):
             return values
         sizes = {name: getattr(PRESETS[preset], name) for name in _SIZES}
@@ -217,7 +171,7 @@ class ModelConfig(_Settings):
         return {**values, "transformer": {**given, **sizes}}
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """The location of the packs, and how they are laid out."""
 
     path: Folders = "data/digits/train"
@@ -268,7 +222,7 @@ class DataConfig(_Settings):
         return {self.path: 1.0} if isinstance(self.path, str) else self.path
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
     """The optimizer, and its learning rate: linear warm-up, then a schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -310,7 +264,7 @@ class OptimizerConfig(_Settings):
         return 0.0 if self.name == "muon" else self.clip or 1.0
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """The run."""
 
     output: FolderPath = "runs/digits"
@@ -342,7 +296,7 @@ class TrainConfig(_Settings):
     """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
     """ZeRO stage: ranks divide the optimizer's state among them (1), also the gradients (2), also the weights (3)."""
-    compile: Annotated[Literal["off", "blocks"], BeforeValidator(_no_false)] = "off"
+    compile: Annotated[Literal["off", "blocks"], BeforeValidator(no_false)] = "off"
     """"blocks" compiles each block for training with torch.compile, for which the first step takes tens of seconds."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and take its steps on the CPU."""
@@ -401,7 +355,7 @@ class TrainConfig(_Settings):
         return profile
 
 
-class Config(_Settings):
+class Config(Settings):
     """All settings of train/pretrain.py."""
 
     model: ModelConfig = ModelConfig()

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from transfusion_fast.config import FROM_DATA, BaseModel, Config
+from transfusion_fast.config import FROM_DATA, Config
 from transfusion_fast.errors import InputError
+from transfusion_fast.setting_types import BaseModel
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
