@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 try:
-    from pydantic import (  # noqa: F401 (config.py takes some of these from here)
+    from pydantic import (
         AfterValidator,
         BaseModel,
         BeforeValidator,
