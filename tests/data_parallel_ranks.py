@@ -19,14 +19,19 @@ from transfusion_fast.model.sequence import PackedBatch
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 POLICIES = {
     "fsdp": MixedPrecisionPolicy(),
+    "fsdp, separate weights": MixedPrecisionPolicy(),
     "fsdp in bf16": MixedPrecisionPolicy(**BF16, cast_forward_inputs=False),
     "fsdp in bf16 with inputs cast": MixedPrecisionPolicy(**BF16),
 }
 
 
-def data_parallel_model() -> Transfusion:
-    transformer = {"dim": 32, "depth": 2, "heads": 2, "ffn_dim": 48}
-    return small_model(num_text_tokens=16, dim_latent=(4, 6), transformer=transformer)
+SEPARATE = {"modality_weights": "separate", "conditioning": "adaln"}
+
+
+def data_parallel_model(kind: str) -> Transfusion:
+    """Return a model of three modalities, of which the batches have one."""
+    transformer = {"dim": 32, "depth": 2, "heads": 2, "ffn_dim": 48, **(SEPARATE if "separate" in kind else {})}
+    return small_model(num_text_tokens=16, dim_latent=(4, 6, 3), transformer=transformer)
 
 
 def batch_of(rank: int, model: Transfusion) -> PackedBatch:
@@ -36,8 +41,8 @@ def batch_of(rank: int, model: Transfusion) -> PackedBatch:
 
 
 def _gradients(kind: str, rank: int) -> dict[str, torch.Tensor]:
-    model = data_parallel_model()
-    if kind == "ddp":
+    model = data_parallel_model(kind)
+    if kind.startswith("ddp"):
         parallel = DistributedDataParallel(model)  # which must live until backward has ended
         parallel(batch_of(rank, model)).total.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -53,7 +58,7 @@ def write_gradients(rank: int, ranks: int, port: str, out: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo")
     results = {}
-    for kind in ("ddp", *POLICIES):
+    for kind in ("ddp", "ddp, separate weights", *POLICIES):
         try:
             results[kind] = _gradients(kind, rank)
         except ValueError as error:

@@ -143,7 +143,9 @@ def test_a_preset_is_a_row_of_the_papers_table(name, depth, dim, heads, hidden):
     got = (transformer.depth, transformer.dim, transformer.num_heads, transformer.hidden_dim)
     assert got == (depth, dim, heads, hidden)
     message = error_of(f"model.preset={name}", "model.transformer.depth=2")
-    assert "preset and transformer must not be given together" in message
+    assert "transformer.depth must not be given with preset, which sets it; drop one of them" in message
+    combined = load_config(None, [f"model.preset={name}", "model.transformer.qk_norm=true"]).model.transformer
+    assert combined == transformer.model_copy(update={"qk_norm": True})
 
 
 @pytest.mark.parametrize(

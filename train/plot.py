@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from transfusion_fast.config import MAX_SEED
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.images import latents_to_pixels
@@ -24,6 +23,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.settings import MAX_SEED
 from transfusion_fast.training.checkpoint_files import find_checkpoint, list_checkpoints, read_meta
 from transfusion_fast.training.curves import draw_curves, read_curves
 from transfusion_fast.training.metrics import METRICS, read_rows

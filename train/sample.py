@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from transfusion_fast.config import MAX_SEED
 from transfusion_fast.data.autoencoder import Autoencoder
 from transfusion_fast.data.images import pixels_to_latents, to_grid
 from transfusion_fast.errors import InputError, Rejected
@@ -34,6 +33,7 @@ from transfusion_fast.sampling.pictures import (
     images_to_pixels,
     open_autoencoder,
 )
+from transfusion_fast.settings import MAX_SEED
 from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description
 
 MAX_SIDE = 8192  # pixels

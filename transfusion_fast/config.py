@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from transfusion_fast.diffusion_config import DiffusionConfig
 from transfusion_fast.settings import (
-    AfterValidator,
+    Backend,
     BeforeValidator,
     Beta,
+    Context,
     Count,
-    Discriminator,
     Field,
-    Integer,
+    FolderPath,
+    Folders,
+    HeldOut,
     NonNegativeFloat,
     Number,
+    Op,
     Positive,
     PositiveFloat,
     Probability,
+    Seed,
     Settings,
-    Tag,
+    Timestep,
     ValidationInfo,
     field_validator,
     model_validator,
+    no_false,
 )
 
-
-def _no_false(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads off as false
-
-
-Timestep = Annotated[Number, Field(ge=1, le=1000)]
-Backend = Literal["auto", "torch", "triton", "reference"]
-Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
-Context = Literal["noised", "clean"]
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
-_Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
-Folders = Annotated[
-    Annotated[FolderPath, Tag("folder")] | Annotated[_Weights, Tag("weight")],
-    Discriminator(lambda value: "weight" if isinstance(value, Mapping) else "folder"),
-]
-_Share = Annotated[Number, Field(gt=0, le=0.5)]
-HeldOut = Annotated[
-    Annotated[FolderPath, Tag("folder")] | Annotated[_Share, Tag("share")],
-    Discriminator(lambda value: "folder" if isinstance(value, str) else "share"),
-]
-
-MAX_SEED = 2**63 - 1
-"""Largest seed that torch takes."""
-Seed = Annotated[Integer, Field(ge=0, le=MAX_SEED)]
 NOISE_CAP = 500.0
 """Default for the largest timestep of the image of an image-first pair (arXiv 2408.11039, section 4.1)."""
 PROB_UNCOND = 0.1
@@ -77,6 +57,14 @@ class TransformerConfig(Settings):
     """Base of the rotary frequencies."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm."""
+    modality_weights: Literal["shared", "separate"] = "shared"
+    """Weights of the blocks and of the last norm: the same for text and patches; or a set for text and one for each
+    modality, with attention over all positions (mixture of transformers, arXiv 2411.04996)."""
+    conditioning: Literal["added", "adaln"] = "added"
+    """How patches learn their image's timestep: it is added to the latents (the paper); or it shifts, scales and gates
+    patches in every block (adaLN-zero, arXiv 2212.09748). Text is not modulated."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Probability that training drops a value of the output of attention or of the feed-forward layer."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> TransformerConfig:
@@ -116,6 +104,7 @@ PRESETS = {
     )
 }
 """The model sizes of the paper (arXiv 2408.11039, table 2)."""
+_SIZES = ("depth", "dim", "heads", "kv_heads", "ffn_dim")
 FROM_DATA = ("num_text_tokens", "dim_latent")
 """Settings of the model that training reads from the data if they are not given."""
 
@@ -133,7 +122,7 @@ class ModelConfig(Settings):
     [rows, columns, C]. If it is not given, the order is [rows, columns, C], and training refuses an image whose shape
     fits both. Data folders do not depend on it."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
-    """A model size of the paper, in place of `transformer`."""
+    """A model size of the paper, in place of the sizes in `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
     """The stack."""
     codec: Literal["linear"] = "linear"
@@ -148,6 +137,11 @@ class ModelConfig(Settings):
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of the logits, averaged over tokens (PaLM, arXiv 2204.02311). It is part of the
+    loss that is minimised, and of no loss that is reported."""
+    logit_cap: PositiveFloat | None = None
+    """Bound c of the language head's logits, c tanh(logits / c), in training and sampling (Gemma 2); default: none."""
     backend: Backend | dict[Op, Backend] = "auto"
     """Backend of the fused ops: a name for all of them, or a mapping by op with auto for the rest; see model/ops.py."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -165,11 +159,17 @@ class ModelConfig(Settings):
         preset = values.get("preset") if isinstance(values, Mapping) else None
         if not isinstance(preset, str) or preset not in PRESETS:
             return values
-        transformer = PRESETS[preset]
-        # A saved config has both, and they agree.
-        if values.get("transformer", transformer) not in (transformer, transformer.model_dump(mode="json")):
-            raise ValueError("preset and transformer must not be given together; drop one of them")
-        return {**values, "transformer": transformer}
+        given = values.get("transformer", {})
+        if isinstance(given, TransformerConfig):
+            plain = vars(TransformerConfig())
+            given = {name: value for name, value in vars(given).items() if value != plain[name]}
+        if not isinstance(given, Mapping):
+            return values
+        sizes = {name: getattr(PRESETS[preset], name) for name in _SIZES}
+        for name, size in sizes.items():  # a saved config has both, and they agree
+            if given.get(name, size) != size:
+                raise ValueError(f"transformer.{name} must not be given with preset, which sets it; drop one of them")
+        return {**values, "transformer": {**given, **sizes}}
 
 
 class DataConfig(Settings):
@@ -277,8 +277,12 @@ class TrainConfig(Settings):
     """Begin from the weights of the last step of `init_from`, not from their average."""
     init_text_from: FolderPath | None = None
     """A folder in the layout of Hugging Face's Llama, whose weights the text side of a new run begins from."""
+    freeze: Literal["none", "text"] = "none"
+    """"text" trains modalities alone: codecs and the weights of patches. The embedding, the language head and the text
+    weights of the blocks keep their values, in the precision of the run (LMFusion, arXiv 2412.15188). It needs
+    `model.transformer.modality_weights: separate`."""
     seed: Seed = 0
-    """Seed of the weights, of the order of the data, and of its random layout, timesteps and noise."""
+    """Seed of the weights, of the order of the data, of its random layout, timesteps and noise, and of dropout."""
     steps: Positive = 250_000
     """Number of optimizer steps."""
     global_batch: Positive = 1024
@@ -293,7 +297,7 @@ class TrainConfig(Settings):
     """Decay of the average of the weights over steps, which sampling uses; it is smaller at the start. 0 keeps none."""
     zero_stage: Literal[1, 2, 3] = 3
     """ZeRO stage: ranks divide the optimizer's state among them (1), also the gradients (2), also the weights (3)."""
-    compile: Annotated[Literal["off", "blocks"], BeforeValidator(_no_false)] = "off"
+    compile: Annotated[Literal["off", "blocks"], BeforeValidator(no_false)] = "off"
     """"blocks" compiles each block for training with torch.compile, for which the first step takes tens of seconds."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and take its steps on the CPU."""
@@ -371,4 +375,14 @@ class Config(Settings):
             raise ValueError("train.validate_every needs data.heldout, got none; give a folder or a share")
         if self.train.sample_every and not self.train.sample_prompts:
             raise ValueError("train.sample_every needs train.sample_prompts, got none; give captions to draw")
+        return self
+
+    @model_validator(mode="after")
+    def _check_freeze(self) -> Config:
+        if self.train.freeze == "text" and self.model.transformer.modality_weights != "separate":
+            got = self.model.transformer.modality_weights
+            raise ValueError(
+                f"train.freeze=text needs model.transformer.modality_weights=separate, got {got}, where text has no "
+                "weights of its own; set that, or train.freeze=none"
+            )
         return self

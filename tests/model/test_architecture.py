@@ -126,13 +126,14 @@ def test_weights_start_with_their_standard_deviations():
         assert abs(weight.mean().item()) < 0.1 * expected, name
 
 
-@pytest.mark.parametrize("process", ["ddpm", "flow"])
+@pytest.mark.parametrize(("process", "tied"), [("ddpm", False), ("ddpm", True), ("flow", False)])
 @pytest.mark.parametrize("width", [64, 4096])
-def test_the_first_losses_are_those_of_a_model_that_knows_nothing(width, process):
+def test_the_first_losses_are_those_of_a_model_that_knows_nothing(width, process, tied):
     """ln V, and the mean square of the target: 1 for noise, 2 for the velocity between normal latents and noise."""
     torch.manual_seed(0)
     settings = {"dim": width, "depth": 1, "heads": 2, "ffn_dim": 64}
-    model = Transfusion(num_text_tokens=996, dim_latent=16, transformer=settings, diffusion={"process": process})
+    sizes = {"num_text_tokens": 996, "dim_latent": 16, "transformer": settings}
+    model = Transfusion(diffusion={"process": process}, tie_embeddings=tied, **sizes)
     batch = pack_documents([[torch.randint(0, 996, (200,)), torch.randn(400, 16)]], model.config)
     with torch.no_grad():
         losses = model(batch)

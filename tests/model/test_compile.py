@@ -21,10 +21,12 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make(backend: str, **settings: Any) -> Transfusion:
-    transformer = {"dim": 32, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "qk_norm": True}
+def make(backend: str, diffusion: dict[str, Any] | None = None, **blocks: Any) -> Transfusion:
+    transformer = {"dim": 32, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 48, "qk_norm": True, **blocks}
     torch._dynamo.reset()
-    return small_model(num_text_tokens=16, dim_latent=4, transformer=transformer, backend=backend, **settings)
+    return small_model(
+        num_text_tokens=16, dim_latent=4, transformer=transformer, backend=backend, diffusion=diffusion or {}
+    )
 
 
 def gradients(model: Transfusion, loss: Tensor) -> list[Tensor]:
@@ -46,6 +48,10 @@ def test_the_model_and_a_block_are_one_graph_each(backend, copies, diffusion, to
     batch = pack_documents(DOCUMENTS, model.config, Randomness(seeded(), prob_uncond=0, noised_copies=copies))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, expected = (gradients(model, m(batch).total) for m in (compiled, model))
+    torch.testing.assert_close(got, expected, **tolerance["fp32"])
+    grouped = make(backend, depth=1, modality_weights="separate", conditioning="adaln")
+    compiled = torch.compile(grouped, backend="aot_eager", fullgraph=True)
+    got, expected = (gradients(grouped, m(batch).total) for m in (compiled, grouped))
     torch.testing.assert_close(got, expected, **tolerance["fp32"])
     block, x = model.blocks[0], torch.randn(len(batch.tokens), 32, generator=seeded())
     rotary = ops.rotary(batch.positions, 16)

@@ -13,9 +13,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return torch.load(out)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("ddp", 1e-5), ("fsdp", 1e-5), ("fsdp in bf16", 0.05)])
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        ("ddp", 1e-5),
+        ("ddp, separate weights", 1e-5),
+        ("fsdp", 1e-5),
+        ("fsdp, separate weights", 1e-5),
+        ("fsdp in bf16", 0.05),
+    ],
+)
 def test_gradients_are_the_mean_of_the_ranks(results: dict, kind: str, most: float) -> None:
-    model = data_parallel_model()
+    model = data_parallel_model(kind)
     (sum(model(batch_of(rank, model)).total for rank in range(2)) / 2).backward()
     for name, parameter in model.named_parameters():
         error = (results[kind][name].float() - parameter.grad).norm()

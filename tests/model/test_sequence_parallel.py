@@ -18,6 +18,7 @@ from transfusion_fast.training.ranks import _sequence_group
 GROUPED = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "qk_norm": True}
 CASES: list[dict[str, Any]] = [
     {"transformer": GROUPED, "activation_checkpointing": "selective"},
+    {"transformer": GROUPED | {"modality_weights": "separate", "conditioning": "adaln"}, "z_loss": 0.01},
     {
         "transformer": GROUPED,
         "diffusion": {"process": "flow", "prediction": "v", "loss": "x0"},

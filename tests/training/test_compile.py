@@ -14,18 +14,27 @@ from transfusion_fast.data.loader import BatchSplit, complete_config, open_data,
 from transfusion_fast.training.engine import compile_blocks
 from transfusion_fast.training.stored_slices import StoredSlices
 
+GROUPED = ", modality_weights: separate, conditioning: adaln"
+
 
 @pytest.mark.parametrize(
-    "checkpointing", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("selective", "full"))]
+    ("checkpointing", "blocks"),
+    [
+        ("none", ""),
+        ("none", GROUPED),
+        *(pytest.param(name, "", marks=pytest.mark.slow) for name in ("selective", "full")),
+    ],
 )
 def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+    digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, blocks: str
 ) -> None:
     """The compiler here stops before C++, which takes long."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    transformer = "model.transformer={dim: 16, depth: 10, heads: 1, ffn_dim: 16}"  # more blocks than recompilations
+    transformer = (
+        f"model.transformer={{dim: 16, depth: 10, heads: 1, ffn_dim: 16{blocks}}}"  # more blocks than recompilations
+    )
     settings = (transformer, f"model.activation_checkpointing={checkpointing}")
     config = small_config(digits, *settings)
     data = open_data(config)

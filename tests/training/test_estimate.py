@@ -54,11 +54,19 @@ def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
 
 @pytest.mark.filterwarnings("ignore")  # looking at every object wakes some that warn
 @pytest.mark.parametrize(
-    ("setting", "dtype"),
-    [("none", torch.float32), ("none", torch.bfloat16), ("selective", torch.bfloat16), ("full", torch.bfloat16)],
+    ("setting", "dtype", "blocks"),
+    [
+        ("none", torch.float32, {}),
+        ("none", torch.bfloat16, {}),
+        ("none", torch.bfloat16, {"modality_weights": "separate", "conditioning": "adaln", "qk_norm": True}),
+        ("selective", torch.bfloat16, {}),
+        ("full", torch.bfloat16, {}),
+    ],
 )
-def test_activations_are_those_that_the_forward_pass_keeps(setting: str, dtype: torch.dtype) -> None:
-    transformer = {"dim": 96, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 160}
+def test_activations_are_those_that_the_forward_pass_keeps(
+    setting: str, dtype: torch.dtype, blocks: dict[str, Any]
+) -> None:
+    transformer = {"dim": 96, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 160, **blocks}
     config = ModelConfig(backend="triton", activation_checkpointing=setting, transformer=transformer)
     model, ids = Transfusion(config).to(dtype), torch.zeros(50, dtype=torch.long)
     batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, Randomness(prob_uncond=0))

@@ -6,12 +6,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion_fast import Transfusion
 from transfusion_fast.model.inputs import Randomness, pack_documents
+from transfusion_fast.training.engine import freeze_text
 from transfusion_fast.training.flops import find_gpu, gpu_peak, peak_flops, training_flops
 
 
-def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_timestep_mlp() -> None:
-    transformer = {"dim": 64, "depth": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_timestep_mlp(frozen: bool) -> None:
+    weights = "separate" if frozen else "shared"
+    transformer = {"dim": 64, "depth": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "modality_weights": weights}
     model = Transfusion(num_text_tokens=250, dim_latent=[12, 20], backend="reference", transformer=transformer)
+    if frozen:
+        freeze_text(model)
     text = torch.zeros(9, dtype=torch.long)
     batch = pack_documents(
         [[text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20))], [text]], model.config, Randomness(prob_uncond=0)
@@ -23,7 +28,7 @@ def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_tim
     patches, total = [6, 8], len(batch.tokens)
 
     def expected(area: int) -> float:
-        return training_flops(model.config, total, len(batch.supervised), patches, area)
+        return training_flops(model.config, total, len(batch.supervised), patches, area, frozen_text=frozen)
 
     assert expected(0) == counted["mm"] + counted["addmm"] - timestep_mlps
     assert expected(total**2) - expected(0) == counted["bmm"]  # the reference computes all pairs of positions

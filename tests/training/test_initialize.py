@@ -1,6 +1,7 @@
 """Beginning from other weights: which elements are copied, what keeps its initial value, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,29 @@ def test_other_changes_of_a_shape_are_refused_by_name(change: dict[str, Any], to
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_separate_weights_begin_from_shared_ones_and_new_modalities_from_text() -> None:
+    settings = {"num_text_tokens": 5, "dim_latent": (4,)}
+    shared = small_model(transformer=STACK, **settings)
+    separate = small_model(transformer=STACK | {"modality_weights": "separate"}, **settings)
+    blocks = STACK | {"modality_weights": "separate", "conditioning": "adaln"}
+    wider = small_model(num_text_tokens=5, dim_latent=(4, 6), transformer=blocks)
+    for source, model in ((shared, separate), (separate, wider)):
+        initial = planned(source, model)
+        initialise(model, initial, 7)
+        old = source.state_dict()
+        for name, tensor in model.state_dict().items():
+            origin = name if name in old else re.sub(r"modalities\.[01]\.", "", name)
+            if name.startswith(("blocks.", "norm.")) and "modulation" not in name:
+                assert torch.equal(tensor, old[origin]), name
+    told = set(initial.initialised)
+    assert {"codecs.1", "conditions.0", "conditions.1", "blocks.1.modalities.1.modulation.linear.bias"} <= told
+    assert "codecs.0" not in told
+    with pytest.raises(InputError, match="modality_weights must be separate, as in RUN, got shared"):
+        planned(separate, shared)
+    with pytest.raises(InputError, match="conditioning must be adaln, as in RUN, got added"):
+        planned(wider, separate)
+
+
 def test_modalities_that_the_data_lacks_are_left_out() -> None:
     settings = {"num_text_tokens": 5, "transformer": STACK}
     model = small_model(dim_latent=[], **settings)
@@ -148,7 +172,7 @@ def llama(folder: Path, *, tied: bool = False, **settings: Any) -> Any:
 
 def text_model(digits: Path, folder: Path, **settings: Any) -> tuple[Transfusion, InitialWeights]:
     config = Config(
-        model={"transformer": STACK, **settings}, data={"path": str(digits)}, train={"init_text_from": str(folder)}
+        model={"transformer": STACK} | settings, data={"path": str(digits)}, train={"init_text_from": str(folder)}
     )
     data = open_data(config)
     config = complete_config(config, data)
@@ -157,10 +181,13 @@ def text_model(digits: Path, folder: Path, **settings: Any) -> tuple[Transfusion
     return Transfusion(config.model), initial
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_text_side_of_a_llama_model_gives_its_logits(digits: Path, tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "weights"), [(False, "shared"), (True, "shared"), (True, "separate")])
+def test_the_text_side_of_a_llama_model_gives_its_logits(
+    digits: Path, tmp_path: Path, tied: bool, weights: str
+) -> None:
     theirs = llama(tmp_path, tied=tied)
-    model, initial = text_model(digits, tmp_path, tie_embeddings=tied)
+    transformer = STACK | {"modality_weights": weights}
+    model, initial = text_model(digits, tmp_path, tie_embeddings=tied, transformer=transformer)
     initialise(model, initial, 50)
     tables = ["embedding.weight"] if tied else ["embedding.weight", "head.weight"]
     assert set(initial.initialised) == {"codecs.0", *(f"rows 258-259 of {name}" for name in tables)}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -36,12 +37,23 @@ class Linear(nn.Linear):
 
 
 class ResidualLinear(Linear):
-    """A linear layer [T, K] -> [T, E] without bias, which adds its output to the residual within the matrix product."""
+    """A linear layer [T, K] -> [T, E] without bias, which adds its output to the residual within the matrix product.
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        if residual.dtype != x.dtype:  # under autocast, which would make the sum as narrow as the product
-            return residual + super().forward(x)
-        return torch.addmm(residual, x, self.weight.t())
+    With dropout in training, or a gate [T, E] that the output is multiplied by, the sum is a pass of its own.
+    """
+
+    def __init__(self, in_features: int, config: TransformerConfig):
+        # A smaller standard deviation, so that the variance of the residual stream does not grow with the depth.
+        super().__init__(in_features, config.dim, std=INIT_STD / (2 * config.depth) ** 0.5)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        dropout = self.dropout if self.training else 0.0
+        # Under autocast addmm would make the sum as narrow as the product.
+        if gate is None and not dropout and residual.dtype == x.dtype:
+            return torch.addmm(residual, x, self.weight.t())
+        out = F.dropout(super().forward(x), dropout)
+        return residual + out if gate is None else torch.addcmul(residual, out, gate)
 
 
 class Embedding(nn.Embedding):
@@ -54,10 +66,10 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """RMS norm over the last axis (arXiv 1910.07467), which returns x / rms(x) * weight, and x for the residual."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, backend: ops.Backend = "auto"):
+    def __init__(self, dim: int, eps: float = 1e-5, backend: ops.Backend = "auto", initial: float = 1.0):
         super().__init__()
         self.eps, self.backend = eps, backend
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.full((dim,), initial))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
@@ -78,22 +90,27 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.backend = backend
         self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.out = ResidualLinear(self.heads * self.head_dim, config.dim, std=_residual_std(config))
+        self.out = ResidualLinear(self.heads * self.head_dim, config)
         self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
 
     def forward(self, x: Tensor, residual: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
-        qkv = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
-        norm: dict[str, Any] = {"q_weight": self.q_norm, "k_weight": self.k_norm, "backend": self.backend}
-        if self.sequence_group and len(x) < layout.total_length:
-            q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, **norm)
-            attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
-            parts = layout.total_length // len(x)
-            out_THD = exchange_heads(attention, q_THD, k_TGD, v_TGD, self.sequence_group, parts)
-        else:
-            out_THD = ops.rotary_attention(qkv, self.kv_heads, rotary, layout, **norm)
+        out_THD = self.attend(self.project(x), rotary, layout, q_weight=self.q_norm, k_weight=self.k_norm)
         return self.out(out_THD.flatten(1), residual)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values, [T, H + 2G, D]."""
+        return self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+
+    def attend(self, qkv: Tensor, rotary: ops.Rotary, layout: AttentionLayout, **norm: Any) -> Tensor:
+        """Return the output of all heads, [T, H, D]; `norm` are the weights that `ops.rope` takes."""
+        if self.sequence_group and len(qkv) < layout.total_length:
+            q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, backend=self.backend, **norm)
+            attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
+            parts = layout.total_length // len(qkv)
+            return exchange_heads(attention, q_THD, k_TGD, v_TGD, self.sequence_group, parts)
+        return ops.rotary_attention(qkv, self.kv_heads, rotary, layout, backend=self.backend, **norm)
 
 
 class SwiGLU(nn.Module):
@@ -103,21 +120,28 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.backend = backend
         self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
-        self.down = ResidualLinear(config.hidden_dim, config.dim, std=_residual_std(config))
+        self.down = ResidualLinear(config.hidden_dim, config)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend), residual)
+    def forward(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.down(ops.swiglu(self.gate_up(x), backend=self.backend), residual, gate)
 
 
-class Block(nn.Module):
+class BlockLayers(nn.Module):
+    """The layers of a block."""
+
+    def __init__(self, config: TransformerConfig, backend: ops.Backend, attention: type[Attention]):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, backend)
+        self.attention = attention(config, backend)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, backend)
+        self.mlp = SwiGLU(config, backend)
+
+
+class Block(BlockLayers):
     """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, backend)
-        self.attention = Attention(config, backend)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, backend)
-        self.mlp = SwiGLU(config, backend)
+        super().__init__(config, backend, Attention)
 
     def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
         x = self.attention(*self.attention_norm(x), rotary, layout)
@@ -137,14 +161,6 @@ class TimestepEmbedding(nn.Module):
         angles = timesteps[:, None] * torch.exp(-math.log(10000.0) * exponent)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
-
-
-def _residual_std(config: TransformerConfig) -> float:
-    """Return the smaller standard deviation of the weights that write to the residual stream.
-
-    The stream's variance then does not grow with the depth.
-    """
-    return INIT_STD / (2 * config.depth) ** 0.5
 
 
 # Activation checkpointing. "selective" keeps a block's input and the output of attention, which takes most of the time
@@ -167,13 +183,19 @@ def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoint
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _call(block: nn.Module, *inputs: Any) -> Tensor:
+def _call(block: nn.Module, *inputs: Any) -> Any:
     return block(*inputs)
 
 
-# A block draws no random numbers, so no generator state needs saving, which on a GPU would be a copy to the host.
-_full = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-_selective = partial(_full, context_fn=partial(create_selective_checkpoint_contexts, _keep))
-
-CHECKPOINTING: dict[str, Callable[..., Tensor]] = {"none": _call, "selective": _selective, "full": _full}
-"""Functions that call a block, by the setting `model.activation_checkpointing`."""
+def checkpointing(setting: str, dropout: float) -> Callable[..., Any]:
+    """Return the function that calls a block, by the setting `model.activation_checkpointing`."""
+    if setting == "none":
+        return _call
+    # The recomputation must drop the same values. Without dropout a block draws no random numbers, and the state of the
+    # generator is not saved, which on a GPU would be a copy to the host.
+    full = partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0)
+    return (
+        partial(full, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+        if setting == "selective"
+        else full
+    )

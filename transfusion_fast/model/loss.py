@@ -26,8 +26,9 @@ class Counts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Cross-entropy per token, diffusion loss per image and their weighted sum, fp32 scalars; this batch's counts; and
-    the diffusion loss of each image, fp32 [N], in the order of modalities, without gradient.
+    """Cross-entropy per token, diffusion loss per image and what is minimised: their weighted sum and the z-loss, fp32
+    scalars; this batch's counts; and the diffusion loss of each image, fp32 [N], in the order of modalities, without
+    gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -39,17 +40,41 @@ class Losses(NamedTuple):
     per_image: Tensor
 
 
-def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
-    """Divide the sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own for None."""
+def combine(
+    token_losses: Tensor,
+    image_losses: Tensor,
+    diffusion_weight: float,
+    counts: Counts | None,
+    z_losses: Tensor | None = None,
+) -> Losses:
+    """Divide the sums of fp32 losses by `counts`, or by the batch's own for None.
+
+    `token_losses` are cross-entropies [S], `image_losses` squared errors [N], `z_losses` [S] count in the total alone.
+    """
     own = Counts(len(token_losses), len(image_losses))
     counts = counts or own
     text = token_losses.sum() / max(counts.tokens, 1)
     diffusion = image_losses.sum() / max(counts.images, 1)
-    return Losses(text, diffusion, text + diffusion_weight * diffusion, own, image_losses.detach())
+    total = text + diffusion_weight * diffusion
+    if z_losses is not None:
+        total = total + z_losses.sum() / max(counts.tokens, 1)
+    return Losses(text, diffusion, total, own, image_losses.detach())
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each position, fp32 [S], from hidden [S, E], weight [V, E] and labels int64 [S].
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118), or the logits without a cap."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logit_cap: float | None = None, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Return the cross-entropy and the z-loss of each position, fp32 [S] each, the latter None for a weight of zero.
+
+    Args:
+        hidden: [S, E]. weight: [V, E]. labels: int64 [S].
+        logit_cap: bound of `soft_cap`.
+        z_loss: weight of the squared log-sum-exp of the logits (PaLM, arXiv 2204.02311, section 5).
 
     Small vocabularies are computed in fp32. For larger ones the logits are products in the dtype of the inputs,
     everything after them is fp32, and they are computed in chunks, again in the backward pass, so that the logits
@@ -60,37 +85,60 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels)
-    return F.cross_entropy(F.linear(hidden.float(), weight.float()), labels, reduction="none")
+        losses, lse = _ChunkedCrossEntropy.apply(hidden, weight, labels, logit_cap)
+    else:
+        logits = soft_cap(F.linear(hidden.float(), weight.float()), logit_cap)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        lse = logits.logsumexp(dim=1) if z_loss else losses
+    return losses, z_loss * lse.square() if z_loss else None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy from chunks of logits. The backward pass needs the log-sum-exp of each position, and adds the
-    chunks' gradients of the weight in fp32."""
+    """Cross-entropy and log-sum-exp of each position from chunks of logits. The backward pass adds the chunks'
+    gradients of the weight in fp32.
+
+    With p = softmax(logits), d cross-entropy = p - onehot(label) and d log-sum-exp = p; through the soft cap,
+    d logit = 1 - (logit / cap)^2.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
         lse = hidden.new_empty(len(hidden), dtype=torch.float32)
         losses = torch.empty_like(lse)
         for rows in _chunks(hidden, weight):
-            logits = F.linear(hidden[rows], weight).float()
+            logits = _capped_logits(hidden[rows], weight, cap)
             lse[rows] = logits.logsumexp(dim=1)
             losses[rows] = lse[rows] - logits.gather(1, labels[rows, None])[:, 0]
         ctx.save_for_backward(hidden, weight, labels, lse)
-        return losses
+        ctx.cap = cap
+        ctx.set_materialize_grads(False)
+        return losses, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dlosses: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, labels, lse = ctx.saved_tensors
+        dlosses = torch.zeros_like(lse) if dlosses is None else dlosses
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for rows in _chunks(hidden, weight):
-            dlogits = F.linear(hidden[rows], weight).float().sub_(lse[rows, None]).exp_()
-            dlogits.scatter_add_(1, labels[rows, None], dlogits.new_full((1, 1), -1).expand(len(dlogits), 1))
-            dlogits = dlogits.mul_(upstream[rows, None]).to(hidden.dtype)
+            logits = _capped_logits(hidden[rows], weight, ctx.cap)
+            slope = None if ctx.cap is None else 1 - (logits / ctx.cap).square_()
+            dlogits = logits.sub_(lse[rows, None]).exp_()
+            if dlse is None:
+                dlogits.scatter_add_(1, labels[rows, None], dlogits.new_full((1, 1), -1).expand(len(dlogits), 1))
+                dlogits.mul_(dlosses[rows, None])
+            else:
+                dlogits.mul_((dlosses + dlse)[rows, None]).scatter_add_(1, labels[rows, None], -dlosses[rows, None])
+            dlogits = (dlogits if slope is None else dlogits.mul_(slope)).to(hidden.dtype)
             dhidden[rows] = dlogits @ weight
             dweight += dlogits.t() @ hidden[rows]
-        return dhidden, dweight.to(weight.dtype), None
+        return dhidden, dweight.to(weight.dtype), None, None
+
+
+def _capped_logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    """Return logits fp32 in memory of their own."""
+    logits = F.linear(hidden, weight).float()
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

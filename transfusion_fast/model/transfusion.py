@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -17,9 +18,10 @@ from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import Diffusion
+from transfusion_fast.model.grouped_layers import CONDITION_DIM, GroupedBlock, GroupedNorm, group_positions, merge
 from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
-from transfusion_fast.model.layers import CHECKPOINTING, Block, Embedding, RMSNorm
-from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
+from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
+from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
 from transfusion_fast.model.weights import WeightFiles, load_weights
 
@@ -28,19 +30,21 @@ MODEL_CONFIG = "config.json"
 
 
 class LanguageHead(nn.Module):
-    """A linear layer from vectors [S, E] to logits [S, V], or, given labels [S], to cross-entropies fp32 [S].
+    """A linear layer from vectors [S, E] to logits [S, V], or, given labels [S], to what `token_cross_entropy` returns.
 
-    Logits start with standard deviation E ** -0.5, so that the first loss is ln V; but not if the weight is `tied`.
+    Logits start with standard deviation E ** -0.5, so that the first loss is ln V. If the weight is `tied`, the norm
+    before this layer sees to that.
     """
 
-    def __init__(self, dim: int, vocabulary_size: int, tied: Tensor | None = None):
+    def __init__(self, config: ModelConfig, vocabulary_size: int, tied: Tensor | None = None):
         super().__init__()
+        self.logit_cap, self.z_loss, dim = config.logit_cap, config.z_loss, config.transformer.dim
         self.weight = nn.Parameter(torch.empty(vocabulary_size, dim).normal_(std=1 / dim)) if tied is None else tied
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
         if labels is None:
-            return F.linear(hidden, self.weight)
-        return token_cross_entropy(hidden, self.weight, labels)
+            return soft_cap(F.linear(hidden, self.weight), self.logit_cap)
+        return token_cross_entropy(hidden, self.weight, labels, self.logit_cap, self.z_loss)
 
 
 class Transfusion(nn.Module):
@@ -72,11 +76,19 @@ class Transfusion(nn.Module):
         self.diffusion = Diffusion(config.diffusion)
         self.diffusion.warn_of_wide_patches(config.dim_latent)
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)
-        self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim) for width in config.dim_latent)
-        self.blocks = nn.ModuleList(Block(transformer, config.backend) for _ in range(transformer.depth))
-        self.norm = RMSNorm(transformer.dim, transformer.norm_eps, config.backend)
+        adaln, modalities = transformer.conditioning == "adaln", len(config.dim_latent)
+        self.separate = transformer.modality_weights == "separate"
+        self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim, not adaln) for width in config.dim_latent)
+        self.conditions = nn.ModuleList(TimestepEmbedding(CONDITION_DIM) for _ in range(adaln * modalities))
+        self.grouped = adaln or self.separate
+        block = partial(GroupedBlock, modalities=modalities) if self.grouped else Block
+        self.blocks = nn.ModuleList(block(transformer, config.backend) for _ in range(transformer.depth))
+        # Logits of tied weights would start near E * INIT_STD at the token that a position holds.
+        initial = min(1.0, 1 / (transformer.dim * INIT_STD)) if config.tie_embeddings else 1.0
+        norm = (transformer.dim, transformer.norm_eps, config.backend, initial)
+        self.norm = GroupedNorm(modalities, *norm) if self.separate else RMSNorm(*norm)
         tied = self.embedding.weight if config.tie_embeddings else None
-        self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
+        self.head = LanguageHead(config, self.vocabulary.size, tied)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Transfusion:
@@ -175,7 +187,7 @@ class Transfusion(nn.Module):
         x_t = [self.noisy(images) for images in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
-        token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
+        token_losses, z_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
         image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
@@ -183,20 +195,42 @@ class Transfusion(nn.Module):
             timesteps = images.timesteps[: images.num_trained]
             losses = self.diffusion.losses(prediction, clean, images.noise, timesteps, offsets, backend)
             image_losses.append(losses * images.fractions)
-        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
+        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts, z_losses)
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
         """Return the last layer's output after its norm, [T, E], for a batch whose patches are x_t [P, C], noisy."""
-        x = self.embedding(batch.tokens)
-        for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
-            patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
-            x = x.index_copy(0, images.sequence_index, patches.to(x.dtype))
+        patches = [
+            self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
+            for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True))
+        ]
         transformer = self.config.transformer
         rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
-        run = CHECKPOINTING[self.config.activation_checkpointing if self.training else "none"]
+        run = checkpointing(self.config.activation_checkpointing if self.training else "none", transformer.dropout)
+        if self.grouped:
+            return self._grouped_hidden(batch, patches, rotary, run)
+        x = self.embedding(batch.tokens)
+        for images, vectors in zip(batch.modalities, patches, strict=True):
+            x = x.index_copy(0, images.sequence_index, vectors.to(x.dtype))
         for block in self.blocks:
             x = run(block, x, rotary, batch.layout)
         return self.norm(x)[0]
+
+    def _grouped_hidden(
+        self, batch: PackedBatch, patches: Sequence[Tensor], rotary: ops.Rotary, run: Callable[..., Any]
+    ) -> Tensor:
+        """Return what `hidden` returns, from the vectors of the patches of each modality, [P, E]."""
+        positions = group_positions(batch)
+        text = self.embedding(batch.tokens.index_select(0, positions[0]))
+        groups = (text, *(vectors.to(text.dtype) for vectors in patches))
+        conditions = tuple(
+            (F.silu(embed(images.timesteps)), _image_of_patch(images))
+            for embed, images in zip(self.conditions, batch.modalities, strict=False)
+        )
+        for block in self.blocks:
+            groups = run(block, groups, rotary, batch.layout, positions, conditions)
+        if self.separate:
+            return merge([[x] for x in self.norm(groups)], positions)
+        return self.norm(merge([[x] for x in groups], positions))[0]
 
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
         """Return the diffusion head's output for one modality's trained images, [P', C] in the weights' dtype."""
@@ -218,6 +252,11 @@ class Transfusion(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.norm.weight.device
+
+
+def _image_of_patch(images: ModalityBatch) -> Tensor:
+    """Return the number of each patch's image, [P]."""
+    return torch.repeat_interleave(images.image_offsets.diff(), output_size=len(images.latents))
 
 
 def read_model_config(folder: Path) -> ModelConfig:

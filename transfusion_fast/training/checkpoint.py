@@ -68,7 +68,7 @@ class Checkpoints:
         self.finish()
         save = self._save = _Save(meta, self.folder / f".{_name(meta)}", f"rank-{self.ranks.rank:05d}.safetensors")
         with self._keep_error(save):
-            slices = local_slices(engine)
+            slices = [one for one in local_slices(engine) if one.saved]
             tensors = copy_to_host(slices, engine.optimizer.optimizer)
             spans = {one.name: one.span for one in slices}
             Thread(target=self._write, args=(save, spans, tensors)).start()

@@ -64,6 +64,7 @@ class Meta:
             "global_batch": train.global_batch,
             "precision": self.precision,
             "optimizer": optimizer.name,
+            "freeze": train.freeze,
             "steps": train.steps if optimizer.schedule == "cosine" else None,
         }
 

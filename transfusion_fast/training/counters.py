@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from transfusion_fast.config import ModelConfig
+from transfusion_fast.config import Config
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.flops import training_flops
@@ -32,7 +32,7 @@ class Work(NamedTuple):
     flops: float = 0
 
     @classmethod
-    def of(cls, batch: PackedBatch, model: ModelConfig, *, common: bool = True) -> Work:
+    def of(cls, batch: PackedBatch, config: Config, *, common: bool = True) -> Work:
         """Count the work of a micro-batch in host memory.
 
         Args:
@@ -40,7 +40,8 @@ class Work(NamedTuple):
         """
         supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
-        flops = training_flops(model, tokens, supervised, patches, area)
+        frozen = config.train.freeze == "text"
+        flops = training_flops(config.model, tokens, supervised, patches, area, frozen_text=frozen)
         return cls(supervised, images, tokens, len(batch.tokens), flops)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import BatchSplit
 from transfusion_fast.errors import InputError
 from transfusion_fast.kernels.compiled import cpp_compiler, cpp_compiler_name
+from transfusion_fast.model.grouped_layers import GroupedBlock, of_text
 from transfusion_fast.model.layers import Attention, Block
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.ranks import Ranks
@@ -39,6 +40,8 @@ def make_engine(config: Config, ranks: Ranks, split: BatchSplit) -> Any:
     for module in model.modules():
         if isinstance(module, Attention):
             module.sequence_group = ranks.sequence_group
+    if config.train.freeze == "text":
+        freeze_text(model)
     if config.train.compile == "blocks":
         compile_blocks(model)
     optimizer = make_optimizer(model, config.optimizer)
@@ -60,17 +63,39 @@ def check_compiler(config: Config, device: torch.device) -> None:
         raise InputError(f"torch.compile must have a C++ compiler, got no {name}; install one, or set {others}")
 
 
+def freeze_text(model: Transfusion) -> None:
+    """Give the parameters of text neither gradients nor, therefore, state of the optimizer.
+
+    Raises:
+        InputError: the model has no modality to train.
+    """
+    if not len(model.codecs):
+        raise InputError("train.freeze=text must come with a modality, got data of text alone; set train.freeze=none")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not of_text(name))
+
+
 def compile_blocks(model: Transfusion) -> None:
     """Compile the forward pass of each block for training; evaluation, whose shapes vary, runs it as it is."""
     # ZeRO-3 gathers the parameters of a leaf module before its forward pass, and so has no hooks in what is compiled.
-    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    deepspeed.utils.set_z3_leaf_modules(model, [Block, GroupedBlock])
     for block in model.blocks:
         block.forward = _compiled_for_training(block)
 
 
-def _compiled_for_training(block: nn.Module) -> Callable[..., Tensor]:
+def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
     eager, compiled = block.forward, torch.compile(block.forward, dynamic=False)
-    return lambda *inputs: compiled(*inputs) if block.training else eager(*inputs)
+
+    def forward(*inputs: Any) -> Any:
+        if not block.training:
+            return eager(*inputs)
+        if isinstance(block, GroupedBlock):  # numbers of patches and images vary from batch to batch
+            groups, _, _, positions, conditions = inputs
+            for x in (*groups, *positions, *(x for pair in conditions for x in pair)):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(*inputs)
+
+    return forward
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -147,8 +172,9 @@ def _merge(derived: dict[str, Any], raw: Mapping[str, Any], path: str) -> dict[s
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer: AdamW that decays matrices, but not vectors (norms and biases); or Muon beside it."""
     # ZeRO-3 leaves an empty parameter on each rank, and the full shape in ds_shape.
-    shapes = {parameter: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters()}
-    blocks = [p for name, p in model.named_parameters() if name.startswith("blocks.") and config.name == "muon"]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {parameter: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trained.values()}
+    blocks = [p for name, p in trained.items() if name.startswith("blocks.") and config.name == "muon"]
     hidden = [parameter for parameter in blocks if len(shapes[parameter]) > 1]
     others = [parameter for parameter in shapes if parameter not in {*hidden}]
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}

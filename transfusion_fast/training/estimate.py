@@ -6,6 +6,7 @@ engine.py and its own defaults; the config's raw `deepspeed` section is not read
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.loader import BatchSplit, batch_builder
 from transfusion_fast.data.mixture import Mixture, MixtureReader
 from transfusion_fast.errors import DataError, InputError
+from transfusion_fast.model.grouped_layers import of_text
 from transfusion_fast.model.loss import SMALL_VOCABULARY
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.model.weights import Shape
 from transfusion_fast.training.flops import GPU_NAMES, Gpu, find_gpu, gpu_peak, training_flops
 
 _FP32 = 4
@@ -136,6 +139,20 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     )
 
 
+def frozen_parameters(config: Config) -> int:
+    """Return the number of parameters that are not trained."""
+    return sum(math.prod(shape) for name, shape in _shapes(config).items() if not _is_trained(name, config))
+
+
+def _shapes(config: Config) -> dict[str, Shape]:
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in Transfusion(config.model).named_parameters()}
+
+
+def _is_trained(name: str, config: Config) -> bool:
+    return config.train.freeze == "none" or not of_text(name)
+
+
 def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> tuple[dict[str, float], float]:
     """Return bytes of a GPU by use, and bytes of host memory for each GPU.
 
@@ -143,14 +160,16 @@ def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> t
     summed in fp32; at stage 1 in bf16 DeepSpeed also keeps those of the whole model in bf16. Stage 3 holds the weights
     of about a billion parameters gathered.
     """
-    train, shard = config.train, parameters / gpus
-    gradients = _FP32 * shard if train.zero_stage > 1 else parameters * (_FP32 + (itemsize if itemsize < _FP32 else 0))
+    train, trained = config.train, parameters - frozen_parameters(config)
+    shard = trained / gpus
+    gradients = _FP32 * shard if train.zero_stage > 1 else trained * (_FP32 + (itemsize if itemsize < _FP32 else 0))
     optimizer = _FP32 * optimizer_values(parameters, config) / gpus
     ema = _FP32 * shard if train.ema_decay else 0.0
     if train.zero_stage == 3:
-        weights, buffers = itemsize * shard, itemsize * (_REDUCE_BUCKET + min(parameters, _LIVE_PARAMETERS))
+        weights = itemsize * parameters / gpus
+        buffers = itemsize * (_REDUCE_BUCKET + min(parameters, _LIVE_PARAMETERS))
     else:
-        weights, buffers = itemsize * parameters, 2 * itemsize * min(parameters, _REDUCE_BUCKET)
+        weights, buffers = itemsize * parameters, 2 * itemsize * min(trained, _REDUCE_BUCKET)
     host = 0.0
     if train.offload_optimizer:  # the step on the CPU also needs the gradients there, once more while they accumulate
         host, optimizer, ema = optimizer + ema + 2 * _FP32 * shard, 0.0, 0.0
@@ -161,10 +180,10 @@ def state_memory(parameters: int, config: Config, gpus: int, itemsize: int) -> t
 
 def optimizer_values(parameters: int, config: Config) -> int:
     """Return the number of fp32 values that the optimizer keeps on all GPUs together: weights and its state."""
-    t = config.model.transformer
-    heads = (2 * t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    matrices = t.depth * t.dim * (heads + 3 * t.hidden_dim) if config.optimizer.name == "muon" else 0
-    return 3 * parameters - matrices
+    muon, shapes = config.optimizer.name == "muon", _shapes(config)
+    hidden = [shape for name, shape in shapes.items() if name.startswith("blocks.") and _is_trained(name, config)]
+    matrices = sum(math.prod(shape) for shape in hidden if len(shape) > 1)
+    return 3 * (parameters - frozen_parameters(config)) - muon * matrices
 
 
 def kept_activations(
@@ -180,31 +199,37 @@ def kept_activations(
     rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim
     # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
     head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim
-    blocks = model.transformer.depth * _kept_by_block(model, setting, itemsize)
-    return positions * (blocks + rotary + norm) + supervised * head + patches * itemsize * dim
+    blocks = model.transformer.depth * _kept_by_block(model, setting, positions, patches, itemsize)
+    return blocks + positions * (rotary + norm) + supervised * head + patches * itemsize * dim
 
 
 def activation_memory(
     model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
 ) -> float:
     """Return the peak memory of activations: those kept by all blocks, and those that one block recomputes."""
-    recomputed = _kept_by_block(model, "none", itemsize) - _kept_by_block(model, setting, itemsize)
-    return kept_activations(model, setting, positions, supervised, patches, itemsize) + positions * recomputed
+    of_block = (_kept_by_block(model, name, positions, patches, itemsize) for name in ("none", setting))
+    return kept_activations(model, setting, positions, supervised, patches, itemsize) + next(of_block) - next(of_block)
 
 
-def _kept_by_block(model: ModelConfig, setting: str, itemsize: int) -> float:
-    """Return the bytes that a block keeps for each position."""
+def _kept_by_block(model: ModelConfig, setting: str, positions: float, patches: float, itemsize: int) -> float:
+    """Return the bytes that a block keeps."""
     t = model.transformer
     q, kv = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     if setting == "full":
-        return itemsize * t.dim
+        return positions * itemsize * t.dim
     output_and_lse = itemsize * q + _FP32 * t.num_heads
     if setting == "selective":
-        return itemsize * t.dim + output_and_lse
+        return positions * (itemsize * t.dim + output_and_lse)
     # The inputs of two norms, and of the two matrices after them; q, k and v as projected, of which attention reads v;
     # q and k rotated; gate and up, and their product.
     norms = 2 * 2 * itemsize * t.dim
-    return norms + itemsize * (q + 2 * kv) + itemsize * (q + kv) + output_and_lse + itemsize * 3 * t.hidden_dim
+    kept = norms + itemsize * (q + 2 * kv) + itemsize * (q + kv) + output_and_lse + itemsize * 3 * t.hidden_dim
+    adaln = t.conditioning == "adaln"
+    if adaln or t.modality_weights == "separate":  # the output of attention, and with QK norm its input, by groups
+        kept += itemsize * (q + t.qk_norm * (q + 2 * kv))
+    kept += 2 * t.dim * (t.dropout > 0)  # which values are kept, a byte each
+    # Six vectors of each patch; what is scaled, and what is multiplied by a gate.
+    return positions * kept + patches * adaln * itemsize * 10 * t.dim
 
 
 @dataclass(frozen=True)
@@ -215,18 +240,20 @@ class Traffic:
     reduced: float
 
 
-def traffic(parameters: int, stage: int, accumulation_steps: int, gpus: int, itemsize: int) -> Traffic:
+def traffic(parameters: int, stage: int, accumulation_steps: int, gpus: int, itemsize: int, frozen: int = 0) -> Traffic:
     """Return the traffic of ring collectives for ZeRO (arXiv 1910.02054, section 7).
 
     Stage 3 gathers all weights in forward, and in backward again those beyond the billion that stay gathered, and
     reduces and scatters the gradients, for each micro-batch. Stages 1 and 2 gather the new weights once; DeepSpeed sums
-    their gradients by an all-reduce, which is twice the bytes, at stage 2 for each micro-batch.
+    their gradients by an all-reduce, which is twice the bytes, at stage 2 for each micro-batch. Frozen parameters are
+    gathered at stage 3 alone, and have no gradients.
     """
     once = parameters * itemsize * (gpus - 1) / gpus
+    trained = once * (1 - frozen / parameters)
     if stage == 3:
         again = max(0.0, 1 - _LIVE_PARAMETERS / parameters)
-        return Traffic(accumulation_steps * once * (1 + again), accumulation_steps * once)
-    return Traffic(once, 2 * once * (accumulation_steps if stage == 2 else 1))
+        return Traffic(accumulation_steps * once * (1 + again), accumulation_steps * trained)
+    return Traffic(trained, 2 * trained * (accumulation_steps if stage == 2 else 1))
 
 
 @dataclass(frozen=True)
@@ -284,10 +311,14 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
     packs_of_gpu = train.micro_batch / train.sequence_parallel
     micro = (packs_of_gpu * x for x in (packs.positions, packs.supervised, sum(packs.patches)))
     positions, supervised, patches = micro
-    flops = training_flops(model, packs.tokens, packs.supervised, packs.patches, packs.area)
-    matrices = training_flops(model, packs.tokens, packs.supervised, packs.patches, 0)
-    sent = traffic(total, train.zero_stage, split.accumulation_steps, gpus, itemsize)
-    checkpoint = _FP32 * (optimizer_values(total, config) + (total if train.ema_decay else 0))
+    frozen = frozen_parameters(config)
+    flops, matrices = (
+        training_flops(model, packs.tokens, packs.supervised, packs.patches, area, frozen_text=frozen > 0)
+        for area in (packs.area, 0)
+    )
+    sent = traffic(total, train.zero_stage, split.accumulation_steps, gpus, itemsize, frozen)
+    averages = total - frozen if train.ema_decay else 0
+    checkpoint = _FP32 * (frozen + optimizer_values(total, config) + averages)
     return Estimate(
         parameters=parameters,
         itemsize=itemsize,

@@ -2,7 +2,8 @@
 
 A multiply-add counts as two operations. What a step must compute counts, whatever the implementation computes: not
 padding, not masked pairs of positions, not what activation checkpointing or an attention kernel recomputes (model FLOPs
-utilization, PaLM, arXiv 2204.02311, appendix B). Left out as negligible: elementwise work, norms, the timestep MLP.
+utilization, PaLM, arXiv 2204.02311, appendix B). Left out as negligible: elementwise work, norms, and what is computed
+for each image, the timestep MLP and the modulation of patches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from transfusion_fast.model.sequence import Vocabulary
 
 
 def training_flops(
-    model: ModelConfig, tokens: float, supervised: float, patches: Sequence[float], area: float
+    model: ModelConfig,
+    tokens: float,
+    supervised: float,
+    patches: Sequence[float],
+    area: float,
+    *,
+    frozen_text: bool = False,
 ) -> float:
     """Return the operations of the forward and backward passes over some packs.
 
@@ -33,6 +40,7 @@ def training_flops(
         supervised: positions that have a label, where alone the language head is computed.
         patches: image patches of each modality.
         area: visible (query, key) pairs, the sum of `AttentionLayout.area`.
+        frozen_text: whether text's weights need no gradient; that of their input is needed, as text sees patches.
     """
     t = model.transformer
     attention_dim = t.num_heads * t.head_dim
@@ -40,8 +48,11 @@ def training_flops(
     block = qkv_and_out + 3 * t.dim * t.hidden_dim
     vocabulary = Vocabulary(model.num_text_tokens, len(model.dim_latent)).size
     codecs = sum(2 * width * t.dim * count for width, count in zip(model.dim_latent, patches, strict=True))
-    matrices = t.depth * block * tokens + t.dim * vocabulary * supervised + codecs
-    return 6 * matrices + 12 * t.depth * attention_dim * area
+    head = t.dim * vocabulary * supervised
+    matrices = t.depth * block * tokens + head + codecs
+    qkv = t.dim * (attention_dim + 2 * t.num_kv_heads * t.head_dim)  # whose input in the first block needs none either
+    frozen = (t.depth * block + qkv) * (tokens - sum(patches)) + head if frozen_text else 0
+    return 6 * matrices - 2 * frozen + 12 * t.depth * attention_dim * area
 
 
 @dataclass(frozen=True)

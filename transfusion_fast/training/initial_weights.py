@@ -65,7 +65,8 @@ class InitialWeights:
     def initialised(self) -> list[str]:
         """The codecs, other parameters and rows that keep their initial values."""
         names = (text for name, shape in self.shapes.items() for text in _missing(name, shape, self.plan[name]))
-        return list(dict.fromkeys(".".join(n.split(".")[:2]) if n.startswith("codecs.") else n for n in names))
+        whole = ("codecs.", "conditions.")
+        return list(dict.fromkeys(".".join(n.split(".")[:2]) if n.startswith(whole) else n for n in names))
 
 
 def _missing(name: str, shape: Shape, spans: list[Span]) -> Iterator[str]:

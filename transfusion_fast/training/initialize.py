@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transfusion_fast.config import Config, ModelConfig, TrainConfig
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import InputError
+from transfusion_fast.model.grouped_layers import MODALITIES, name_in_text
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.transfusion import Transfusion, read_model_config
 from transfusion_fast.model.weights import Shape, WeightFiles, Weights
@@ -70,7 +72,7 @@ def _from_model(
     changed = list(changes(_comparable(source), _comparable(model), "model"))
     if changed:
         notes.append(f"model settings that differ from it: {', '.join(changed)}")
-    if dropped := _dropped(weights.shapes, len(model.dim_latent)):
+    if dropped := _dropped(weights.shapes, model):
         notes.append(f"left out: {', '.join(dropped)}")
     if (old := read_data_description(described).tokenizer.describe()) != (new := _tokenizer(data)):
         notes.append(f"warning: text has the tokenizer {new['name']}, its weights that of {old['name']}; ids are kept")
@@ -83,16 +85,19 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("positions", "tie_embeddings", "num_text_tokens", "dim_latent")
+    names = ("positions", "tie_embeddings", "logit_cap", "num_text_tokens", "dim_latent")
+    own = {name: getattr(model.transformer, name) for name in ("modality_weights", "conditioning")}
     diffusion = {name: model.diffusion.with_defaults()[name] for name in ("process", "schedule", "prediction")}
-    groups = {"transformer": transformer_settings(model), "diffusion": diffusion}
+    groups = {"transformer": transformer_settings(model) | own, "diffusion": diffusion}
     return groups | {name: getattr(model, name) for name in names}
 
 
 def plan_from_model(
     source: ModelConfig, stored: Mapping[str, Shape], model: ModelConfig, shapes: Mapping[str, Shape], where: str
 ) -> Plan:
-    """Return the plan to begin from a model of ours with other modalities or a larger vocabulary.
+    """Return the plan to begin from a model of ours with other modalities, a larger vocabulary or separate weights.
+
+    Modalities whose own weights the source lacks begin from those of text.
 
     Raises:
         InputError: other changes of a shape, or of the division into heads; the message names the parameters.
@@ -105,27 +110,36 @@ def plan_from_model(
             f"the vocabulary must hold the {source.num_text_tokens} text ids of {where}, got {model.num_text_tokens}; "
             "prepare the data with a tokenizer that extends the old one"
         )
+    for name, value in (("modality_weights", "separate"), ("conditioning", "adaln")):
+        if value == getattr(source.transformer, name) != (got := getattr(model.transformer, name)):
+            raise InputError(f"model.transformer.{name} must be {value}, as in {where}, got {got}; correct it")
     kept = min(len(source.dim_latent), len(model.dim_latent))
     old_size = Vocabulary(source.num_text_tokens, len(source.dim_latent)).size
     plan: Plan = {}
     wrong = []
     for name, shape in shapes.items():
-        origin = "embedding.weight" if name == "head.weight" and name not in stored else name  # tied in the source
+        origin = name if name in stored else name_in_text(name)
+        origin = "embedding.weight" if name == "head.weight" and name not in stored else origin  # tied in the source
         old = stored.get(origin)
         plan[name] = [] if old is None else [Span(0, math.prod(shape), origin)]
         if name in VOCABULARY_TABLES and old == (old_size, *shape[1:]):
             plan[name] = list(_vocabulary_spans(source, model, kept, origin))
         elif old not in (None, shape):
             wrong.append(f"{name} {old} -> {shape}")
-    wrong += [f"{name} {old} -> none" for name, old in stored.items() if name not in {*shapes, *_dropped(stored, kept)}]
+    wrong += [
+        f"{name} {old} -> none" for name, old in stored.items() if name not in {*shapes, *_dropped(stored, model)}
+    ]
     if wrong:
         raise InputError(f"weights of {where} must have the shapes of the model, got {', '.join(wrong)}; correct model")
     return plan
 
 
-def _dropped(stored: Mapping[str, Shape], modalities: int) -> list[str]:
-    """Return the stored parameters of modalities that the new model does not have."""
-    return [name for name in stored if name.startswith("codecs.") and int(name.split(".")[1]) >= modalities]
+def _dropped(stored: Mapping[str, Shape], model: ModelConfig) -> list[str]:
+    """Return the stored parameters of modalities, or of timesteps added to patches, that the new model lacks."""
+    numbers = {name: re.search(rf"^(?:codecs|conditions)\.(\d+)|\b{MODALITIES}\.(\d+)", name) for name in stored}
+    dropped = [name for name, found in numbers.items() if found and int(found[1] or found[2]) >= len(model.dim_latent)]
+    adaln = model.transformer.conditioning == "adaln"
+    return dropped + [name for name in stored if adaln and re.match(r"codecs\.\d+\.timestep\.", name)]
 
 
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:

@@ -14,6 +14,7 @@ from transfusion_fast.config import ModelConfig
 from transfusion_fast.config_reading import changes
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import parse_json
+from transfusion_fast.model.grouped_layers import name_in_text
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.transfusion import MODEL_CONFIG
 from transfusion_fast.model.weights import Shape, WeightFiles
@@ -115,6 +116,8 @@ def plan_from_llama(
 ) -> Plan:
     """Return the plan to begin from a Llama model: embeddings, blocks, norm and head, but not codecs.
 
+    Modalities that have weights of their own begin from those of the blocks and the norm too.
+
     Both models rotate the pairs (i, i + D/2) of a head, so that the rows of queries and keys keep their order.
 
     Raises:
@@ -128,7 +131,9 @@ def plan_from_llama(
     for number in range(model.transformer.depth):
         for name, tensors in _BLOCK.items():
             sources[f"blocks.{number}.{name}"] = [f"model.layers.{number}.{tensor}" for tensor in tensors]
-    for name, parts in sources.items():
+    for name in shapes:
+        if (parts := sources.get(name_in_text(name))) is None:
+            continue
         lengths = [math.prod(stored.get(part, (0,))) for part in parts]
         starts = [0, *accumulate(lengths)]
         plan[name] = [Span(*span) for span in zip(starts, lengths, parts, strict=False)]

@@ -20,6 +20,7 @@ _HINTS = {
     "order": "give the run's train.seed, data.shuffle_window and share of data.heldout, or another train.output",
     "global_batch": "give the run's train.global_batch, or another train.output",
     "precision": "give the run's train.precision, or another train.output",
+    "freeze": "give the run's train.freeze, or begin a new run with train.init_from",
     "optimizer": "give the run's optimizer.name, or another train.output",
     "steps": "the cosine schedule depends on train.steps; give the train.steps of the run, begin a new run with "
     "train.init_from, or go on with optimizer.schedule=wsd or constant",

@@ -35,15 +35,23 @@ class Slice:
     """Index in `partition` of the slice's first element."""
     matrix_start: int | None = None
     """Index of the parameter's first element in Muon's momentum, where a rank keeps that of whole matrices."""
+    frozen: bool = False
+    """True if `partition` is the weights alone, in the precision of the run, which the optimizer does not have."""
+    saved: bool = True
+    """Whether this rank saves it: below stage 3 every rank holds all of a frozen parameter."""
 
     @property
     def span(self) -> SliceSpan:
         """The slice's place in its parameter."""
         return SliceSpan(self.offset, self.length, self.shape)
 
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return the optimizer's state of the partition, which a frozen one does not have."""
+        return {} if self.frozen else optimizer.state[self.partition]
+
     def views(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """Return the memory of the weights and of the optimizer's state, [length], by kind; fp32 but for momentum."""
-        flat = {WEIGHT: self.partition, **{kind: x for kind, x in optimizer.state[self.partition].items() if x.ndim}}
+        flat = {WEIGHT: self.partition, **{kind: x for kind, x in self.state(optimizer).items() if x.ndim}}
         starts = dict.fromkeys(flat, self.start)
         if self.matrix_start is not None:
             starts[MOMENTUM] = self.matrix_start + self.offset
@@ -57,12 +65,18 @@ def local_slices(engine: Any) -> list[Slice]:
     """
     zero, found = engine.optimizer, []
     matrix_starts = {} if getattr(zero, "cpu_offload", True) else _matrix_starts(zero)
-    for name, parameter in engine.module.named_parameters():
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        frozen, saved, start, offset = not parameter.requires_grad, True, 0, 0
         if hasattr(parameter, "ds_tensor"):  # stage 3
-            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            offset = engine.global_rank * size
+            partition, size = parameter.ds_tensor.data, parameter.ds_tensor.numel()
+            if not frozen:
+                group, start, _ = zero.grad_position[zero.get_param_id(parameter)]
+                partition = zero.fp32_partitioned_groups_flat[group]
+            offset, shape = engine.global_rank * size, tuple(parameter.ds_shape)
             length = min(max(parameter.ds_numel - offset, 0), size)  # the last slice is padded
-            shape, partition = tuple(parameter.ds_shape), zero.fp32_partitioned_groups_flat[group]
+        elif frozen:
+            partition, length, shape = parameter.data.view(-1), parameter.numel(), tuple(parameter.shape)
+            saved = number % engine.world_size == engine.global_rank
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
             partition = zero.optimizer.param_groups[mapping.param_group_index]["params"][0]
@@ -71,7 +85,8 @@ def local_slices(engine: Any) -> list[Slice]:
         else:
             continue
         if length:
-            found.append(Slice(name, parameter, shape, offset, length, partition, start, matrix_starts.get(parameter)))
+            matrix_start = matrix_starts.get(parameter)
+            found.append(Slice(name, parameter, shape, offset, length, partition, start, matrix_start, frozen, saved))
     return found
 
 
@@ -118,10 +133,11 @@ def update_ema(engine: Any, decay: float, step: int) -> None:
 
 
 def _by_partition(engine: Any) -> list[list[Slice]]:
-    """Return this rank's slices, those of one partition together."""
+    """Return this rank's slices that are trained, those of one partition together."""
     found: dict[int, list[Slice]] = {}
     for one in local_slices(engine):
-        found.setdefault(id(one.partition), []).append(one)
+        if not one.frozen:
+            found.setdefault(id(one.partition), []).append(one)
     return list(found.values())
 
 
@@ -141,12 +157,11 @@ def restore_slices(engine: Any, stored: StoredSlices, step: int) -> None:
     """Copy stored state into the weights and this rank's slices; `step` is the number of steps that were taken."""
 
     def copy(kind: str, name: str, offset: int, target: Tensor) -> None:
-        missing = kind == EMA and EMA not in stored.kinds  # the run was saved without it: begin with the weights
-        target.copy_(stored.read(WEIGHT if missing else kind, name, offset, len(target)))
+        target.copy_(stored.read(kind, name, offset, len(target)))
 
     optimizer = engine.optimizer.optimizer
     for one in local_slices(engine):
-        state = optimizer.state[one.partition]
+        state = one.state(optimizer)
         if "step" in state:
             state["step"].fill_(step)
         if one.matrix_start is not None:  # beyond the slice too
@@ -201,6 +216,6 @@ def _refresh_parameters(engine: Any) -> None:
         zero.update_lp_params()
         return
     zero.checkpoint_event_prologue()  # divides the small parameters that stage 3 keeps gathered
-    for one in local_slices(engine):
+    for one in (one for slices in _by_partition(engine) for one in slices):
         one.parameter.ds_tensor.data[: one.length].copy_(one.views(zero.optimizer)[WEIGHT])
     zero.checkpoint_event_epilogue()

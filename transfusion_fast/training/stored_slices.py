@@ -66,7 +66,12 @@ class StoredSlices:
             _check_complete(slices)
 
     def read(self, kind: str, name: str, offset: int = 0, length: int | None = None) -> Tensor:
-        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on."""
+        """Return elements [offset, offset + length) of a flattened parameter, fp32; default: all from `offset` on.
+
+        A parameter that was frozen, or saved by a run without averages, is its own average.
+        """
+        if kind == EMA and EMA not in self._slices[name][0].starts:
+            kind = WEIGHT
         end = math.prod(self.shapes[name]) if length is None else offset + length
         found = torch.empty(end - offset)
         for one in self._slices[name]:

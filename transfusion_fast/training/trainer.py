@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,7 +193,8 @@ class Trainer:
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         set_learning_rate(self.engine.optimizer, lr)
         counts = Counts(int(work.supervised), int(work.images))
-        losses = [self._micro_step(batch, counts) for batch in batches]
+        positions = self.split.micro_batches(self.meta.packs_consumed)
+        losses = [self._micro_step(batch, counts, of[0]) for batch, of in zip(batches, positions, strict=False)]
         self._report_skipped(losses)
         self.meta = replace(
             self.meta,
@@ -223,7 +225,7 @@ class Trainer:
         unreadable = [error for one in loaded for error in one.unreadable]
         unfetched = [error for one in loaded for error in one.unfetched]
         first = self.ranks.rank % self.split.sequence_parallel == 0  # of the ranks that share these packs
-        own = [Work.of(batch, self.config.model, common=first) for batch in batches]
+        own = [Work.of(batch, self.config, common=first) for batch in batches]
         flags = (stop_requested, self.checkpoints.written, len(unreadable), len(unfetched))
         sums = self.ranks.sum([*map(sum, zip(*own, strict=True)), *flags])
         *work, stop, written, left_out, failed = sums
@@ -249,8 +251,14 @@ class Trainer:
             for error in times:
                 say(f"quarantined: {error}")
 
-    def _micro_step(self, batch: PackedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
-        """Run forward, backward and DeepSpeed's step, which updates the weights after the last micro-batch only."""
+    def _micro_step(self, batch: PackedBatch, counts: Counts, position: int) -> tuple[Tensor, Tensor]:
+        """Run forward, backward and DeepSpeed's step, which updates the weights after the last micro-batch only.
+
+        The position of the first pack in the run, and the part of the packs that this rank holds, key the dropout.
+        """
+        if self.config.model.transformer.dropout:
+            key = (self.config.train.seed, position, self.ranks.rank % self.split.sequence_parallel)
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         batch = batch.to(self.ranks.device, non_blocking=True)
         losses = self.engine(batch, counts=counts)
         self.quarters.add(batch, losses.per_image)
