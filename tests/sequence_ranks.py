@@ -14,6 +14,7 @@ from launching import free_port
 from small_models import laid_out, seeded, small_model
 from torch import Tensor
 
+from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary, build_batch
@@ -33,7 +34,13 @@ def cut_batch() -> PackedBatch:
               for i in (m, m + 9))
         for m, width in enumerate(MODALITIES)
     ]  # fmt: skip
-    return build_batch(sequence, images, torch.tensor([300.0, 700.0, 50.0]), "axial", total_length=48)
+    return build_batch(
+        sequence,
+        images,
+        torch.tensor([300.0, 700.0, 50.0]),
+        ModelConfig(dim_latent=MODALITIES, positions="axial").modalities,
+        total_length=48,
+    )
 
 
 def loss_and_gradients(settings: dict[str, Any], part: int, parts: int, group: str) -> Result:

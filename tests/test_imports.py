@@ -16,15 +16,17 @@ PACKAGE = "transfusion_fast"
 MAX_LINES = 400
 
 # What each room, a folder or a single file of the library, may import besides itself.
-BASE = {"errors", "files", "plain_settings", "config", "config_reading"}
+BASE = {"errors", "files", "plain_settings", "settings", "modalities", "config", "config_reading"}
 MODEL = BASE | {"kernels", "model"}
 DATA = MODEL | {"data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "plain_settings": set(),
-    "config": {"errors", "files", "plain_settings"},
-    "config_reading": {"errors", "files", "config"},
+    "settings": {"plain_settings"},
+    "modalities": {"settings"},
+    "config": {"errors", "files", "settings", "modalities"},
+    "config_reading": {"errors", "files", "settings", "modalities", "config"},
     "kernels": set(),
     "model": MODEL,
     "data": DATA,

@@ -7,54 +7,32 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-try:
-    from pydantic import (
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-except ModuleNotFoundError as error:
-    if error.name != "pydantic":  # a broken installation
-        raise
-    from transfusion_fast.plain_settings import (  # type: ignore[assignment,no-redef]
-        AfterValidator,
-        BaseModel,
-        BeforeValidator,
-        ConfigDict,
-        Discriminator,
-        Field,
-        Tag,
-        ValidationInfo,
-        field_validator,
-        model_validator,
-    )
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
+from transfusion_fast.modalities import ModalityConfig, fold_shorthands
+from transfusion_fast.settings import (
+    AfterValidator,
+    BeforeValidator,
+    Beta,
+    Count,
+    Discriminator,
+    Field,
+    Integer,
+    NonNegativeFloat,
+    Number,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Settings,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def _no_false(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads off as false
 
 
-Integer = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Positive = Annotated[Integer, Field(gt=0)]
-Count = Annotated[Integer, Field(ge=0)]
-PositiveFloat = Annotated[Number, Field(gt=0)]
-NonNegativeFloat = Annotated[Number, Field(ge=0)]
-Probability = Annotated[Number, Field(ge=0, le=1)]
-Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
 Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
@@ -79,11 +57,7 @@ PROB_UNCOND = 0.1
 """Default for the probability that an image is trained without what precedes it."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TransformerConfig(_Settings):
+class TransformerConfig(Settings):
     """A stack of blocks as in Llama: RMSNorm, rotary embedding, SwiGLU."""
 
     dim: Positive = 512
@@ -141,30 +115,23 @@ PRESETS = {
     )
 }
 """The model sizes of the paper (arXiv 2408.11039, table 2)."""
-FROM_DATA = ("num_text_tokens", "dim_latent")
+FROM_DATA = ("num_text_tokens", "modalities")
 """Settings of the model that training reads from the data if they are not given."""
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """The model: what its weights depend on, and its losses."""
 
     num_text_tokens: Positive = 256
     """Number of the tokenizer's ids; special tokens are added. Training reads it from the data if it is not given."""
-    dim_latent: tuple[Positive, ...] = (4,)
-    """Values C of a patch, for each modality; a number means one modality, [] means text alone. Training reads it from
-    the data if it is not given."""
-    channel_first: bool | None = None
-    """Order of the axes of images given to the model from Python: true is [C, rows, columns], false is
-    [rows, columns, C]. If it is not given, the order is [rows, columns, C], and training refuses an image whose shape
-    fits both. Data folders do not depend on it."""
+    modalities: tuple[ModalityConfig, ...] = (ModalityConfig(),)
+    """What is not text, in the order of its special tokens; [] means text alone. A single entry without `dim_latent`
+    stands for all modalities of the data in training. `model.dim_latent` (a width or a list of them), `model.codec`,
+    `model.positions` and `model.channel_first` set these for all entries, and make the entries if there are none."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A model size of the paper, in place of `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
     """The stack."""
-    codec: Literal["linear"] = "linear"
-    """Layers between patches and the transformer: one linear layer in each direction."""
-    positions: Literal["sequential", "shared", "axial"] = "sequential"
-    """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
     objective: Literal["ddpm", "flow"] = "ddpm"
     """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -177,10 +144,10 @@ class ModelConfig(_Settings):
     """Activations that a block keeps for its backward pass: all; its input and the output of attention; its input
     alone. The others are recomputed."""
 
-    @field_validator("dim_latent", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _one_modality(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | float | str) else value
+    def _fold_shorthands(cls, values: Any) -> Any:
+        return fold_shorthands(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="before")
     @classmethod
@@ -194,8 +161,18 @@ class ModelConfig(_Settings):
             raise ValueError("preset and transformer must not be given together; drop one of them")
         return {**values, "transformer": transformer}
 
+    @property
+    def dim_latent(self) -> tuple[int, ...]:
+        """Values C of a patch, for each modality."""
+        return tuple(modality.dim_latent for modality in self.modalities)
 
-class DataConfig(_Settings):
+    @property
+    def axes(self) -> int:
+        """Number of coordinates of a position."""
+        return max((modality.axes for modality in self.modalities), default=1)
+
+
+class DataConfig(Settings):
     """The location of the packs, and how they are laid out."""
 
     path: Folders = "data/digits/train"
@@ -230,7 +207,7 @@ class DataConfig(_Settings):
         return {self.path: 1.0} if isinstance(self.path, str) else self.path
 
 
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
     """The optimizer, and its learning rate: linear warm-up, then a schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -272,7 +249,7 @@ class OptimizerConfig(_Settings):
         return 0.0 if self.name == "muon" else self.clip or 1.0
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """The run."""
 
     output: FolderPath = "runs/digits"
@@ -359,7 +336,7 @@ class TrainConfig(_Settings):
         return profile
 
 
-class Config(_Settings):
+class Config(Settings):
     """All settings of train/pretrain.py."""
 
     model: ModelConfig = ModelConfig()

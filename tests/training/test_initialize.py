@@ -14,6 +14,7 @@ from transfusion_fast import Transfusion
 from transfusion_fast.config import Config
 from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.weights import write_weights
@@ -112,7 +113,9 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
     config = Config(model={"transformer": STACK}, data={"path": str(digits)}, train={"init_from": str(tmp_path)})
     data = open_data(config)
     config = complete_config(config, data)
-    wider = config.model.model_copy(update={"dim_latent": (*config.model.dim_latent, 6), "objective": "flow"})
+    wider = config.model.model_copy(
+        update={"modalities": (*config.model.modalities, ModalityConfig(dim_latent=6)), "objective": "flow"}
+    )
     write_weights(tmp_path, ModelWeights(Transfusion(wider)))
     (tmp_path / "config.json").write_text(json.dumps({"model": wider.model_dump(mode="json")}))
     write_data_description(tmp_path, describe_data(data))
@@ -165,7 +168,7 @@ def test_the_text_side_of_a_llama_model_gives_its_logits(digits: Path, tmp_path:
     with torch.no_grad():
         expected = theirs(torch.cat([torch.tensor([[256]]), words], dim=1)).logits[0]
         batch = pack_documents([[words[0]]], model.config)
-        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities]))[:41]
+        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities])[0])[:41]
     torch.testing.assert_close(logits[:, :256], expected[:, :256], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[:, 257], expected[:, 257], rtol=1e-5, atol=1e-5)  # <eos>
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import Objective
 from transfusion_fast.model.inputs import draw_timesteps
 from transfusion_fast.model.sequence import (
     PackedBatch,
-    PositionScheme,
     Segments,
     Vocabulary,
     build_batch,
@@ -66,7 +66,7 @@ class BatchBuilder:
     objective: Objective
     settings: DataConfig
     seed: int
-    positions: PositionScheme
+    configs: tuple[ModalityConfig, ...]
     total_length: int
 
     def __call__(self, packs: Sequence[KeyedPack]) -> PackedBatch:
@@ -85,7 +85,7 @@ class BatchBuilder:
             (_patches(rows, values, kind, info), _patches(rows, drawn.noise, kind, info))
             for kind, info in enumerate(self.modalities, start=1)
         ]
-        return build_batch(sequence, images, timesteps, self.positions, self.total_length)
+        return build_batch(sequence, images, timesteps, self.configs, self.total_length)
 
     def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
         """Return the segments in the order drawn: a document of one text and one image, in this order, is a
@@ -101,7 +101,8 @@ class BatchBuilder:
         order[image_first], order[image_first - 1] = image_first - 1, image_first
         document, kind, _, length, height, width = rows[order].T
         patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
-        return Segments(document, kind, length, height // patch_size, width // patch_size)
+        rows, columns = height // patch_size, width // patch_size
+        return Segments(document, kind, length, np.stack([np.ones_like(rows), rows, columns], axis=1))
 
 
 def _joined(packs: Sequence[Pack]) -> np.ndarray:

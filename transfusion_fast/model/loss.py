@@ -26,8 +26,9 @@ class Counts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; this batch's counts; and
-    the squared error of each image, fp32 [N], in the order of modalities, without gradient.
+    """Cross-entropy per token, squared error per image times the loss weight of its modality, and their weighted sum,
+    fp32 scalars; this batch's counts; and the squared error of each image, fp32 [N], in the order of modalities,
+    without gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -39,12 +40,17 @@ class Losses(NamedTuple):
     per_image: Tensor
 
 
-def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
-    """Divide the sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own for None."""
+def combine(
+    token_losses: Tensor, image_losses: Tensor, weighted: Tensor, diffusion_weight: float, counts: Counts | None
+) -> Losses:
+    """Divide the sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own for None.
+
+    `weighted` are the image errors times the loss weights of their modalities.
+    """
     own = Counts(len(token_losses), len(image_losses))
     counts = counts or own
     text = token_losses.sum() / max(counts.tokens, 1)
-    diffusion = image_losses.sum() / max(counts.images, 1)
+    diffusion = weighted.sum() / max(counts.images, 1)
     return Losses(text, diffusion, text + diffusion_weight * diffusion, own, image_losses.detach())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -15,9 +15,9 @@ from transfusion_fast.config_reading import parse
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
-from transfusion_fast.model.codec import LinearCodec
+from transfusion_fast.model.codec import Codec, make_codec
 from transfusion_fast.model.diffusion import OBJECTIVES
-from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
+from transfusion_fast.model.inputs import Document, Randomness, encode_pieces, pack_documents, pack_rows
 from transfusion_fast.model.layers import CHECKPOINTING, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
@@ -54,6 +54,12 @@ class Transfusion(nn.Module):
 
     Args:
         config: every setting; or give the settings of `ModelConfig` by name.
+        encoders: modules that map raw tensors to the latents of a modality, by its number. Pieces of this modality,
+            also those of prompts, are then raw tensors; those of one shape are encoded as a batch [n, ..], with their
+            graph, so that the encoder can be trained jointly. They are submodules, but not in what train/export.py
+            writes: after `from_pretrained`, put them into `model.encoders` under str(modality).
+        decoders: modules for what `sample` returns of a modality, from a batch of latents [n, ..] in the form that
+            documents have.
 
     Raises:
         InputError: an unknown setting, or a value out of its range.
@@ -62,20 +68,33 @@ class Transfusion(nn.Module):
     sample: Callable[..., list[Any]]
     """Continue prompts with text and images; `sampling/decoder.py`, which builds on the model, binds this method."""
 
-    def __init__(self, config: ModelConfig | None = None, **settings: Any):
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        encoders: Mapping[int, nn.Module] | None = None,
+        decoders: Mapping[int, nn.Module] | None = None,
+        **settings: Any,
+    ):
         super().__init__()
         if config is not None and settings:
             raise ValueError(f"give a ModelConfig or settings by name, not both, got {', '.join(settings)} as well")
         self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
         transformer = config.transformer
-        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
+        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
         self.objective = OBJECTIVES[config.objective]
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)
-        self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim) for width in config.dim_latent)
+        self.codecs = nn.ModuleList(make_codec(modality, transformer.dim) for modality in config.modalities)
         self.blocks = nn.ModuleList(Block(transformer, config.backend) for _ in range(transformer.depth))
         self.norm = RMSNorm(transformer.dim, transformer.norm_eps, config.backend)
         tied = self.embedding.weight if config.tie_embeddings else None
         self.head = LanguageHead(transformer.dim, self.vocabulary.size, tied)
+        for number in (*(encoders or {}), *(decoders or {})):
+            if number not in range(len(config.modalities)):
+                rule = f"encoders and decoders must be of modalities in [0, {len(config.modalities)})"
+                raise ValueError(f"{rule}, got {number!r}; correct the number")
+        self.encoders = nn.ModuleDict({str(number): module for number, module in (encoders or {}).items()})
+        self.decoders = nn.ModuleDict({str(number): module for number, module in (decoders or {}).items()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Transfusion:
@@ -153,10 +172,10 @@ class Transfusion(nn.Module):
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
         randomness = Randomness(generator, noise_cap, prob_uncond)
         if isinstance(batch, Tensor):
-            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness)
+            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness, self.encoded)
             losses = super().__call__(packed.to(self.device))
             return losses.total if modality_tokens is None and modality_positions is None else (losses.total, losses)
-        return super().__call__(pack_documents(batch, self.config, randomness).to(self.device)).total
+        return super().__call__(pack_documents(self.encoded(batch), self.config, randomness).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
         """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
@@ -167,39 +186,62 @@ class Transfusion(nn.Module):
                     "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
                 )
         x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
-        hidden = self.hidden(batch, x_t)
+        hidden, encoded = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
         image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
+        weighted = list(image_losses)
         for number, images in enumerate(batch.modalities):
-            prediction = self.prediction(hidden, batch, number)
+            prediction = self.prediction(hidden, batch, number, encoded[number])
             clean, noise, offsets = images.latents, images.noise, images.image_offsets
             errors = ops.diffusion_mse_from_noise(
                 prediction, clean, noise, offsets, self.config.objective, backend=backend
             )
             image_losses.append(errors * images.fractions)
-        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
+            weighted.append(image_losses[-1] * self.config.modalities[number].loss_weight)
+        return combine(token_losses, torch.cat(image_losses), torch.cat(weighted), self.config.diffusion_weight, counts)
 
-    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
-        """Return the last layer's output after its norm, [T, E], for a batch whose patches are x_t [P, C], noisy."""
-        x = self.embedding(batch.tokens)
+    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+        """Run the transformer on a batch whose patches are x_t [P, C], noisy, for each modality.
+
+        Returns:
+            the last layer's output after its norm, [T, E]; and for each modality what `prediction` needs of its codec.
+        """
+        x, states = self.embedding(batch.tokens), []
         for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True)):
-            patches = self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
+            patches, encoded = self._codec(modality).encode(noisy, images)
+            states.append(encoded)
             x = x.index_copy(0, images.sequence_index, patches.to(x.dtype))
         transformer = self.config.transformer
         rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
         run = CHECKPOINTING[self.config.activation_checkpointing if self.training else "none"]
         for block in self.blocks:
             x = run(block, x, rotary, batch.layout)
-        return self.norm(x)[0]
+        return self.norm(x)[0], states
 
-    def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
-        """Return the diffusion head's output for one modality, [P, C] in the weights' dtype."""
+    def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int, encoded: Any) -> Tensor:
+        """Return the diffusion head's output for one modality, [P, C] in the weights' dtype.
+
+        `hidden` and `encoded`, of this modality, are what `hidden` returned.
+        """
         index = batch.modalities[modality].sequence_index
-        return self._codec(modality).decode(hidden.index_select(0, index))
+        return self._codec(modality).decode(hidden.index_select(0, index), encoded)
 
-    def _codec(self, modality: int) -> LinearCodec:
-        return cast(LinearCodec, self.codecs[modality])
+    def encoded(self, documents: Sequence[Document]) -> Sequence[Document]:
+        """Return documents with latents in place of the raw pieces that `encoders` map to them."""
+        if not self.encoders:
+            return documents
+        return encode_pieces(documents, {int(k): module for k, module in self.encoders.items()}, self.device)
+
+    def decoded(self, latents: Tensor, modality: int) -> Sequence[Any]:
+        """Return the pieces of documents for latents [n, *grid, C], as the decoder gives them if there is one."""
+        if self.config.modalities[modality].channel_first:
+            latents = latents.movedim(-1, 1)
+        name = str(modality)
+        return self.decoders[name](latents.to(self.device)) if name in self.decoders else list(latents)
+
+    def _codec(self, modality: int) -> Codec:
+        return cast(Codec, self.codecs[modality])
 
     @property
     def device(self) -> torch.device:

@@ -70,7 +70,7 @@ def _from_model(
     changed = list(changes(_comparable(source), _comparable(model), "model"))
     if changed:
         notes.append(f"model settings that differ from it: {', '.join(changed)}")
-    if dropped := _dropped(weights.shapes, len(model.dim_latent)):
+    if dropped := _dropped(weights.shapes, len(model.modalities)):
         notes.append(f"left out: {', '.join(dropped)}")
     if (old := read_data_description(described).tokenizer.describe()) != (new := _tokenizer(data)):
         notes.append(f"warning: text has the tokenizer {new['name']}, its weights that of {old['name']}; ids are kept")
@@ -83,8 +83,10 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("positions", "objective", "tie_embeddings", "num_text_tokens", "dim_latent")
-    return {"transformer": transformer_settings(model), **{name: getattr(model, name) for name in names}}
+    names = ("objective", "tie_embeddings", "num_text_tokens")
+    modalities = model.model_dump(mode="json")["modalities"]
+    others = {name: getattr(model, name) for name in names}
+    return {"transformer": transformer_settings(model), "modalities": modalities, **others}
 
 
 def plan_from_model(
@@ -103,8 +105,8 @@ def plan_from_model(
             f"the vocabulary must hold the {source.num_text_tokens} text ids of {where}, got {model.num_text_tokens}; "
             "prepare the data with a tokenizer that extends the old one"
         )
-    kept = min(len(source.dim_latent), len(model.dim_latent))
-    old_size = Vocabulary(source.num_text_tokens, len(source.dim_latent)).size
+    kept = min(len(source.modalities), len(model.modalities))
+    old_size = Vocabulary(source.num_text_tokens, len(source.modalities)).size
     plan: Plan = {}
     wrong = []
     for name, shape in shapes.items():
@@ -129,6 +131,6 @@ def _dropped(stored: Mapping[str, Shape], modalities: int) -> list[str]:
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:
     """Yield the rows of text ids, of <bos> and <eos>, and of the special tokens of the modalities in common."""
     width = model.transformer.dim
-    old, new = (Vocabulary(one.num_text_tokens, len(one.dim_latent)) for one in (source, model))
+    old, new = (Vocabulary(one.num_text_tokens, len(one.modalities)) for one in (source, model))
     for start, source_start, rows in ((0, 0, old.num_text_tokens), (new.bos, old.bos, 2 + 2 * modalities)):
         yield Span(start * width, rows * width, origin, source_start * width)
