@@ -66,8 +66,8 @@ def rope(
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     """Return cos and sin of the angles position * theta^(-2i/D) of every pair i.
 
-    Positions are [T], or [T, A] for A axes: then pair i is rotated by coordinate i mod A. With equal coordinates this is
-    the one-dimensional rotation.
+    Positions are [T], or [T, A] for A axes: then pair i is rotated by coordinate i mod A. With equal coordinates this
+    is the one-dimensional rotation.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     if positions.ndim == 2:

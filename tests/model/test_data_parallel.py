@@ -1,4 +1,7 @@
-"""The model in the data parallelism of PyTorch, without the trainer: two ranks, of which one has no image."""
+"""The model in the data parallelism of PyTorch and DeepSpeed, without the trainer, on two ranks.
+
+One rank has no image, the other images of one modality in three shapes and none of another.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return torch.load(out)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("ddp", 1e-5), ("fsdp", 1e-5), ("fsdp in bf16", 0.05)])
+@pytest.mark.parametrize(("kind", "most"), [("ddp", 1e-5), ("fsdp", 1e-5), ("fsdp in bf16", 0.1), ("zero 3", 1e-5)])
 def test_gradients_are_the_mean_of_the_ranks(results: dict, kind: str, most: float) -> None:
     model = data_parallel_model()
     (sum(model(batch_of(rank, model)).total for rank in range(2)) / 2).backward()

@@ -12,13 +12,12 @@ Letters as in sequence.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from transfusion_fast.errors import InputError
@@ -57,10 +56,10 @@ class Convolution(nn.Module):
         shifts_of: Iterable[Tensor | None] = repeat(None) if shifts is None else shifts.split([n for n, _, _ in grids])
         for pixels, (n, h, w), shift in zip(_split(x, grids), grids, shifts_of, strict=False):
             # A view whose channels are last in memory, in which tensor cores compute without a transposition.
-            images = rearrange(pixels, "(n h w) c -> n c h w", n=n, h=h, w=w)
+            images = pixels.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
             out = F.conv2d(images, self.weight, self.bias, padding=1)
             out = out if shift is None else out + shift[:, :, None, None]
-            parts.append(rearrange(out, "n c h w -> (n h w) c"))
+            parts.append(out.permute(0, 2, 3, 1).flatten(0, 2))
         return _joined(parts)
 
 
@@ -172,24 +171,22 @@ def _split(x: Tensor, grids: Grids) -> tuple[Tensor, ...]:
     return x.split([n * h * w for n, h, w in grids])
 
 
+# torch.compile takes seconds for each shape to trace einops, so these use torch's own functions.
+
+
 def _fold(x: Tensor, grids: Grids, size: int) -> Tensor:
     """Give each value of [S, size * size * c], rows first, a pixel of its own: [S * size^2, c]. Grids are before."""
-    return _each(x, grids, lambda part, n, h, w: rearrange(
-        part, "(n h w) (p q c) -> (n h p w q) c", n=n, h=h, w=w, p=size, q=size
-    ))  # fmt: skip
+    parts = (x.unflatten(0, grid) for x, grid in zip(_split(x, grids), grids, strict=True))
+    shape = (size, size, x.shape[1] // size**2)  # [n, h, w, p, q, c] -> [n h p w q, c]
+    return _joined([part.unflatten(3, shape).permute(0, 1, 3, 2, 4, 5).flatten(0, 4) for part in parts])
 
 
 def _unfold(x: Tensor, grids: Grids, size: int) -> Tensor:
     """Invert `_fold`: join the values of each size x size pixels. Grids are those after."""
     scaled = [(n, h * size, w * size) for n, h, w in grids]
-    return _each(x, scaled, lambda part, n, h, w: rearrange(
-        part, "(n h p w q) c -> (n h w) (p q c)", n=n, h=h // size, w=w // size, p=size, q=size
-    ))  # fmt: skip
-
-
-def _each(x: Tensor, grids: Grids, change: Callable[[Tensor, int, int, int], Tensor]) -> Tensor:
-    """Change the pixels of each shape, of images [n, h, w], and join the results."""
-    return _joined([change(part, *grid) for part, grid in zip(_split(x, grids), grids, strict=True)])
+    parts = zip(_split(x, scaled), grids, strict=True)
+    split = (part.unflatten(0, (n, h, size, w, size)) for part, (n, h, w) in parts)
+    return _joined([part.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(0, 2) for part in split])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
