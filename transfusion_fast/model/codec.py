@@ -34,7 +34,7 @@ class LinearCodec(nn.Module):
         return self.encoder(x_t.to(shift_PC.dtype) + shift_PC), None
 
     def decode(self, hidden: Tensor, encoded: Any) -> Tensor:
-        """Map [P, E] to the model's prediction [P, C] in the weights' dtype."""
+        """Map [P', E] of trained images to the model's prediction [P', C] in the weights' dtype."""
         return self.decoder(hidden)
 
 

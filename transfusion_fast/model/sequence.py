@@ -26,6 +26,7 @@ TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
 
 Shapes = tuple[tuple[int, int, int, int], ...]
 """Numbers of images and their grids of patches, (images, frames, rows, columns) for each shape."""
+CLEAN_TIMESTEP = 1.0  # of images that are context only: almost no noise
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,15 @@ def _documents_of_images(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarra
 class ModalityBatch:
     """The images of one modality in a packed batch: N images with P patches in total.
 
-    latents: fp32 [P, C], clean; noise: fp32 [P, C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N], the
-    fraction of each image's patches that this batch holds: 1, unless ranks share the pack; by_shape: int64 [N], the
-    images in the order of their shapes; shapes: their shapes in that order, always on the host, so that code for each
-    shape does not wait for the device; without shapes if ranks share the pack, which cuts images.
+    The first N' of them, with P' patches, are trained. The others are clean images in context, of which the trained
+    ones are noised copies; without copies there are none, and N' = N.
+
+    latents: fp32 [P, C], clean; noise: fp32 [P', C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
+    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N'], the
+    fraction of each trained image's patches that this batch holds: 1, unless ranks share the pack; by_shape: int64 [N],
+    the trained images and then the others, in the order of their shapes; shapes: their shapes in that order, always on
+    the host, so that code for each shape does not wait for the device. Both are empty if ranks share the pack, which
+    cuts images.
     """
 
     latents: Tensor
@@ -207,13 +212,24 @@ class ModalityBatch:
     by_shape: Tensor
     shapes: Shapes
 
+    @property
+    def num_trained(self) -> int:
+        """N', the number of images that are trained."""
+        return len(self.fractions)
+
+    @property
+    def trained_patches(self) -> int:
+        """P', the number of their patches."""
+        return len(self.noise)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """One micro-batch: documents one after another along one axis of constant length T, padding at its end.
 
     tokens, labels: int64 [T]; positions: int32 [T], [T, 2] or [T, 3]; supervised: int64 [S], the positions that have a
-    label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images.
+    label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
+    num_images: the trained images of all modalities, of all ranks that share the pack.
     """
 
     tokens: Tensor
@@ -222,16 +238,12 @@ class PackedBatch:
     supervised: Tensor
     layout: AttentionLayout
     modalities: tuple[ModalityBatch, ...]
+    num_images: int
 
     @property
     def num_tokens(self) -> int:
         """Number of positions that belong to a document, of all ranks that share the pack."""
         return int(self.layout.document_offsets[-1])
-
-    @property
-    def num_images(self) -> int:
-        """Number of images of all modalities, of all ranks that share the pack."""
-        return len(self.layout.image_spans)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on `device`."""
@@ -254,41 +266,108 @@ def build_batch(
     timesteps: Tensor,
     modalities: Sequence[ModalityConfig],
     total_length: int | None = None,
+    *,
+    causal_images: bool = False,
 ) -> PackedBatch:
-    """Add labels, positions, attention layout and padding to a sequence of tokens.
+    """Add noised copies, labels, positions, attention layout and padding to a sequence of tokens.
+
+    Without copies, images are noised where they stand, and what follows sees them noised. With copies, they stay clean
+    there and have no loss, and K noised copies of each are added behind the context of its document. A copy has its
+    image's positions, and sees what precedes its image, and itself; nothing else sees it.
 
     Args:
-        images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order.
-        timesteps: fp32 [N] of the images of all modalities, in sequence order.
+        images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order; with K copies the noise
+            is [K, P, C].
+        timesteps: fp32 [N] of the images of all modalities, in sequence order; with K copies [K, N].
         modalities: those of the model, for the positions of their patches.
         total_length: T, of which the rest is padding; default: no padding.
+        causal_images: let patches see only what precedes them in the sequence, as text does.
     """
-    used = len(sequence.tokens)
+    copies = len(timesteps) if timesteps.ndim == 2 else 0
+    placed = _place_copies(sequence, copies)
+    used, trained = len(placed.source), len(placed.places)
     total = used if total_length is None else total_length
     is_patch = patch_mask(sequence)
-    labels = labels_of(sequence, is_patch)
-    spans = np.stack([sequence.start, sequence.length], axis=1)
+    labels = labels_of(sequence, is_patch)[placed.source]
+    spans = np.stack([placed.start, placed.length], axis=1)
+    if copies:
+        clean = timesteps.new_full((len(sequence.start),), CLEAN_TIMESTEP)
+        timesteps = torch.cat([timesteps.t().flatten(), clean])
 
     def padded(array: np.ndarray, value: int) -> Tensor:
         return torch.from_numpy(np.concatenate([array, np.full((total - used, *array.shape[1:]), value, array.dtype)]))
 
     def modality_batch(modality: int, latents: Tensor, noise: Tensor) -> ModalityBatch:
-        own = sequence.modality == modality
-        index = torch.from_numpy(_ranges(sequence.start[own], sequence.length[own]))
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sequence.length[own])]).astype(np.int32))
+        own = np.flatnonzero(sequence.modality[placed.image] == modality)
+        length, noised = placed.length[own], np.count_nonzero(own < trained)
+        if copies:
+            lengths = np.where(sequence.modality == modality, sequence.length, 0)
+            first = (np.cumsum(lengths) - lengths)[placed.image[own]]
+            first_noise = first[:noised] + np.arange(noised) % copies * len(latents)
+            noise = noise.flatten(0, 1).index_select(0, torch.from_numpy(_ranges(first_noise, length[:noised])))
+            latents = latents.index_select(0, torch.from_numpy(_ranges(first, length)))
+        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
+        index, fractions = torch.from_numpy(_ranges(placed.start[own], length)), torch.ones(int(noised))
+        order, shapes = _by_shape(sequence.shape[placed.image[own]], own >= trained)
         own_timesteps = timesteps[torch.from_numpy(own)]
-        order, shapes = _by_shape(sequence.shape[own])
-        return ModalityBatch(
-            latents, noise, own_timesteps, offsets, index, torch.ones_like(own_timesteps), order, shapes
-        )
+        return ModalityBatch(latents, noise, own_timesteps, offsets, index, fractions, order, shapes)
 
     return PackedBatch(
-        tokens=padded(sequence.tokens, 0),
+        tokens=padded(sequence.tokens[placed.source], 0),
         labels=padded(labels, IGNORED_LABEL),
-        positions=padded(positions_of(sequence, modalities), 0),
+        positions=padded(positions_of(sequence, modalities)[placed.source], 0),
         supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
-        layout=AttentionLayout.from_spans(sequence.document_lengths, spans, total),
+        layout=AttentionLayout.from_spans(
+            placed.document_lengths,
+            () if causal_images else spans[trained if copies else 0 :],
+            total,
+            noised_copies=np.concatenate([spans[:trained], placed.places[:, None]], axis=1) if copies else (),
+        ),
         modalities=tuple(modality_batch(m, *tensors) for m, tensors in enumerate(images)),
+        num_images=trained,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Placement:
+    """A sequence with noised copies: the images are first the M copies, then the N images of the sequence.
+
+    source: int64 [T], the position without copies that each position repeats; document_lengths: [documents]; image,
+    start, length: [M + N], the number of each image in the sequence, and its span; places: [M], the start of the image
+    that each copy stands for. Without copies, M = N and these are the images themselves.
+    """
+
+    source: np.ndarray
+    document_lengths: np.ndarray
+    image: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    places: np.ndarray
+
+
+def _place_copies(sequence: TokenSequence, copies: int) -> _Placement:
+    """Add `copies` copies of each image behind its document, in the order of the images."""
+    positions, images = np.arange(len(sequence.tokens)), np.arange(len(sequence.start))
+    if not copies:
+        return _Placement(positions, sequence.document_lengths, images, sequence.start, sequence.length, sequence.start)
+    document, bounds = _documents_of_images(sequence)
+    image = np.repeat(images, copies)
+    length = sequence.length[image]
+    added = np.zeros_like(sequence.document_lengths)
+    np.add.at(added, document[image], length)
+    before = np.cumsum(added) - added  # the positions that copies of earlier documents take
+    start = bounds[document[image] + 1] + np.cumsum(length) - length
+    source = np.empty(len(positions) + length.sum(), dtype=np.int64)
+    source[positions + np.repeat(before, sequence.document_lengths)] = positions
+    source[_ranges(start, length)] = _ranges(sequence.start[image], length)
+    context = sequence.start + before[document]
+    return _Placement(
+        source=source,
+        document_lengths=sequence.document_lengths + added,
+        image=np.concatenate([image, images]),
+        start=np.concatenate([start, context]),
+        length=np.concatenate([length, sequence.length]),
+        places=context[image],
     )
 
 
@@ -299,13 +378,14 @@ def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([border, change]), np.concatenate([change, border])
 
 
-def _by_shape(shape: np.ndarray) -> tuple[Tensor, Shapes]:
-    """Return the order that sorts images by their shapes [N, 3], and the number of images of each shape."""
+def _by_shape(shape: np.ndarray, is_context: np.ndarray) -> tuple[Tensor, Shapes]:
+    """Return the order that sorts images by `is_context` [N] and their shapes [N, 3], and the shapes in this order."""
     if not len(shape):
         return torch.zeros(0, dtype=torch.int64), ()
-    unique, inverse, counts = np.unique(shape, axis=0, return_inverse=True, return_counts=True)
+    keys = np.concatenate([is_context[:, None], shape], axis=1)
+    unique, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(inverse.reshape(-1), kind="stable")
-    return torch.from_numpy(order), tuple(zip(counts.tolist(), *unique.T.tolist(), strict=True))
+    return torch.from_numpy(order), tuple(zip(counts.tolist(), *unique.T[1:].tolist(), strict=True))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ Letters as in sequence.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ Grids = Sequence[tuple[int, int, int]]
 
 
 class Encoded(NamedTuple):
-    """What decoding needs of encoding: the patches [P] in the order of shapes, the timesteps [N, TIMESTEP_DIM] of the
-    images in this order, and the outputs of the down blocks, finest first."""
+    """What decoding needs of encoding, of the N' trained images with P' patches alone: their patches int64 [P'] in the
+    order of shapes, their shapes, timesteps [N', TIMESTEP_DIM], and the outputs of the down blocks, finest first."""
 
     order: Tensor
     grids: Grids
@@ -110,7 +110,7 @@ class UNetCodec(nn.Module):
     def encode(self, x_t: Tensor, images: ModalityBatch) -> tuple[Tensor, Encoded]:
         """Map noisy patches fp32 [P, C] to [P, E] in the weights' dtype; return them, and what `decode` needs."""
         grids = [(n, rows, columns) for n, _, rows, columns in images.shapes] or [(0, 1, 1)]
-        if sum(n * h * w for n, h, w in grids) != len(x_t):
+        if sum(_pixels(grids)) != len(x_t):
             raise ValueError(f"shapes must be those of all {len(x_t)} patches, got {images.shapes}; do not cut images")
         order = _patches_by_shape(images, grids)
         timesteps = F.silu(self.timestep(images.timesteps)).index_select(0, images.by_shape)
@@ -118,15 +118,17 @@ class UNetCodec(nn.Module):
         x, skips = self.enter(x.to(timesteps.dtype), self._grids(grids, 0)), []
         for level, block in enumerate(self.down):
             x = block(x, self._grids(grids, level), timesteps)
-            skips.append(x)
+            skips.append(x[: images.trained_patches * 4 ** (self.levels - level)])
             if level < self.levels:
                 x = self.shrink[level](_unfold(x, self._grids(grids, level + 1), 2))
         patches = self.encoder(self.encoder_norm(x))
-        encoded = Encoded(order, grids, timesteps, skips)
+        ends = accumulate(_pixels(grids))  # trained images come first
+        trained = [grid for grid, end in zip(grids, ends, strict=True) if end <= images.trained_patches] or [(0, 1, 1)]
+        encoded = Encoded(order[: images.trained_patches], trained, timesteps[: images.num_trained], skips)
         return torch.zeros_like(patches).index_copy(0, order, patches), encoded
 
     def decode(self, hidden: Tensor, encoded: Encoded) -> Tensor:
-        """Map [P, E] to the model's prediction [P, C] in the weights' dtype."""
+        """Map [P', E] to the model's prediction [P', C] in the weights' dtype."""
         order, grids, timesteps, skips = encoded
         x = self.decoder(hidden.index_select(0, order))
         for level in reversed(range(self.levels + 1)):
@@ -167,8 +169,12 @@ def _patches_by_shape(images: ModalityBatch, grids: Grids) -> Tensor:
     )
 
 
+def _pixels(grids: Grids) -> list[int]:
+    return [n * h * w for n, h, w in grids]
+
+
 def _split(x: Tensor, grids: Grids) -> tuple[Tensor, ...]:
-    return x.split([n * h * w for n, h, w in grids])
+    return x.split(_pixels(grids))
 
 
 # torch.compile takes seconds for each shape to trace einops, so these use torch's own functions.

@@ -22,11 +22,13 @@ QUARTERS = 4
 
 
 class Work(NamedTuple):
-    """Supervised tokens, images, positions of documents and floating point operations; they can be summed."""
+    """Supervised tokens, trained images, positions of documents with their noised copies, all positions, and floating
+    point operations; they can be summed."""
 
     supervised: float = 0
     images: float = 0
     tokens: float = 0
+    positions: float = 0
     flops: float = 0
 
     @classmethod
@@ -38,7 +40,8 @@ class Work(NamedTuple):
         """
         supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
-        return cls(supervised, images, tokens, training_flops(model, tokens, supervised, patches, area))
+        flops = training_flops(model, tokens, supervised, patches, area)
+        return cls(supervised, images, tokens, len(batch.tokens), flops)
 
 
 @dataclass
@@ -46,7 +49,6 @@ class Interval:
     """The work of all ranks since the last logged row, and the seconds of this rank."""
 
     work: Work = field(default_factory=Work)
-    steps: int = 0
     waited: float = 0.0
     """Seconds for data."""
     stalled: float = 0.0
@@ -56,7 +58,6 @@ class Interval:
     def add(self, work: Work) -> None:
         """Count a finished step."""
         self.work = Work(*map(operator.add, self.work, work))
-        self.steps += 1
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -89,7 +90,7 @@ class QuarterLosses:
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
         """Add the losses [N] of the images, or pieces of images, of a micro-batch, in the order of its modalities."""
-        timesteps = [images.timesteps for images in batch.modalities]
+        timesteps = [images.timesteps[: images.num_trained] for images in batch.modalities]
         if not timesteps:
             return
         quarter = (torch.cat(timesteps) * (QUARTERS / NUM_TIMESTEPS)).ceil().long() - 1
