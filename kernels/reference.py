@@ -66,12 +66,12 @@ def rope(
 def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     """Return cos and sin of the angles position * theta^(-2i/D) of every pair i.
 
-    Positions are [T], or [T, 2]: then pairs of even i are rotated by the first coordinate (the row) and pairs of odd i
-    by the second (the column). With equal coordinates this is the one-dimensional rotation.
+    Positions are [T], or [T, A] for A axes: then pair i is rotated by coordinate i mod A. With equal coordinates this
+    is the one-dimensional rotation.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     if positions.ndim == 2:
-        axis = torch.arange(head_dim // 2, device=positions.device) % 2
+        axis = torch.arange(head_dim // 2, device=positions.device) % positions.shape[1]
         coordinates = positions.float()[:, axis]
     else:
         coordinates = positions.float()[:, None]

@@ -14,6 +14,7 @@ from launching import free_port
 from small_models import laid_out, seeded, small_model
 from torch import Tensor
 
+from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary, build_batch
@@ -40,7 +41,8 @@ def cut_batch(copies: int = 0) -> PackedBatch:
     if copies:
         timesteps = torch.stack([timesteps + 10 * i for i in range(copies)])
         images = [(x, torch.stack([noise + i for i in range(copies)])) for x, noise in images]
-    return build_batch(sequence, images, timesteps, "axial", total_length=48 + 24 * copies)
+    modalities = ModelConfig(dim_latent=MODALITIES, positions="axial").modalities
+    return build_batch(sequence, images, timesteps, modalities, total_length=48 + 24 * copies)
 
 
 def loss_and_gradients(settings: dict[str, Any], part: int, parts: int, group: str) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,13 +31,15 @@ def small_model(**settings: Any) -> Transfusion:
 
 
 def laid_out(documents: Sequence[Sequence[Any]], vocabulary: Vocabulary, dropped: Sequence[bool] = ()) -> TokenSequence:
-    """Lay out documents of texts (lists of ids) and images (modality, rows, columns); cut before `dropped` images."""
+    """Lay out documents of texts (lists of ids) and images (modality, *grid); cut before `dropped` images."""
     pieces = [(number, piece) for number, document in enumerate(documents) for piece in document]
     rows = [
-        (number, TEXT, len(p), 0, 0) if isinstance(p, list) else (number, 1 + p[0], p[1] * p[2], p[1], p[2])
+        (number, TEXT, len(p), 1, 1, 1)
+        if isinstance(p, list)
+        else (number, 1 + p[0], math.prod(p[1:]), *(1, 1, 1, *p[1:])[-3:])
         for number, p in pieces
     ]
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+    *columns, frames, height, width = np.array(rows, dtype=np.int64).reshape(-1, 6).T
     text = np.array([i for _, p in pieces if isinstance(p, list) for i in p], dtype=np.int64)
-    sequence = lay_out(Segments(*columns), text, vocabulary)
+    sequence = lay_out(Segments(*columns, np.stack([frames, height, width], axis=1)), text, vocabulary)
     return without_context(sequence, np.array(dropped, dtype=bool), vocabulary) if len(dropped) else sequence

@@ -5,6 +5,7 @@ import pytest
 from transfusion_fast.config import Config, ModelConfig, TransformerConfig
 from transfusion_fast.config_reading import load_config, parse, sources
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import ModalityConfig
 
 
 def error_of(*overrides, path=None):
@@ -69,7 +70,7 @@ def test_an_unknown_key_is_named_with_the_nearest_name(override, key, hint):
         ("optimizer.beta2=1", "optimizer.beta2", "got 1"),
         ("data.prob_uncond=1.5", "data.prob_uncond", "got 1.5"),
         ("data.noise_cap=1001", "data.noise_cap", "got 1001"),
-        ("model.dim_latent=[4, 0]", "model.dim_latent.1", "got 0"),
+        ("model.dim_latent=[4, 0]", "model.modalities.1.dim_latent", "got 0"),
         ("model.diffusion_weight=-1", "model.diffusion_weight", "got -1"),
         ("model.diffusion.shift=0", "model.diffusion.shift", "got 0"),
         ("model.diffusion.prediction=x", "model.diffusion.prediction", "got 'x'"),
@@ -188,7 +189,7 @@ def test_the_source_of_every_value_is_known(tmp_path):
     assert found["model.transformer.depth"] == (16, "preset")
     assert found["model.transformer.qk_norm"] == (False, "default")
     assert found["model.preset"] == ("0.16b", "file")
-    assert found["model.dim_latent"] == ((8,), "file")
+    assert found["model.modalities"] == ((ModalityConfig(dim_latent=8),), "file")
     assert found["model.num_text_tokens"] == (256, "data")
     assert found["data.path"] == ({"a": 1, "b": 2}, "override")
     assert found["train.seed"] == (3, "override")

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
+from transfusion_fast.modalities import SHORTHANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -190,7 +191,8 @@ def test_files_settings_options_and_functions_that_a_page_names_exist(page: str)
         if re.fullmatch(r"[\w./]+\.py", span) and "NAME" not in span and "/" in span:
             assert any((root / span).exists() for root in roots), f"{page} names {span}"
         if setting := re.match(r"(model|data|optimizer|train)\.(\w+)(?:=|$)", span):
-            known = {*Config.model_fields[setting[1]].annotation.model_fields, "json", "safetensors", "sample"}
+            known = {*Config.model_fields[setting[1]].annotation.model_fields, *SHORTHANDS}
+            known |= {"json", "safetensors", "sample", "encoders", "decoders"}
             assert setting[2] in known, f"{page} names {span}"
         assert set(re.findall(r"(?<!\S)--[\w-]+", span)) <= options, f"{page} names {span}"
         name = span.partition("(")[0].rpartition(".")[2]

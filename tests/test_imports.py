@@ -16,7 +16,16 @@ PACKAGE = "transfusion_fast"
 MAX_LINES = 400
 
 # What each room, a folder or a single file of the library, may import besides itself.
-BASE = {"errors", "files", "plain_settings", "settings", "diffusion_config", "config", "config_reading"}
+BASE = {
+    "errors",
+    "files",
+    "plain_settings",
+    "settings",
+    "diffusion_config",
+    "modalities",
+    "config",
+    "config_reading",
+}
 MODEL = BASE | {"kernels", "model"}
 DATA = MODEL | {"data"}
 MAY_IMPORT = {
@@ -25,8 +34,9 @@ MAY_IMPORT = {
     "plain_settings": set(),
     "settings": {"plain_settings"},
     "diffusion_config": {"settings"},
-    "config": {"errors", "files", "settings", "diffusion_config"},
-    "config_reading": {"errors", "files", "settings", "config"},
+    "modalities": {"settings"},
+    "config": {"errors", "files", "settings", "diffusion_config", "modalities"},
+    "config_reading": {"errors", "files", "settings", "modalities", "config"},
     "kernels": set(),
     "model": MODEL,
     "data": DATA,

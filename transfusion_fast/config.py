@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from transfusion_fast.diffusion_config import DiffusionConfig
+from transfusion_fast.modalities import ModalityConfig, fold_shorthands
 from transfusion_fast.settings import (
     Backend,
     BeforeValidator,
@@ -105,7 +106,7 @@ PRESETS = {
 }
 """The model sizes of the paper (arXiv 2408.11039, table 2)."""
 _SIZES = ("depth", "dim", "heads", "kv_heads", "ffn_dim")
-FROM_DATA = ("num_text_tokens", "dim_latent")
+FROM_DATA = ("num_text_tokens", "modalities")
 """Settings of the model that training reads from the data if they are not given."""
 
 
@@ -114,21 +115,14 @@ class ModelConfig(Settings):
 
     num_text_tokens: Positive = 256
     """Number of the tokenizer's ids; special tokens are added. Training reads it from the data if it is not given."""
-    dim_latent: tuple[Positive, ...] = (4,)
-    """Values C of a patch, for each modality; a number means one modality, [] means text alone. Training reads it from
-    the data if it is not given."""
-    channel_first: bool | None = None
-    """Order of the axes of images given to the model from Python: true is [C, rows, columns], false is
-    [rows, columns, C]. If it is not given, the order is [rows, columns, C], and training refuses an image whose shape
-    fits both. Data folders do not depend on it."""
+    modalities: tuple[ModalityConfig, ...] = (ModalityConfig(),)
+    """What is not text, in the order of its special tokens; [] means text alone. A single entry without `dim_latent`
+    stands for all modalities of the data in training. `model.dim_latent` (a width or a list of them), `model.codec`,
+    `model.positions` and `model.channel_first` set these for all entries, and make the entries if there are none."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A model size of the paper, in place of the sizes in `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
     """The stack."""
-    codec: Literal["linear"] = "linear"
-    """Layers between patches and the transformer: one linear layer in each direction."""
-    positions: Literal["sequential", "shared", "axial"] = "sequential"
-    """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
     """What a patch sees of its own image: all of it (the paper), or the patches before it, as in text."""
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -148,10 +142,10 @@ class ModelConfig(Settings):
     """Activations that a block keeps for its backward pass: all; its input and the output of attention; its input
     alone. The others are recomputed."""
 
-    @field_validator("dim_latent", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _one_modality(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | float | str) else value
+    def _fold_shorthands(cls, values: Any) -> Any:
+        return fold_shorthands(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +164,16 @@ class ModelConfig(Settings):
             if given.get(name, size) != size:
                 raise ValueError(f"transformer.{name} must not be given with preset, which sets it; drop one of them")
         return {**values, "transformer": {**given, **sizes}}
+
+    @property
+    def dim_latent(self) -> tuple[int, ...]:
+        """Values C of a patch, for each modality."""
+        return tuple(modality.dim_latent for modality in self.modalities)
+
+    @property
+    def axes(self) -> int:
+        """Number of coordinates of a position."""
+        return max((modality.axes for modality in self.modalities), default=1)
 
 
 class DataConfig(Settings):

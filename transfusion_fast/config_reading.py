@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
 
-from transfusion_fast.config import FROM_DATA, Config
+from transfusion_fast.config import FROM_DATA, Config, ModelConfig
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import SHORTHANDS
 from transfusion_fast.settings import BaseModel
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def _sources(settings: BaseModel, given: Any, prefix: str, preset: frozenset[str
             expanded = value.model_fields_set if getattr(settings, "preset", None) else ()
             yield from _sources(value, source or {}, f"{prefix}{name}.", frozenset(expanded))
             continue
+        if name == "modalities" and source is None and isinstance(given, Mapping):
+            source = next((given[shorthand] for shorthand in SHORTHANDS if shorthand in given), None)
         if isinstance(source, Mapping):  # a setting that is a mapping itself
             source = "override" if "override" in source.values() else "file"
         fallback = "preset" if name in preset else "data" if name in FROM_DATA else "default"
@@ -118,8 +121,8 @@ def _explain(settings: type[BaseModel], error: ValidationError) -> str:
         return message.replace("Value error, ", "", 1) + got
     section: Any = settings
     for part in first["loc"][:-1]:
-        section = section.model_fields[part].annotation
-    names = list(section.model_fields)
+        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
+    names = [*section.model_fields, *(SHORTHANDS if section is ModelConfig else ())]
     near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
     return f"unknown key {path!r}; {hint}"

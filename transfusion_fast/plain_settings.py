@@ -54,6 +54,8 @@ class BaseModel:
             value = given.get(name, default)
             if isinstance(default, BaseModel) and isinstance(value, Mapping):
                 value = type(default)(**value)
+            if isinstance(default, tuple) and default and isinstance(default[0], BaseModel):
+                value = tuple(type(default[0])(**x) if isinstance(x, Mapping) else x for x in value)
             for rule in self._rules(name, "before"):
                 value = rule.method.__func__(type(self), value)
             self.__dict__[name] = value

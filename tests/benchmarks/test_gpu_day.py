@@ -49,6 +49,8 @@ from transfusion_fast.errors import InputError
 assert kernel_check.check("cpu", [32], ["fp32"], compare=True)
 config = ModelConfig(dim_latent=8, transformer=dict(dim=64, depth=1, heads=2), backend="torch")
 assert config.dim_latent == (8,) and config.transformer.head_dim == 32
+several = ModelConfig(modalities=[dict(dims=1), dict(dim_latent=8)], positions="axial")
+assert [(m.dims, m.dim_latent, m.positions) for m in several.modalities] == [(1, 4, "axial"), (2, 8, "axial")]
 assert ModelConfig(preset="1.4b").transformer.dim == 2048
 model = Transfusion(config)
 model([[torch.arange(9), torch.randn(12, 8)]]).backward()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfusion_fast.config import DataConfig
+from transfusion_fast.config import DataConfig, ModelConfig
 from transfusion_fast.data.batch import BatchBuilder, Draws, KeyedPack, draw
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.diffusion_config import DiffusionConfig
@@ -32,9 +32,8 @@ def image(seed: int, height: int = 4, width: int = 2, modality: int = 0) -> Imag
 def builder(total_length: int = 64, **settings: float) -> BatchBuilder:
     keep = {"caption_first": 1.0, "prob_uncond": 0.0}
     data = DataConfig(**{**keep, **settings})
-    return BatchBuilder(
-        MODALITIES, VOCABULARY, Diffusion(DiffusionConfig()), data, 0, "sequential", False, total_length
-    )
+    configs = ModelConfig(dim_latent=(4, 4)).modalities
+    return BatchBuilder(MODALITIES, VOCABULARY, Diffusion(DiffusionConfig()), data, 0, configs, False, total_length)
 
 
 def keyed(*documents: tuple, epoch: int = 0, number: int = 0) -> KeyedPack:

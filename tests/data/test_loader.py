@@ -19,6 +19,7 @@ from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.prepare.examples.digits import MODALITY, Digits
@@ -222,6 +223,10 @@ def test_a_share_that_does_not_divide_the_global_batch_is_refused() -> None:
     [
         ("model.num_text_tokens=300", "model.num_text_tokens must be 256 for .*, got 300; correct it or leave it out"),
         ("model.dim_latent=16", r"model.dim_latent must be \(4,\) for .*, got \(16,\)"),
+        ("model.modalities=[{}, {}]", r"model.dim_latent must be \(4,\) for .*, got \(4, 4\)"),
+        ("model.modalities=[]", r"model.dim_latent must be \(4,\) for .*, got \(\)"),
+        ("model.modalities=[{dims: 1}]", "model.modalities.0.dims must be 2 for .*, got 1; correct it or leave it out"),
+        ("model.modalities=[{codec: unet, patch_size: 1}]", "model.modalities.0.patch_size must be 2 for .*, got 1"),
         (
             "train.sequence_parallel=3",
             "must divide train.micro_batch x positions of a pack = 64, got 3; give a divisor",
@@ -242,6 +247,17 @@ def test_settings_that_the_data_knows_need_not_be_given(folder: Path) -> None:
     omitted = config_of(folder, "model.preset=0.16b")
     model = complete_config(omitted, open_data(omitted)).model
     assert (model.num_text_tokens, model.dim_latent, model.transformer.depth) == (256, (4,), 16)
+
+
+def test_settings_of_one_modality_hold_for_all_of_the_data(folder: Path, texts: Path) -> None:
+    unet = config_of(folder, "model.codec=unet", "model.positions=axial", "train.sequence_parallel=2")
+    with pytest.raises(InputError, match=r"train.sequence_parallel must be 1 with codec=unet, .* got 2"):
+        complete_config(unet, open_data(unet))
+    unet = config_of(folder, "model.modalities=[{codec: unet, positions: axial, loss_weight: 2}]")
+    expected = ModalityConfig(dim_latent=4, codec="unet", positions="axial", loss_weight=2, patch_size=2)
+    assert complete_config(unet, open_data(unet)).model.modalities == (expected,)
+    alone = config_of(texts, "model.positions=axial")
+    assert complete_config(alone, open_data(alone)).model.modalities == ()
 
 
 @pytest.mark.parametrize(("damaged", "workers"), [("alone", 0), ("alone", 1), ("mixed", 0)])

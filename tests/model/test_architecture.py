@@ -101,8 +101,8 @@ def test_the_model_computes_the_published_equations_and_their_gradients(scheme, 
     x_t = [torch.randn(m.latents.shape, generator=generator, dtype=torch.float64) for m in batch.modalities]
     images = [(first, x, m.timesteps.item()) for first, x, m in zip((13, 4), x_t, batch.modalities, strict=True)]
     positions = [pair if scheme == "axial" else [pair] * 2 for pair in batch.positions.tolist()]
-    hidden = model.hidden(batch, x_t)
-    got = (model.head(hidden), model.prediction(hidden, batch, 0), model.prediction(hidden, batch, 1))
+    hidden, encoded = model.hidden(batch, x_t)
+    got = (model.head(hidden), *(model.prediction(hidden, batch, m, encoded[m]) for m in (0, 1)))
     expected = reference_forward(model, batch.tokens, positions, images, qk_norm)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)  # rotary table and timesteps are fp32
     slopes = [torch.autograd.grad(sum(x.square().mean() for x in xs), [*model.parameters()]) for xs in (got, expected)]

@@ -1,4 +1,7 @@
-"""The model in the data parallelism of PyTorch, without the trainer: two ranks, of which one has no image."""
+"""The model in the data parallelism of PyTorch and DeepSpeed, without the trainer, on two ranks.
+
+One rank has no image, the other images of one modality in three shapes and none of another.
+"""
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ("ddp, separate weights", 1e-5),
         ("fsdp", 1e-5),
         ("fsdp, separate weights", 1e-5),
-        ("fsdp in bf16", 0.05),
+        ("fsdp in bf16", 0.1),
+        ("zero 3", 1e-5),
     ],
 )
 def test_gradients_are_the_mean_of_the_ranks(results: dict, kind: str, most: float) -> None:

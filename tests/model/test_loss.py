@@ -120,7 +120,7 @@ def test_the_compiler_takes_the_cross_entropy_of_a_large_vocabulary_in_one_graph
 
 @pytest.mark.parametrize(("counts", "text", "diffusion"), [(None, 3.0, 1.0), (Counts(tokens=90, images=8), 0.1, 0.25)])
 def test_sums_are_divided_by_the_given_counts_or_by_the_batchs_own(counts, text, diffusion):
-    losses = combine(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.5]), 5.0, counts)
+    losses = combine(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5]), 5.0, counts)
     assert [loss.item() for loss in losses[:3]] == pytest.approx([text, diffusion, text + 5 * diffusion])
     assert losses.counts == Counts(tokens=3, images=2)
 
@@ -133,5 +133,5 @@ def test_the_z_loss_is_part_of_the_total_alone():
 
 @pytest.mark.parametrize("counts", [None, Counts(0, 0)])
 def test_nothing_to_learn_from_is_a_loss_of_zero(counts):
-    losses = combine(torch.zeros(0), torch.zeros(0), 5.0, counts)
+    losses = combine(torch.zeros(0), torch.zeros(0), torch.zeros(0), 5.0, counts)
     assert [loss.item() for loss in losses[:3]] == [0, 0, 0]

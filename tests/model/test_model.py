@@ -54,7 +54,7 @@ def pack(model, documents, total_length=None):
         tensors = zip(*own, strict=True) if own else ([], [])
         images.append([torch.cat([torch.zeros(0, width), *(x.reshape(-1, width) for x in xs)]) for xs in tensors])
     sequence, timesteps = laid_out(grids, model.vocabulary), torch.tensor([p.timestep for p in pictures])
-    return build_batch(sequence, images, timesteps, model.config.positions, total_length)
+    return build_batch(sequence, images, timesteps, model.config.modalities, total_length)
 
 
 def hidden_of(model, batch):
@@ -83,10 +83,10 @@ def test_a_document_gives_the_same_outputs_and_gradients_in_a_full_pack_as_alone
     model = make(positions=positions)
 
     def outputs(batch, document, image_count, first_image):
-        hidden = hidden_of(model, batch)
+        hidden, [encoded] = hidden_of(model, batch)
         start, end = batch.layout.document_offsets[document : document + 2].tolist()
         offsets = batch.modalities[0].image_offsets
-        prediction = model.prediction(hidden, batch, 0)
+        prediction = model.prediction(hidden, batch, 0, encoded)
         return model.head(hidden[start:end]), prediction[offsets[first_image] : offsets[first_image + image_count]]
 
     images = [sum(isinstance(piece, Picture) for piece in document) for document in PACK]
@@ -116,7 +116,7 @@ def test_the_diffusion_loss_is_the_mean_squared_error_of_an_image_whatever_its_s
     model = make(diffusion={"process": process}, dim_latent=(4, 192), diffusion_weight=2.0)
     batch = pack(model, [[picture(1, 1), [1], picture(3, 3, modality=1, width=192)]])
     targets = [m.noise if process == "ddpm" else m.noise - m.latents for m in batch.modalities]
-    monkeypatch.setattr(model, "prediction", lambda hidden, batch, m: targets[m] + (1.0, 3.0)[m])
+    monkeypatch.setattr(model, "prediction", lambda hidden, batch, m, encoded: targets[m] + (1.0, 3.0)[m])
     losses = model(batch)
     assert losses.diffusion.item() == pytest.approx(5.0, rel=1e-5)
     assert losses.total.item() == pytest.approx(losses.text.item() + 10.0, rel=1e-5)
@@ -125,7 +125,7 @@ def test_the_diffusion_loss_is_the_mean_squared_error_of_an_image_whatever_its_s
 def test_the_text_loss_is_the_mean_over_supervised_tokens(tolerance):
     model = make()
     batch = pack(model, PACK, 80)
-    logits = model.head(hidden_of(model, batch))
+    logits = model.head(hidden_of(model, batch)[0])
     expected = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100)
     losses = model(batch)
     torch.testing.assert_close(losses.text, expected, **tolerance["fp32"])

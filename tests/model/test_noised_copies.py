@@ -10,11 +10,14 @@ import torch
 from small_models import laid_out, seeded, small_model
 from torch import Tensor
 
-from transfusion_fast import Transfusion
+from transfusion_fast import ModelConfig, Transfusion
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.inputs import Randomness, flat_latents, pack_documents, place_images
 from transfusion_fast.model.sequence import CLEAN_TIMESTEP, PackedBatch, TokenSequence, build_batch
 
 WIDTHS = (4, 3)
+UNET = ModalityConfig(dim_latent=4, codec="unet", patch_size=2, positions="axial")
+MODALITIES = (UNET, ModalityConfig(dim_latent=3, positions="axial"))
 COPIES = 3
 DOCUMENTS = [[[1, 2], (0, 2, 2), [3], (1, 1, 3), (0, 1, 2), [4, 5]], [[6]], [(0, 1, 2), [7]]]
 TRANSFORMER = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48}
@@ -22,7 +25,7 @@ TRANSFORMER = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48}
 
 @pytest.fixture(scope="module")
 def model() -> Transfusion:
-    return small_model(num_text_tokens=16, dim_latent=WIDTHS, transformer=TRANSFORMER, positions="axial")
+    return small_model(num_text_tokens=16, modalities=MODALITIES, transformer=TRANSFORMER)
 
 
 def tensors(sequence: TokenSequence) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -35,13 +38,13 @@ def tensors(sequence: TokenSequence) -> tuple[list[tuple[Tensor, Tensor]], Tenso
 
 def batch_of(model: Transfusion, documents: Sequence[Sequence[Any]], **arguments: Any) -> PackedBatch:
     sequence = laid_out(documents, model.vocabulary)
-    return build_batch(sequence, *tensors(sequence), "axial", **arguments)
+    return build_batch(sequence, *tensors(sequence), MODALITIES, **arguments)
 
 
 def test_copies_stand_behind_their_document_in_the_order_of_its_images(model):
     sequence = laid_out([[[5], (0, 1, 2), (1, 1, 1)], [(0, 1, 1), [6]]], model.vocabulary)
     images, timesteps = tensors(sequence)
-    batch = build_batch(sequence, images, timesteps, total_length=36)
+    batch = build_batch(sequence, images, timesteps, ModelConfig(dim_latent=WIDTHS).modalities, total_length=36)
     bos, eos, boi, eoi, boi_1, eoi_1 = range(16, 22)
     context = [[bos, 5, boi, 0, 0, eoi, boi_1, 0, eoi_1, eos], [bos, boi, 0, eoi, 6, eos]]
     assert batch.tokens.tolist() == [*context[0], *[0] * 9, *context[1], *[0] * 3, *[0] * 8]
@@ -64,7 +67,7 @@ def test_copies_stand_behind_their_document_in_the_order_of_its_images(model):
 
 def hidden_of(model: Transfusion, batch: PackedBatch) -> Tensor:
     with torch.no_grad():
-        return model.hidden(batch, [model.noisy(images) for images in batch.modalities])
+        return model.hidden(batch, [model.noisy(images) for images in batch.modalities])[0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -97,14 +100,14 @@ def test_copies_equal_as_many_documents_that_end_in_a_noised_image(model, tolera
     """Compare predictions, hidden states of the context, and gradients of a function of both, as sampling lays out."""
     sequence = laid_out(DOCUMENTS, model.vocabulary)
     images, timesteps = tensors(sequence)
-    batch = build_batch(sequence, images, timesteps, "axial")
-    hidden = model.hidden(batch, [model.noisy(m) for m in batch.modalities])
-    predictions = [model.prediction(hidden, batch, m) for m in range(len(WIDTHS))]
+    batch = build_batch(sequence, images, timesteps, MODALITIES)
+    hidden, encoded = model.hidden(batch, [model.noisy(m) for m in batch.modalities])
+    predictions = [model.prediction(hidden, batch, m, encoded[m]) for m in range(len(WIDTHS))]
     in_context = torch.ones(len(hidden), dtype=torch.bool)
     for start, length, _ in batch.layout.noised_copies.tolist():
         in_context[start : start + length] = False
 
-    grids = list(zip(sequence.rows.tolist(), sequence.columns.tolist(), strict=True))
+    grids = sequence.shape[:, 1:].tolist()
     used, contexts, alone = [0, 0], [], [[] for _ in WIDTHS]
     clean: list[tuple[int, int, Tensor]] = []  # offset, modality and latents of each image
     noises = []
@@ -146,12 +149,12 @@ def _run(
     latents = flat_latents([(modality, x) for _, modality, x in placed], WIDTHS)
     timesteps = torch.full((len(images),), CLEAN_TIMESTEP)
     timesteps[-1:] = t
-    batch = build_batch(document, [(x, torch.zeros_like(x)) for x in latents], timesteps, "axial")
-    hidden = model.hidden(batch, latents)
+    batch = build_batch(document, [(x, torch.zeros_like(x)) for x in latents], timesteps, MODALITIES)
+    hidden, encoded = model.hidden(batch, latents)
     if not images:
         return hidden, hidden[:0]
     modality, x = images[-1][1:]
-    return hidden, model.prediction(hidden, batch, modality)[-x[..., 0].numel() :]
+    return hidden, model.prediction(hidden, batch, modality, encoded[modality])[-x[..., 0].numel() :]
 
 
 def test_the_first_copy_from_python_draws_what_an_image_noised_in_place_does(model):

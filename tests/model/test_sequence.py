@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import laid_out
 
+from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.inputs import place_images
 from transfusion_fast.model.sequence import (
     Vocabulary,
@@ -28,11 +29,15 @@ BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
 NONE = -100  # no label
 
 
+def modalities_of(scheme):
+    return ModelConfig(dim_latent=(4, 6), positions=scheme).modalities
+
+
 def described(documents, scheme, dropped=()):
     """Return tokens, labels and positions."""
     laid = laid_out(documents, VOCABULARY, dropped)
     is_patch = patch_mask(laid)
-    arrays = laid.tokens, labels_of(laid, is_patch), positions_of(laid, is_patch, scheme)
+    arrays = laid.tokens, labels_of(laid, is_patch), positions_of(laid, modalities_of(scheme))
     return [array.tolist() for array in arrays]
 
 
@@ -41,7 +46,7 @@ def batch_of(*documents, total_length=None, scheme="sequential"):
     for modality, width in enumerate((4, 6)):
         latents = torch.zeros(int(laid.length[laid.modality == modality].sum()), width)
         images.append((latents, latents))
-    return build_batch(laid, images, torch.arange(1.0, 1 + len(laid.start)), scheme, total_length)
+    return build_batch(laid, images, torch.arange(1.0, 1 + len(laid.start)), modalities_of(scheme), total_length)
 
 
 @pytest.mark.parametrize(

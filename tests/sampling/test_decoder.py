@@ -74,8 +74,8 @@ def predict(model, tokens, x, t):
     batch = pack_rows(row, [[x]], [[(len(tokens), rows * columns)]], model.config, Randomness(prob_uncond=0))
     images = replace(batch.modalities[0], timesteps=torch.tensor([t]))
     batch = replace(batch, modalities=(images, batch.modalities[1]))
-    hidden = model.hidden(batch, [x.flatten(0, 1), torch.zeros(0, 6)])
-    return model.prediction(hidden, batch, 0).view(x.shape)
+    hidden, encoded = model.hidden(batch, [x.flatten(0, 1), torch.zeros(0, 6)])
+    return model.prediction(hidden, batch, 0, encoded[0]).view(x.shape)
 
 
 IMAGE, IMAGE1 = (0, (2, 2, 4)), (1, (1, 3, 6))
@@ -181,7 +181,7 @@ def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(proce
     calls = spy_on(model, monkeypatch)
     clean = torch.randn(2, 2, 2, 4)
 
-    def oracle(hidden, batch, modality):
+    def oracle(hidden, batch, modality, encoded):
         x_t, t = calls[-1][1][0].view(clean.shape), float(batch.modalities[0].timesteps[-1])
         if process == "flow":
             return ((x_t - clean) / (t / 1000)).view(8, 4)
@@ -201,7 +201,7 @@ def test_with_a_perfect_model_the_image_is_found_in_as_many_steps_as_asked(proce
 def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolerance):
     model = make()
     calls = spy_on(model, monkeypatch)
-    monkeypatch.setattr(model, "prediction", lambda hidden, batch, modality: calls[0][1][0] / 2)
+    monkeypatch.setattr(model, "prediction", lambda hidden, batch, modality, encoded: calls[0][1][0] / 2)
     settings = ImageSettings(steps=2, guidance=1.0, eta=eta)
     generate_images(model, [[]], (2, 2), image=settings, generator=seeded())
     generator = seeded()

@@ -14,26 +14,31 @@ from transfusion_fast.training.flops import find_gpu, gpu_peak, peak_flops, trai
 def test_operations_are_those_that_torch_counts_but_for_masked_pairs_and_the_timestep_mlp(frozen: bool) -> None:
     weights = "separate" if frozen else "shared"
     transformer = {"dim": 64, "depth": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "modality_weights": weights}
-    model = Transfusion(num_text_tokens=250, dim_latent=[12, 20], backend="reference", transformer=transformer)
+    modalities = [{"dim_latent": 12}, {"dim_latent": 20}, {"dim_latent": 48, "codec": "unet", "patch_size": 4}]
+    model = Transfusion(num_text_tokens=250, modalities=modalities, backend="reference", transformer=transformer)
     if frozen:
         freeze_text(model)
     text = torch.zeros(9, dtype=torch.long)
-    batch = pack_documents(
-        [[text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20))], [text]], model.config, Randomness(prob_uncond=0)
-    )
+    document = [text, torch.zeros(6, 12), text, (1, torch.zeros(8, 20)), (2, torch.zeros(2, 2, 48))]
+    batch = pack_documents([document, [text]], model.config, Randomness(prob_uncond=0))
     with FlopCounterMode(display=False) as counter:
         model(batch).total.backward()
     counted = {str(op).partition(".")[2]: count for op, count in counter.get_flop_counts()["Global"].items()}
-    timestep_mlps = sum(2 * (2 * 256 * 256 + 3 * 256 * width) for width in (12, 20))  # an image of each modality
-    patches, total = [6, 8], len(batch.tokens)
+    timestep_mlps = sum(2 * (2 * 256 * 256 + 3 * 256 * width) for width in (12, 20, 256))  # an image of each modality
+    in_blocks = [block.timestep for blocks in (model.codecs[2].down, model.codecs[2].up) for block in blocks]
+    timestep_mlps += sum(2 * 3 * linear.weight.numel() for linear in in_blocks)
+    patches, total = [6, 8, 4], len(batch.tokens)
 
     def expected(area: int) -> float:
         return training_flops(model.config, total, len(batch.supervised), patches, area, frozen_text=frozen)
 
-    assert expected(0) == counted["mm"] + counted["addmm"] - timestep_mlps
+    noisy_input = 2 * model.codecs[2].enter.weight.numel() * 4 * 4**2
+    convolutions = counted["convolution"] + counted["convolution_backward"]
+    # The gradient of the U-Net's noisy input is not computed.
+    assert expected(0) == counted["mm"] + counted["addmm"] + convolutions + noisy_input - timestep_mlps
     assert expected(total**2) - expected(0) == counted["bmm"]  # the reference computes all pairs of positions
-    documents = (1 + 9 + 1 + 6 + 1 + 9 + 1 + 8 + 1 + 1, 11)
-    assert batch.layout.area == sum(n * (n + 1) // 2 for n in documents) + (6 * 5 + 8 * 7) // 2
+    documents = (1 + 9 + 1 + 6 + 1 + 9 + 1 + 8 + 1 + 1 + 4 + 1 + 1, 11)
+    assert batch.layout.area == sum(n * (n + 1) // 2 for n in documents) + (6 * 5 + 8 * 7 + 4 * 3) // 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transfusion_fast.config import Config
 from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.diffusion_config import DiffusionConfig
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.inputs import pack_documents
 from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.weights import write_weights
@@ -138,7 +139,10 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
     data = open_data(config)
     config = complete_config(config, data)
     wider = config.model.model_copy(
-        update={"dim_latent": (*config.model.dim_latent, 6), "diffusion": DiffusionConfig(process="flow")}
+        update={
+            "modalities": (*config.model.modalities, ModalityConfig(dim_latent=6)),
+            "diffusion": DiffusionConfig(process="flow"),
+        }
     )
     write_weights(tmp_path, ModelWeights(Transfusion(wider)))
     (tmp_path / "config.json").write_text(json.dumps({"model": wider.model_dump(mode="json")}))
@@ -195,7 +199,7 @@ def test_the_text_side_of_a_llama_model_gives_its_logits(
     with torch.no_grad():
         expected = theirs(torch.cat([torch.tensor([[256]]), words], dim=1)).logits[0]
         batch = pack_documents([[words[0]]], model.config)
-        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities]))[:41]
+        logits = model.head(model.hidden(batch, [m.latents for m in batch.modalities])[0])[:41]
     torch.testing.assert_close(logits[:, :256], expected[:, :256], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[:, 257], expected[:, 257], rtol=1e-5, atol=1e-5)  # <eos>
 

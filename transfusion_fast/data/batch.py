@@ -16,11 +16,11 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
 from transfusion_fast.model.inputs import draw_timesteps
 from transfusion_fast.model.sequence import (
     PackedBatch,
-    PositionScheme,
     Segments,
     Vocabulary,
     build_batch,
@@ -74,7 +74,7 @@ class BatchBuilder:
     diffusion: Diffusion
     settings: DataConfig
     seed: int
-    positions: PositionScheme
+    configs: tuple[ModalityConfig, ...]
     causal_images: bool
     length_step: int
 
@@ -98,7 +98,7 @@ class BatchBuilder:
             images.append((_patches(rows, values, kind, info), torch.stack(noise) if copies else noise[0]))
         used = len(sequence.tokens) + copies * int(sequence.length.sum())
         total = max(1, -(-used // self.length_step)) * self.length_step
-        return build_batch(sequence, images, timesteps, self.positions, total, causal_images=self.causal_images)
+        return build_batch(sequence, images, timesteps, self.configs, total, causal_images=self.causal_images)
 
     def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
         """Return the segments in the order drawn: a document of one text and one image, in this order, is a
@@ -114,7 +114,8 @@ class BatchBuilder:
         order[image_first], order[image_first - 1] = image_first - 1, image_first
         document, kind, _, length, height, width = rows[order].T
         patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
-        return Segments(document, kind, length, height // patch_size, width // patch_size)
+        rows, columns = height // patch_size, width // patch_size
+        return Segments(document, kind, length, np.stack([np.ones_like(rows), rows, columns], axis=1))
 
 
 def _joined(packs: Sequence[Pack]) -> np.ndarray:

@@ -18,12 +18,14 @@ from typing import NamedTuple
 from torch.utils import data
 
 from transfusion_fast.config import Config
+from transfusion_fast.config_reading import parse
 from transfusion_fast.data.batch import BatchBuilder, KeyedPack
 from transfusion_fast.data.folder import FetchError, ShardCache
 from transfusion_fast.data.index import Index
 from transfusion_fast.data.mixture import Mixture, MixtureReader, open_mixture
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.sequence import PackedBatch, Vocabulary
 from transfusion_fast.model.sequence_parallel import split_batch
@@ -160,14 +162,15 @@ def _cache(config: Config) -> ShardCache:
 
 
 def complete_config(config: Config, mixture: Mixture) -> Config:
-    """Return the config with the vocabulary and latent widths of the data; raise InputError if it gives others."""
-    known = {
-        "num_text_tokens": mixture.num_text_tokens,
-        "dim_latent": tuple(m.channels * m.patch_size**2 for m in mixture.modalities),
-    }
-    for name in known.keys() & config.model.model_fields_set:
-        if (got := getattr(config.model, name)) != known[name]:
-            raise InputError(f"model.{name} must be {known[name]} for {mixture}, got {got}; correct it or leave it out")
+    """Return the config with the vocabulary and modalities of the data; raise InputError if it gives others."""
+    model, known = config.model, mixture.num_text_tokens
+    if "num_text_tokens" in model.model_fields_set and model.num_text_tokens != known:
+        raise InputError(
+            f"model.num_text_tokens must be {known} for {mixture}, got {model.num_text_tokens}; correct it or leave it "
+            "out"
+        )
+    update = {"num_text_tokens": known, "modalities": _complete_modalities(model.modalities, mixture)}
+    config = config.model_copy(update={"model": model.model_copy(update=update)})
     most = _MAX_POSITIONS // (mixture.sequence_length * (1 + config.data.added_copies))
     if config.train.micro_batch > most:
         raise InputError(
@@ -175,7 +178,35 @@ def complete_config(config: Config, mixture: Mixture) -> Config:
             f"got {config.train.micro_batch}; lower it"
         )
     _check_sequence_parallel(config, mixture)
-    return config.model_copy(update={"model": config.model.model_copy(update=known)})
+    return config
+
+
+def _complete_modalities(given: tuple[ModalityConfig, ...], mixture: Mixture) -> tuple[ModalityConfig, ...]:
+    """Return the modalities of the data with the settings given for them, and the widths and patch sizes of the data.
+
+    Raises:
+        InputError: they do not fit the data.
+    """
+    stored = mixture.modalities
+    if len(given) == 1 and "dim_latent" not in given[0].model_fields_set:  # the same for all
+        given = given * len(stored)
+    widths = tuple(m.channels * m.patch_size**2 for m in stored)
+    got = tuple(
+        one.dim_latent if "dim_latent" in one.model_fields_set or number >= len(widths) else widths[number]
+        for number, one in enumerate(given)
+    )
+    if got != widths:
+        raise InputError(f"model.dim_latent must be {widths} for {mixture}, got {got}; correct it or leave it out")
+    completed = []
+    for number, (one, info) in enumerate(zip(given, stored, strict=True)):
+        known = {"dim_latent": widths[number]} | ({"patch_size": info.patch_size} if one.codec == "unet" else {})
+        for name, value, needed in (("dims", one.dims, 2), ("patch_size", one.patch_size, known.get("patch_size"))):
+            if value not in (None, needed):
+                rule = f"model.modalities.{number}.{name} must be {needed} for {mixture}"
+                raise InputError(f"{rule}, got {value}; correct it or leave it out")
+        source = f"model.modalities.{number} for {mixture}"
+        completed.append(parse(ModalityConfig, one.model_dump(exclude_unset=True) | known, source))
+    return tuple(completed)
 
 
 def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
@@ -185,6 +216,8 @@ def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
     for what, number in (("train.micro_batch x positions of a pack", positions), ("key/value heads", heads)):
         if number % parts:
             raise InputError(f"train.sequence_parallel must divide {what} = {number}, got {parts}; give a divisor")
+    if parts > 1 and any(one.codec == "unet" for one in config.model.modalities):
+        raise InputError(f"train.sequence_parallel must be 1 with codec=unet, which takes whole images, got {parts}")
 
 
 def training_batches(
@@ -247,7 +280,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
         diffusion=Diffusion(config.model.diffusion),
         settings=config.data,
         seed=config.train.seed,
-        positions=config.model.positions,
+        configs=config.model.modalities,
         causal_images=config.model.image_attention == "causal",
         length_step=step,
     )

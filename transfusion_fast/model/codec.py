@@ -1,20 +1,25 @@
-"""Codecs between latent patches and transformer vectors, one for each modality."""
+"""Codecs between latent patches and transformer vectors, one for each modality. Letters as in sequence.py."""
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.layers import Linear, TimestepEmbedding
+from transfusion_fast.model.sequence import ModalityBatch
+from transfusion_fast.model.unet import UNetCodec
 
 
 class LinearCodec(nn.Module):
     """One linear layer in each direction; the timestep is added to every patch first (arXiv 2408.11039, section 3.1),
     unless the blocks are given it.
 
-    Letters as in sequence.py. A batch without images passes through as [0, C], so that every rank runs the same
-    modules on any data.
+    A batch without images passes through as [0, C], so that every rank runs the same modules on any data.
     """
 
     def __init__(self, dim_latent: int, dim: int, add_timestep: bool = True):
@@ -23,14 +28,37 @@ class LinearCodec(nn.Module):
         self.encoder = Linear(dim_latent, dim, bias=True)
         self.decoder = Linear(dim, dim_latent, bias=True, std=1 / dim)  # so that the first prediction is near zero
 
-    def encode(self, x_t: Tensor, timesteps: Tensor, image_offsets: Tensor) -> Tensor:
-        """Map noisy patches fp32 [P, C], timesteps [N] and image_offsets [N + 1] to [P, E] in the weights' dtype."""
+    def encode(self, x_t: Tensor, images: ModalityBatch) -> tuple[Tensor, None]:
+        """Map noisy patches fp32 [P, C] to [P, E] in the weights' dtype; return them, and nothing for `decode`."""
         if self.timestep is None:
-            return self.encoder(x_t.to(self.encoder.weight.dtype))
-        image_P = torch.repeat_interleave(image_offsets.diff(), output_size=len(x_t))
-        shift_PC = F.embedding(image_P, self.timestep(timesteps))  # its backward sums in a fixed order
-        return self.encoder(x_t.to(shift_PC.dtype) + shift_PC)
+            return self.encoder(x_t.to(self.encoder.weight.dtype)), None
+        image_P = torch.repeat_interleave(images.image_offsets.diff(), output_size=len(x_t))
+        shift_PC = F.embedding(image_P, self.timestep(images.timesteps))  # its backward sums in a fixed order
+        return self.encoder(x_t.to(shift_PC.dtype) + shift_PC), None
 
-    def decode(self, hidden: Tensor) -> Tensor:
-        """Map [P, E] to the model's prediction [P, C] in the weights' dtype."""
+    def decode(self, hidden: Tensor, encoded: Any) -> Tensor:
+        """Map [P', E] of trained images to the model's prediction [P', C] in the weights' dtype."""
         return self.decoder(hidden)
+
+
+Codec = LinearCodec | UNetCodec
+
+
+def make_codec(modality: ModalityConfig, dim: int, add_timestep: bool = True) -> Codec:
+    """Return the codec of a modality for a transformer of width `dim`. A U-Net needs the timestep in any case."""
+    if modality.codec == "unet":
+        return UNetCodec(modality.dim_latent, modality.patch_size, dim)
+    return LinearCodec(modality.dim_latent, dim, add_timestep)
+
+
+def multiply_adds(modality: ModalityConfig, dim: int) -> float:
+    """Return the multiply-adds of a codec's matrices and convolutions for a patch, in both directions."""
+    if modality.codec == "linear":
+        return 2 * modality.dim_latent * dim
+    return _of_unet(modality.dim_latent, modality.patch_size, dim)
+
+
+@cache
+def _of_unet(dim_latent: int, patch_size: Any, dim: int) -> float:
+    with torch.device("meta"):
+        return UNetCodec(dim_latent, patch_size, dim).multiply_adds()

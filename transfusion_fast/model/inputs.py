@@ -1,15 +1,17 @@
 """Inputs that people hand to the model, checked and packed: ragged documents, or rows of ids with image spans.
 
 A document is a list of pieces, `[ids, latents, (modality, latents), ...]`. An integer tensor [n] is text, a float
-tensor [patches, C] or [rows, columns, C] is an image of modality 0, and a tuple names another modality. Special tokens
-are added. `sample` returns documents of the same form. With `model.channel_first` images are [C, rows, columns].
+tensor is an image of modality 0, and a tuple names another modality. Images are [rows, columns, C], or [patches, C] for
+one row; other numbers of dimensions are [C], [length, C] and [frames, rows, columns, C]. With `channel_first` C comes
+first. Special tokens are added. `sample` returns documents of the same form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ Piece = Tensor | tuple[int, Tensor]
 Document = Sequence[Piece]
 Segment = tuple[int, Tensor]
 """(kind, tensor) of a checked piece: TEXT with ids int64 [n], or 1 + modality with latents."""
+_AXES = ((), ("length",), ("rows", "columns"), ("frames", "rows", "columns"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,25 @@ def check_document(document: Document, config: ModelConfig, number: int = 0) -> 
 
 
 @torch.compiler.disable
+def encode_pieces(
+    documents: Sequence[Document], encoders: Mapping[int, Callable[[Tensor], Tensor]], device: torch.device
+) -> list[list[Piece]]:
+    """Replace the raw tensors of modalities that have an encoder by its latents, a batch for each shape of tensors."""
+    encoded = [list(document) for document in documents]
+    batches: dict[Any, list[tuple[int, int, Tensor]]] = {}
+    for i, document in enumerate(documents):
+        for j, piece in enumerate(document):
+            modality, raw = piece if isinstance(piece, tuple) and len(piece) == 2 else (0, piece)
+            if modality in encoders and isinstance(raw, Tensor) and (raw is not piece or raw.is_floating_point()):
+                batches.setdefault((modality, raw.dtype, raw.shape), []).append((i, j, raw))
+    for (modality, *_), raws in batches.items():
+        latents = encoders[modality](torch.stack([raw for *_, raw in raws]).to(device))
+        for (i, j, _), one in zip(raws, latents, strict=True):
+            encoded[i][j] = (modality, one)
+    return encoded
+
+
+@torch.compiler.disable
 def pack_documents(
     documents: Sequence[Document], config: ModelConfig, randomness: Randomness = Randomness()
 ) -> PackedBatch:
@@ -87,13 +109,17 @@ def pack_documents(
     for i, pieces in enumerate(checked):
         for j, (kind, x) in enumerate(pieces):
             if kind != TEXT:
-                _refuse_doubtful(x, f"document {i}, piece {j}", config)
-    rows = [(i, kind, *_size(kind, x)) for i, document in enumerate(checked) for kind, x in document]
-    number, kinds, lengths, grid_rows, grid_columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    segments = Segments(number, kinds, lengths, grid_rows, grid_columns)
+                _refuse_doubtful(x, kind - 1, f"document {i}, piece {j}", config)
+    rows = [
+        (i, kind, len(x), 1, 1, 1) if kind == TEXT else (i, kind, *_size(x))
+        for i, document in enumerate(checked)
+        for kind, x in document
+    ]
+    number, kinds, lengths, *shape = np.array(rows, dtype=np.int64).reshape(-1, 6).T
+    segments = Segments(number, kinds, lengths, np.stack(shape, axis=1))
     flat = [segment for document in checked for segment in document]
     ids = [x.cpu().numpy() for kind, x in flat if kind == TEXT]
-    vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
+    vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
     sequence = lay_out(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
     return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, randomness)
 
@@ -105,12 +131,14 @@ def pack_rows(
     modality_positions: Sequence[Sequence[tuple[int, ...]]] | None,
     config: ModelConfig,
     randomness: Randomness = Randomness(),
+    encode: Callable[[Sequence[Document]], Sequence[Document]] = lambda documents: documents,
 ) -> PackedBatch:
     """Pack rows that are laid out already: each row of text_ids [B, T] is one document; ids at image spans are ignored.
 
     Args:
         modality_tokens: the latents of the images of each row; default: none.
         modality_positions: (offset, length) or (modality, offset, length) of each of these images; default: none.
+        encode: maps documents of raw pieces, one for each row, to such of latents.
 
     Raises:
         ValueError: naming the row and the span that does not fit.
@@ -125,17 +153,22 @@ def pack_rows(
             f"modality_tokens and modality_positions must have an entry for each of the {rows} rows, "
             f"got {len(latents)} and {len(positions)}"
         )
-    images: list[tuple[int, int, Tensor]] = []
     for row, (of_row, spans) in enumerate(zip(latents, positions, strict=True)):
         if len(of_row) != len(spans):
             raise ValueError(
                 f"row {row} must have a position for each modality tensor, got {len(of_row)} tensors and "
                 f"{len(spans)} positions"
             )
-        spanned = [_check_span(row, x, span, row_length, config) for x, span in zip(of_row, spans, strict=True)]
+    raw = [
+        [(span[0] if len(span) == 3 else 0, x) for x, span in zip(of_row, spans, strict=True)]
+        for of_row, spans in zip(latents, positions, strict=True)
+    ]
+    images: list[tuple[int, int, Tensor]] = []
+    for row, (pieces, spans) in enumerate(zip(encode(raw), positions, strict=True)):
+        spanned = [_check_span(row, x, span, row_length, config) for (_, x), span in zip(pieces, spans, strict=True)]
         spanned.sort(key=lambda image: image[0])
         for (start, _, before), (offset, _, _) in pairwise(spanned):
-            if offset < (end := start + _size(1, before)[0]):
+            if offset < (end := start + _size(before)[0]):
                 place, first = offset - row * row_length, end - row * row_length
                 raise ValueError(
                     f"row {row}: an image at {place} must not begin before {first}, where the last one ends"
@@ -143,7 +176,7 @@ def pack_rows(
         images += spanned
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
     sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
-    size = Vocabulary(config.num_text_tokens, len(config.dim_latent)).size
+    size = Vocabulary(config.num_text_tokens, len(config.modalities)).size
     tokens = sequence.tokens
     if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
         raise ValueError(f"text_ids must lie in [0, {size}), got {tokens.min()} to {tokens.max()}")
@@ -157,12 +190,12 @@ def place_images(
 
     `images` are (offset, modality, latents) with absolute offsets, in ascending order.
     """
-    table = [(offset, *_size(1 + modality, latents), modality) for offset, modality, latents in images]
-    start, length, rows, columns, modality = np.array(table, dtype=np.int64).reshape(-1, 5).T
+    table = [(offset, *_size(latents), modality) for offset, modality, latents in images]
+    start, length, *shape, modality = np.array(table, dtype=np.int64).reshape(-1, 6).T
     tokens = tokens.copy()
     for first, count in zip(start.tolist(), length.tolist(), strict=True):
         tokens[first : first + count] = 0
-    return TokenSequence(tokens, document_lengths, start, length, rows, columns, modality)
+    return TokenSequence(tokens, document_lengths, start, length, np.stack(shape, axis=1), modality)
 
 
 def draw_timesteps(
@@ -193,7 +226,7 @@ def _with_noise(
     randomness: Randomness,
 ) -> PackedBatch:
     """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
-    vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.dim_latent)), randomness.generator
+    vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.modalities)), randomness.generator
     copies = randomness.noised_copies
     uniform, drop = torch.rand(2, len(images), generator=generator)
     if copies:
@@ -205,15 +238,13 @@ def _with_noise(
     repeated = (copies,) if copies else ()
     noisy = [(x, torch.randn(*repeated, *x.shape, generator=generator)) for x in latents]
     causal = config.image_attention == "causal"
-    return build_batch(sequence, noisy, timesteps, config.positions, causal_images=causal)
+    return build_batch(sequence, noisy, timesteps, config.modalities, causal_images=causal)
 
 
-def _size(kind: int, tensor: Tensor) -> tuple[int, int, int]:
-    """Return length, rows and columns of a segment; text has no grid, and latents without a grid are one row."""
-    if kind == TEXT:
-        return len(tensor), 0, 0
-    rows, columns = tensor.shape[:2] if tensor.ndim == 3 else (1, len(tensor))
-    return rows * columns, rows, columns
+def _size(latents: Tensor) -> tuple[int, int, int, int]:
+    """Return the number of patches, and the frames, rows and columns of their grid."""
+    frames, rows, columns = (1, 1, 1, *latents.shape[:-1])[-3:]
+    return frames * rows * columns, frames, rows, columns
 
 
 def _check_piece(piece: Piece, what: str, config: ModelConfig) -> Segment:
@@ -250,25 +281,27 @@ def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig)
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else _type_names(latents)
         raise ValueError(f"{what}: latents must be a floating point tensor, got {got}")
-    if not isinstance(modality, int) or isinstance(modality, bool) or not 0 <= modality < len(config.dim_latent):
-        raise ValueError(f"{what}: modality must be in [0, {len(config.dim_latent)}), got {modality!r}")
-    width = config.dim_latent[modality]
-    shape = tuple(latents.shape)
-    grid = f"[{width}, rows, columns]" if config.channel_first else f"[rows, columns, {width}]"
-    channels_last = latents.movedim(0, -1) if config.channel_first and latents.ndim == 3 else latents
-    if latents.ndim not in (2, 3) or channels_last.shape[-1] != width or not latents.numel():
-        rule = f"latents of modality {modality} must be [patches, {width}] or {grid}, not empty"
+    if not isinstance(modality, int) or isinstance(modality, bool) or not 0 <= modality < len(config.modalities):
+        raise ValueError(f"{what}: modality must be in [0, {len(config.modalities)}), got {modality!r}")
+    settings = config.modalities[modality]
+    shape, width, axes = tuple(latents.shape), settings.dim_latent, _AXES[settings.dims]
+    channels_last = latents.movedim(0, -1) if settings.channel_first and latents.ndim == len(axes) + 1 else latents
+    one_row = settings.dims == 2 and latents.ndim == 2
+    if not (latents.ndim == len(axes) + 1 or one_row) or channels_last.shape[-1] != width or not latents.numel():
+        grid = ", ".join(map(str, (width, *axes) if settings.channel_first else (*axes, width)))
+        rows = f"[patches, {width}] or " if settings.dims == 2 else ""
+        rule = f"latents of modality {modality} must be {rows}[{grid}], not empty"
         raise ValueError(f"{what}: {rule}, got {shape}")
     if not latents.isfinite().all():
         raise ValueError(f"{what}: latents must be finite, got NaN or infinity; check the encoder")
     return channels_last
 
 
-def _refuse_doubtful(latents: Tensor, what: str, config: ModelConfig) -> None:
+def _refuse_doubtful(latents: Tensor, modality: int, what: str, config: ModelConfig) -> None:
     """Raise ValueError for [rows, columns, C] that could be [C, rows, columns], unless a setting says which it is."""
-    shape = tuple(latents.shape)
-    if config.channel_first is None and len(shape) == 3 and shape[0] == shape[2] > 1:
-        rule = "latents must be [rows, columns, channels]"
+    shape, settings = tuple(latents.shape), config.modalities[modality]
+    if settings.channel_first is None and len(shape) == settings.dims + 1 > 1 and shape[0] == shape[-1] > 1:
+        rule = f"latents must be [{', '.join(_AXES[settings.dims])}, channels]"
         raise ValueError(
             f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
         )
@@ -283,8 +316,8 @@ def _check_span(
         raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length), got {len(span)} numbers")
     modality, offset, length = span if len(span) == 3 else (0, *span)
     latents = _check_image(latents, modality, what, config)
-    _refuse_doubtful(latents, what, config)
-    if _size(1 + modality, latents)[0] != length:
+    _refuse_doubtful(latents, modality, what, config)
+    if _size(latents)[0] != length:
         raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
     if offset < 0 or offset + length > row_length:
         raise ValueError(f"{what}: must lie inside the row, got its end at {offset + length} of {row_length}")

@@ -26,9 +26,9 @@ class Counts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Cross-entropy per token, diffusion loss per image and what is minimised: their weighted sum and the z-loss, fp32
-    scalars; this batch's counts; and the diffusion loss of each image, fp32 [N], in the order of modalities, without
-    gradient.
+    """Cross-entropy per token, diffusion loss per image times the loss weight of its modality, and what is minimised:
+    their weighted sum and the z-loss, fp32 scalars; this batch's counts; and the diffusion loss of each image, fp32
+    [N], in the order of modalities, without gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -43,18 +43,20 @@ class Losses(NamedTuple):
 def combine(
     token_losses: Tensor,
     image_losses: Tensor,
+    weighted: Tensor,
     diffusion_weight: float,
     counts: Counts | None,
     z_losses: Tensor | None = None,
 ) -> Losses:
     """Divide the sums of fp32 losses by `counts`, or by the batch's own for None.
 
-    `token_losses` are cross-entropies [S], `image_losses` squared errors [N], `z_losses` [S] count in the total alone.
+    `token_losses` are cross-entropies [S], `image_losses` diffusion losses [N], `weighted` the same times the loss
+    weights of their modalities; `z_losses` [S] count in the total alone.
     """
     own = Counts(len(token_losses), len(image_losses))
     counts = counts or own
     text = token_losses.sum() / max(counts.tokens, 1)
-    diffusion = image_losses.sum() / max(counts.images, 1)
+    diffusion = weighted.sum() / max(counts.images, 1)
     total = text + diffusion_weight * diffusion
     if z_losses is not None:
         total = total + z_losses.sum() / max(counts.tokens, 1)

@@ -74,7 +74,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     """Return the cosines and sines that `rope` rotates by; computed once a step and shared by all layers and heads.
 
     Args:
-        positions: int [T], or [T, 2] for (row, column), which alternate over the frequencies.
+        positions: int [T], or [T, 2] for (row, column) or [T, 3] for (frame, row, column), which take turns over the
+            frequencies.
         head_dim: D, even.
 
     Returns:
@@ -83,8 +84,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
     Raises:
         ValueError: positions of another shape, an odd head dimension.
     """
-    if positions.ndim not in (1, 2) or positions.shape[1:] not in ((), (2,)):
-        raise ValueError(f"positions must be [T] or [T, 2], got {tuple(positions.shape)}")
+    if positions.ndim not in (1, 2) or positions.shape[1:] not in ((), (2,), (3,)):
+        raise ValueError(f"positions must be [T], [T, 2] or [T, 3], got {tuple(positions.shape)}")
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"the head dimension must be even to be rotated in pairs, got {head_dim}")
     if not 0 < theta < float("inf"):
@@ -126,7 +127,7 @@ def _check_rope(
     T, _, D = _check_heads("rope", q, k)
     if isinstance(positions, Tensor):
         if positions.shape[:1] != (T,):
-            raise ValueError(f"positions must be [{T}] or [{T}, 2] for q of length {T}, got {tuple(positions.shape)}")
+            raise ValueError(f"positions must be [{T}], [{T}, 2] or [{T}, 3] for this q, got {tuple(positions.shape)}")
         positions = rotary(positions, D, theta)
     for name, table in zip(("cos", "sin"), positions, strict=True):
         if table.shape != (T, D // 2) or table.dtype != torch.float32 or table.device != q.device:

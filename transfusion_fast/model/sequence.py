@@ -12,20 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from transfusion_fast.kernels.layout import AttentionLayout
+from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 
 IGNORED_LABEL = -100
 TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
 
+Shapes = tuple[tuple[int, int, int, int], ...]
+"""Numbers of images and their grids of patches, (images, frames, rows, columns) for each shape."""
 CLEAN_TIMESTEP = 1.0  # of images that are context only: almost no noise
-PositionScheme = Literal["sequential", "shared", "axial"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,14 @@ class Vocabulary:
 class Segments:
     """S segments of documents, in order, as int64 columns [S].
 
-    `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `rows` and `columns` are
-    the patch grid of an image.
+    `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `shape` is [S, 3]: frames,
+    rows and columns of an image's grid of patches, 1 for dimensions that it lacks.
     """
 
     document: np.ndarray
     kind: np.ndarray
     length: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    shape: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +75,14 @@ class TokenSequence:
     """Tokens, and the positions of documents and images among them. All arrays are numpy, int64.
 
     tokens [length of all documents], zero at patches; document_lengths [documents]. For the N images in order: start,
-    length, rows, columns, modality, each [N].
+    length, modality, each [N], and shape [N, 3] as of `Segments`.
     """
 
     tokens: np.ndarray
     document_lengths: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
+    shape: np.ndarray
     modality: np.ndarray
 
 
@@ -105,8 +105,7 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     tokens[image_start - 1] = vocabulary.boi() + 2 * modality
     tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
     document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
-    rows, columns = segments.rows[is_image], segments.columns[is_image]
-    return TokenSequence(tokens, document_lengths, image_start, image_length, rows, columns, modality)
+    return TokenSequence(tokens, document_lengths, image_start, image_length, segments.shape[is_image], modality)
 
 
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
@@ -128,30 +127,37 @@ def labels_of(sequence: TokenSequence, is_patch: np.ndarray) -> np.ndarray:
     return labels
 
 
-def positions_of(sequence: TokenSequence, is_patch: np.ndarray, scheme: PositionScheme = "sequential") -> np.ndarray:
-    """Return int32 [T], or [T, 2] (row, column) for "axial"; positions count from 0 in every document.
+def positions_of(sequence: TokenSequence, modalities: Sequence[ModalityConfig]) -> np.ndarray:
+    """Return int32 [T], or [T, 2] (row, column) or [T, 3] (frame, row, column) if an axial modality has such grids.
 
-    "sequential" gives every patch an index of its own. "shared" gives an image one index. "axial" gives the patch at
-    (row, column) the indices (first + row, first + column), and the text after it continues after the longer side.
+    Positions count from 0 in every document. "sequential" gives every patch an index of its own. "shared" gives an
+    image one index. "axial" gives the patch at (row, column) the indices (first + row, first + column), and the text
+    after it continues after the longest side.
     """
     total, lengths = len(sequence.tokens), sequence.document_lengths
     advance = np.ones(total, dtype=np.int64)
-    if scheme != "sequential":
-        advance[is_patch] = 0
-        advance[sequence.start] = 1
-        after = sequence.start + sequence.length
-        used = 1 if scheme == "shared" else np.maximum(sequence.rows, sequence.columns)
-        advance[after[after < total]] = np.broadcast_to(used, after.shape)[after < total]
+    axial = np.array([one.axes > 1 for one in modalities], dtype=bool)[sequence.modality]
+    together = axial | np.array([one.positions == "shared" for one in modalities], dtype=bool)[sequence.modality]
+    if together.any():
+        start, length = sequence.start[together], sequence.length[together]
+        advance[_ranges(start, length)] = 0
+        advance[start] = 1
+        inside = start + length < total
+        used = np.where(axial, sequence.shape.max(axis=1, initial=1), 1)[together]
+        advance[(start + length)[inside]] = used[inside]
     index = np.cumsum(advance)
     document_start = np.cumsum(lengths) - lengths
     index -= np.repeat(index[document_start], lengths)
-    if scheme != "axial":
+    axes = max((one.axes for one in modalities), default=1)
+    if axes == 1:
         return index.astype(np.int32)
-    both = np.stack([index, index], axis=1)
-    patch = _ranges(np.zeros_like(sequence.start), sequence.length)
-    columns = np.repeat(sequence.columns, sequence.length)
-    both[is_patch] += np.stack([patch // columns, patch % columns], axis=1)
-    return both.astype(np.int32)
+    indices = np.repeat(index[:, None], axes, axis=1)
+    start, length, shape = sequence.start[axial], sequence.length[axial], sequence.shape[axial]
+    patch = _ranges(np.zeros_like(start), length)
+    rows, columns = np.repeat(shape[:, 1:], length, axis=0).T
+    coordinates = np.stack([patch // (rows * columns), patch // columns % rows, patch % columns], axis=1)
+    indices[_ranges(start, length)] += coordinates[:, -axes:]
+    return indices.astype(np.int32)
 
 
 def before_captions(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
@@ -192,7 +198,10 @@ class ModalityBatch:
 
     latents: fp32 [P, C], clean; noise: fp32 [P', C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
     over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N'], the
-    fraction of each trained image's patches that this batch holds: 1, unless ranks share the pack.
+    fraction of each trained image's patches that this batch holds: 1, unless ranks share the pack; by_shape: int64 [N],
+    the trained images and then the others, in the order of their shapes; shapes: their shapes in that order, always on
+    the host, so that code for each shape does not wait for the device. Both are empty if ranks share the pack, which
+    cuts images.
     """
 
     latents: Tensor
@@ -201,6 +210,8 @@ class ModalityBatch:
     image_offsets: Tensor
     sequence_index: Tensor
     fractions: Tensor
+    by_shape: Tensor
+    shapes: Shapes
 
     @property
     def num_trained(self) -> int:
@@ -217,8 +228,8 @@ class ModalityBatch:
 class PackedBatch:
     """One micro-batch: documents one after another along one axis of constant length T, padding at its end.
 
-    tokens, labels: int64 [T]; positions: int32 [T] or [T, 2]; supervised: int64 [S], the positions that have a label;
-    layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
+    tokens, labels: int64 [T]; positions: int32 [T], [T, 2] or [T, 3]; supervised: int64 [S], the positions that have a
+    label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
     num_images: the trained images of all modalities, of all ranks that share the pack.
     """
 
@@ -254,7 +265,7 @@ def build_batch(
     sequence: TokenSequence,
     images: Sequence[tuple[Tensor, Tensor]],
     timesteps: Tensor,
-    scheme: PositionScheme = "sequential",
+    modalities: Sequence[ModalityConfig],
     total_length: int | None = None,
     *,
     causal_images: bool = False,
@@ -269,6 +280,7 @@ def build_batch(
         images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order; with K copies the noise
             is [K, P, C].
         timesteps: fp32 [N] of the images of all modalities, in sequence order; with K copies [K, N].
+        modalities: those of the model, for the positions of their patches.
         total_length: T, of which the rest is padding; default: no padding.
         causal_images: let patches see only what precedes them in the sequence, as text does.
 
@@ -293,23 +305,23 @@ def build_batch(
 
     def modality_batch(modality: int, latents: Tensor, noise: Tensor) -> ModalityBatch:
         own = np.flatnonzero(sequence.modality[placed.image] == modality)
-        length = placed.length[own]
+        length, noised = placed.length[own], np.count_nonzero(own < trained)
         if copies:
             lengths = np.where(sequence.modality == modality, sequence.length, 0)
             first = (np.cumsum(lengths) - lengths)[placed.image[own]]
-            noised = np.count_nonzero(own < trained)
             first_noise = first[:noised] + np.arange(noised) % copies * len(latents)
             noise = noise.flatten(0, 1).index_select(0, torch.from_numpy(_ranges(first_noise, length[:noised])))
             latents = latents.index_select(0, torch.from_numpy(_ranges(first, length)))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
-        index = torch.from_numpy(_ranges(placed.start[own], length))
-        fractions = torch.ones(int(np.count_nonzero(own < trained)))
-        return ModalityBatch(latents, noise, timesteps[torch.from_numpy(own)], offsets, index, fractions)
+        index, fractions = torch.from_numpy(_ranges(placed.start[own], length)), torch.ones(int(noised))
+        order, shapes = _by_shape(sequence.shape[placed.image[own]], own >= trained)
+        own_timesteps = timesteps[torch.from_numpy(own)]
+        return ModalityBatch(latents, noise, own_timesteps, offsets, index, fractions, order, shapes)
 
     return PackedBatch(
         tokens=padded(sequence.tokens[placed.source], 0),
         labels=padded(labels, IGNORED_LABEL),
-        positions=padded(positions_of(sequence, is_patch, scheme)[placed.source], 0),
+        positions=padded(positions_of(sequence, modalities)[placed.source], 0),
         supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
         layout=AttentionLayout.from_spans(
             placed.document_lengths,
@@ -370,6 +382,16 @@ def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     change = np.diff(document) != 0
     border = np.ones(1 if len(document) else 0, dtype=bool)
     return np.concatenate([border, change]), np.concatenate([change, border])
+
+
+def _by_shape(shape: np.ndarray, is_context: np.ndarray) -> tuple[Tensor, Shapes]:
+    """Return the order that sorts images by `is_context` [N] and their shapes [N, 3], and the shapes in this order."""
+    if not len(shape):
+        return torch.zeros(0, dtype=torch.int64), ()
+    keys = np.concatenate([is_context[:, None], shape], axis=1)
+    unique, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse.reshape(-1), kind="stable")
+    return torch.from_numpy(order), tuple(zip(counts.tolist(), *unique.T[1:].tolist(), strict=True))
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

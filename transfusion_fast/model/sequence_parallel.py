@@ -49,6 +49,8 @@ def _split_images(images: ModalityBatch, start: int, end: int) -> ModalityBatch:
         image_offsets=torch.cat([offsets[:1], offsets[1:][kept]]),
         sequence_index=images.sequence_index[inside] - start,
         fractions=(patches / images.image_offsets.diff())[:trained][kept[:trained]],
+        by_shape=images.by_shape[:0],
+        shapes=(),
     )
 
 

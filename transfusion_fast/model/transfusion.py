@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
@@ -16,10 +16,10 @@ from transfusion_fast.config_reading import parse
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
-from transfusion_fast.model.codec import LinearCodec
+from transfusion_fast.model.codec import Codec, make_codec
 from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.grouped_layers import CONDITION_DIM, GroupedBlock, GroupedNorm, group_positions, merge
-from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
+from transfusion_fast.model.inputs import Document, Randomness, encode_pieces, pack_documents, pack_rows
 from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
 from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
@@ -58,6 +58,12 @@ class Transfusion(nn.Module):
 
     Args:
         config: every setting; or give the settings of `ModelConfig` by name.
+        encoders: modules that map raw tensors to the latents of a modality, by its number. Pieces of this modality,
+            also those of prompts, are then raw tensors; those of one shape are encoded as a batch [n, ..], with their
+            graph, so that the encoder can be trained jointly. They are submodules, but not in what train/export.py
+            writes: after `from_pretrained`, put them into `model.encoders` under str(modality).
+        decoders: modules for what `sample` returns of a modality, from a batch of latents [n, ..] in the form that
+            documents have.
 
     Raises:
         InputError: an unknown setting, or a value out of its range.
@@ -66,19 +72,26 @@ class Transfusion(nn.Module):
     sample: Callable[..., list[Any]]
     """Continue prompts with text and images; `sampling/decoder.py`, which builds on the model, binds this method."""
 
-    def __init__(self, config: ModelConfig | None = None, **settings: Any):
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        encoders: Mapping[int, nn.Module] | None = None,
+        decoders: Mapping[int, nn.Module] | None = None,
+        **settings: Any,
+    ):
         super().__init__()
         if config is not None and settings:
             raise ValueError(f"give a ModelConfig or settings by name, not both, got {', '.join(settings)} as well")
         self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
         transformer = config.transformer
-        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.dim_latent))
+        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
         self.diffusion = Diffusion(config.diffusion)
         self.diffusion.warn_of_wide_patches(config.dim_latent)
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)
-        adaln, modalities = transformer.conditioning == "adaln", len(config.dim_latent)
+        adaln, modalities = transformer.conditioning == "adaln", len(config.modalities)
         self.separate = transformer.modality_weights == "separate"
-        self.codecs = nn.ModuleList(LinearCodec(width, transformer.dim, not adaln) for width in config.dim_latent)
+        self.codecs = nn.ModuleList(make_codec(modality, transformer.dim, not adaln) for modality in config.modalities)
         self.conditions = nn.ModuleList(TimestepEmbedding(CONDITION_DIM) for _ in range(adaln * modalities))
         self.grouped = adaln or self.separate
         block = partial(GroupedBlock, modalities=modalities) if self.grouped else Block
@@ -89,6 +102,12 @@ class Transfusion(nn.Module):
         self.norm = GroupedNorm(modalities, *norm) if self.separate else RMSNorm(*norm)
         tied = self.embedding.weight if config.tie_embeddings else None
         self.head = LanguageHead(config, self.vocabulary.size, tied)
+        for number in (*(encoders or {}), *(decoders or {})):
+            if number not in range(modalities):
+                rule = f"encoders and decoders must be of modalities in [0, {modalities})"
+                raise ValueError(f"{rule}, got {number!r}; correct the number")
+        self.encoders = nn.ModuleDict({str(number): module for number, module in (encoders or {}).items()})
+        self.decoders = nn.ModuleDict({str(number): module for number, module in (decoders or {}).items()})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Transfusion:
@@ -171,10 +190,10 @@ class Transfusion(nn.Module):
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
         randomness = Randomness(generator, noise_cap, prob_uncond, noised_copies)
         if isinstance(batch, Tensor):
-            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness)
+            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness, self.encoded)
             losses = super().__call__(packed.to(self.device))
             return losses.total if modality_tokens is None and modality_positions is None else (losses.total, losses)
-        return super().__call__(pack_documents(batch, self.config, randomness).to(self.device)).total
+        return super().__call__(pack_documents(self.encoded(batch), self.config, randomness).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
         """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
@@ -185,40 +204,46 @@ class Transfusion(nn.Module):
                     "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
                 )
         x_t = [self.noisy(images) for images in batch.modalities]
-        hidden = self.hidden(batch, x_t)
+        hidden, encoded = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses, z_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
         image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
+        weighted = list(image_losses)
         for number, images in enumerate(batch.modalities):
-            prediction = self.prediction(hidden, batch, number)
+            prediction = self.prediction(hidden, batch, number, encoded[number])
             clean, offsets = images.latents[: images.trained_patches], images.image_offsets[: images.num_trained + 1]
             timesteps = images.timesteps[: images.num_trained]
             losses = self.diffusion.losses(prediction, clean, images.noise, timesteps, offsets, backend)
             image_losses.append(losses * images.fractions)
-        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts, z_losses)
+            weighted.append(image_losses[-1] * self.config.modalities[number].loss_weight)
+        all_losses = token_losses, torch.cat(image_losses), torch.cat(weighted)
+        return combine(*all_losses, self.config.diffusion_weight, counts, z_losses)
 
-    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
-        """Return the last layer's output after its norm, [T, E], for a batch whose patches are x_t [P, C], noisy."""
-        patches = [
-            self._codec(modality).encode(noisy, images.timesteps, images.image_offsets)
-            for modality, (images, noisy) in enumerate(zip(batch.modalities, x_t, strict=True))
-        ]
+    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+        """Run the transformer on a batch whose patches are x_t [P, C], noisy, for each modality.
+
+        Returns:
+            the last layer's output after its norm, [T, E]; and for each modality what `prediction` needs of its codec.
+        """
+        inputs = enumerate(zip(batch.modalities, x_t, strict=True))
+        encoded = [self._codec(modality).encode(noisy, images) for modality, (images, noisy) in inputs]
+        patches, states = [vectors for vectors, _ in encoded], [state for _, state in encoded]
         transformer = self.config.transformer
         rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
         run = checkpointing(self.config.activation_checkpointing if self.training else "none", transformer.dropout)
         if self.grouped:
-            return self._grouped_hidden(batch, patches, rotary, run)
+            return self._grouped_hidden(batch, patches, rotary, run), states
         x = self.embedding(batch.tokens)
         for images, vectors in zip(batch.modalities, patches, strict=True):
             x = x.index_copy(0, images.sequence_index, vectors.to(x.dtype))
         for block in self.blocks:
             x = run(block, x, rotary, batch.layout)
-        return self.norm(x)[0]
+        return self.norm(x)[0], states
 
     def _grouped_hidden(
         self, batch: PackedBatch, patches: Sequence[Tensor], rotary: ops.Rotary, run: Callable[..., Any]
     ) -> Tensor:
-        """Return what `hidden` returns, from the vectors of the patches of each modality, [P, E]."""
+        """Return the hidden states [T, E] from the vectors of the patches of each modality, [P, E]."""
         positions = group_positions(batch)
         text = self.embedding(batch.tokens.index_select(0, positions[0]))
         groups = (text, *(vectors.to(text.dtype) for vectors in patches))
@@ -232,10 +257,14 @@ class Transfusion(nn.Module):
             return merge([[x] for x in self.norm(groups)], positions)
         return self.norm(merge([[x] for x in groups], positions))[0]
 
-    def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
-        """Return the diffusion head's output for one modality's trained images, [P', C] in the weights' dtype."""
+    def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int, encoded: Any) -> Tensor:
+        """Return the diffusion head's output for one modality's trained images, [P', C] in the weights' dtype.
+
+        `hidden` and `encoded`, of this modality, are what `hidden` returned.
+        """
         images = batch.modalities[modality]
-        return self._codec(modality).decode(hidden.index_select(0, images.sequence_index[: images.trained_patches]))
+        index = images.sequence_index[: images.trained_patches]
+        return self._codec(modality).decode(hidden.index_select(0, index), encoded)
 
     def noisy(self, images: ModalityBatch) -> Tensor:
         """Return the patches that the model sees, [P, C]: those of trained images noisy, those of others clean."""
@@ -245,8 +274,21 @@ class Transfusion(nn.Module):
         noisy = self.diffusion.add_noise(clean, images.noise, per_patch)
         return torch.cat([noisy, images.latents[len(clean) :]]) if len(clean) < len(images.latents) else noisy
 
-    def _codec(self, modality: int) -> LinearCodec:
-        return cast(LinearCodec, self.codecs[modality])
+    def encoded(self, documents: Sequence[Document]) -> Sequence[Document]:
+        """Return documents with latents in place of the raw pieces that `encoders` map to them."""
+        if not self.encoders:
+            return documents
+        return encode_pieces(documents, {int(k): module for k, module in self.encoders.items()}, self.device)
+
+    def decoded(self, latents: Tensor, modality: int) -> Sequence[Any]:
+        """Return the pieces of documents for latents [n, *grid, C], as the decoder gives them if there is one."""
+        if self.config.modalities[modality].channel_first:
+            latents = latents.movedim(-1, 1)
+        name = str(modality)
+        return self.decoders[name](latents.to(self.device)) if name in self.decoders else list(latents)
+
+    def _codec(self, modality: int) -> Codec:
+        return cast(Codec, self.codecs[modality])
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """An image in a stream: its offset among the tokens, and the latents [rows, columns, C] that the model sees."""
+    """An image in a stream: its offset among the tokens, and the latents [.., C] that the model sees."""
 
     offset: int
     modality: int
@@ -83,7 +84,7 @@ def sample(
     model: Transfusion,
     prompts: Sequence[Document],
     *,
-    grids: Sequence[tuple[int, int]],
+    grids: Sequence[tuple[int, ...]] | None = None,
     max_text_tokens: int = 64,
     max_images: int = 1,
     temperature: float = 0.0,
@@ -94,19 +95,20 @@ def sample(
 
     Args:
         prompts: documents as for training, [ids, latents, (modality, latents), ...]; may be empty.
-        grids: (rows, columns) of patches of an image, for each modality.
+        grids: for each modality the size in patches of what is drawn, (rows, columns) of an image; default: its
+            `shape`.
         temperature: divisor of the text logits; 0 is greedy.
         generator: a CPU generator for text and noise.
 
     Returns:
         The continuation of each prompt, a document of the same form: ids int64 [n], and images fp32
-        [rows, columns, C], alone for modality 0, else as (modality, latents); with model.channel_first
-        [C, rows, columns].
+        [rows, columns, C], alone for modality 0, else as (modality, latents); with channel_first [C, rows, columns].
+        Where the model has a decoder for a modality, what it returns takes the place of latents.
 
     Raises:
-        ValueError: a prompt that does not fit the model.
+        ValueError: a prompt that does not fit the model, or a size that does not fit a modality.
     """
-    streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
+    streams = [_open(model, prompt, i) for i, prompt in enumerate(model.encoded(prompts))]
     while active := [s for s in streams if not s.done]:
         begun = _decode_text(model, active, max_text_tokens, temperature, generator)
         for modality in sorted(set(begun.values())):
@@ -115,7 +117,10 @@ def sample(
                 stream.done = stream.num_drawn >= max_images
             drawing = [s for s in drawing if not s.done]
             if drawing:
-                _draw(model, drawing, modality, grids[modality], image or ImageSettings(), generator)
+                grid = None if grids is None else grids[modality]
+                drawn = _draw(model, drawing, modality, grid, image or ImageSettings(), generator)
+                for stream, latents in zip(drawing, model.decoded(drawn, modality), strict=True):
+                    stream.produced.append(latents if modality == 0 else (modality, latents))
     return [s.produced for s in streams]
 
 
@@ -123,7 +128,7 @@ def sample(
 def generate_images(
     model: Transfusion,
     prompts: Sequence[Document],
-    grid: tuple[int, int],
+    grid: tuple[int, ...] | None = None,
     *,
     modality: int = 0,
     image: ImageSettings | None = None,
@@ -131,17 +136,19 @@ def generate_images(
 ) -> Tensor:
     """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C].
 
+    These are latents, also where the model has a decoder.
+
     Args:
+        grid: size in patches, (rows, columns) of an image; default: the modality's `shape`.
         generator: a CPU generator; or one for each prompt, so that no image depends on the others.
     """
     if not prompts or not 0 <= modality < len(model.codecs):
         rule = f"prompts must be 1 or more and the modality below {len(model.codecs)}"
         raise ValueError(f"{rule}, got {len(prompts)} and {modality}")
-    streams = [_open(model, prompt, i) for i, prompt in enumerate(prompts)]
+    streams = [_open(model, prompt, i) for i, prompt in enumerate(model.encoded(prompts))]
     for stream in streams:
         stream.tokens.append(model.vocabulary.boi(modality))
-    _draw(model, streams, modality, grid, image or ImageSettings(), generator)
-    return torch.stack([s.images[-1].latents for s in streams])
+    return _draw(model, streams, modality, grid, image or ImageSettings(), generator)
 
 
 def _open(model: Transfusion, prompt: Document, number: int) -> _Stream:
@@ -164,7 +171,7 @@ def _decode_text(
     for stream in streams:
         stream.done = stream.written >= limit
     while writing := [s for s in streams if not s.done and id(s) not in begun]:
-        hidden, batch = _run(model, writing)
+        hidden, batch, _ = _run(model, writing)
         last = (batch.layout.document_offsets[1:] - 1).to(model.device)
         logits = model.head(hidden.index_select(0, last)).float().cpu()
         logits[:, vocabulary.bos] = float("-inf")
@@ -196,16 +203,20 @@ def _draw(
     model: Transfusion,
     streams: Sequence[_Stream],
     modality: int,
-    grid: tuple[int, int],
+    grid: tuple[int, ...] | None,
     settings: ImageSettings,
     generator: Noise,
-) -> None:
-    """Diffuse one image at the end of each stream, then close it with <eoi>.
+) -> Tensor:
+    """Diffuse one image at the end of each stream, and close it with <eoi>; return them, fp32 [streams, *grid, C].
 
     The unconditional branch of guidance is the image alone after <boi>, as in training.
     """
-    width = model.config.dim_latent[modality]
-    shape = (len(streams), *grid, width)
+    config = model.config.modalities[modality]
+    grid = (() if config.dims == 0 else config.shape) if grid is None else grid
+    if grid is None or len(grid) != config.dims or any(size < 1 for size in grid):
+        rule = f"the size of what is drawn must be {config.dims} numbers of at least 1 for modality {modality}"
+        raise InputError(f"{rule}, got {grid}; give it, or set the modality's shape")
+    shape = (len(streams), *grid, config.dim_latent)
     x = _noise(shape, generator)
     for t, t_next in pairwise(model.diffusion.sampling_timesteps(settings.steps, grid[0] * grid[1])):
         drawing = [_with_image(s, modality, latents, t) for s, latents in zip(streams, x, strict=True)]
@@ -221,9 +232,8 @@ def _draw(
     for stream, latents in zip(streams, x, strict=True):
         stream.append_image(modality, latents, CLEAN_TIMESTEP)
         stream.tokens.append(model.vocabulary.eoi(modality))
-        produced = latents.movedim(-1, 0) if model.config.channel_first else latents
-        stream.produced.append(produced if modality == 0 else (modality, produced))
         stream.num_drawn += 1
+    return x
 
 
 def _noise(shape: tuple[int, ...], generator: Noise) -> Tensor:
@@ -238,20 +248,20 @@ def _with_image(stream: _Stream, modality: int, latents: Tensor, timestep: float
     return copy
 
 
-def _predict_last(model: Transfusion, streams: Sequence[_Stream], modality: int, grid: tuple[int, int]) -> Tensor:
-    """Return the prediction for the image at the end of each stream, fp32 [streams, rows, columns, C] on the CPU."""
-    hidden, batch = _run(model, streams)
-    prediction = model.prediction(hidden, batch, modality).float().cpu()
+def _predict_last(model: Transfusion, streams: Sequence[_Stream], modality: int, grid: tuple[int, ...]) -> Tensor:
+    """Return the prediction for the image at the end of each stream, fp32 [streams, *grid, C] on the CPU."""
+    hidden, batch, encoded = _run(model, streams)
+    prediction = model.prediction(hidden, batch, modality, encoded[modality]).float().cpu()
     # Every stream ends in its image, so the image's last patch is the last position of the document.
     patch_after_last = torch.searchsorted(
         batch.modalities[modality].sequence_index.cpu(), batch.layout.document_offsets[1:]
     )
-    patches = patch_after_last[:, None] + torch.arange(-grid[0] * grid[1], 0)
-    return prediction[patches].unflatten(1, grid)
+    patches = patch_after_last[:, None] + torch.arange(-math.prod(grid), 0)
+    return prediction[patches].view(len(streams), *grid, -1)
 
 
-def _run(model: Transfusion, streams: Sequence[_Stream]) -> tuple[Tensor, PackedBatch]:
-    """Run all streams in one packed batch; return the last hidden states [T, E] and the batch."""
+def _run(model: Transfusion, streams: Sequence[_Stream]) -> tuple[Tensor, PackedBatch, list[Any]]:
+    """Run all streams in one packed batch; return the last hidden states [T, E], the batch, and what codecs keep."""
     lengths = np.array([len(s.tokens) for s in streams], dtype=np.int64)
     starts = (np.cumsum(lengths) - lengths).tolist()
     tokens = np.fromiter((t for s in streams for t in s.tokens), dtype=np.int64, count=int(lengths.sum()))
@@ -264,9 +274,10 @@ def _run(model: Transfusion, streams: Sequence[_Stream]) -> tuple[Tensor, Packed
     latents = flat_latents([(modality, x) for _, modality, x in images], model.config.dim_latent)
     clean = [(x, torch.zeros_like(x)) for x in latents]
     sequence, causal = place_images(tokens, lengths, images), model.config.image_attention == "causal"
-    batch = build_batch(sequence, clean, timesteps, model.config.positions, causal_images=causal)
+    batch = build_batch(sequence, clean, timesteps, model.config.modalities, causal_images=causal)
     batch = batch.to(model.device)
-    return model.hidden(batch, [x.to(model.device) for x in latents]), batch
+    hidden, encoded = model.hidden(batch, [x.to(model.device) for x in latents])
+    return hidden, batch, encoded
 
 
 Transfusion.sample = sample

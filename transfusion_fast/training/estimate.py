@@ -134,9 +134,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters of each part of the model, without allocating them."""
     with torch.device("meta"):
         model = Transfusion(config)
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()} | (
-        {"head": 0} if config.tie_embeddings else {}
-    )
+    parts = {name: part for name, part in model.named_children() if name not in ("encoders", "decoders")}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    return counts | ({"head": 0} if config.tie_embeddings else {})
 
 
 def frozen_parameters(config: Config) -> int:
@@ -195,7 +195,7 @@ def kept_activations(
         setting: value of `model.activation_checkpointing`.
         positions: T, with padding. supervised: positions with a label. patches: of all modalities.
     """
-    vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.dim_latent)).size, model.transformer.dim
+    vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.modalities)).size, model.transformer.dim
     rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim
     # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
     head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from transfusion_fast.config import ModelConfig
+from transfusion_fast.model.codec import multiply_adds
 from transfusion_fast.model.sequence import Vocabulary
 
 
@@ -46,8 +47,8 @@ def training_flops(
     attention_dim = t.num_heads * t.head_dim
     qkv_and_out = t.dim * (2 * attention_dim + 2 * t.num_kv_heads * t.head_dim)
     block = qkv_and_out + 3 * t.dim * t.hidden_dim
-    vocabulary = Vocabulary(model.num_text_tokens, len(model.dim_latent)).size
-    codecs = sum(2 * width * t.dim * count for width, count in zip(model.dim_latent, patches, strict=True))
+    vocabulary = Vocabulary(model.num_text_tokens, len(model.modalities)).size
+    codecs = sum(multiply_adds(one, t.dim) * count for one, count in zip(model.modalities, patches, strict=True))
     head = t.dim * vocabulary * supervised
     matrices = t.depth * block * tokens + head + codecs
     qkv = t.dim * (attention_dim + 2 * t.num_kv_heads * t.head_dim)  # whose input in the first block needs none either

@@ -85,10 +85,11 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("positions", "tie_embeddings", "logit_cap", "num_text_tokens", "dim_latent")
+    names = ("tie_embeddings", "logit_cap", "num_text_tokens")
     own = {name: getattr(model.transformer, name) for name in ("modality_weights", "conditioning")}
     diffusion = {name: model.diffusion.with_defaults()[name] for name in ("process", "schedule", "prediction")}
-    groups = {"transformer": transformer_settings(model) | own, "diffusion": diffusion}
+    modalities = model.model_dump(mode="json")["modalities"]
+    groups = {"transformer": transformer_settings(model) | own, "diffusion": diffusion, "modalities": modalities}
     return groups | {name: getattr(model, name) for name in names}
 
 
@@ -113,8 +114,8 @@ def plan_from_model(
     for name, value in (("modality_weights", "separate"), ("conditioning", "adaln")):
         if value == getattr(source.transformer, name) != (got := getattr(model.transformer, name)):
             raise InputError(f"model.transformer.{name} must be {value}, as in {where}, got {got}; correct it")
-    kept = min(len(source.dim_latent), len(model.dim_latent))
-    old_size = Vocabulary(source.num_text_tokens, len(source.dim_latent)).size
+    kept = min(len(source.modalities), len(model.modalities))
+    old_size = Vocabulary(source.num_text_tokens, len(source.modalities)).size
     plan: Plan = {}
     wrong = []
     for name, shape in shapes.items():
@@ -145,6 +146,6 @@ def _dropped(stored: Mapping[str, Shape], model: ModelConfig) -> list[str]:
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:
     """Yield the rows of text ids, of <bos> and <eos>, and of the special tokens of the modalities in common."""
     width = model.transformer.dim
-    old, new = (Vocabulary(one.num_text_tokens, len(one.dim_latent)) for one in (source, model))
+    old, new = (Vocabulary(one.num_text_tokens, len(one.modalities)) for one in (source, model))
     for start, source_start, rows in ((0, 0, old.num_text_tokens), (new.bos, old.bos, 2 + 2 * modalities)):
         yield Span(start * width, rows * width, origin, source_start * width)
