@@ -8,8 +8,8 @@ stored: the loader adds them.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -33,7 +33,12 @@ class ModalityInfo:
     patch_size: int
     encoding: Literal["pixels", "latents"]
     autoencoder: str = ""
-    """Fingerprint of the autoencoder that made the latents, 64 hexadecimal digits; empty for pixels or if unknown."""
+    """Fingerprint of the autoencoder or vision encoder that made the latents, 64 hexadecimal digits; empty for pixels
+    or if unknown."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel of a vision encoder's features; latents are (feature - mean) / std. Empty for others."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel of a vision encoder's features."""
 
     def __post_init__(self) -> None:
         digits = "([0-9a-f]{64})?" if self.encoding == "latents" else ""
@@ -43,10 +48,23 @@ class ModalityInfo:
             ("name", re.fullmatch(r"\w[\w .-]{0,99}", self.name), "letters, digits, _ . - and spaces, 100 at most"),
             ("encoding", self.encoding in _STORED_AS, "pixels or latents"),
             ("autoencoder", re.fullmatch(digits, self.autoencoder), "64 hexadecimal digits for latents, or empty"),
+            ("mean", np.isfinite(self.mean).all(), "finite"),
+            ("std", all(0 < std < math.inf for std in self.std), "positive"),
+            ("mean", len(self.mean) in (0, self.channels), f"{self.channels} numbers, one a channel, or none"),
+            ("std", len(self.std) == len(self.mean), f"{len(self.mean)} numbers, as many as the means"),
         ):
             if not good:
                 got = f"{getattr(self, field)!r:.80}"
                 raise InputError(f"{field} of modality {self.name!r:.80} must be {rule}, got {got}; correct it")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as JSON, without the mean and deviation that other latents than features do not have."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Self:
+        """Return the modality that `describe` described, after a passage through JSON."""
+        return cls(**fields | {name: tuple(fields[name]) for name in ("mean", "std") if name in fields})
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ class Encoder:
         return {
             "tokenizer": self.tokenizer.describe(),
             "sequence_length": self.sequence_length,
-            "modalities": [asdict(modality) for modality in self.modalities],
+            "modalities": [modality.describe() for modality in self.modalities],
             "image": None if self.image is None else asdict(self.image),
             "long": self.long,
             "latents": None if self.latents is None else self.latents.describe(),
@@ -95,6 +95,13 @@ class Encoder:
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
+    def pixels(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[np.ndarray]:
+        """Yield the pixels, uint8 [height, width, 3], of the images that `encode` would encode."""
+        for document in documents:
+            decoded = document if isinstance(document, Rejected) else self._decoded(document)
+            if isinstance(decoded, SourceDocument):
+                yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
+
     def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
         """Return the document with its image files as pixels."""
         parts: list[Part] = []
@@ -115,7 +122,7 @@ class Encoder:
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
         pixels = np.ascontiguousarray(self.image(decode_image(file)))
-        patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
+        patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time
         return pixels
 
