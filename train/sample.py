@@ -21,8 +21,6 @@ from PIL import Image
 from transfusion_fast.config import MAX_SEED
 from transfusion_fast.data.autoencoder import Autoencoder
 from transfusion_fast.data.images import pixels_to_latents, to_grid
-from transfusion_fast.data.latent_encoder import LatentEncoder
-from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
@@ -81,9 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size_help)
     add("--seed", type=int, default=0, help="seed of text and noise")
     add("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")
-    add(
-        "--encoder", type=Path, metavar="FOLDER", help="vision encoder of the data, to --caption with a run on features"
-    )
     add("--checkpoint", help="name of a checkpoint, such as step-00000500 (default: the latest)")
     add("--raw", action="store_true", help="use the weights of the last step, not their average")
     return parser
@@ -103,25 +98,16 @@ def _sample(options: argparse.Namespace) -> None:
         raise InputError(
             f"--prompt and --caption need a run on images, got {options.run}, a run on text alone; give --text"
         )
-    vae = None if options.encoder else open_autoencoder(options.vae, data.modalities, "--vae", str(options.run))
-    reader = _open_encoder(options, data) if options.encoder else vae
+    vae = open_autoencoder(options.vae, data.modalities, "--vae", str(options.run))
     if options.size:
-        data = _sized(data, options.size, 1 if reader is None else reader.stride)
+        data = _sized(data, options.size, 1 if vae is None else vae.stride)
     clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
     image = ImageSettings(options.steps, options.guidance, eta=options.eta, clip=clip)
     generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:
         _draw(options, model, data, vae, image, generator)
     else:
-        _continue(options, model, data, vae, reader, image, generator)
-
-
-def _open_encoder(options: argparse.Namespace, data: DataDescription) -> VisionEncoder:
-    """Return the vision encoder of the run's data, which reads images for --caption."""
-    if options.vae or not options.caption or not all(modality.mean for modality in data.modalities):
-        raise InputError("--encoder must come with --caption and a run on features, got others; leave it out")
-    encoder = read_vision_encoder(options.encoder)
-    return encoder.normalised_like(data.modalities[0], str(options.run))
+        _continue(options, model, data, vae, image, generator)
 
 
 def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescription:
@@ -156,13 +142,12 @@ def _continue(
     model: Transfusion,
     data: DataDescription,
     vae: Autoencoder | None,
-    reader: LatentEncoder | None,
     image: ImageSettings,
     generator: torch.Generator,
 ) -> None:
     """Print, and write if there are images, the continuation of each --caption or --text."""
     if options.caption:
-        prompts = [[_read_image(path, data, reader)] for path in options.caption]
+        prompts = [[_read_image(path, data, vae)] for path in options.caption]
     else:
         prompts = [[_ids(data, text)] for text in options.text]
     produced = sample(
@@ -202,12 +187,12 @@ def _ids(data: DataDescription, text: str) -> torch.Tensor:
     return torch.from_numpy(data.tokenizer.encode(text)).long()
 
 
-def _read_image(path: Path, data: DataDescription, encoder: LatentEncoder | None) -> torch.Tensor:
+def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
     """Read an image file as the model's input, [rows, columns, C], in the size of the training images."""
     info, (height, width) = data.modalities[0], data.image_sizes[0]
-    if encoder is not None:
-        pixels = _read_pixels(path, (height * encoder.stride, width * encoder.stride), channels=3)
-        return to_grid(encoder.encode(pixels), info.patch_size)[0]
+    if vae is not None:
+        pixels = _read_pixels(path, (height * vae.stride, width * vae.stride), channels=3)
+        return to_grid(vae.encode(pixels), info.patch_size)[0]
     if info.channels not in (1, 3):
         raise InputError(f"--caption needs a run on grey or colour pixels, got {info.channels} channels of pixels")
     return pixels_to_latents(_read_pixels(path, (height, width), info.channels), info.patch_size)[0]

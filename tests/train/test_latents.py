@@ -1,7 +1,6 @@
-"""From tars of pictures by way of an encoder's latents to pictures and captions of a run on them."""
+"""From tars of pictures by way of an encoder's latents to pictures that a run draws."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -137,7 +136,7 @@ def values_in(folder):
     return modality, np.stack([s.values for s in segments if isinstance(s, ImageSegment)]).astype(np.float32)
 
 
-def test_a_run_on_a_vision_encoders_features_trains_and_captions_but_draws_no_pictures(
+def test_a_run_on_a_vision_encoders_features_trains_but_draws_no_pictures(
     folder, tmp_path, prepare, command, monkeypatch
 ):
     encoder, vit = read_vision_encoder(folder / "vit"), ("--encoder", folder / "vit")
@@ -161,18 +160,5 @@ def test_a_run_on_a_vision_encoders_features_trains_and_captions_but_draws_no_pi
 
     train(1, tmp_path / "data", tmp_path / "run", "train.steps=2", "model.dim_latent=16")
     assert all(np.isfinite(row["diffusion_loss"]) for row in metrics(tmp_path / "run"))
-    file = tmp_path / "grey.png"
-    file.write_bytes(png(random_pixels(9, 30)))
-    caption = ("sample", tmp_path / "run", "--caption", file, "--max-tokens", 3)
-    code, out, _ = command(*caption, *vit)
-    assert code == 0 and out.startswith(f"{file}: ")
-    draw = ("sample", tmp_path / "run", "--prompt", "picture 1", "--out", tmp_path / "a.png")
-    save_vision_encoder(tmp_path / "other", seed=1)
-    for arguments, complaint in (
-        (draw, "must be drawn of pixels or an autoencoder's latents, got .* on a vision encoder's features"),
-        ((*draw, *vit), "--encoder must come with --caption"),
-        (caption, "caption images with --caption and --encoder"),
-        ((*caption, "--encoder", tmp_path / "other"), "give the folder that its data was prepared with"),
-    ):
-        code, _, err = command(*arguments)
-        assert code == 2 and re.search(complaint, err) and err.count("\n") == 1
+    code, _, err = command("sample", tmp_path / "run", "--prompt", "picture 1", "--out", tmp_path / "a.png")
+    assert code == 2 and "on a vision encoder's features" in err and err.count("\n") == 1

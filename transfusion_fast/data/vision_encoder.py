@@ -17,33 +17,15 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import BaseModel, PositiveInt, TypeAdapter
 from torch import Tensor, nn
 
 from transfusion_fast.data.latent_encoder import CONFIG, LatentEncoder, device_of_latents, fingerprint_of, one_thread
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, optional_module
-from transfusion_fast.files import parse_json
 
 PROCESSOR = "preprocessor_config.json"
 _REMEDY = "give a vision transformer with its image processor, as save_pretrained wrote them"
 _EPSILON = 1e-5  # of the variance, so that a constant channel becomes zero
-
-
-class _Size(BaseModel):
-    height: PositiveInt | None = None
-    shortest_edge: PositiveInt | None = None
-
-
-class _Processor(BaseModel):
-    """Size for which an image processor was made. The other settings are its own."""
-
-    size: _Size | PositiveInt
-    crop_size: _Size | PositiveInt | None = None
-    do_center_crop: bool | None = None
-
-
-_PROCESSORS = TypeAdapter(_Processor)
 
 
 class _Features(nn.Module):
@@ -52,7 +34,10 @@ class _Features(nn.Module):
     def __init__(self, model: Any, processor: Any) -> None:
         super().__init__()
         self.model, self.processor = getattr(model, "vision_model", model), processor
-        self.patch_size = getattr(getattr(model.config, "vision_config", model.config), "patch_size", None)
+        patch = getattr(getattr(model.config, "vision_config", model.config), "patch_size", None)
+        self.patch_size = patch[0] if isinstance(patch, list | tuple) and len(set(patch)) == 1 else patch
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        self.image_size = size.get("height") or size.get("shortest_edge")
         # Images may have another size than the position table; some models interpolate it only if told to.
         accepted = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
@@ -155,14 +140,8 @@ def read_vision_encoder(folder: Path) -> VisionEncoder:
             vector a patch or are random, or transformers is missing.
     """
     folder = Path(folder).resolve()
-    fingerprint, path = fingerprint_of(VisionEncoder, folder), folder / PROCESSOR
-    processor = parse_json(_PROCESSORS, path.read_bytes(), str(path), _REMEDY)
-    size = processor.crop_size if processor.do_center_crop and processor.crop_size else processor.size
-    side = size if isinstance(size, int) else size.height or size.shortest_edge
-    unread = VisionEncoder(folder, fingerprint, 1, 1, device_of_latents(), side or 0)
-    patch = unread.model.patch_size
-    if isinstance(patch, list | tuple) and len(set(patch)) == 1:
-        patch = patch[0]
+    unread = VisionEncoder(folder, fingerprint_of(VisionEncoder, folder), 1, 1, device_of_latents(), 1)
+    patch, side = unread.model.patch_size, unread.model.image_size
     if not isinstance(patch, int) or not side or side < patch:
         raise InputError(f"patches of {folder} must be squares within its images, got {patch} in {side}; {_REMEDY}")
     found = replace(unread, stride=patch, image_size=side // patch * patch)

@@ -59,8 +59,7 @@ def open_autoencoder(
     if any(modality.mean for modality in latents):
         raise InputError(
             f"pictures must be drawn of pixels or an autoencoder's latents, got {what} on a vision encoder's features, "
-            "which nothing here decodes; caption images with --caption and --encoder, or take the latents that "
-            "model.sample returns in Python"
+            "which nothing here decodes; take the latents that model.sample returns in Python"
         )
     if folder is None:
         raise InputError(f"{setting} must be given for {what}, a run on latents; give the autoencoder of its data")
