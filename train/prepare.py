@@ -287,6 +287,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {summary(reader.index)}")
     print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
     print(f"images: {found.images} of {found.patches} patches")
+    if found.ignored or found.weighted:
+        print(f"ids and patches without loss: {found.ignored}, with another weight than 1: {found.weighted}")
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
     print(f"waste if packed again, longer documents cut anywhere: {wastes}")
     if options.picture:

@@ -38,6 +38,7 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int) -> N
         assert torch.equal(torch.cat([getattr(part, name) for part in split]), getattr(batch, name))
     supervised = torch.cat([part.supervised + number * length for number, part in enumerate(split)])
     assert torch.equal(supervised, batch.supervised)
+    assert torch.equal(torch.cat([part.token_weights for part in split]), batch.token_weights)
     for number, whole in enumerate(batch.modalities):
         pieces = [part.modalities[number] for part in split]
         index = torch.cat([piece.sequence_index + at * length for at, piece in enumerate(pieces)])
@@ -46,8 +47,8 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int) -> N
         assert torch.equal(torch.cat([piece.noise for piece in pieces]), whole.noise)
         of_patches = torch.cat([piece.timesteps.repeat_interleave(piece.image_offsets.diff()) for piece in pieces])
         assert torch.equal(of_patches, whole.timesteps.repeat_interleave(whole.image_offsets.diff()))
-        fractions = sum(float(piece.fractions.sum()) for piece in pieces)
-        assert fractions == pytest.approx(len(whole.timesteps))
+        weights = sum(float(piece.weights.sum()) for piece in pieces)
+        assert weights == pytest.approx(float(whole.weights.sum()))
 
 
 def test_consecutive_ranks_share_packs() -> None:

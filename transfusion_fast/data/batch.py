@@ -75,7 +75,10 @@ class BatchBuilder:
         drawn = Draws(*map(np.concatenate, zip(*draws, strict=True)))
         rows = _joined([keyed.pack for keyed in packs])
         tokens = np.concatenate([keyed.pack.tokens for keyed in packs])
-        sequence = lay_out(self._segments(rows, drawn), tokens, self.vocabulary)
+        weights = None
+        if any(keyed.pack.weights is not None for keyed in packs):
+            weights = np.concatenate([_weights(keyed.pack) for keyed in packs])
+        sequence = lay_out(self._segments(rows, weights, drawn), tokens, self.vocabulary)
         uniform = torch.from_numpy(drawn.timestep)
         timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
         sequence = without_context(sequence, drawn.drop < self.settings.prob_uncond, self.vocabulary)
@@ -87,7 +90,7 @@ class BatchBuilder:
         ]
         return build_batch(sequence, images, timesteps, self.positions, self.total_length)
 
-    def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
+    def _segments(self, rows: np.ndarray, weights: np.ndarray | None, draws: Draws) -> Segments:
         """Return the segments in the order drawn: a document of one text and one image, in this order, is a
         caption-image pair, which can be laid out image first."""
         is_image = rows[:, 1] != KIND_TEXT
@@ -101,7 +104,13 @@ class BatchBuilder:
         order[image_first], order[image_first - 1] = image_first - 1, image_first
         document, kind, _, length, height, width = rows[order].T
         patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
-        return Segments(document, kind, length, height // patch_size, width // patch_size)
+        ordered = None if weights is None else weights[order]
+        return Segments(document, kind, length, height // patch_size, width // patch_size, ordered)
+
+
+def _weights(pack: Pack) -> np.ndarray:
+    """Return the weight of the loss of each segment, fp32 [S]."""
+    return np.ones(len(pack.segments), np.float32) if pack.weights is None else pack.weights
 
 
 def _joined(packs: Sequence[Pack]) -> np.ndarray:

@@ -69,17 +69,20 @@ class ModalityInfo:
 
 @dataclass(frozen=True, eq=False)
 class TextSegment:
-    """Text ids, int32 [n], n >= 1."""
+    """Text ids, int32 [n], n >= 1, and the weight of their loss."""
 
     ids: np.ndarray
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSegment:
-    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], and the number of its modality."""
+    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], the number of its modality, and the
+    weight of its loss."""
 
     values: np.ndarray
     modality: int = 0
+    weight: float = 1.0
 
 
 Segment = TextSegment | ImageSegment
@@ -93,12 +96,13 @@ class Pack:
     `tokens` int32 [n]: the text ids. `latents` uint8 or float16 [m]: the images' values, row-major. `segments`
     int32 [S, 6]: rows of `SEGMENT_COLUMNS`, in document order. A text row holds its offset and length in `tokens`, and
     zero height and width. An image row holds the offset of its first value in `latents`, its number of patches, and
-    its height and width in values.
+    its height and width in values. `weights` fp32 [S]: the weight of each segment's loss, or None for 1 everywhere.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     latents: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def num_documents(self) -> int:
@@ -115,8 +119,9 @@ class Pack:
     def documents(self, modalities: Sequence[ModalityInfo]) -> list[Document]:
         """Return the documents that `make_pack` was given; their arrays are views of the pack's."""
         documents: list[list[Segment]] = [[] for _ in range(self.num_documents)]
-        for row in self.segments.tolist():
-            documents[row[0]].append(segment_at(row, self.tokens, self.latents, modalities))
+        weights = [1.0] * len(self.segments) if self.weights is None else self.weights.tolist()
+        for row, weight in zip(self.segments.tolist(), weights, strict=True):
+            documents[row[0]].append(segment_at(row, weight, self.tokens, self.latents, modalities))
         return [tuple(segments) for segments in documents]
 
 
@@ -169,14 +174,14 @@ def segment_row(
 
 
 def segment_at(
-    row: Sequence[int], tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
+    row: Sequence[int], weight: float, tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
 ) -> Segment:
-    """Return the segment that a row describes; its array is a view."""
+    """Return the segment that a row and its weight describe; its array is a view."""
     _, kind, offset, length, height, width = row
     if kind == KIND_TEXT:
-        return TextSegment(tokens[offset : offset + length])
+        return TextSegment(tokens[offset : offset + length], weight)
     shape = (height, width, modalities[kind - 1].channels)
-    return ImageSegment(latents[offset : offset + math.prod(shape)].reshape(shape), modality=kind - 1)
+    return ImageSegment(latents[offset : offset + math.prod(shape)].reshape(shape), kind - 1, weight)
 
 
 def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:
@@ -196,7 +201,11 @@ def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo])
             else:
                 latents.append(segment.values.reshape(-1))
                 value_offset += segment.values.size
-    return Pack(np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents))
+    weights = np.array([segment.weight for document in documents for segment in document], np.float32)
+    has_weights = bool((weights != 1).any())
+    return Pack(
+        np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents), weights if has_weights else None
+    )
 
 
 def empty_pack(modalities: Sequence[ModalityInfo]) -> Pack:
@@ -222,6 +231,12 @@ def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_token
         )
     if not np.isfinite(pack.latents).all():
         raise InputError("latents of a pack must be finite, got infinity or NaN")
+    weights = pack.weights
+    if weights is not None and (len(weights) != len(pack.segments) or not ((weights >= 0) & (weights < np.inf)).all()):
+        raise InputError(
+            f"weights of a pack must be {len(pack.segments)} numbers from 0 on, one a segment, got "
+            f"{weights.tolist()!r:.60}"
+        )
     if pack.num_positions > sequence_length:
         raise InputError(f"pack must take at most {sequence_length} positions, got {pack.num_positions}")
 

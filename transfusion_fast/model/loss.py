@@ -1,7 +1,8 @@
 """The training loss: language loss + lambda * diffusion loss (arXiv 2408.11039, equation 4), globally normalised.
 
-Every supervised token has the same weight, and so has every image, however the batch is divided: each rank divides its
-sums by the counts of the whole optimizer step, over ranks and accumulation steps, and the parts add up to the loss.
+Every supervised token has the same weight, and so has every image, unless documents say otherwise, however the batch is
+divided: each rank divides its weighted sums by the sums of weights of the whole optimizer step, over ranks and
+accumulation steps, and the parts add up to the loss.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _CHUNK = 1 << 25  # logits in memory at once for larger vocabularies
 
 
 class Counts(NamedTuple):
-    """Divisors of the losses: numbers of supervised tokens and of images."""
+    """Divisors of the losses: sums of the weights of supervised tokens and of images, without weights their numbers."""
 
-    tokens: int
-    images: int
+    tokens: float | Tensor
+    images: float | Tensor
 
 
 class Losses(NamedTuple):
     """Cross-entropy per token, squared error per image and their weighted sum, fp32 scalars; this batch's counts; and
-    the squared error of each image, fp32 [N], in the order of modalities, without gradient.
+    the squared error of each image times its weight, fp32 [N], in the order of modalities, without gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -39,13 +40,32 @@ class Losses(NamedTuple):
     per_image: Tensor
 
 
-def combine(token_losses: Tensor, image_losses: Tensor, diffusion_weight: float, counts: Counts | None) -> Losses:
-    """Divide the sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own for None."""
+def combine(
+    token_losses: Tensor,
+    image_losses: Tensor,
+    diffusion_weight: float,
+    counts: Counts | None,
+    token_weights: Tensor | None = None,
+    image_weights: Tensor | None = None,
+) -> Losses:
+    """Divide the weighted sums of fp32 [S] cross-entropies and [N] image errors by `counts`, or by the batch's own.
+
+    The weights are those of `PackedBatch`; without `token_weights` the batch's own counts are numbers.
+    """
     own = Counts(len(token_losses), len(image_losses))
+    if image_weights is not None:
+        image_losses = image_losses * image_weights
+    if token_weights is not None and image_weights is not None:
+        token_losses = token_losses * token_weights
+        own = Counts(token_weights.sum(), image_weights.sum())
     counts = counts or own
-    text = token_losses.sum() / max(counts.tokens, 1)
-    diffusion = image_losses.sum() / max(counts.images, 1)
+    text, diffusion = _mean(token_losses, counts.tokens), _mean(image_losses, counts.images)
     return Losses(text, diffusion, text + diffusion_weight * diffusion, own, image_losses.detach())
+
+
+def _mean(losses: Tensor, count: float | Tensor) -> Tensor:
+    """Return the sum of losses over their count, or zero for none, without waiting for a count on the device."""
+    return losses.sum() / (count.where(count > 0, 1.0) if isinstance(count, Tensor) else count or 1)
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ E model width, F feed-forward width, V vocabulary, N images, P patches, C values
 A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The label of a position is the token after
 it if both positions are text of one document. So text predicts <boi>, <boi> and the patches have no label, and <eoi>
 predicts what follows the image.
+
+A segment's loss may have a weight. It holds for the tokens of the segment, wherever they are predicted, and for the
+special tokens beside them: <boi> has the weight of its image, <eos> that of the last segment. A token of weight zero is
+no label. The segment is seen as context all the same.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ class Segments:
     """S segments of documents, in order, as int64 columns [S].
 
     `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `rows` and `columns` are
-    the patch grid of an image.
+    the patch grid of an image; `weight`, fp32, is that of the loss, None for 1 everywhere.
     """
 
     document: np.ndarray
@@ -65,6 +69,7 @@ class Segments:
     length: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
+    weight: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +77,8 @@ class TokenSequence:
     """Tokens, and the positions of documents and images among them. All arrays are numpy, int64.
 
     tokens [length of all documents], zero at patches; document_lengths [documents]. For the N images in order: start,
-    length, rows, columns, modality, each [N].
+    length, rows, columns, modality, each [N]. weights: fp32 [length of all documents], the weight of each token's
+    segment, or None for 1 everywhere.
     """
 
     tokens: np.ndarray
@@ -82,6 +88,7 @@ class TokenSequence:
     rows: np.ndarray
     columns: np.ndarray
     modality: np.ndarray
+    weights: np.ndarray | None = None
 
 
 def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> TokenSequence:
@@ -104,7 +111,8 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
     document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
     rows, columns = segments.rows[is_image], segments.columns[is_image]
-    return TokenSequence(tokens, document_lengths, image_start, image_length, rows, columns, modality)
+    weights = None if segments.weight is None else np.repeat(segments.weight, extent)
+    return TokenSequence(tokens, document_lengths, image_start, image_length, rows, columns, modality, weights)
 
 
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
@@ -117,11 +125,13 @@ def patch_mask(sequence: TokenSequence) -> np.ndarray:
 def labels_of(sequence: TokenSequence, is_patch: np.ndarray) -> np.ndarray:
     """Return int64 [T]: the next token where this and the next position are text of one document, else IGNORED_LABEL.
 
-    `is_patch` is what `patch_mask` returns.
+    `is_patch` is what `patch_mask` returns. A token of weight zero is never a label.
     """
     labels = np.full_like(sequence.tokens, IGNORED_LABEL)
     predicts = ~is_patch[:-1] & ~is_patch[1:]
     predicts[np.cumsum(sequence.document_lengths)[:-1] - 1] = False
+    if sequence.weights is not None:
+        predicts &= sequence.weights[1:] > 0
     labels[:-1][predicts] = sequence.tokens[1:][predicts]
     return labels
 
@@ -186,8 +196,9 @@ class ModalityBatch:
     """The images of one modality in a packed batch: N images with P patches in total.
 
     latents: fp32 [P, C], clean; noise: fp32 [P, C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N], the
-    fraction of each image's patches that this batch holds: 1, unless ranks share the pack.
+    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; weights: fp32 [N], the
+    weight of each image's loss times the fraction of its patches that this batch holds, which is 1 unless ranks share
+    the pack.
     """
 
     latents: Tensor
@@ -195,7 +206,7 @@ class ModalityBatch:
     timesteps: Tensor
     image_offsets: Tensor
     sequence_index: Tensor
-    fractions: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +214,8 @@ class PackedBatch:
     """One micro-batch: documents one after another along one axis of constant length T, padding at its end.
 
     tokens, labels: int64 [T]; positions: int32 [T] or [T, 2]; supervised: int64 [S], the positions that have a label;
-    layout: the attention mask; modalities: the images, one entry for every modality, even one without images.
+    layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
+    token_weights: fp32 [S], the weight of each label's loss, or None if those of all labels and images are 1.
     """
 
     tokens: Tensor
@@ -212,6 +224,7 @@ class PackedBatch:
     supervised: Tensor
     layout: AttentionLayout
     modalities: tuple[ModalityBatch, ...]
+    token_weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -222,6 +235,17 @@ class PackedBatch:
     def num_images(self) -> int:
         """Number of images of all modalities, of all ranks that share the pack."""
         return len(self.layout.image_spans)
+
+    def loss_weights(self, *, common: bool = True) -> tuple[float, float]:
+        """Return the sums of the weights of labels and of images, for a batch in host memory: without weights, counts.
+
+        Args:
+            common: count also the images that ranks that share the pack have in common; true on one rank of them.
+        """
+        if self.token_weights is None:
+            return len(self.supervised), self.num_images * common
+        images = sum(own.weights.double().sum().item() for own in self.modalities)
+        return self.token_weights.double().sum().item(), images
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch on `device`."""
@@ -256,6 +280,10 @@ def build_batch(
     total = used if total_length is None else total_length
     is_patch = patch_mask(sequence)
     labels = labels_of(sequence, is_patch)
+    supervised = np.flatnonzero(labels != IGNORED_LABEL)
+    weights = np.ones(used, np.float32) if sequence.weights is None else sequence.weights
+    token_weights, image_weights = weights[supervised + 1], weights[sequence.start]
+    is_weighted = (token_weights != 1).any() or (image_weights != 1).any()
     spans = np.stack([sequence.start, sequence.length], axis=1)
 
     def padded(array: np.ndarray, value: int) -> Tensor:
@@ -266,15 +294,17 @@ def build_batch(
         index = torch.from_numpy(_ranges(sequence.start[own], sequence.length[own]))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(sequence.length[own])]).astype(np.int32))
         own_timesteps = timesteps[torch.from_numpy(own)]
-        return ModalityBatch(latents, noise, own_timesteps, offsets, index, torch.ones_like(own_timesteps))
+        own_weights = torch.from_numpy(image_weights[own])
+        return ModalityBatch(latents, noise, own_timesteps, offsets, index, own_weights)
 
     return PackedBatch(
         tokens=padded(sequence.tokens, 0),
         labels=padded(labels, IGNORED_LABEL),
         positions=padded(positions_of(sequence, is_patch, scheme), 0),
-        supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
+        supervised=torch.from_numpy(supervised),
         layout=AttentionLayout.from_spans(sequence.document_lengths, spans, total),
         modalities=tuple(modality_batch(m, *tensors) for m, tensors in enumerate(images)),
+        token_weights=torch.from_numpy(token_weights) if is_weighted else None,
     )
 
 

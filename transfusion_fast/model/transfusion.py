@@ -17,7 +17,7 @@ from transfusion_fast.files import read_json
 from transfusion_fast.model import ops
 from transfusion_fast.model.codec import LinearCodec
 from transfusion_fast.model.diffusion import OBJECTIVES
-from transfusion_fast.model.inputs import Document, Randomness, pack_documents, pack_rows
+from transfusion_fast.model.inputs import Randomness, TrainingDocument, pack_documents, pack_rows
 from transfusion_fast.model.layers import CHECKPOINTING, Block, Embedding, RMSNorm
 from transfusion_fast.model.loss import Counts, Losses, combine, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
@@ -96,7 +96,7 @@ class Transfusion(nn.Module):
     @overload
     def __call__(
         self,
-        batch: Tensor | Sequence[Document],
+        batch: Tensor | Sequence[TrainingDocument],
         *,
         generator: torch.Generator | None = None,
         noise_cap: float = NOISE_CAP,
@@ -117,7 +117,7 @@ class Transfusion(nn.Module):
 
     def __call__(
         self,
-        batch: PackedBatch | Tensor | Sequence[Document],
+        batch: PackedBatch | Tensor | Sequence[TrainingDocument],
         modality_tokens: Sequence[Sequence[Tensor]] | None = None,
         modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
         *,
@@ -159,7 +159,7 @@ class Transfusion(nn.Module):
         return super().__call__(pack_documents(batch, self.config, randomness).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
-        """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
+        """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images, weighted."""
         for images in batch.modalities:
             if images.timesteps.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
@@ -170,15 +170,18 @@ class Transfusion(nn.Module):
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
-        image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
+        none, backend = hidden.new_zeros(0, dtype=torch.float32), self.config.backend
+        image_losses = [none]
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
             clean, noise, offsets = images.latents, images.noise, images.image_offsets
             errors = ops.diffusion_mse_from_noise(
                 prediction, clean, noise, offsets, self.config.objective, backend=backend
             )
-            image_losses.append(errors * images.fractions)
-        return combine(token_losses, torch.cat(image_losses), self.config.diffusion_weight, counts)
+            image_losses.append(errors)
+        image_weights = torch.cat([none, *(images.weights for images in batch.modalities)])
+        weight = self.config.diffusion_weight
+        return combine(token_losses, torch.cat(image_losses), weight, counts, batch.token_weights, image_weights)
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> Tensor:
         """Return the last layer's output after its norm, [T, E], for a batch whose patches are x_t [P, C], noisy."""

@@ -46,7 +46,7 @@ _VERSION = 4
 """Version of spooled units and of the packing: work begun by another version is refused."""
 MEASURED = 256
 """Images by which a vision encoder's features are normalised."""
-_OPEN_UNITS = 32  # of three files each, that a process has open at once
+_OPEN_UNITS = 32  # of four files each, that a process has open at once
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -116,7 +116,7 @@ class Encoder:
                 parts.append(part)
         except Rejected as rejected:
             return rejected.at(document.where)
-        return SourceDocument(document.where, tuple(parts))
+        return replace(document, parts=tuple(parts))
 
     def _pixels(self, file: bytes) -> np.ndarray:
         if self.image is None:
@@ -144,16 +144,16 @@ class Encoder:
             encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
             found: list[Document] | Rejected
             try:
-                found = self._fitted(encoded)
+                found = self._fitted(encoded, document.weights or (1.0,) * len(encoded))
             except Rejected as rejected:
                 found = rejected.at(document.where)
             yield found
 
-    def _fitted(self, parts: Iterable[Part | Rejected]) -> list[Document]:
+    def _fitted(self, parts: Iterable[Part | Rejected], weights: Iterable[float]) -> list[Document]:
         """Return one document of the parts, or several; Rejected for none, or for several if `long` says so."""
         documents: list[list[Segment]] = [[]]
         free = self._capacity
-        for part in parts:
+        for part, weight in zip(parts, weights, strict=True):
             for number, segment in enumerate(self._segments(part, free)):
                 length = segment_length(segment, self.modalities)
                 if isinstance(segment, ImageSegment):
@@ -161,7 +161,7 @@ class Encoder:
                 if number or length > free:
                     documents.append([])
                     free = self._capacity
-                documents[-1].append(segment)
+                documents[-1].append(segment if weight == 1 else replace(segment, weight=weight * segment.weight))
                 free -= length
         found = [tuple(segments) for segments in documents if segments]
         if not found:

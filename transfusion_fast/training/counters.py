@@ -22,9 +22,13 @@ QUARTERS = 4
 
 
 class Work(NamedTuple):
-    """Supervised tokens, images, positions of documents and floating point operations; they can be summed."""
+    """Weights of supervised tokens and of images, images, positions of documents and floating point operations.
 
-    supervised: float = 0
+    They can be summed. Without weights of losses, the first two are numbers.
+    """
+
+    token_weights: float = 0
+    image_weights: float = 0
     images: float = 0
     tokens: float = 0
     flops: float = 0
@@ -38,7 +42,8 @@ class Work(NamedTuple):
         """
         supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
-        return cls(supervised, images, tokens, training_flops(model, tokens, supervised, patches, area))
+        flops = training_flops(model, tokens, supervised, patches, area)
+        return cls(*batch.loss_weights(common=common), images, tokens, flops)
 
 
 @dataclass
@@ -81,14 +86,14 @@ class Interval:
 
 
 class QuarterLosses:
-    """Sums and numbers of image losses by quarter of the timestep range, on the device, so that adding never waits."""
+    """Sums of image losses and of their weights by quarter of the timestep range, on the device: adding never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
-        """Add the losses [N] of the images, or pieces of images, of a micro-batch, in the order of its modalities."""
+        """Add the weighted losses [N] of a micro-batch's images, or pieces of them, in the order of its modalities."""
         timesteps = [images.timesteps for images in batch.modalities]
         if not timesteps:
             return
@@ -96,10 +101,10 @@ class QuarterLosses:
         chosen = quarter.clamp(0, QUARTERS - 1) == self.quarters
         # Sums of masks, since index_add_ on CUDA would add in another order each time.
         self.sums[0] += torch.where(chosen, losses.double(), 0).sum(1)
-        self.sums[1] += torch.where(chosen, torch.cat([images.fractions for images in batch.modalities]), 0).sum(1)
+        self.sums[1] += torch.where(chosen, torch.cat([images.weights for images in batch.modalities]), 0).sum(1)
 
     def pop(self) -> list[float]:
-        """Return the sums and then the numbers, and begin again. Waits for the device."""
+        """Return the sums of losses and then of weights, and begin again. Waits for the device."""
         sums = self.sums.flatten().tolist()
         self.sums.zero_()
         return sums

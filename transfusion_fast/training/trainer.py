@@ -191,7 +191,7 @@ class Trainer:
         batches, work, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         set_learning_rate(self.engine.optimizer, lr)
-        counts = Counts(int(work.supervised), int(work.images))
+        counts = Counts(work.token_weights, work.image_weights)
         losses = [self._micro_step(batch, counts) for batch in batches]
         self._report_skipped(losses)
         self.meta = replace(
