@@ -26,10 +26,10 @@ from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 ANSWER = "Yes. " * 12
 LINES = [
     {"content": [{"text": "Is it? ", "loss": False}, {"image": "a.png", "weight": 0}, {"text": ANSWER, "weight": 2}]},
-    {"content": ["It is. ", {"image": "a.png"}], "weight": 0.5},
+    {"content": ["It is. ", {"image": "a.png", "weight": 4}], "weight": 0.5},
     ["Nothing is weighed."],
 ]
-WEIGHTS = {"Is it? ": [0, 0, 2], "It is. ": [0.5, 0.5], "Nothing": [1]}
+WEIGHTS = {"Is it? ": [0, 0, 2], "It is. ": [0.5, 2], "Nothing": [1]}
 
 
 def source(folder, lines):
@@ -65,11 +65,11 @@ def test_weights_of_lines_reach_the_folder_and_its_batches(prepared):
             batch = builder([KeyedPack(reader.read(number), 0, number)])
             found += zip(batch.labels[batch.supervised].tolist(), batch.token_weights.tolist(), strict=True)
             if len(batch.modalities[0].weights) == 2:
-                assert sorted(batch.modalities[0].weights.tolist()) == [0, 0.5]
+                assert sorted(batch.modalities[0].weights.tolist()) == [0, 2]
         of_pair = [ord(c) for c in "It is. "]
         expected = [(ord(c), 2) for c in ANSWER] + [(ord(c), 1) for c in "Nothing is weighed."]
-        expected += [(n, 0.5) for n in [*of_pair, builder.vocabulary.boi(), builder.vocabulary.eos]]
-        expected += [(builder.vocabulary.eos, weight) for weight in (2, 1)]
+        expected += [(n, 0.5) for n in of_pair] + [(builder.vocabulary.boi(), 2)]
+        expected += [(builder.vocabulary.eos, weight) for weight in (2, 1, 2 if caption_first else 0.5)]
         assert sorted(found) == sorted(expected)
 
 
@@ -102,7 +102,7 @@ def test_info_and_preview_show_weights(prepared, command):
     assert shown["Is it? "] == "weight 0" and shown[ANSWER] == "weight 2" and shown["It is. "] == "weight 0.5"
     assert shown["Nothing is weighed."] == "bos"
     captions = [piece.caption for piece in pages if isinstance(piece, Picture)]
-    assert sorted(caption.partition("weight ")[2] for caption in captions) == ["0", "0.5"]
+    assert sorted(caption.partition("weight ")[2] for caption in captions) == ["0", "2"]
 
 
 @pytest.mark.parametrize(
