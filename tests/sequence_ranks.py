@@ -25,8 +25,11 @@ MODALITIES = (6, 3)
 Result = dict[str, Tensor]
 
 
-def cut_batch() -> PackedBatch:
-    """Return 48 positions with padding. Two images of one modality lie in the halves, and one of the other in both."""
+def cut_batch(copies: int = 0) -> PackedBatch:
+    """Return 48 positions with padding. Two images of one modality lie in the halves, and one of the other in both.
+
+    With noised copies there are 24 more positions for each.
+    """
     vocabulary = Vocabulary(16, len(MODALITIES))
     documents = [[[1, 2, 3], (0, 2, 6), [4, 5]], [(1, 2, 5), [6, 7], (0, 1, 2), [8]]]
     sequence = laid_out(documents, vocabulary)
@@ -37,17 +40,25 @@ def cut_batch() -> PackedBatch:
               for i in (m, m + 9))
         for m, width in enumerate(MODALITIES)
     ]  # fmt: skip
-    return build_batch(sequence, images, torch.tensor([300.0, 700.0, 50.0]), "axial", total_length=48)
+    timesteps = torch.tensor([300.0, 700.0, 50.0])
+    if copies:
+        timesteps = torch.stack([timesteps + 10 * i for i in range(copies)])
+        images = [(x, torch.stack([noise + i for i in range(copies)])) for x, noise in images]
+    return build_batch(sequence, images, timesteps, "axial", total_length=48 + 24 * copies)
 
 
 def loss_and_gradients(settings: dict[str, Any], part: int, parts: int, group: str) -> Result:
-    """Return this rank's part of the losses, and the gradients of its total, of the batch's losses per token."""
+    """Return this rank's part of the losses, and the gradients of its total, of the batch's losses per token.
+
+    `noised_copies` among the settings is that of the batch.
+    """
+    copies, settings = settings.get("noised_copies", 0), {k: v for k, v in settings.items() if k != "noised_copies"}
     model = small_model(num_text_tokens=16, dim_latent=MODALITIES, positions="axial", **settings)
     for module in model.modules():
         if isinstance(module, Attention):
             module.sequence_group = group
-    whole = cut_batch()
-    counts = Counts(*whole.loss_weights())
+    whole = cut_batch(copies)
+    counts = Counts.of(whole)
     losses = model(split_batch(whole, part, parts) if parts > 1 else whole, counts=counts)
     losses.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -188,3 +188,11 @@ def test_the_source_of_every_value_is_known(tmp_path):
     assert found["data.path"] == ({"a": 1, "b": 2}, "override")
     assert found["train.seed"] == (3, "override")
     assert found["train.steps"] == (250_000, "default")  # the override replaced the section
+
+
+def test_copies_need_a_clean_context_and_causal_images_a_noised_one():
+    assert "copies must be 1 with context=noised, got 2; set context to clean" in error_of("data.copies=2")
+    causal = error_of("data.context=clean", "model.image_attention=causal")
+    assert "model.image_attention=causal must come with data.context=noised" in causal
+    assert load_config(None, ["data.context=clean", "data.copies=2"]).data.added_copies == 2
+    assert load_config(None, []).data.added_copies == 0

@@ -58,6 +58,7 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 Timestep = Annotated[Number, Field(ge=1, le=1000)]
 Backend = Literal["auto", "torch", "triton", "reference"]
 Op = Literal["hybrid_attention", "rope", "rms_norm", "swiglu", "diffusion_mse"]
+Context = Literal["noised", "clean"]
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 _Weights = Annotated[dict[FolderPath, PositiveFloat], Field(min_length=1)]
 Folders = Annotated[
@@ -165,6 +166,8 @@ class ModelConfig(_Settings):
     """Layers between patches and the transformer: one linear layer in each direction."""
     positions: Literal["sequential", "shared", "axial"] = "sequential"
     """Positions of patches: an index for each (the paper), one index for the image, or row and column."""
+    image_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """What a patch sees of its own image: all of it (the paper), or the patches before it, as in text."""
     objective: Literal["ddpm", "flow"] = "ddpm"
     """Noise prediction on the cosine schedule (the paper), or flow matching."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -220,9 +223,25 @@ class DataConfig(_Settings):
     prob_uncond: Probability = PROB_UNCOND
     """Probability that an image is trained without what precedes it in its document, for classifier-free guidance."""
     noise_cap: Timestep = NOISE_CAP
-    """Largest timestep of the image of an image-first pair, which its caption sees noisy; 1000 is no limit."""
+    """Largest timestep of an image-first pair's image, if its caption sees it noised; 1000 is no limit."""
+    context: Context = "noised"
+    """What follows an image sees it noised, as it is trained (the paper), or clean; then it is trained by noised copies
+    behind the document, which take as many positions as the image each, and which nothing else sees."""
+    copies: Positive = 1
+    """Noised copies of each image with context=clean, each with a timestep and noise of its own."""
     quarantine: Count = 0
     """Number of unreadable packs that a run may skip; one more stops it."""
+
+    @model_validator(mode="after")
+    def _check_copies(self) -> DataConfig:
+        if self.context == "noised" and self.copies != 1:
+            raise ValueError(f"copies must be 1 with context=noised, got {self.copies}; set context to clean")
+        return self
+
+    @property
+    def added_copies(self) -> int:
+        """Noised copies of each image that are added to the sequence."""
+        return self.copies if self.context == "clean" else 0
 
     @property
     def weights(self) -> dict[str, float]:
@@ -371,7 +390,9 @@ class Config(_Settings):
     so is contradicting a derived setting."""
 
     @model_validator(mode="after")
-    def _check_observations(self) -> Config:
+    def _check_groups_together(self) -> Config:
+        if self.model.image_attention == "causal" and self.data.context == "clean":
+            raise ValueError("model.image_attention=causal must come with data.context=noised, got clean; set one")
         if self.train.validate_every and self.data.heldout is None:
             raise ValueError("train.validate_every needs data.heldout, got none; give a folder or a share")
         if self.train.sample_every and not self.train.sample_prompts:

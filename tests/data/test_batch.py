@@ -31,7 +31,7 @@ def image(seed: int, height: int = 4, width: int = 2, modality: int = 0) -> Imag
 def builder(total_length: int = 64, **settings: float) -> BatchBuilder:
     keep = {"caption_first": 1.0, "prob_uncond": 0.0}
     data = DataConfig(**{**keep, **settings})
-    return BatchBuilder(MODALITIES, VOCABULARY, CosineDDPM(), data, 0, "sequential", total_length)
+    return BatchBuilder(MODALITIES, VOCABULARY, CosineDDPM(), data, 0, "sequential", False, total_length)
 
 
 def keyed(*documents: tuple, epoch: int = 0, number: int = 0) -> KeyedPack:
@@ -104,13 +104,14 @@ def test_what_is_drawn_is_keyed_by_seed_epoch_pack_and_image_and_by_nothing_else
 def test_all_draws_have_their_distribution_and_are_independent_of_each_other() -> None:
     packs = [keyed(PAIR, (text(8), image(9, 16, 8)), number=n) for n in range(1000)]
     draws = [draw(pack, seed=0) for pack in packs]
-    uniforms = np.stack([np.concatenate([getattr(d, name) for d in draws]) for name in ("order", "drop", "timestep")])
+    names = ("order", "drop", "timestep")
+    uniforms = np.stack([np.concatenate([getattr(d, name).flatten() for d in draws]) for name in names])
     assert uniforms.shape == (3, 2000) and len(np.unique(uniforms)) == 6000
     assert uniforms.mean(axis=1) == pytest.approx(0.5, abs=0.03)
     assert uniforms.var(axis=1) == pytest.approx(1 / 12, abs=0.01)
     between_images = np.corrcoef(np.concatenate([uniforms[:, 0::2], uniforms[:, 1::2]]))
     assert np.abs(between_images - np.eye(6)).max() < 0.12
-    noise = np.concatenate([d.noise for d in draws])
+    noise = np.concatenate([d.noise[0] for d in draws])
     assert len(np.unique(noise)) > 0.999 * len(noise), "every value has noise of its own"
     assert (noise.mean(), noise.var()) == (pytest.approx(0, abs=0.03), pytest.approx(1, abs=0.04))
     assert np.mean(noise**4) == pytest.approx(3, abs=0.2)  # the fourth moment of a normal distribution
@@ -121,8 +122,8 @@ def test_a_batch_uses_each_draw_for_its_own_purpose(monkeypatch: pytest.MonkeyPa
     documents: list[int] = []
 
     def tokens_and_timestep(order: float, drop: float, timestep: float) -> tuple[list[int], float]:
-        drawn = Draws(np.array([order]), np.array([drop]), np.array([timestep]), np.zeros(8, np.float32))
-        monkeypatch.setattr("transfusion_fast.data.batch.draw", lambda pack, seed: drawn)
+        drawn = Draws(np.array([order]), np.array([drop]), np.array([[timestep]]), np.zeros((1, 8), np.float32))
+        monkeypatch.setattr("transfusion_fast.data.batch.draw", lambda pack, seed, copies: drawn)
         batch = builder(caption_first=0.5, prob_uncond=0.5)([keyed(PAIR)])
         documents.append(len(batch.layout.document_offsets) - 1)
         return used(batch), batch.modalities[0].timesteps.item()
@@ -155,6 +156,18 @@ def test_images_of_several_sizes_keep_their_order() -> None:
     assert batch.modalities[0].image_offsets.tolist() == [0, 2, 3, 5, 7]
     alone = [builder()([keyed((i,))]).modalities[0].latents for i in images]
     assert torch.equal(batch.modalities[0].latents, torch.cat(alone))
+
+
+def test_a_batch_with_copies_is_padded_to_a_multiple_and_its_first_copies_have_the_usual_noise() -> None:
+    """Each copy has a timestep and noise of its own, without the cap."""
+    packs = [keyed((image(1), text(4)), PAIR, number=n) for n in range(40)]
+    usual = builder(40 * 16, noise_cap=1000.0)([*packs]).modalities[0]
+    batch = builder(50, context="clean", copies=2)([*packs])
+    assert (batch.num_tokens, len(batch.tokens)) == (40 * (2 * 8 + 2 * 4) - 40, 950)
+    images = batch.modalities[0]
+    assert torch.equal(images.timesteps[:160:2], usual.timesteps)
+    assert torch.equal(images.noise.unflatten(0, (80, 2, 2))[:, 0].flatten(0, 1), usual.noise)
+    assert len(images.timesteps[:160].unique()) > 140 and len(images.noise.unique()) == images.noise.numel()
 
 
 def test_all_padding_stands_at_the_end_and_the_length_is_constant() -> None:

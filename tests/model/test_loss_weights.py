@@ -38,7 +38,7 @@ def test_a_token_has_the_weight_of_its_segment_boi_that_of_its_image_and_eos_tha
     first = [*((n, 2) for n in (1, 2, 3)), (boi, 3), *((n, 5) for n in last), (eos, 5)]
     assert found == [*first, (boi, 7), *((n, 11) for n in last), (eos, 11)]
     assert batch.modalities[0].weights.tolist() == [3, 7]
-    assert batch.loss_weights() == (3 * 2 + 3 + 5 * 5 + 7 + 11 * 5, 10)
+    assert Counts.of(batch) == (3 * 2 + 3 + 5 * 5 + 7 + 11 * 5, 10)
 
 
 def losses_of(model, *documents):
@@ -70,7 +70,7 @@ def test_weights_of_a_document_and_of_its_pieces_are_multiplied(model):
 def test_a_weight_of_1_everywhere_is_none(model):
     plain = packed(model, [ids(1, 2, 3), LATENTS, ids(4, 5, 6, 7)])
     batch = packed(model, Weighted(document(), 1))
-    assert batch.token_weights is None and batch.loss_weights() == (9, 1)
+    assert batch.token_weights is None and Counts.of(batch) == (9, 1)
     assert torch.equal(batch.labels, plain.labels)
     for got, expected in zip(model(batch), model(plain), strict=True):
         assert got == expected if isinstance(got, Counts) else torch.equal(got, expected)
@@ -102,8 +102,8 @@ def test_gradients_do_not_depend_on_how_documents_are_cut_into_batches(model, to
     timesteps = whole.modalities[0].timesteps.split([1, 0, 2])
     for batch, own in zip(cut, timesteps, strict=True):
         batch.modalities[0].timesteps.copy_(own)
-    counts = Counts(*map(sum, zip(*(batch.loss_weights() for batch in cut), strict=True)))
-    assert counts == whole.loss_weights()
+    counts = Counts(*map(sum, zip(*map(Counts.of, cut), strict=True)))
+    assert counts == Counts.of(whole)
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(whole).total, parameters)
     parts = [torch.autograd.grad(model(batch, counts=counts).total, parameters) for batch in cut]
@@ -124,3 +124,18 @@ def test_a_bad_weight_is_named_with_its_document_and_piece(model, weight):
 
 def test_numbers_of_numpy_are_weights(model):
     assert packed(model, [Weighted(ids(1), np.float32(0.5))]).token_weights.tolist() == [0.5, 0.5]
+
+
+def test_an_ignored_image_has_no_noised_copies_and_is_seen(model, tolerance):
+    """Copies of the other images are those that they are beside an image of almost no weight."""
+
+    def losses(weight, latents=LATENTS):
+        documents = [[Weighted(latents, weight), ids(1), LATENTS + 1, ids(2)], [Weighted(LATENTS, weight)]]
+        batch = pack_documents(documents, model.config, Randomness(seeded(), prob_uncond=0, noised_copies=2))
+        return batch, model(batch)
+
+    (batch, found), (other, expected) = losses(0), losses(1e-7)
+    assert (batch.num_images, other.num_images) == (2, 6) and len(other.tokens) - len(batch.tokens) == 4 * 4
+    assert batch.modalities[0].weights.tolist() == [1, 1] and len(batch.modalities[0].timesteps) == 2 + 3
+    torch.testing.assert_close(found[:3], expected[:3], **tolerance["fp32"])
+    assert not torch.isclose(losses(0, LATENTS + 2)[1].diffusion, found.diffusion, rtol=1e-3)

@@ -1,5 +1,6 @@
 """Sequence parallelism: ranks that share a batch compute its losses and gradients."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from sequence_ranks import cut_batch, loss_and_gradients, on_ranks
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from transfusion_fast.model.sequence import ModalityBatch
 from transfusion_fast.model.sequence_parallel import split_batch
 from transfusion_fast.training.ranks import _sequence_group
 
 GROUPED = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "qk_norm": True}
 CASES: list[dict[str, Any]] = [
     {"transformer": GROUPED, "activation_checkpointing": "selective"},
-    {"transformer": GROUPED, "objective": "flow", "backend": "reference", "tie_embeddings": True},
+    {"transformer": GROUPED, "objective": "flow", "backend": "reference", "tie_embeddings": True, "noised_copies": 2},
 ]
 
 
@@ -29,9 +31,10 @@ def test_two_ranks_that_share_a_batch_give_the_losses_and_gradients_of_one(
         torch.testing.assert_close(got, expected, **tolerance["fp32"])
 
 
+@pytest.mark.parametrize("copies", [0, 2])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
-def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int) -> None:
-    batch = cut_batch()
+def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int, copies: int) -> None:
+    batch = cut_batch(copies)
     split = [split_batch(batch, part, parts) for part in range(parts)]
     length = len(batch.tokens) // parts
     for name in ("tokens", "labels", "positions"):
@@ -41,14 +44,20 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int) -> N
     assert torch.equal(torch.cat([part.token_weights for part in split]), batch.token_weights)
     for number, whole in enumerate(batch.modalities):
         pieces = [part.modalities[number] for part in split]
-        index = torch.cat([piece.sequence_index + at * length for at, piece in enumerate(pieces)])
-        assert torch.equal(index, whole.sequence_index)
-        assert torch.equal(torch.cat([piece.latents for piece in pieces]), whole.latents)
-        assert torch.equal(torch.cat([piece.noise for piece in pieces]), whole.noise)
-        of_patches = torch.cat([piece.timesteps.repeat_interleave(piece.image_offsets.diff()) for piece in pieces])
-        assert torch.equal(of_patches, whole.timesteps.repeat_interleave(whole.image_offsets.diff()))
-        weights = sum(float(piece.weights.sum()) for piece in pieces)
-        assert weights == pytest.approx(float(whole.weights.sum()))
+        assert torch.equal(
+            joined([p.sequence_index + at * length for at, p in enumerate(pieces)], pieces), whole.sequence_index
+        )
+        assert torch.equal(joined([p.latents for p in pieces], pieces), whole.latents)
+        assert torch.equal(torch.cat([p.noise for p in pieces]), whole.noise)
+        of_patches = [p.timesteps.repeat_interleave(p.image_offsets.diff()) for p in pieces]
+        assert torch.equal(joined(of_patches, pieces), whole.timesteps.repeat_interleave(whole.image_offsets.diff()))
+        assert sum(float(p.weights.sum()) for p in pieces) == pytest.approx(float(whole.weights.sum()))
+
+
+def joined(values: Sequence[torch.Tensor], pieces: Sequence[ModalityBatch]) -> torch.Tensor:
+    """Join values of patches: those of trained images first, then those of clean ones."""
+    trained = [x[: p.trained_patches] for x, p in zip(values, pieces, strict=True)]
+    return torch.cat([*trained, *(x[p.trained_patches :] for x, p in zip(values, pieces, strict=True))])
 
 
 def test_consecutive_ranks_share_packs() -> None:

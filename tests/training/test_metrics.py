@@ -92,7 +92,10 @@ def test_the_seconds_apart_are_no_part_of_an_interval(monkeypatch: pytest.Monkey
 def images_of(*timesteps: list[float], fraction: float = 1.0) -> SimpleNamespace:
     """Return a batch with images, or a fraction of each, at these timesteps, one list for each modality."""
     modalities = [
-        SimpleNamespace(timesteps=torch.tensor(own), weights=torch.full((len(own),), fraction)) for own in timesteps
+        SimpleNamespace(
+            timesteps=torch.tensor([*own, 1.0]), weights=torch.full((len(own),), fraction), num_trained=len(own)
+        )  # and with a clean image, which has no loss
+        for own in timesteps
     ]
     return SimpleNamespace(modalities=modalities)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion_fast.config import DataConfig
 from transfusion_fast.data.images import patchify, scale_pixels
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
-from transfusion_fast.model.diffusion import Objective
+from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Objective
 from transfusion_fast.model.inputs import draw_timesteps
 from transfusion_fast.model.sequence import (
     PackedBatch,
@@ -24,6 +24,7 @@ from transfusion_fast.model.sequence import (
     Segments,
     Vocabulary,
     build_batch,
+    copied_images,
     lay_out,
     without_context,
 )
@@ -40,7 +41,8 @@ class KeyedPack:
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of a pack, images in stored order: uniforms in [0, 1) of shape [N], noise like the latents."""
+    """The randomness of a pack, images in stored order: uniforms in [0, 1) of shape [N], timesteps [K, N] of K noised
+    copies, and noise like the latents for each copy, [K, values]."""
 
     order: np.ndarray
     drop: np.ndarray
@@ -48,18 +50,25 @@ class Draws:
     noise: np.ndarray
 
 
-def draw(keyed: KeyedPack, seed: int) -> Draws:
+def draw(keyed: KeyedPack, seed: int, copies: int = 1) -> Draws:
     """Draw all random numbers of a pack, whatever the settings use, so that no setting shifts the numbers after it."""
     key = np.random.SeedSequence([seed, keyed.epoch, keyed.number])
     generator = np.random.Generator(np.random.PCG64DXSM(key))
     images = int(np.count_nonzero(keyed.pack.segments[:, 1] != KIND_TEXT))
-    order, drop, timestep = generator.random((3, images))
-    return Draws(order, drop, timestep, generator.standard_normal(len(keyed.pack.latents), dtype=np.float32))
+    order, drop, *timesteps = generator.random((3, images))
+    noise = [generator.standard_normal(len(keyed.pack.latents), dtype=np.float32)]
+    for _ in range(copies - 1):
+        timesteps.append(generator.random(images))
+        noise.append(generator.standard_normal(len(keyed.pack.latents), dtype=np.float32))
+    return Draws(order, drop, np.stack(timesteps), np.stack(noise))
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builder of `PackedBatch`es of constant length from lists of packs; runs in the loader's workers. Picklable."""
+    """Builder of `PackedBatch`es from lists of packs; runs in the loader's workers. Picklable.
+
+    length_step: batches are padded to a multiple of it.
+    """
 
     modalities: tuple[ModalityInfo, ...]
     vocabulary: Vocabulary
@@ -67,28 +76,33 @@ class BatchBuilder:
     settings: DataConfig
     seed: int
     positions: PositionScheme
-    total_length: int
+    causal_images: bool
+    length_step: int
 
     def __call__(self, packs: Sequence[KeyedPack]) -> PackedBatch:
-        """Return the micro-batch of `packs`, padded to `total_length` at its end."""
-        draws = [vars(draw(keyed, self.seed)).values() for keyed in packs]
-        drawn = Draws(*map(np.concatenate, zip(*draws, strict=True)))
+        """Return the micro-batch of `packs`, padded at its end."""
+        copies = self.settings.added_copies
+        draws = [vars(draw(keyed, self.seed, max(copies, 1))).values() for keyed in packs]
+        drawn = Draws(*(np.concatenate(arrays, axis=-1) for arrays in zip(*draws, strict=True)))
         rows = _joined([keyed.pack for keyed in packs])
         tokens = np.concatenate([keyed.pack.tokens for keyed in packs])
         weights = None
         if any(keyed.pack.weights is not None for keyed in packs):
             weights = np.concatenate([_weights(keyed.pack) for keyed in packs])
         sequence = lay_out(self._segments(rows, weights, drawn), tokens, self.vocabulary)
-        uniform = torch.from_numpy(drawn.timestep)
-        timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, self.settings.noise_cap)
+        uniform = torch.from_numpy(drawn.timestep if copies else drawn.timestep[0])
+        cap = NUM_TIMESTEPS if copies else self.settings.noise_cap
+        timesteps = draw_timesteps(sequence, self.vocabulary, self.objective, uniform, cap)
         sequence = without_context(sequence, drawn.drop < self.settings.prob_uncond, self.vocabulary)
         values = np.concatenate([keyed.pack.latents for keyed in packs])
         values = scale_pixels(values) if values.dtype == np.uint8 else values.astype(np.float32)
-        images = [
-            (_patches(rows, values, kind, info), _patches(rows, drawn.noise, kind, info))
-            for kind, info in enumerate(self.modalities, start=1)
-        ]
-        return build_batch(sequence, images, timesteps, self.positions, self.total_length)
+        images = []
+        for kind, info in enumerate(self.modalities, start=1):
+            noise = [_patches(rows, noise, kind, info) for noise in drawn.noise]
+            images.append((_patches(rows, values, kind, info), torch.stack(noise) if copies else noise[0]))
+        used = len(sequence.tokens) + copies * int(sequence.length[copied_images(sequence)].sum())
+        total = max(1, -(-used // self.length_step)) * self.length_step
+        return build_batch(sequence, images, timesteps, self.positions, total, causal_images=self.causal_images)
 
     def _segments(self, rows: np.ndarray, weights: np.ndarray | None, draws: Draws) -> Segments:
         """Return the segments in the order drawn: a document of one text and one image, in this order, is a

@@ -168,7 +168,7 @@ def complete_config(config: Config, mixture: Mixture) -> Config:
     for name in known.keys() & config.model.model_fields_set:
         if (got := getattr(config.model, name)) != known[name]:
             raise InputError(f"model.{name} must be {known[name]} for {mixture}, got {got}; correct it or leave it out")
-    most = _MAX_POSITIONS // mixture.sequence_length
+    most = _MAX_POSITIONS // (mixture.sequence_length * (1 + config.data.added_copies))
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
@@ -215,7 +215,7 @@ def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) ->
         return
     # Tokens, labels, positions, the layout and indices, and at most a patch of latents and noise for each position.
     values = max((m.channels * m.patch_size**2 for m in mixture.modalities), default=0)
-    batch = packs * mixture.sequence_length * (64 + 2 * 4 * values)
+    batch = packs * mixture.sequence_length * (1 + settings.added_copies) * (64 + 2 * 4 * values)
     needed = ranks_on_node * settings.workers * (settings.prefetch + 1) * batch
     found = os.statvfs(_SHARED_MEMORY)
     free = found.f_bavail * found.f_frsize
@@ -234,7 +234,13 @@ def _ignore_signals(_: int) -> None:
 
 
 def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
-    """Return the run's builder of batches of `packs` packs."""
+    """Return the run's builder of batches of `packs` packs.
+
+    Batches have one length, unless noised copies are added: their number differs from pack to pack, and padding to the
+    most that is possible would double the work of text. Then lengths are multiples of an eighth.
+    """
+    length, ranks = packs * packed.sequence_length, config.train.sequence_parallel
+    step = -(-length // (8 * ranks)) * ranks if config.data.added_copies else length
     return BatchBuilder(
         modalities=packed.modalities,
         vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
@@ -242,5 +248,6 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
         settings=config.data,
         seed=config.train.seed,
         positions=config.model.positions,
-        total_length=packs * packed.sequence_length,
+        causal_images=config.model.image_attention == "causal",
+        length_step=step,
     )

@@ -59,13 +59,15 @@ class Randomness:
     """How a training batch is randomised.
 
     generator: source of the timesteps, the noise and the dropped conditions; noise_cap: largest timestep, in 1..1000,
-    of an image that stands before its caption; prob_uncond: probability that an image is trained without what precedes
-    it in its document.
+    of an image that stands before its caption, if it is noised in place; prob_uncond: probability that an image is
+    trained without what precedes it in its document; noised_copies: number of noised copies of each image, which itself
+    stays clean then, or 0 to noise images in place.
     """
 
     generator: torch.Generator | None = None
     noise_cap: float = NOISE_CAP
     prob_uncond: float = PROB_UNCOND
+    noised_copies: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.noise_cap <= NUM_TIMESTEPS:
@@ -74,6 +76,9 @@ class Randomness:
             )
         if not 0 <= self.prob_uncond <= 1:
             raise ValueError(f"prob_uncond must be in 0..1, got {self.prob_uncond}; 0 drops no condition")
+        copies = self.noised_copies
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 0:
+            raise ValueError(f"noised_copies must be an integer from 0 on, got {copies!r}; 0 noises images in place")
 
 
 def check_weight(weight: object, what: str) -> float:
@@ -205,7 +210,7 @@ def place_images(
 def draw_timesteps(
     sequence: TokenSequence, vocabulary: Vocabulary, objective: Objective, uniform: Tensor, noise_cap: float
 ) -> Tensor:
-    """Turn uniform numbers [N] into timesteps, fp32 [N], at most `noise_cap` in image-first pairs.
+    """Turn uniform numbers [..., N] into timesteps, fp32 [..., N], at most `noise_cap` in image-first pairs.
 
     Captions then see an image that is not too noisy (arXiv 2408.11039, section 4.1). In other documents a cap would
     leave images untrained at the noise that drawing begins with.
@@ -231,12 +236,18 @@ def _with_noise(
 ) -> PackedBatch:
     """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
     vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.dim_latent)), randomness.generator
+    copies = randomness.noised_copies
     uniform, drop = torch.rand(2, len(images), generator=generator)
-    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, randomness.noise_cap)
+    if copies:
+        uniform = torch.cat([uniform[None], torch.rand(copies - 1, len(images), generator=generator)])
+    cap = NUM_TIMESTEPS if copies else randomness.noise_cap
+    timesteps = draw_timesteps(sequence, vocabulary, OBJECTIVES[config.objective], uniform, cap)
     sequence = without_context(sequence, (drop < randomness.prob_uncond).numpy(), vocabulary)
     latents = flat_latents(images, config.dim_latent)
-    noisy = [(x, torch.randn(x.shape, generator=generator)) for x in latents]
-    return build_batch(sequence, noisy, timesteps, config.positions)
+    repeated = (copies,) if copies else ()
+    noisy = [(x, torch.randn(*repeated, *x.shape, generator=generator)) for x in latents]
+    causal = config.image_attention == "causal"
+    return build_batch(sequence, noisy, timesteps, config.positions, causal_images=causal)
 
 
 def _size(kind: int, tensor: Tensor) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from transfusion_fast.model.sequence import PackedBatch
+
 SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
 _CHUNK = 1 << 25  # logits in memory at once for larger vocabularies
 
@@ -24,6 +26,18 @@ class Counts(NamedTuple):
 
     tokens: float | Tensor
     images: float | Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, *, common: bool = True) -> Counts:
+        """Return the counts of a batch in host memory, as numbers.
+
+        Args:
+            common: count also the images that ranks that share the pack have in common; true on one rank of them.
+        """
+        if batch.token_weights is None:
+            return cls(len(batch.supervised), batch.num_images * common)
+        images = sum(own.weights.double().sum().item() for own in batch.modalities)
+        return cls(batch.token_weights.double().sum().item(), images)
 
 
 class Losses(NamedTuple):

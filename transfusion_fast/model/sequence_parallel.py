@@ -33,24 +33,24 @@ def split_batch(batch: PackedBatch, part: int, parts: int) -> PackedBatch:
     weights = None if batch.token_weights is None else batch.token_weights[own]
     tokens, labels, positions = (x[start:end].clone() for x in (batch.tokens, batch.labels, batch.positions))
     modalities = tuple(_split_images(images, start, end) for images in batch.modalities)
-    return PackedBatch(tokens, labels, positions, supervised, batch.layout, modalities, weights)
+    return PackedBatch(tokens, labels, positions, supervised, batch.layout, modalities, batch.num_images, weights)
 
 
 def _split_images(images: ModalityBatch, start: int, end: int) -> ModalityBatch:
-    low, high = torch.searchsorted(images.sequence_index, torch.tensor([start, end])).tolist()
-    offsets = images.image_offsets.clamp(low, high) - low
+    inside = (images.sequence_index >= start) & (images.sequence_index < end)
+    count = torch.cat([images.image_offsets.new_zeros(1), inside.cumsum(0, dtype=torch.int32)])
+    offsets = count[images.image_offsets]
     patches = offsets.diff()
-    kept = patches > 0
-    # Copies: a view would take the whole tensor with it to the training process.
-    latents, noise, index = (x[low:high].clone() for x in (images.latents, images.noise, images.sequence_index))
+    kept, trained = patches > 0, images.num_trained
+    # Selection copies: a view would take the whole tensor with it to the training process.
     return replace(
         images,
-        latents=latents,
-        noise=noise,
+        latents=images.latents[inside],
+        noise=images.noise[inside[: images.trained_patches]],
         timesteps=images.timesteps[kept],
         image_offsets=torch.cat([offsets[:1], offsets[1:][kept]]),
-        sequence_index=index - start,
-        weights=(images.weights * (patches / images.image_offsets.diff()))[kept],
+        sequence_index=images.sequence_index[inside] - start,
+        weights=images.weights[kept[:trained]] * (patches / images.image_offsets.diff())[:trained][kept[:trained]],
     )
 
 

@@ -101,6 +101,7 @@ class Transfusion(nn.Module):
         generator: torch.Generator | None = None,
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
+        noised_copies: int = 0,
     ) -> Tensor: ...
 
     @overload
@@ -113,6 +114,7 @@ class Transfusion(nn.Module):
         generator: torch.Generator | None = None,
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
+        noised_copies: int = 0,
     ) -> tuple[Tensor, Losses]: ...
 
     def __call__(
@@ -125,6 +127,7 @@ class Transfusion(nn.Module):
         generator: torch.Generator | None = None,
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
+        noised_copies: int = 0,
     ) -> Losses | Tensor | tuple[Tensor, Losses]:
         """Return the training loss of a packed batch, of documents, or of rows.
 
@@ -135,6 +138,8 @@ class Transfusion(nn.Module):
             generator: source of all that is random in documents and rows: timesteps, noise and dropped conditions.
             noise_cap: largest timestep, 1 to 1000, of an image that its document begins with and only text follows.
             prob_uncond: probability that an image is trained without what precedes it, for classifier-free guidance.
+            noised_copies: number of noised copies of each image, which are trained while the image itself is a clean
+                context for what follows; 0 noises images in place, as in the paper, and what follows sees them noised.
 
         Returns:
             `Losses` for a packed batch; the total loss for documents, and for rows without images; the total loss and
@@ -151,7 +156,7 @@ class Transfusion(nn.Module):
             return super().__call__(batch, counts)
         if counts is not None:
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
-        randomness = Randomness(generator, noise_cap, prob_uncond)
+        randomness = Randomness(generator, noise_cap, prob_uncond, noised_copies)
         if isinstance(batch, Tensor):
             packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness)
             losses = super().__call__(packed.to(self.device))
@@ -166,7 +171,7 @@ class Transfusion(nn.Module):
                     f"timesteps must be fp32, got {images.timesteps.dtype}, which rounds them; keep the batch in fp32, "
                     "with FSDP2 by MixedPrecisionPolicy(cast_forward_inputs=False)"
                 )
-        x_t = [self.objective.add_noise(m.latents, m.noise, _per_patch(m.timesteps, m)) for m in batch.modalities]
+        x_t = [self.noisy(images) for images in batch.modalities]
         hidden = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
@@ -174,7 +179,8 @@ class Transfusion(nn.Module):
         image_losses = [none]
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number)
-            clean, noise, offsets = images.latents, images.noise, images.image_offsets
+            clean, noise = images.latents[: images.trained_patches], images.noise
+            offsets = images.image_offsets[: images.num_trained + 1]
             errors = ops.diffusion_mse_from_noise(
                 prediction, clean, noise, offsets, self.config.objective, backend=backend
             )
@@ -197,9 +203,17 @@ class Transfusion(nn.Module):
         return self.norm(x)[0]
 
     def prediction(self, hidden: Tensor, batch: PackedBatch, modality: int) -> Tensor:
-        """Return the diffusion head's output for one modality, [P, C] in the weights' dtype."""
-        index = batch.modalities[modality].sequence_index
-        return self._codec(modality).decode(hidden.index_select(0, index))
+        """Return the diffusion head's output for one modality's trained images, [P', C] in the weights' dtype."""
+        images = batch.modalities[modality]
+        return self._codec(modality).decode(hidden.index_select(0, images.sequence_index[: images.trained_patches]))
+
+    def noisy(self, images: ModalityBatch) -> Tensor:
+        """Return the patches that the model sees, [P, C]: those of trained images noisy, those of others clean."""
+        clean, timesteps = images.latents[: images.trained_patches], images.timesteps[: images.num_trained]
+        patches = images.image_offsets[: images.num_trained + 1].diff()
+        per_patch = timesteps.repeat_interleave(patches, output_size=len(clean))[:, None]
+        noisy = self.objective.add_noise(clean, images.noise, per_patch)
+        return torch.cat([noisy, images.latents[len(clean) :]]) if len(clean) < len(images.latents) else noisy
 
     def _codec(self, modality: int) -> LinearCodec:
         return cast(LinearCodec, self.codecs[modality])
@@ -208,11 +222,6 @@ class Transfusion(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.norm.weight.device
-
-
-def _per_patch(timesteps: Tensor, images: ModalityBatch) -> Tensor:
-    """Repeat each image's timestep for its patches: [N] -> [P, 1]."""
-    return timesteps.repeat_interleave(images.image_offsets.diff(), output_size=len(images.latents))[:, None]
 
 
 def read_model_config(folder: Path) -> ModelConfig:

@@ -17,11 +17,10 @@ from torch import Tensor
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 from transfusion_fast.model.inputs import Document, Piece, check_document, flat_latents, place_images
-from transfusion_fast.model.sequence import TEXT, PackedBatch, build_batch
+from transfusion_fast.model.sequence import CLEAN_TIMESTEP, TEXT, PackedBatch, build_batch
 from transfusion_fast.model.transfusion import Transfusion
 
 Noise = torch.Generator | Sequence[torch.Generator] | None
-CLEAN_TIMESTEP = 1.0  # for images that serve as context: almost no noise, as in training
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,8 @@ def _run(model: Transfusion, streams: Sequence[_Stream]) -> tuple[Tensor, Packed
     timesteps = torch.tensor([i.timestep for s in streams for i in s.images], dtype=torch.float32)
     latents = flat_latents([(modality, x) for _, modality, x in images], model.config.dim_latent)
     clean = [(x, torch.zeros_like(x)) for x in latents]
-    batch = build_batch(place_images(tokens, lengths, images), clean, timesteps, model.config.positions)
+    sequence, causal = place_images(tokens, lengths, images), model.config.image_attention == "causal"
+    batch = build_batch(sequence, clean, timesteps, model.config.positions, causal_images=causal)
     batch = batch.to(model.device)
     return model.hidden(batch, [x.to(model.device) for x in latents]), batch
 

@@ -111,7 +111,9 @@ def _draw_pack(axes: Any, keyed: KeyedPack, builder: BatchBuilder, tokenizer: To
     spans = [(start, start + length) for start, length in layout.image_spans.tolist()]
     stored = (segment for document in keyed.pack.documents(builder.modalities) for segment in document)
     pixels = dict(zip(spans, (s.values for s in stored if isinstance(s, ImageSegment)), strict=True))
-    cuts = sorted({*layout.document_offsets.tolist(), *chain(*spans)})
+    copies = {(start, start + n): pixels[place, place + n] for start, n, place in layout.noised_copies.tolist()}
+    pixels |= copies
+    cuts = sorted({*layout.document_offsets.tolist(), *chain(*pixels)})
     for start, end in (pair for pair in pairwise(cuts) if pair[1] <= window):
         ids = batch.tokens[start:end].numpy()
         words = tokenizer.decode(ids[ids < builder.vocabulary.num_text_tokens])

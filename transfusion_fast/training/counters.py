@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
+from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.flops import training_flops
 
@@ -22,7 +23,9 @@ QUARTERS = 4
 
 
 class Work(NamedTuple):
-    """Weights of supervised tokens and of images, images, positions of documents and floating point operations.
+    """Weights of supervised tokens and of trained images, trained images, positions of documents with their noised
+    copies, all positions, and floating point operations.
+
 
     They can be summed. Without weights of losses, the first two are numbers.
     """
@@ -31,6 +34,7 @@ class Work(NamedTuple):
     image_weights: float = 0
     images: float = 0
     tokens: float = 0
+    positions: float = 0
     flops: float = 0
 
     @classmethod
@@ -43,7 +47,8 @@ class Work(NamedTuple):
         supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
         flops = training_flops(model, tokens, supervised, patches, area)
-        return cls(*batch.loss_weights(common=common), images, tokens, flops)
+        own = Counts.of(batch, common=common)
+        return cls(float(own.tokens), float(own.images), images, tokens, len(batch.tokens), flops)
 
 
 @dataclass
@@ -51,7 +56,6 @@ class Interval:
     """The work of all ranks since the last logged row, and the seconds of this rank."""
 
     work: Work = field(default_factory=Work)
-    steps: int = 0
     waited: float = 0.0
     """Seconds for data."""
     stalled: float = 0.0
@@ -61,7 +65,6 @@ class Interval:
     def add(self, work: Work) -> None:
         """Count a finished step."""
         self.work = Work(*map(operator.add, self.work, work))
-        self.steps += 1
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -94,7 +97,7 @@ class QuarterLosses:
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
         """Add the weighted losses [N] of a micro-batch's images, or pieces of them, in the order of its modalities."""
-        timesteps = [images.timesteps for images in batch.modalities]
+        timesteps = [images.timesteps[: images.num_trained] for images in batch.modalities]
         if not timesteps:
             return
         quarter = (torch.cat(timesteps) * (QUARTERS / NUM_TIMESTEPS)).ceil().long() - 1

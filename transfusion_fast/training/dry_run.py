@@ -139,7 +139,8 @@ def _memory(config: Config, data: Mixture, cluster: Cluster, run: Estimate) -> I
     yield f"\nMEMORY of a GPU ({cluster.gpu_name} with {_size(available)}), {setup}"
     for use, size in run.memory.items():
         yield f"  {_USES[use]:<40} {_size(size):>10}"
-    yield f"  and activations of {train.micro_batch} x {data.sequence_length} positions, by activation_checkpointing:"
+    positions = f"{train.micro_batch} x {run.packs.positions:.0f} positions"
+    yield f"  and activations of {positions}, by activation_checkpointing:"
     for setting, size in run.activations.items():
         total = sum(run.memory.values()) + size
         chosen = "  <- the setting" if setting == config.model.activation_checkpointing else ""

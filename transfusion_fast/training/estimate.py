@@ -85,6 +85,8 @@ class PackMeans:
     packs: int
     """Number of packs that were read."""
     tokens: float
+    positions: float
+    """Positions with padding."""
     supervised: float
     images: float
     patches: tuple[float, ...]
@@ -109,11 +111,13 @@ def read_packs(config: Config, data: Mixture, count: int) -> PackMeans:
         for epoch, number in map(order.__getitem__, range(count)):
             batch = builder([KeyedPack(reader.read(number), epoch, number)])
             patches = [len(images.latents) for images in batch.modalities]
-            rows.append([batch.num_tokens, len(batch.supervised), batch.num_images, batch.layout.area, *patches])
+            lengths = batch.num_tokens, len(batch.tokens), len(batch.supervised)
+            rows.append([*lengths, batch.num_images, batch.layout.area, *patches])
     except InputError as error:
         raise DataError(str(error)) from error
-    tokens, supervised, images, area, *patches = (sum(column) / count for column in zip(*rows, strict=True))
-    return PackMeans(count, tokens, supervised, images, tuple(patches), area, (time.perf_counter() - start) / count)
+    seconds = (time.perf_counter() - start) / count
+    tokens, positions, supervised, images, area, *patches = (sum(column) / count for column in zip(*rows, strict=True))
+    return PackMeans(count, tokens, positions, supervised, images, tuple(patches), area, seconds)
 
 
 def bytes_per_pack(data: Mixture) -> float:
@@ -278,7 +282,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
     total = sum(parameters.values())
     memory, host = state_memory(total, config, gpus, itemsize)
     packs_of_gpu = train.micro_batch / train.sequence_parallel
-    micro = (packs_of_gpu * x for x in (data.sequence_length, packs.supervised, sum(packs.patches)))
+    micro = (packs_of_gpu * x for x in (packs.positions, packs.supervised, sum(packs.patches)))
     positions, supervised, patches = micro
     flops = training_flops(model, packs.tokens, packs.supervised, packs.patches, packs.area)
     matrices = training_flops(model, packs.tokens, packs.supervised, packs.patches, 0)
@@ -295,7 +299,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
             for setting in ("none", "selective", "full")
         },
         packs=packs,
-        padding=1 - packs.tokens / data.sequence_length,
+        padding=1 - packs.tokens / packs.positions,
         flops_per_token=flops / packs.tokens,
         attention_share=1 - matrices / flops,
         peak=peak,

@@ -310,7 +310,7 @@ class Trainer:
             tokens_per_second_per_device=work.tokens / seconds / devices,
             images_per_second=work.images / seconds,
             mfu=work.flops / seconds / self.peak if self.peak else None,
-            padding=1 - work.tokens / (ended.steps * self.split.global_batch * self.data.sequence_length),
+            padding=1 - work.tokens / work.positions,
             data_wait=waited / seconds,
             checkpoint_stall=ended.stalled / seconds,
             peak_memory_gb=memory / 1e9,

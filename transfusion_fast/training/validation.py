@@ -48,8 +48,8 @@ class Validation:
         # All ranks take as many forward passes, in which ZeRO gathers weights.
         for start in range(0, len(self.numbers), self.size * self.ranks.world_size):
             batch = self.ranks.together(partial(self._read, start), DataError)
-            token_weights, image_weights = batch.loss_weights()
-            tokens, images = tokens + token_weights, images + image_weights
+            own = Counts.of(batch)
+            tokens, images = tokens + float(own.tokens), images + float(own.images)
             losses = model(batch.to(self.ranks.device), counts=Counts(1, 1))
             sums += torch.stack([losses.text, losses.diffusion])
         model.train()
