@@ -48,6 +48,8 @@ setup(
         "data": ["tokenizers>=0.20", "pyarrow>=17.0"],
         # Images as an autoencoder's latents.
         "vae": ["diffusers>=0.30"],
+        # Images as a vision encoder's features.
+        "encoder": ["transformers>=4.45"],
         # The kernels. Nothing in it compiles while it is installed.
         "gpu": ["triton>=3.6"],
         # A baseline of the benchmarks, which compiles for long where there is no wheel for the machine.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from launching import free_port
@@ -32,6 +34,8 @@ def cut_batch(copies: int = 0) -> PackedBatch:
     vocabulary = Vocabulary(16, len(MODALITIES))
     documents = [[[1, 2, 3], (0, 2, 6), [4, 5]], [(1, 2, 5), [6, 7], (0, 1, 2), [8]]]
     sequence = laid_out(documents, vocabulary)
+    weights = np.repeat(np.array([0, 2, 1, 1, 0.5, 3, 1], np.float32), [4, 14, 3, 13, 2, 4, 2])  # by segment
+    sequence = replace(sequence, weights=weights)
     images = [
         tuple(torch.randn(int(sequence.length[sequence.modality == m].sum()), width, generator=seeded(i))
               for i in (m, m + 9))
@@ -56,7 +60,7 @@ def loss_and_gradients(settings: dict[str, Any], part: int, parts: int, group: s
         if isinstance(module, Attention):
             module.sequence_group = group
     whole = cut_batch(copies)
-    counts = Counts(len(whole.supervised), whole.num_images)
+    counts = Counts.of(whole)
     losses = model(split_batch(whole, part, parts) if parts > 1 else whole, counts=counts)
     losses.total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

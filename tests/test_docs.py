@@ -40,6 +40,7 @@ NOT_RUN = {
     "sbatch ": "needs SLURM",
     ". .venv/bin/activate": "needs the environment that make creates",
     "python train/prepare.py pairs laion/*.tar --out data/latents": "needs an autoencoder, as in tests/prepare",
+    "python train/prepare.py pairs laion/*.tar --out data/features": "needs an encoder, as in tests/train",
 }
 # Options that make the others take seconds.
 SHORTER = {

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
+from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.build import Built, Recipe, build, train_tokenizer
+from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
@@ -86,9 +88,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
-    "--image-size": {"type": int, "default": 256, "help": "side of an image in pixels (default: %(default)s)"},
+    "--image-size": {
+        "type": int, "help": "side of an image in pixels (default: 256, with --encoder the size it was made for)",
+    },
     "--patch-size": {
-        "type": int, "help": "side of a patch: in pixels (default: 16), with --vae in latents (default: 2)",
+        "type": int,
+        "help": "side of a patch: in pixels (default: 16), with --vae in latents (default: 2), with --encoder in "
+        "features (default: 1)",
     },
     "--shape": {
         "choices": ("crop", "native"), "default": "crop",
@@ -106,7 +112,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--vae-batch": {
         "type": int, "metavar": "N",
-        "help": f"with --vae: images at a time; on a CPU one is as fast and takes less memory (default: {BATCH})",
+        "help": "with --vae or --encoder: images at a time; on a CPU one is as fast and takes less memory "
+        f"(default: {BATCH})",
+    },
+    "--encoder": {
+        "type": _local, "metavar": "FOLDER",
+        "help": "frozen vision encoder whose patch features to store: a transformers model (safetensors) with its "
+        "image processor; no decoder turns what a model draws of them into pictures",
+    },
+    "--encoder-like": {
+        "type": _local, "metavar": "OTHER",
+        "help": "with --encoder: data folder whose normalisation of the features to use, such as that of the training "
+        "data for validation data (default: measured on these images)",
     },
     "--picture": {"type": _local, "metavar": "PNG", "help": "draw the lengths of its documents"},
     "--like": {
@@ -120,7 +137,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
 SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe")
-IMAGES = ("--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch")
+IMAGES = (
+    "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
+)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,19 +195,45 @@ def _text(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
-    source, size, patch, latents = kind.of(options.files), options.image_size, options.patch_size, None
-    if options.vae is None:
-        if options.latents is not None or options.vae_batch is not None:
-            raise InputError("--latents and --vae-batch must come with --vae, got none; give the autoencoder's folder")
-        modality = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels")
-        rule = ImageRule(options.shape, size, modality.patch_size)
+    source, latents, size, patch = kind.of(options.files), _latents(options), options.image_size, options.patch_size
+    if latents is None:
+        modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
     else:
-        batch = BATCH if options.vae_batch is None else options.vae_batch
-        latents = LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
-        modality = latents.modality("images", 2 if patch is None else patch)
-        rule = ImageRule(options.shape, size, modality.patch_size * latents.autoencoder.stride)
+        is_vision = isinstance(latents.encoder, VisionEncoder)
+        modality = latents.encoder.modality("images", (1 if is_vision else 2) if patch is None else patch)
+        stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
+    rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    _build(options, source, Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents))
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents)
+    if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
+        vision = measure_features(encoder, source, options.train_bpe, options.out)
+        modality = vision.modality(modality.name, modality.patch_size)
+        encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
+    _build(options, source, encoder)
+
+
+def _latents(options: argparse.Namespace) -> LatentRule | None:
+    """Return the rule of the encoder that is given; None for pixels."""
+    batch = BATCH if options.vae_batch is None else options.vae_batch
+    if options.vae is not None and options.encoder is not None:
+        raise InputError("--vae or --encoder must be given alone, got both; give one of them")
+    if options.latents is not None and options.vae is None:
+        raise InputError("--latents must come with --vae, got none; give the autoencoder's folder")
+    if options.encoder_like is not None and options.encoder is None:
+        raise InputError("--encoder-like must come with --encoder, got none; give the vision encoder's folder")
+    if options.vae is not None:
+        return LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
+    if options.encoder is None:
+        if options.vae_batch is not None:
+            raise InputError("--vae-batch must come with --vae or --encoder, got none; give the encoder's folder")
+        return None
+    vision = read_vision_encoder(options.encoder)
+    if options.encoder_like is not None:
+        modalities = parse_index(options.encoder_like).modalities
+        if len(modalities) != 1 or not modalities[0].mean:
+            raise InputError(f"--encoder-like must be a folder of features, got {options.encoder_like}; give another")
+        vision = vision.normalised_like(modalities[0], str(options.encoder_like))
+    return LatentRule(vision, False, batch)
 
 
 def _repack(options: argparse.Namespace) -> None:
@@ -242,6 +287,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {summary(reader.index)}")
     print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
     print(f"images: {found.images} of {found.patches} patches")
+    if found.ignored or found.weighted:
+        print(f"ids and patches without loss: {found.ignored}, with another weight than 1: {found.weighted}")
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
     print(f"waste if packed again, longer documents cut anywhere: {wastes}")
     if options.picture:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfusion_fast.config import ModelConfig
+    from transfusion_fast.model.inputs import Weighted
     from transfusion_fast.model.loss import Losses
     from transfusion_fast.model.sequence import PackedBatch, Vocabulary
     from transfusion_fast.sampling.decoder import Transfusion
 
-__all__ = ["Losses", "ModelConfig", "PackedBatch", "Transfusion", "Vocabulary"]
+__all__ = ["Losses", "ModelConfig", "PackedBatch", "Transfusion", "Vocabulary", "Weighted"]
 
 _MODULES = {
     "Losses": "model.loss",
@@ -17,6 +18,7 @@ _MODULES = {
     "PackedBatch": "model.sequence",
     "Transfusion": "sampling.decoder",
     "Vocabulary": "model.sequence",
+    "Weighted": "model.inputs",
 }
 
 

@@ -168,11 +168,16 @@ def test_a_changed_number_of_a_segment_is_found(row, column, value, reason):
         ("latents", lambda a: np.append(a, a), "end to end"),
         ("latents", lambda a: a[:-1], "cover its 7 latents end to end, got 8"),
         ("segments", lambda a: a[:0], "must be one row or more"),
+        ("weights", lambda a: a[:-1], "weights of a pack must be 3 numbers from 0 on"),
+        ("weights", lambda a: -a, "numbers from 0 on, one a segment, got"),
+        ("weights", lambda a: a + np.array([0, np.nan, 0], np.float32), "numbers from 0 on"),
+        ("weights", lambda a: np.full_like(a, np.inf), "numbers from 0 on"),
         ("segments", lambda a: a + np.array([1, 0, 0, 0, 0, 0], np.int32), "number its documents"),
     ],
 )
 def test_a_changed_array_is_found(field, change, reason):
-    pack = make_pack([(text(1, 2), image(2, 4)), (text(3),)], (GREY,))
+    pack = make_pack([(replace(text(1, 2), weight=2.0), image(2, 4)), (text(3),)], (GREY,))
+    validate_pack(pack, (GREY,), 256, 64)
     with pytest.raises(InputError, match=reason):
         validate_pack(replace(pack, **{field: change(getattr(pack, field))}), (GREY,), 256, 64)
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_a_malformed_npy_is_refused(tokens):
 
 
 FILES = [(f"k.{field}.npy", npy(getattr(PACKS[0], field))) for field in FIELDS]
+
+
+def test_packs_with_and_without_weights_share_a_shard(tmp_path):
+    pack = replace(PACKS[0], weights=np.array([0.5, 0], np.float32))
+    write_shard([PACKS[0], pack, PACKS[1]], tmp_path, 0, SCHEMA)
+    table, data = read_table(tmp_path / "shard-000000.tar"), (tmp_path / "shard-000000.tar").read_bytes()
+    found = [table.decode(number, data[slice(*table.span(number))]) for number in range(3)]
+    assert found[0].weights is found[2].weights is None and found[1].weights.tolist() == [0.5, 0]
+    assert_same_pack(found[1], PACKS[0])
+    weights = ("k.weights.npy", npy(pack.weights))
+    decode_pack(tar_members([*FILES, weights]))
+    for files in ([*FILES, weights, weights], [weights, *FILES], [*FILES[:2], weights]):
+        assert "must be .npy for" in refusal(decode_pack, tar_members(files))
 
 
 OTHER_KEY, EXTRA = ("j.tokens.npy", FILES[2][1]), ("k.extra.npy", FILES[0][1])

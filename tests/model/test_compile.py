@@ -8,7 +8,7 @@ import torch
 from small_models import ids, seeded, small_model
 from torch import Tensor
 
-from transfusion_fast import Transfusion
+from transfusion_fast import Transfusion, Weighted
 from transfusion_fast.model import ops
 from transfusion_fast.model.inputs import Randomness, pack_documents
 
@@ -45,7 +45,8 @@ def test_calls_of_a_compiled_model_give_the_losses_and_gradients_of_the_model(ca
 )
 def test_the_model_and_a_block_are_one_graph_each(backend, copies, diffusion, tolerance):
     model = make(backend, diffusion=diffusion)
-    batch = pack_documents(DOCUMENTS, model.config, Randomness(seeded(), prob_uncond=0, noised_copies=copies))
+    documents = [*DOCUMENTS, [Weighted(ids(1, 2), 0.5)]]
+    batch = pack_documents(documents, model.config, Randomness(seeded(), prob_uncond=0, noised_copies=copies))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     got, expected = (gradients(model, m(batch).total) for m in (compiled, model))
     torch.testing.assert_close(got, expected, **tolerance["fp32"])

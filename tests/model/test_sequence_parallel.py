@@ -48,6 +48,7 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int, copi
         assert torch.equal(torch.cat([getattr(part, name) for part in split]), getattr(batch, name))
     supervised = torch.cat([part.supervised + number * length for number, part in enumerate(split)])
     assert torch.equal(supervised, batch.supervised)
+    assert torch.equal(torch.cat([part.token_weights for part in split]), batch.token_weights)
     for number, whole in enumerate(batch.modalities):
         pieces = [part.modalities[number] for part in split]
         assert torch.equal(
@@ -57,7 +58,7 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int, copi
         assert torch.equal(torch.cat([p.noise for p in pieces]), whole.noise)
         of_patches = [p.timesteps.repeat_interleave(p.image_offsets.diff()) for p in pieces]
         assert torch.equal(joined(of_patches, pieces), whole.timesteps.repeat_interleave(whole.image_offsets.diff()))
-        assert sum(float(p.fractions.sum()) for p in pieces) == pytest.approx(whole.num_trained)
+        assert sum(float(p.weights.sum()) for p in pieces) == pytest.approx(float(whole.weights.sum()))
 
 
 def joined(values: Sequence[torch.Tensor], pieces: Sequence[ModalityBatch]) -> torch.Tensor:

@@ -43,8 +43,8 @@ def rule(folder):
 
 
 def encoder(rule, shape="native", patch=1):
-    image = ImageRule(shape, 12, patch * rule.autoencoder.stride)
-    return Encoder(TOKENIZER, 64, (rule.modality("images", patch),), image, latents=rule)
+    image = ImageRule(shape, 12, patch * rule.encoder.stride)
+    return Encoder(TOKENIZER, 64, (rule.encoder.modality("images", patch),), image, latents=rule)
 
 
 def pictures(count):
@@ -99,7 +99,7 @@ def test_processes_take_the_gpus_in_turn(rule, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda index: taken.append(index) or contextlib.nullcontext())
     monkeypatch.setattr(Autoencoder, "encode", lambda self, pixels, noise: np.zeros((len(pixels), 4, 6, 4), np.float16))
-    on_gpu = replace(rule, autoencoder=replace(rule.autoencoder, device="cuda"))
+    on_gpu = replace(rule, encoder=replace(rule.encoder, device="cuda"))
     for number in (0, 3, 6):
         monkeypatch.setattr(latents_module, "worker_number", lambda number=number: number)
         on_gpu(pictures(1))
@@ -138,7 +138,7 @@ def test_a_lack_of_gpu_memory_is_one_line(rule, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\n")
 
     monkeypatch.setattr(Autoencoder, "encode", full)
-    with pytest.raises(InputError, match=r"an autoencoder a process and 3 images each.* with fewer processes"):
+    with pytest.raises(InputError, match=r"an encoder a process and 3 images each.* with fewer processes"):
         rule(pictures(1))
 
 
@@ -188,7 +188,7 @@ def test_neither_processes_nor_interruptions_change_the_latents(tmp_path, recipe
     assert content(tmp_path / "1") == content(tmp_path / "3") == content(tmp_path / "resumed")
     [modality] = read_index(tmp_path / "1").modalities
     assert modality == recipe.encoder.modalities[0]
-    assert modality.autoencoder == recipe.encoder.latents.autoencoder.fingerprint
+    assert modality.autoencoder == recipe.encoder.latents.encoder.fingerprint
     assert len({latents_of(document).tobytes() for document in documents_in(tmp_path / "1")}) == 33
     path = tmp_path / "1" / INDEX_NAME
     fields = json.loads(path.read_text())
@@ -207,7 +207,7 @@ def test_other_latents_are_not_mixed_with_those_that_were_begun(tmp_path, recipe
     for other in [*others, replace(rule, sampled=False)]:
         with pytest.raises(InputError, match=r"encoder\.(modalities.0.autoencoder|latents.(batch|sampled)) .* -> "):
             build(replace(recipe, encoder=encoder(other)), tmp_path / "out")
-    moved = replace(rule, autoencoder=read_autoencoder(shutil.copytree(folder, tmp_path / "elsewhere")))
+    moved = replace(rule, encoder=read_autoencoder(shutil.copytree(folder, tmp_path / "elsewhere")))
     assert moved.describe() == rule.describe(), "the folder of an autoencoder may move"
 
 

@@ -1,17 +1,20 @@
-"""From tars of pictures by way of an autoencoder's latents to pictures that a run draws."""
+"""From tars of pictures by way of an encoder's latents to pictures that a run draws."""
 
 import json
 
 import numpy as np
 import pytest
-from autoencoders import random_pixels, save_autoencoder
+from autoencoders import random_pixels, save_autoencoder, save_vision_encoder
 from build_cases import make_pairs
 from image_files import png, saved
 from launching import metrics, train
 from PIL import Image
 
 from transfusion_fast.data.autoencoder import read_autoencoder
+from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.vision_encoder import read_vision_encoder
+from transfusion_fast.prepare import build
 
 SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)
 
@@ -24,6 +27,7 @@ def folder(tmp_path_factory):
     make_pairs(folder / "pairs.tar", {f"{i:03d}": (image, f"picture {i}") for i, image in enumerate(images)})
     save_autoencoder(folder / "vae")
     save_autoencoder(folder / "other", seed=1)
+    save_vision_encoder(folder / "vit")
     return folder
 
 
@@ -87,12 +91,19 @@ def test_a_missing_or_other_autoencoder_is_named_in_one_line(
         ("--vae VAE --patch-size 3", "image size must be a positive multiple of 6, got 16"),
         ("--vae VAE --vae-batch 0", "images encoded together must be 1 or more, got 0"),
         ("--vae nowhere", "nowhere must be a folder with config.json"),
-        ("--latents mean", "--latents and --vae-batch must come with --vae"),
-        ("--vae-batch 2", "--latents and --vae-batch must come with --vae"),
+        ("--latents mean", "--latents must come with --vae"),
+        ("--vae-batch 2", "--vae-batch must come with --vae or --encoder"),
+        ("--vae VAE --encoder VIT", "--vae or --encoder must be given alone"),
+        ("--encoder VIT --latents mean", "--latents must come with --vae"),
+        ("--encoder nowhere", "nowhere must be a folder with config.json"),
+        ("--encoder VIT --image-size 18", "image size must be a positive multiple of 4, got 18"),
+        ("--encoder-like DATA", "--encoder-like must come with --encoder"),
+        ("--encoder VIT --encoder-like DATA", "--encoder-like must be a folder of features"),
     ],
 )
-def test_settings_that_do_not_fit_are_named_in_one_line(folder, tmp_path, prepare, options, complaint):
-    given = (folder / "vae" if option == "VAE" else option for option in options.split())
+def test_settings_that_do_not_fit_are_named_in_one_line(folder, run, tmp_path, prepare, options, complaint):
+    named = {"VAE": folder / "vae", "VIT": folder / "vit", "DATA": folder / "data"}
+    given = (named.get(option, option) for option in options.split())
     code, _, err = prepare(tmp_path / "out", *given)
     assert code == 2 and complaint in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -114,3 +125,40 @@ def test_latents_are_sampled_or_their_mean_and_pixels_need_no_autoencoder(folder
     assert mean.shape == sampled.shape and np.abs(mean - sampled).max() > 0.1
     [modality] = found["pixels"].index.modalities
     assert (modality.encoding, modality.patch_size, modality.autoencoder) == ("pixels", 16, "")
+
+
+def values_in(folder):
+    """Return the modality of a folder of features, and all features, fp32 [images, rows, columns, C], in any order."""
+    reader = PackReader(folder)
+    packs = (reader.read(number) for number in range(len(reader)))
+    segments = (s for pack in packs for document in pack.documents(reader.index.modalities) for s in document)
+    [modality] = reader.index.modalities
+    return modality, np.stack([s.values for s in segments if isinstance(s, ImageSegment)]).astype(np.float32)
+
+
+def test_a_run_on_a_vision_encoders_features_trains_but_draws_no_pictures(
+    folder, tmp_path, prepare, command, monkeypatch
+):
+    encoder, vit = read_vision_encoder(folder / "vit"), ("--encoder", folder / "vit")
+    code, out, err = prepare(tmp_path / "data", *vit)
+    assert (code, err) == (0, "") and "24 documents" in out
+    modality, values = values_in(tmp_path / "data")
+    assert (modality.channels, modality.patch_size, values.shape) == (16, 1, (24, 4, 4, 16))
+    assert np.abs(values.mean((0, 1, 2))).max() < 0.01 and np.abs(values.std((0, 1, 2)) - 1).max() < 0.01
+    assert prepare(tmp_path / "pixels")[0] == 0
+    pixels = values_in(tmp_path / "pixels")[1].astype(np.uint8)
+    raw = encoder.encode(pixels).astype(np.float32)  # equals a forward pass of transformers' model, by its own test
+    restored = values * np.float32(modality.std) + np.float32(modality.mean)
+    by_first = [array[np.argsort(array[:, 0, 0, 0])] for array in (raw, restored)]
+    np.testing.assert_allclose(*by_first, rtol=4e-3, atol=4e-3)
+
+    monkeypatch.setattr(build, "MEASURED", 8)  # other images, and so another mean
+    assert "already there" in prepare(tmp_path / "data", *vit)[1]
+    assert prepare(tmp_path / "fewer", *vit)[0] == 0
+    assert prepare(tmp_path / "like", *vit, "--encoder-like", tmp_path / "data")[0] == 0
+    assert values_in(tmp_path / "like")[0] == modality != values_in(tmp_path / "fewer")[0]
+
+    train(1, tmp_path / "data", tmp_path / "run", "train.steps=2", "model.dim_latent=16")
+    assert all(np.isfinite(row["diffusion_loss"]) for row in metrics(tmp_path / "run"))
+    code, _, err = command("sample", tmp_path / "run", "--prompt", "picture 1", "--out", tmp_path / "a.png")
+    assert code == 2 and "on a vision encoder's features" in err and err.count("\n") == 1

@@ -93,7 +93,7 @@ def images_of(*timesteps: list[float], fraction: float = 1.0) -> SimpleNamespace
     """Return a batch with images, or a fraction of each, at these timesteps, one list for each modality."""
     modalities = [
         SimpleNamespace(
-            timesteps=torch.tensor([*own, 1.0]), fractions=torch.full((len(own),), fraction), num_trained=len(own)
+            timesteps=torch.tensor([*own, 1.0]), weights=torch.full((len(own),), fraction), num_trained=len(own)
         )  # and with a clean image, which has no loss
         for own in timesteps
     ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,10 +60,11 @@ def plain_course(config: Config) -> list[dict]:
         text, diffusion, total = (loss.item() for loss in losses[:3])
         row = {"step": step + 1, "packs": (step + 1) * size, "lr": lr, "grad_norm": norm.item(), "loss": total}
         row["padding"] = 1 - batch.num_tokens / len(batch.tokens)
-        timesteps = torch.cat([images.timesteps for images in batch.modalities])
+        timesteps, weights = (torch.cat([getattr(m, x) for m in batch.modalities]) for x in ("timesteps", "weights"))
         for quarter in range(4):
-            own = losses.per_image[(timesteps > 250 * quarter) & (timesteps <= 250 * (quarter + 1))]
-            row[f"diffusion_loss_q{quarter + 1}"] = own.mean().item() if len(own) else None
+            own = (timesteps > 250 * quarter) & (timesteps <= 250 * (quarter + 1))
+            weight = weights[own].sum()
+            row[f"diffusion_loss_q{quarter + 1}"] = (losses.per_image[own].sum() / weight).item() if weight else None
         rows.append({**row, "text_loss": text, "diffusion_loss": diffusion, "skipped_steps": 0, "quarantined": 0})
     return rows
 
@@ -137,8 +139,13 @@ TIED = ("model.tie_embeddings=true", "model.transformer.qk_norm=true", "model.po
 def test_micro_batches_with_text_alone_and_images_alone_take_the_steps_of_one_batch(
     ranks: int, settings: list[str], tmp_path: Path
 ) -> None:
-    """With packs of text only and of images only, most steps give one rank no image and the other no text to learn."""
+    """With packs of text only and of images only, most steps give one rank no image and the other no text to learn.
+
+    Some packs have other weights than 1, and some none at all.
+    """
     kinds = [(text(54, seed),) if seed % 2 else (picture(seed), picture(seed), picture(seed)) for seed in range(8)]
+    for number, weights in ((0, (3, 0, 0.5)), (1, (0,)), (3, (0.25,)), (4, (2, 2, 2))):
+        kinds[number] = tuple(replace(s, weight=w) for s, w in zip(kinds[number], weights, strict=True))
     data = write_packs(tmp_path / "data", kinds, sequence_length=56)
     overrides = ("train.global_batch=2", "train.steps=8", *settings)
     config = small_config(data, *overrides)

@@ -24,6 +24,7 @@ from transfusion_fast.model.sequence import (
     Segments,
     Vocabulary,
     build_batch,
+    copied_images,
     lay_out,
     without_context,
 )
@@ -85,7 +86,10 @@ class BatchBuilder:
         drawn = Draws(*(np.concatenate(arrays, axis=-1) for arrays in zip(*draws, strict=True)))
         rows = _joined([keyed.pack for keyed in packs])
         tokens = np.concatenate([keyed.pack.tokens for keyed in packs])
-        sequence = lay_out(self._segments(rows, drawn), tokens, self.vocabulary)
+        weights = None
+        if any(keyed.pack.weights is not None for keyed in packs):
+            weights = np.concatenate([_weights(keyed.pack) for keyed in packs])
+        sequence = lay_out(self._segments(rows, weights, drawn), tokens, self.vocabulary)
         uniform = torch.from_numpy(drawn.timestep if copies else drawn.timestep[0])
         cap = NUM_TIMESTEPS if copies else self.settings.noise_cap
         timesteps = draw_timesteps(sequence, self.vocabulary, self.diffusion, uniform, cap)
@@ -96,11 +100,11 @@ class BatchBuilder:
         for kind, info in enumerate(self.modalities, start=1):
             noise = [_patches(rows, noise, kind, info) for noise in drawn.noise]
             images.append((_patches(rows, values, kind, info), torch.stack(noise) if copies else noise[0]))
-        used = len(sequence.tokens) + copies * int(sequence.length.sum())
+        used = len(sequence.tokens) + copies * int(sequence.length[copied_images(sequence)].sum())
         total = max(1, -(-used // self.length_step)) * self.length_step
         return build_batch(sequence, images, timesteps, self.configs, total, causal_images=self.causal_images)
 
-    def _segments(self, rows: np.ndarray, draws: Draws) -> Segments:
+    def _segments(self, rows: np.ndarray, weights: np.ndarray | None, draws: Draws) -> Segments:
         """Return the segments in the order drawn: a document of one text and one image, in this order, is a
         caption-image pair, which can be laid out image first."""
         is_image = rows[:, 1] != KIND_TEXT
@@ -115,7 +119,13 @@ class BatchBuilder:
         document, kind, _, length, height, width = rows[order].T
         patch_size = np.array([1, *(modality.patch_size for modality in self.modalities)])[kind]
         rows, columns = height // patch_size, width // patch_size
-        return Segments(document, kind, length, np.stack([np.ones_like(rows), rows, columns], axis=1))
+        shape = np.stack([np.ones_like(rows), rows, columns], axis=1)
+        return Segments(document, kind, length, shape, None if weights is None else weights[order])
+
+
+def _weights(pack: Pack) -> np.ndarray:
+    """Return the weight of the loss of each segment, fp32 [S]."""
+    return np.ones(len(pack.segments), np.float32) if pack.weights is None else pack.weights
 
 
 def _joined(packs: Sequence[Pack]) -> np.ndarray:

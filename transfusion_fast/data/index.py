@@ -93,7 +93,7 @@ _HEADERS, _INDEXES = TypeAdapter(_Header), TypeAdapter(Index)
 
 def schema_of(sequence_length: int, tokenizer: TokenizerDescription, modalities: Sequence[ModalityInfo]) -> bytes:
     """Return the digest of the settings that give the numbers in packs their meaning."""
-    settings = [sequence_length, tokenizer, [asdict(modality) for modality in modalities]]
+    settings = [sequence_length, tokenizer, [modality.describe() for modality in modalities]]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
 
 
@@ -123,7 +123,7 @@ def file_sha256(path: Path) -> str:
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json atomically, with a line for each field and each shard."""
     fields = {**vars(_HEADER), **vars(index)}
-    fields["modalities"] = [asdict(modality) for modality in index.modalities]
+    fields["modalities"] = [modality.describe() for modality in index.modalities]
     shards = ",\n".join(f"    {json.dumps(asdict(shard))}" for shard in fields.pop("shards"))
     lines = [f'  "{name}": {json.dumps(value)},' for name, value in fields.items()]
     write_atomically(folder / INDEX_NAME, "\n".join(["{", *lines, '  "shards": [', shards, "  ]", "}", ""]))

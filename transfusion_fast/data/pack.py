@@ -8,8 +8,8 @@ stored: the loader adds them.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -33,7 +33,12 @@ class ModalityInfo:
     patch_size: int
     encoding: Literal["pixels", "latents"]
     autoencoder: str = ""
-    """Fingerprint of the autoencoder that made the latents, 64 hexadecimal digits; empty for pixels or if unknown."""
+    """Fingerprint of the autoencoder or vision encoder that made the latents, 64 hexadecimal digits; empty for pixels
+    or if unknown."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel of a vision encoder's features; latents are (feature - mean) / std. Empty for others."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel of a vision encoder's features."""
 
     def __post_init__(self) -> None:
         digits = "([0-9a-f]{64})?" if self.encoding == "latents" else ""
@@ -43,25 +48,41 @@ class ModalityInfo:
             ("name", re.fullmatch(r"\w[\w .-]{0,99}", self.name), "letters, digits, _ . - and spaces, 100 at most"),
             ("encoding", self.encoding in _STORED_AS, "pixels or latents"),
             ("autoencoder", re.fullmatch(digits, self.autoencoder), "64 hexadecimal digits for latents, or empty"),
+            ("mean", np.isfinite(self.mean).all(), "finite"),
+            ("std", all(0 < std < math.inf for std in self.std), "positive"),
+            ("mean", len(self.mean) in (0, self.channels), f"{self.channels} numbers, one a channel, or none"),
+            ("std", len(self.std) == len(self.mean), f"{len(self.mean)} numbers, as many as the means"),
         ):
             if not good:
                 got = f"{getattr(self, field)!r:.80}"
                 raise InputError(f"{field} of modality {self.name!r:.80} must be {rule}, got {got}; correct it")
 
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as JSON, without the mean and deviation that other latents than features do not have."""
+        return {name: value for name, value in asdict(self).items() if value != ()}
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Self:
+        """Return the modality that `describe` described, after a passage through JSON."""
+        return cls(**fields | {name: tuple(fields[name]) for name in ("mean", "std") if name in fields})
+
 
 @dataclass(frozen=True, eq=False)
 class TextSegment:
-    """Text ids, int32 [n], n >= 1."""
+    """Text ids, int32 [n], n >= 1, and the weight of their loss."""
 
     ids: np.ndarray
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSegment:
-    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], and the number of its modality."""
+    """An image, uint8 (pixels) or float16 (latents) [height, width, channels], the number of its modality, and the
+    weight of its loss."""
 
     values: np.ndarray
     modality: int = 0
+    weight: float = 1.0
 
 
 Segment = TextSegment | ImageSegment
@@ -75,12 +96,13 @@ class Pack:
     `tokens` int32 [n]: the text ids. `latents` uint8 or float16 [m]: the images' values, row-major. `segments`
     int32 [S, 6]: rows of `SEGMENT_COLUMNS`, in document order. A text row holds its offset and length in `tokens`, and
     zero height and width. An image row holds the offset of its first value in `latents`, its number of patches, and
-    its height and width in values.
+    its height and width in values. `weights` fp32 [S]: the weight of each segment's loss, or None for 1 everywhere.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     latents: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def num_documents(self) -> int:
@@ -97,8 +119,9 @@ class Pack:
     def documents(self, modalities: Sequence[ModalityInfo]) -> list[Document]:
         """Return the documents that `make_pack` was given; their arrays are views of the pack's."""
         documents: list[list[Segment]] = [[] for _ in range(self.num_documents)]
-        for row in self.segments.tolist():
-            documents[row[0]].append(segment_at(row, self.tokens, self.latents, modalities))
+        weights = [1.0] * len(self.segments) if self.weights is None else self.weights.tolist()
+        for row, weight in zip(self.segments.tolist(), weights, strict=True):
+            documents[row[0]].append(segment_at(row, weight, self.tokens, self.latents, modalities))
         return [tuple(segments) for segments in documents]
 
 
@@ -151,14 +174,14 @@ def segment_row(
 
 
 def segment_at(
-    row: Sequence[int], tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
+    row: Sequence[int], weight: float, tokens: np.ndarray, latents: np.ndarray, modalities: Sequence[ModalityInfo]
 ) -> Segment:
-    """Return the segment that a row describes; its array is a view."""
+    """Return the segment that a row and its weight describe; its array is a view."""
     _, kind, offset, length, height, width = row
     if kind == KIND_TEXT:
-        return TextSegment(tokens[offset : offset + length])
+        return TextSegment(tokens[offset : offset + length], weight)
     shape = (height, width, modalities[kind - 1].channels)
-    return ImageSegment(latents[offset : offset + math.prod(shape)].reshape(shape), modality=kind - 1)
+    return ImageSegment(latents[offset : offset + math.prod(shape)].reshape(shape), kind - 1, weight)
 
 
 def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo]) -> Pack:
@@ -178,7 +201,11 @@ def make_pack(documents: Sequence[Document], modalities: Sequence[ModalityInfo])
             else:
                 latents.append(segment.values.reshape(-1))
                 value_offset += segment.values.size
-    return Pack(np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents))
+    weights = np.array([segment.weight for document in documents for segment in document], np.float32)
+    has_weights = bool((weights != 1).any())
+    return Pack(
+        np.concatenate(tokens), np.array(rows, np.int32), np.concatenate(latents), weights if has_weights else None
+    )
 
 
 def empty_pack(modalities: Sequence[ModalityInfo]) -> Pack:
@@ -204,6 +231,12 @@ def validate_pack(pack: Pack, modalities: Sequence[ModalityInfo], num_text_token
         )
     if not np.isfinite(pack.latents).all():
         raise InputError("latents of a pack must be finite, got infinity or NaN")
+    weights = pack.weights
+    if weights is not None and (len(weights) != len(pack.segments) or not ((weights >= 0) & (weights < np.inf)).all()):
+        raise InputError(
+            f"weights of a pack must be {len(pack.segments)} numbers from 0 on, one a segment, got "
+            f"{weights.tolist()!r:.60}"
+        )
     if pack.num_positions > sequence_length:
         raise InputError(f"pack must take at most {sequence_length} positions, got {pack.num_positions}")
 

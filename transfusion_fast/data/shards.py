@@ -1,4 +1,4 @@
-"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three npy files a sample, no pickles.
+"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three or four npy files a sample, no pickles.
 
 The last file of a shard is its table, which gives the location and checksum of every pack, and a digest of the
 tokenizer, modalities and pack length. The index of a folder therefore has one line a shard, however many packs
@@ -33,7 +33,8 @@ PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 TABLE = "__packs__"
 SCHEMA_BYTES, _ROW_BYTES = 32, 16  # the table is the schema digest, then a row for each pack
 _FIELDS = ("latents", "segments", "tokens")  # files of a pack, in the order of a shard
-_DTYPES = {"latents": ("|u1", "<f2"), "segments": ("<i4",), "tokens": ("<i4",)}
+_WEIGHTS = "weights"  # the last file of a pack in which a segment's loss has another weight than 1
+_DTYPES = {"latents": ("|u1", "<f2"), "segments": ("<i4",), "tokens": ("<i4",), _WEIGHTS: ("<f4",)}
 _NPY_HEADER_BYTES = 128
 _MIN_PACK_BYTES = len(_FIELDS) * 2 * tarfile.BLOCKSIZE  # a header and at least one block of data each
 
@@ -123,7 +124,7 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes)
 def _encode_pack(key: str, pack: Pack) -> bytes:
     """Return the tar members of a pack, headers included."""
     sample: dict[str, str | bytes] = {"__key__": key}
-    for field in _FIELDS:
+    for field in _FIELDS if pack.weights is None else (*_FIELDS, _WEIGHTS):
         array = getattr(pack, field)
         sample[f"{field}.npy"] = _npy_header(array) + array.tobytes()
     stream = io.BytesIO()
@@ -185,9 +186,10 @@ def decode_pack(payload: bytes) -> Pack:
         names.append(member.name)
         files.append(view[start : start + member.size])
     key = names[0].partition(".")[0] if names else ""
-    if names != [f"{key}.{field}.npy" for field in _FIELDS]:
+    fields = (*_FIELDS, _WEIGHTS)[: max(len(names), len(_FIELDS))]
+    if names != [f"{key}.{field}.npy" for field in fields]:
         raise InputError(f"files of a pack must be .npy for {', '.join(_FIELDS)} of one key, got {names!r:.80}")
-    return Pack(**{field: _read_npy(field, data) for field, data in zip(_FIELDS, files, strict=True)})
+    return Pack(**{field: _read_npy(field, data) for field, data in zip(fields, files, strict=True)})
 
 
 def _parse_header(header: bytes, start: int, limit: int) -> tuple[tarfile.TarInfo, int]:
@@ -226,16 +228,17 @@ def read_table(shard: Path) -> PackTable:
     Raises:
         InputError: The tar is incomplete, holds anything but plain files, or does not end in the table of its packs.
     """
-    members, name, end = -1, "", 0
+    packs, name, end = 0, "", 0
     try:
         with shard.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             while name != TABLE:
                 start = stream.seek(end)
                 member, end = _parse_header(stream.read(tarfile.BLOCKSIZE), start, size)
-                members, name = members + 1, member.name
+                name = member.name
+                packs += name.endswith(f".{_FIELDS[0]}.npy")
             stream.seek(start)
-            table = decode_table(stream.read(end - start), members // len(_FIELDS), start)
+            table = decode_table(stream.read(end - start), packs, start)
             rest = stream.read(tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE)
         if rest != tar_ending(end):
             raise InputError(f"it must end in {len(tar_ending(end))} zeros after byte {end}, got {len(rest)} bytes")

@@ -4,6 +4,7 @@ A document is a list of pieces, `[ids, latents, (modality, latents), ...]`. An i
 tensor is an image of modality 0, and a tuple names another modality. Images are [rows, columns, C], or [patches, C] for
 one row; other numbers of dimensions are [C], [length, C] and [frames, rows, columns, C]. With `channel_first` C comes
 first. Special tokens are added. `sample` returns documents of the same form.
+For training, `Weighted(piece, weight)` in place of a piece, or around a whole document, weighs its loss; 0 ignores it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,8 +32,26 @@ from transfusion_fast.model.sequence import (
     without_context,
 )
 
+MAX_WEIGHT = 1e6
+"""Largest weight of a loss."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A piece or a document with the weight of its loss, a number in 0..`MAX_WEIGHT`.
+
+    A weight of 0 makes it context only, such as a prompt. The weights of a document and of its piece are multiplied.
+    Losses are means in which a token or an image of weight 2 counts as two, so that what matters is how weights differ.
+    """
+
+    content: Any
+    weight: float
+
+
 Piece = Tensor | tuple[int, Tensor]
 Document = Sequence[Piece]
+TrainingDocument = Sequence[Piece | Weighted] | Weighted
+Encode = Callable[[Sequence[Document]], Sequence[Document]]
 Segment = tuple[int, Tensor]
 """(kind, tensor) of a checked piece: TEXT with ids int64 [n], or 1 + modality with latents."""
 _AXES = ((), ("length",), ("rows", "columns"), ("frames", "rows", "columns"))
@@ -65,6 +84,14 @@ class Randomness:
             raise ValueError(f"noised_copies must be an integer from 0 on, got {copies!r}; 0 noises images in place")
 
 
+def check_weight(weight: object, what: str) -> float:
+    """Return a weight of a loss; raise ValueError naming `what` unless it is a number in its range."""
+    number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
+    if not number or not 0 <= cast(float, weight) <= MAX_WEIGHT:
+        raise ValueError(f"weight of {what} must be a number in 0..{MAX_WEIGHT:.0f}, got {weight!r:.60}; 0 is no loss")
+    return float(cast(float, weight))
+
+
 def check_document(document: Document, config: ModelConfig, number: int = 0) -> list[Segment]:
     """Return the pieces of a document with their kinds.
 
@@ -95,13 +122,20 @@ def encode_pieces(
 
 @torch.compiler.disable
 def pack_documents(
-    documents: Sequence[Document], config: ModelConfig, randomness: Randomness = Randomness()
+    documents: Sequence[TrainingDocument],
+    config: ModelConfig,
+    randomness: Randomness = Randomness(),
+    encode: Encode = lambda documents: documents,
 ) -> PackedBatch:
     """Lay documents out one after another, and draw timesteps and noise.
 
+    `encode` maps documents with raw pieces to documents of latents.
+
     Raises:
-        ValueError: as `check_document`, and for a document without pieces.
+        ValueError: as `check_document`, and for a document without pieces, or a weight out of its range.
     """
+    plain, weights = _without_weights(documents)
+    documents = encode(plain)
     for i, document in enumerate(documents):
         if not len(document):
             raise ValueError(f"document {i} must hold at least one piece, got none; leave it out")
@@ -116,12 +150,26 @@ def pack_documents(
         for kind, x in document
     ]
     number, kinds, lengths, *shape = np.array(rows, dtype=np.int64).reshape(-1, 6).T
-    segments = Segments(number, kinds, lengths, np.stack(shape, axis=1))
+    segments = Segments(number, kinds, lengths, np.stack(shape, axis=1), np.array(weights, np.float32))
     flat = [segment for document in checked for segment in document]
     ids = [x.cpu().numpy() for kind, x in flat if kind == TEXT]
     vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
     sequence = lay_out(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
     return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, randomness)
+
+
+def _without_weights(documents: Sequence[TrainingDocument]) -> tuple[list[list[Any]], list[float]]:
+    """Return the pieces of each document, and the weight of each piece of all documents, one after another."""
+    plain, weights = [], []
+    for i, document in enumerate(documents):
+        around = 1.0
+        if isinstance(document, Weighted):
+            document, around = document.content, check_weight(document.weight, f"document {i}")
+        plain.append([piece.content if isinstance(piece, Weighted) else piece for piece in document])
+        for j, piece in enumerate(document):
+            own = check_weight(piece.weight, f"document {i}, piece {j}") if isinstance(piece, Weighted) else 1.0
+            weights.append(around * own)
+    return plain, weights
 
 
 @torch.compiler.disable
@@ -131,7 +179,7 @@ def pack_rows(
     modality_positions: Sequence[Sequence[tuple[int, ...]]] | None,
     config: ModelConfig,
     randomness: Randomness = Randomness(),
-    encode: Callable[[Sequence[Document]], Sequence[Document]] = lambda documents: documents,
+    encode: Encode = lambda documents: documents,
 ) -> PackedBatch:
     """Pack rows that are laid out already: each row of text_ids [B, T] is one document; ids at image spans are ignored.
 

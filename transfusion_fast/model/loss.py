@@ -1,7 +1,8 @@
 """The training loss: language loss + lambda * diffusion loss (arXiv 2408.11039, equation 4), globally normalised.
 
-Every supervised token has the same weight, and so has every image, however the batch is divided: each rank divides its
-sums by the counts of the whole optimizer step, over ranks and accumulation steps, and the parts add up to the loss.
+Every supervised token has the same weight, and so has every image, unless documents say otherwise, however the batch is
+divided: each rank divides its weighted sums by the sums of weights of the whole optimizer step, over ranks and
+accumulation steps, and the parts add up to the loss.
 """
 
 from __future__ import annotations
@@ -14,21 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from transfusion_fast.model.sequence import PackedBatch
+
 SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
 _CHUNK = 1 << 25  # logits in memory at once for larger vocabularies
 
 
 class Counts(NamedTuple):
-    """Divisors of the losses: numbers of supervised tokens and of images."""
+    """Divisors of the losses: sums of the weights of supervised tokens and of images, without weights their numbers."""
 
-    tokens: int
-    images: int
+    tokens: float | Tensor
+    images: float | Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, *, common: bool = True) -> Counts:
+        """Return the counts of a batch in host memory, as numbers.
+
+        Args:
+            common: count also the images that ranks that share the pack have in common; true on one rank of them.
+        """
+        if batch.token_weights is None:
+            return cls(len(batch.supervised), batch.num_images * common)
+        images = sum(own.weights.double().sum().item() for own in batch.modalities)
+        return cls(batch.token_weights.double().sum().item(), images)
 
 
 class Losses(NamedTuple):
     """Cross-entropy per token, diffusion loss per image times the loss weight of its modality, and what is minimised:
-    their weighted sum and the z-loss, fp32 scalars; this batch's counts; and the diffusion loss of each image, fp32
-    [N], in the order of modalities, without gradient.
+    their weighted sum and the z-loss, fp32 scalars; this batch's counts; and the diffusion loss of each image times its
+    weight, fp32 [N], in the order of modalities, without gradient.
 
     This is a tuple because ZeRO-3 looks for a module's output tensors in tuples, lists and dicts.
     """
@@ -43,24 +58,38 @@ class Losses(NamedTuple):
 def combine(
     token_losses: Tensor,
     image_losses: Tensor,
-    weighted: Tensor,
+    scaled: Tensor,
     diffusion_weight: float,
     counts: Counts | None,
+    *,
+    image_weights: Tensor,
+    token_weights: Tensor | None = None,
     z_losses: Tensor | None = None,
 ) -> Losses:
-    """Divide the sums of fp32 losses by `counts`, or by the batch's own for None.
+    """Divide the weighted sums of fp32 losses by `counts`, or by the batch's own for None.
 
-    `token_losses` are cross-entropies [S], `image_losses` diffusion losses [N], `weighted` the same times the loss
-    weights of their modalities; `z_losses` [S] count in the total alone.
+    Args:
+        token_losses: cross-entropies [S]. image_losses: diffusion losses [N]. scaled: the same times the loss weights
+            of their modalities.
+        image_weights, token_weights: [N] and [S], those of `PackedBatch`; without `token_weights` the batch's own
+            counts are numbers.
+        z_losses: [S], which count in the total alone.
     """
     own = Counts(len(token_losses), len(image_losses))
+    if token_weights is not None:
+        token_losses = token_losses * token_weights
+        own = Counts(token_weights.sum(), image_weights.sum())
     counts = counts or own
-    text = token_losses.sum() / max(counts.tokens, 1)
-    diffusion = weighted.sum() / max(counts.images, 1)
+    text, diffusion = _mean(token_losses, counts.tokens), _mean(scaled * image_weights, counts.images)
     total = text + diffusion_weight * diffusion
     if z_losses is not None:
-        total = total + z_losses.sum() / max(counts.tokens, 1)
-    return Losses(text, diffusion, total, own, image_losses.detach())
+        total = total + _mean(z_losses if token_weights is None else z_losses * token_weights, counts.tokens)
+    return Losses(text, diffusion, total, own, (image_losses * image_weights).detach())
+
+
+def _mean(losses: Tensor, count: float | Tensor) -> Tensor:
+    """Return the sum of losses over their count, or zero for none, without waiting for a count on the device."""
+    return losses.sum() / (count.where(count > 0, 1.0) if isinstance(count, Tensor) else count or 1)
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

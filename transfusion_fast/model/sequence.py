@@ -6,6 +6,10 @@ E model width, F feed-forward width, V vocabulary, N images, P patches, C values
 A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The label of a position is the token after
 it if both positions are text of one document. So text predicts <boi>, <boi> and the patches have no label, and <eoi>
 predicts what follows the image.
+
+A segment's loss may have a weight. It holds for the tokens of the segment, wherever they are predicted, and for the
+special tokens beside them: <boi> has the weight of its image, <eos> that of the last segment. A token of weight zero is
+no label. The segment is seen as context all the same.
 """
 
 from __future__ import annotations
@@ -61,13 +65,15 @@ class Segments:
     """S segments of documents, in order, as int64 columns [S].
 
     `document` counts from 0; `kind` is TEXT or 1 + modality; `length` counts ids or patches; `shape` is [S, 3]: frames,
-    rows and columns of an image's grid of patches, 1 for dimensions that it lacks.
+    rows and columns of an image's grid of patches, 1 for dimensions that it lacks; `weight`, fp32, is that of the loss,
+    None for 1 everywhere.
     """
 
     document: np.ndarray
     kind: np.ndarray
     length: np.ndarray
     shape: np.ndarray
+    weight: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +81,8 @@ class TokenSequence:
     """Tokens, and the positions of documents and images among them. All arrays are numpy, int64.
 
     tokens [length of all documents], zero at patches; document_lengths [documents]. For the N images in order: start,
-    length, modality, each [N], and shape [N, 3] as of `Segments`.
+    length, modality, each [N], and shape [N, 3] as of `Segments`. weights: fp32 [length of all documents], the weight
+    of each token's segment, or None for 1 everywhere.
     """
 
     tokens: np.ndarray
@@ -84,6 +91,7 @@ class TokenSequence:
     length: np.ndarray
     shape: np.ndarray
     modality: np.ndarray
+    weights: np.ndarray | None = None
 
 
 def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> TokenSequence:
@@ -105,7 +113,10 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     tokens[image_start - 1] = vocabulary.boi() + 2 * modality
     tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
     document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
-    return TokenSequence(tokens, document_lengths, image_start, image_length, segments.shape[is_image], modality)
+    weights = None if segments.weight is None else np.repeat(segments.weight, extent)
+    return TokenSequence(
+        tokens, document_lengths, image_start, image_length, segments.shape[is_image], modality, weights
+    )
 
 
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
@@ -118,11 +129,13 @@ def patch_mask(sequence: TokenSequence) -> np.ndarray:
 def labels_of(sequence: TokenSequence, is_patch: np.ndarray) -> np.ndarray:
     """Return int64 [T]: the next token where this and the next position are text of one document, else IGNORED_LABEL.
 
-    `is_patch` is what `patch_mask` returns.
+    `is_patch` is what `patch_mask` returns. A token of weight zero is never a label.
     """
     labels = np.full_like(sequence.tokens, IGNORED_LABEL)
     predicts = ~is_patch[:-1] & ~is_patch[1:]
     predicts[np.cumsum(sequence.document_lengths)[:-1] - 1] = False
+    if sequence.weights is not None:
+        predicts &= sequence.weights[1:] > 0
     labels[:-1][predicts] = sequence.tokens[1:][predicts]
     return labels
 
@@ -197,11 +210,11 @@ class ModalityBatch:
     ones are noised copies; without copies there are none, and N' = N.
 
     latents: fp32 [P, C], clean; noise: fp32 [P', C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; fractions: fp32 [N'], the
-    fraction of each trained image's patches that this batch holds: 1, unless ranks share the pack; by_shape: int64 [N],
-    the trained images and then the others, in the order of their shapes; shapes: their shapes in that order, always on
-    the host, so that code for each shape does not wait for the device. Both are empty if ranks share the pack, which
-    cuts images.
+    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; weights: fp32 [N'], the
+    weight of each trained image's loss times the fraction of its patches that this batch holds, which is 1 unless
+    ranks share the pack; by_shape: int64 [N], the trained images and then the others, in the order of their shapes;
+    shapes: their shapes in that order, always on the host, so that code for each shape does not wait for the device.
+    Both are empty if ranks share the pack, which cuts images.
     """
 
     latents: Tensor
@@ -209,14 +222,14 @@ class ModalityBatch:
     timesteps: Tensor
     image_offsets: Tensor
     sequence_index: Tensor
-    fractions: Tensor
+    weights: Tensor
     by_shape: Tensor
     shapes: Shapes
 
     @property
     def num_trained(self) -> int:
         """N', the number of images that are trained."""
-        return len(self.fractions)
+        return len(self.weights)
 
     @property
     def trained_patches(self) -> int:
@@ -230,7 +243,8 @@ class PackedBatch:
 
     tokens, labels: int64 [T]; positions: int32 [T], [T, 2] or [T, 3]; supervised: int64 [S], the positions that have a
     label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
-    num_images: the trained images of all modalities, of all ranks that share the pack.
+    num_images: the trained images of all modalities, of all ranks that share the pack; token_weights: fp32 [S], the
+    weight of each label's loss, or None if those of all labels and images are 1.
     """
 
     tokens: Tensor
@@ -240,6 +254,7 @@ class PackedBatch:
     layout: AttentionLayout
     modalities: tuple[ModalityBatch, ...]
     num_images: int
+    token_weights: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -273,8 +288,9 @@ def build_batch(
     """Add noised copies, labels, positions, attention layout and padding to a sequence of tokens.
 
     Without copies, images are noised where they stand, and what follows sees them noised. With copies, they stay clean
-    there and have no loss, and K noised copies of each are added behind the context of its document. A copy has its
-    image's positions, and sees what precedes its image, and itself; nothing else sees it.
+    there and have no loss, and K noised copies of each are added behind the context of its document, unless the weight
+    of its loss is 0. A copy has its image's positions, and sees what precedes its image, and itself; nothing else sees
+    it.
 
     Args:
         images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order; with K copies the noise
@@ -295,10 +311,16 @@ def build_batch(
     total = used if total_length is None else total_length
     is_patch = patch_mask(sequence)
     labels = labels_of(sequence, is_patch)[placed.source]
+    supervised = np.flatnonzero(labels != IGNORED_LABEL)
+    weights = np.ones(len(sequence.tokens), np.float32) if sequence.weights is None else sequence.weights
+    token_weights = weights[placed.source[supervised] + 1]
+    image_weights = weights[sequence.start[placed.image[:trained]]]
+    is_weighted = (token_weights != 1).any() or (image_weights != 1).any()
     spans = np.stack([placed.start, placed.length], axis=1)
     if copies:
         clean = timesteps.new_full((len(sequence.start),), CLEAN_TIMESTEP)
-        timesteps = torch.cat([timesteps.t().flatten(), clean])
+        copied = torch.from_numpy(copied_images(sequence))
+        timesteps = torch.cat([timesteps.t()[copied].flatten(), clean])
 
     def padded(array: np.ndarray, value: int) -> Tensor:
         return torch.from_numpy(np.concatenate([array, np.full((total - used, *array.shape[1:]), value, array.dtype)]))
@@ -313,16 +335,16 @@ def build_batch(
             noise = noise.flatten(0, 1).index_select(0, torch.from_numpy(_ranges(first_noise, length[:noised])))
             latents = latents.index_select(0, torch.from_numpy(_ranges(first, length)))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
-        index, fractions = torch.from_numpy(_ranges(placed.start[own], length)), torch.ones(int(noised))
+        index = torch.from_numpy(_ranges(placed.start[own], length))
         order, shapes = _by_shape(sequence.shape[placed.image[own]], own >= trained)
-        own_timesteps = timesteps[torch.from_numpy(own)]
-        return ModalityBatch(latents, noise, own_timesteps, offsets, index, fractions, order, shapes)
+        own_timesteps, own_weights = timesteps[torch.from_numpy(own)], torch.from_numpy(image_weights[own[:noised]])
+        return ModalityBatch(latents, noise, own_timesteps, offsets, index, own_weights, order, shapes)
 
     return PackedBatch(
         tokens=padded(sequence.tokens[placed.source], 0),
         labels=padded(labels, IGNORED_LABEL),
         positions=padded(positions_of(sequence, modalities)[placed.source], 0),
-        supervised=torch.from_numpy(np.flatnonzero(labels != IGNORED_LABEL)),
+        supervised=torch.from_numpy(supervised),
         layout=AttentionLayout.from_spans(
             placed.document_lengths,
             () if causal_images else spans[trained if copies else 0 :],
@@ -331,7 +353,14 @@ def build_batch(
         ),
         modalities=tuple(modality_batch(m, *tensors) for m, tensors in enumerate(images)),
         num_images=trained,
+        token_weights=torch.from_numpy(token_weights) if is_weighted else None,
     )
+
+
+def copied_images(sequence: TokenSequence) -> np.ndarray:
+    """Return the numbers of the images that get noised copies: all whose loss has another weight than 0."""
+    images = np.arange(len(sequence.start))
+    return images if sequence.weights is None else images[sequence.weights[sequence.start] > 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,12 +381,12 @@ class _Placement:
 
 
 def _place_copies(sequence: TokenSequence, copies: int) -> _Placement:
-    """Add `copies` copies of each image behind its document, in the order of the images."""
+    """Add `copies` copies of each of the `copied_images` behind its document, in the order of the images."""
     positions, images = np.arange(len(sequence.tokens)), np.arange(len(sequence.start))
     if not copies:
         return _Placement(positions, sequence.document_lengths, images, sequence.start, sequence.length, sequence.start)
     document, bounds = _documents_of_images(sequence)
-    image = np.repeat(images, copies)
+    image = np.repeat(copied_images(sequence), copies)
     length = sequence.length[image]
     added = np.zeros_like(sequence.document_lengths)
     np.add.at(added, document[image], length)

@@ -28,10 +28,12 @@ def split_batch(batch: PackedBatch, part: int, parts: int) -> PackedBatch:
     """
     length = len(batch.tokens) // parts
     start, end = part * length, (part + 1) * length
-    supervised = batch.supervised[(batch.supervised >= start) & (batch.supervised < end)] - start
+    own = (batch.supervised >= start) & (batch.supervised < end)
+    supervised = batch.supervised[own] - start
+    weights = None if batch.token_weights is None else batch.token_weights[own]
     tokens, labels, positions = (x[start:end].clone() for x in (batch.tokens, batch.labels, batch.positions))
     modalities = tuple(_split_images(images, start, end) for images in batch.modalities)
-    return PackedBatch(tokens, labels, positions, supervised, batch.layout, modalities, batch.num_images)
+    return PackedBatch(tokens, labels, positions, supervised, batch.layout, modalities, batch.num_images, weights)
 
 
 def _split_images(images: ModalityBatch, start: int, end: int) -> ModalityBatch:
@@ -48,7 +50,7 @@ def _split_images(images: ModalityBatch, start: int, end: int) -> ModalityBatch:
         timesteps=images.timesteps[kept],
         image_offsets=torch.cat([offsets[:1], offsets[1:][kept]]),
         sequence_index=images.sequence_index[inside] - start,
-        fractions=(patches / images.image_offsets.diff())[:trained][kept[:trained]],
+        weights=images.weights[kept[:trained]] * (patches / images.image_offsets.diff())[:trained][kept[:trained]],
         by_shape=images.by_shape[:0],
         shapes=(),
     )

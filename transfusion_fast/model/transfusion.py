@@ -19,7 +19,14 @@ from transfusion_fast.model import ops
 from transfusion_fast.model.codec import Codec, make_codec
 from transfusion_fast.model.diffusion import Diffusion
 from transfusion_fast.model.grouped_layers import CONDITION_DIM, GroupedBlock, GroupedNorm, group_positions, merge
-from transfusion_fast.model.inputs import Document, Randomness, encode_pieces, pack_documents, pack_rows
+from transfusion_fast.model.inputs import (
+    Document,
+    Randomness,
+    TrainingDocument,
+    encode_pieces,
+    pack_documents,
+    pack_rows,
+)
 from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
 from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
 from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
@@ -128,7 +135,7 @@ class Transfusion(nn.Module):
     @overload
     def __call__(
         self,
-        batch: Tensor | Sequence[Document],
+        batch: Tensor | Sequence[TrainingDocument],
         *,
         generator: torch.Generator | None = None,
         noise_cap: float = NOISE_CAP,
@@ -151,7 +158,7 @@ class Transfusion(nn.Module):
 
     def __call__(
         self,
-        batch: PackedBatch | Tensor | Sequence[Document],
+        batch: PackedBatch | Tensor | Sequence[TrainingDocument],
         modality_tokens: Sequence[Sequence[Tensor]] | None = None,
         modality_positions: Sequence[Sequence[tuple[int, ...]]] | None = None,
         *,
@@ -193,10 +200,10 @@ class Transfusion(nn.Module):
             packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness, self.encoded)
             losses = super().__call__(packed.to(self.device))
             return losses.total if modality_tokens is None and modality_positions is None else (losses.total, losses)
-        return super().__call__(pack_documents(self.encoded(batch), self.config, randomness).to(self.device)).total
+        return super().__call__(pack_documents(batch, self.config, randomness, self.encoded).to(self.device)).total
 
     def forward(self, batch: PackedBatch, counts: Counts | None = None) -> Losses:
-        """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images."""
+        """Return the losses of a packed batch, divided by `counts`; default: its own tokens and images, weighted."""
         for images in batch.modalities:
             if images.timesteps.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
@@ -207,17 +214,25 @@ class Transfusion(nn.Module):
         hidden, encoded = self.hidden(batch, x_t)
         supervised = hidden.index_select(0, batch.supervised)
         token_losses, z_losses = self.head(supervised, batch.labels.index_select(0, batch.supervised))
-        image_losses, backend = [hidden.new_zeros(0, dtype=torch.float32)], self.config.backend
-        weighted = list(image_losses)
+        none, backend = hidden.new_zeros(0, dtype=torch.float32), self.config.backend
+        image_losses, scaled = [none], [none]
         for number, images in enumerate(batch.modalities):
             prediction = self.prediction(hidden, batch, number, encoded[number])
             clean, offsets = images.latents[: images.trained_patches], images.image_offsets[: images.num_trained + 1]
             timesteps = images.timesteps[: images.num_trained]
             losses = self.diffusion.losses(prediction, clean, images.noise, timesteps, offsets, backend)
-            image_losses.append(losses * images.fractions)
-            weighted.append(image_losses[-1] * self.config.modalities[number].loss_weight)
-        all_losses = token_losses, torch.cat(image_losses), torch.cat(weighted)
-        return combine(*all_losses, self.config.diffusion_weight, counts, z_losses)
+            image_losses.append(losses)
+            scaled.append(losses * self.config.modalities[number].loss_weight)
+        return combine(
+            token_losses,
+            torch.cat(image_losses),
+            torch.cat(scaled),
+            self.config.diffusion_weight,
+            counts,
+            image_weights=torch.cat([none, *(images.weights for images in batch.modalities)]),
+            token_weights=batch.token_weights,
+            z_losses=z_losses,
+        )
 
     def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
         """Run the transformer on a batch whose patches are x_t [P, C], noisy, for each modality.

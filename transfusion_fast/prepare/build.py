@@ -29,6 +29,7 @@ from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.pack import Pack, make_pack, validate_pack
 from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, ShardInfo, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from transfusion_fast.data.vision_encoder import VisionEncoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import read_json, sync, write_atomically
 from transfusion_fast.prepare import staging
@@ -43,7 +44,9 @@ from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, fir
 LEFT_OUT = "left_out.jsonl"
 _VERSION = 4
 """Version of spooled units and of the packing: work begun by another version is refused."""
-_OPEN_UNITS = 32  # of three files each, that a process has open at once
+MEASURED = 256
+"""Images by which a vision encoder's features are normalised."""
+_OPEN_UNITS = 32  # of four files each, that a process has open at once
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 
@@ -139,15 +142,45 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
 
 def train_tokenizer(source: Source, vocabulary: int, folder: Path) -> Tokenizer:
     """Train a BPE tokenizer on the texts of a source; if `folder` was made or begun with one, return that one."""
-    now = json.loads(json.dumps(_describe(source, vocabulary)))
-    for path in output_and_staging(folder):
-        match read_json(path / RECIPE):
-            case {"encoder": {"tokenizer": dict(described)}, **rest} if now.items() <= rest.items():
+    for path, begun in _begun(source, vocabulary, folder):
+        match begun:
+            case {"tokenizer": dict(described)}:
                 with suppress(InputError):
                     return load_tokenizer(described, path)
     documents = (found for unit in source.units() for found in source.documents(unit))
     parts = (part for found in documents if not isinstance(found, Rejected) for part in found.parts)
     return train_bpe((part for part in parts if isinstance(part, str)), vocabulary)
+
+
+def measure_features(encoder: Encoder, source: Source, train_bpe: int | None, folder: Path) -> VisionEncoder:
+    """Return the vision encoder of `encoder`, normalised by images from all of a source; as `folder` was begun, if so.
+
+    InputError if none of the images that are looked at can be used.
+    """
+    assert encoder.latents is not None and isinstance(encoder.latents.encoder, VisionEncoder)
+    vision, latents = encoder.latents.encoder, encoder.latents
+    for _, begun in _begun(source, train_bpe, folder):
+        match begun:
+            case {"modalities": [{"autoencoder": vision.fingerprint, "mean": list(mean), "std": list(std)}]}:
+                return replace(vision, mean=tuple(mean), std=tuple(std))
+    units = source.units()
+    each = -(-MEASURED // max(len(units), 1))
+    chosen = (units[number] for number in keyed_permutation(len(units), 0, *_UNIT_STREAM).tolist())
+    pixels = (image for unit in chosen for image in islice(encoder.pixels(source.documents(unit)), each))
+    found = latents(list(islice(pixels, MEASURED)))
+    features = [values for values in found if not isinstance(values, Rejected)]
+    if not features:
+        raise InputError("source must hold images whose features can be measured, got none; look at its files")
+    return vision.normalised_by(features)
+
+
+def _begun(source: Source, train_bpe: int | None, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield `folder` and its staging folder with the settings of their encoders, if they were made of this source."""
+    now = json.loads(json.dumps(_describe(source, train_bpe)))
+    for path in output_and_staging(folder):
+        match read_json(path / RECIPE):
+            case {"encoder": dict(settings), **rest} if now.items() <= rest.items():
+                yield path, settings
 
 
 def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -73,7 +73,7 @@ class Encoder:
         return {
             "tokenizer": self.tokenizer.describe(),
             "sequence_length": self.sequence_length,
-            "modalities": [asdict(modality) for modality in self.modalities],
+            "modalities": [modality.describe() for modality in self.modalities],
             "image": None if self.image is None else asdict(self.image),
             "long": self.long,
             "latents": None if self.latents is None else self.latents.describe(),
@@ -95,6 +95,13 @@ class Encoder:
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
+    def pixels(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[np.ndarray]:
+        """Yield the pixels, uint8 [height, width, 3], of the images that `encode` would encode."""
+        for document in documents:
+            decoded = document if isinstance(document, Rejected) else self._decoded(document)
+            if isinstance(decoded, SourceDocument):
+                yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
+
     def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
         """Return the document with its image files as pixels."""
         parts: list[Part] = []
@@ -109,13 +116,13 @@ class Encoder:
                 parts.append(part)
         except Rejected as rejected:
             return rejected.at(document.where)
-        return SourceDocument(document.where, tuple(parts))
+        return replace(document, parts=tuple(parts))
 
     def _pixels(self, file: bytes) -> np.ndarray:
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
         pixels = np.ascontiguousarray(self.image(decode_image(file)))
-        patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.autoencoder.stride)
+        patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time
         return pixels
 
@@ -137,16 +144,16 @@ class Encoder:
             encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
             found: list[Document] | Rejected
             try:
-                found = self._fitted(encoded)
+                found = self._fitted(encoded, document.weights or (1.0,) * len(encoded))
             except Rejected as rejected:
                 found = rejected.at(document.where)
             yield found
 
-    def _fitted(self, parts: Iterable[Part | Rejected]) -> list[Document]:
+    def _fitted(self, parts: Iterable[Part | Rejected], weights: Iterable[float]) -> list[Document]:
         """Return one document of the parts, or several; Rejected for none, or for several if `long` says so."""
         documents: list[list[Segment]] = [[]]
         free = self._capacity
-        for part in parts:
+        for part, weight in zip(parts, weights, strict=True):
             for number, segment in enumerate(self._segments(part, free)):
                 length = segment_length(segment, self.modalities)
                 if isinstance(segment, ImageSegment):
@@ -154,7 +161,7 @@ class Encoder:
                 if number or length > free:
                     documents.append([])
                     free = self._capacity
-                documents[-1].append(segment)
+                documents[-1].append(segment if weight == 1 else replace(segment, weight=weight * segment.weight))
                 free -= length
         found = [tuple(segments) for segments in documents if segments]
         if not found:

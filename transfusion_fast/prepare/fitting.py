@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int
     ids, starts = tokenizer.encode_with_starts(text)
     if not np.array_equal(ids, segment.ids) and (_REPLACEMENT in text or tokenizer.decode(ids) != text):
         raise Rejected("text cannot be cut", "encoded again it would be another; choose longer packs")
-    return _cut(text, ids, starts, free, capacity)
+    return [replace(piece, weight=segment.weight) for piece in _cut(text, ids, starts, free, capacity)]
 
 
 def _cut(text: str, ids: np.ndarray, starts: np.ndarray, free: int, capacity: int) -> list[TextSegment]:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from transfusion_fast.data.autoencoder import Autoencoder
-from transfusion_fast.data.pack import ModalityInfo
+from transfusion_fast.data.latent_encoder import LatentEncoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.pool import worker_number
 
@@ -38,7 +37,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transposition that undoes each orientation (CIPA DC-008, Exif 2.32, 4.6.4)."""
-_OVERFLOW = "the autoencoder gives values that float16 cannot hold"
+_OVERFLOW = "the encoder gives values that float16 cannot hold"
 # Decoders raise about anything on damaged data.
 _DAMAGE = (
     OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
@@ -145,9 +144,9 @@ class LatentRule:
     change it.
     """
 
-    autoencoder: Autoencoder
+    encoder: LatentEncoder
     sampled: bool = True
-    """True: samples of the posterior; False: its mean."""
+    """True: samples of an autoencoder's posterior; False: its mean, or features."""
     batch: int = BATCH
     """Images of one shape that are encoded together. It is a setting because it changes the last digit."""
 
@@ -155,14 +154,10 @@ class LatentRule:
         if self.batch < 1:
             raise InputError(f"images encoded together must be 1 or more, got {self.batch}; give a larger number")
 
-    def modality(self, name: str, patch_size: int) -> ModalityInfo:
-        """Return the modality of the latents."""
-        return ModalityInfo(name, self.autoencoder.channels, patch_size, "latents", self.autoencoder.fingerprint)
-
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON; equal settings give equal latents. A GPU rounds differently from a CPU."""
         own = {"sampled": self.sampled, "batch": self.batch}
-        return {"autoencoder": self.autoencoder.fingerprint, **own, "device": self.autoencoder.device}
+        return {"autoencoder": self.encoder.fingerprint, **own, "device": self.encoder.device}
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray | Rejected]:
         """Return float16 [h, w, channels] for each image uint8 [height, width, 3], or why it has none."""
@@ -179,13 +174,13 @@ class LatentRule:
     def _encoded(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Encode images of one shape, on a GPU if there is any: the processes take them in turn."""
         noise = np.stack([self._noise(image) for image in images]) if self.sampled else None
-        on_cpu = self.autoencoder.device == "cpu"
+        on_cpu = self.encoder.device == "cpu"
         try:
             with nullcontext() if on_cpu else torch.cuda.device(worker_number() % torch.cuda.device_count()):
-                return self.autoencoder.encode(np.stack(images), noise)
+                return self.encoder.encode(np.stack(images), noise)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"memory of the GPU must hold an autoencoder a process and {self.batch} images each, got too little; "
+                f"memory of the GPU must hold an encoder a process and {self.batch} images each, got too little; "
                 "run it again with fewer processes, or remove what was begun and give a smaller batch"
             ) from error
 
@@ -193,5 +188,5 @@ class LatentRule:
         """Return standard normal fp32 [h, w, channels]."""
         digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
         generator = np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(int.from_bytes(digest, "little"))))
-        height, width = (side // self.autoencoder.stride for side in image.shape[:2])
-        return generator.standard_normal((height, width, self.autoencoder.channels), dtype=np.float32)
+        height, width = (side // self.encoder.stride for side in image.shape[:2])
+        return generator.standard_normal((height, width, self.encoder.channels), dtype=np.float32)

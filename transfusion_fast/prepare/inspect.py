@@ -186,17 +186,23 @@ class Statistics:
     images: int
     lengths: np.ndarray
     """Positions that each document takes, int64."""
+    ignored: int = 0
+    """Text ids and patches of segments without loss, of weight 0."""
+    weighted: int = 0
+    """Text ids and patches of segments whose loss has another weight than 0 and 1."""
 
     @classmethod
     def of(cls, packs: Iterable[Pack]) -> Statistics:
         """Count one or more packs."""
-        counts, lengths = np.zeros(3, np.int64), []
+        counts, lengths = np.zeros(5, np.int64), []
         for pack in packs:
             is_image, length = pack.segments[:, 1] != KIND_TEXT, pack.segments[:, 3]
-            counts += length[~is_image].sum(), length[is_image].sum(), is_image.sum()
+            weights = np.ones(len(length)) if pack.weights is None else pack.weights
+            counts[:3] += length[~is_image].sum(), length[is_image].sum(), is_image.sum()
+            counts[3:] += length[weights == 0].sum(), length[(weights != 0) & (weights != 1)].sum()
             lengths.append(document_lengths(pack.segments))
-        text, patches, images = counts.tolist()
-        return cls(text, patches, images, np.concatenate(lengths))
+        text, patches, images, ignored, weighted = counts.tolist()
+        return cls(text, patches, images, np.concatenate(lengths), ignored, weighted)
 
     def waste_at(self, capacity: int) -> float:
         """Return the share of all positions that packs of `capacity` would leave empty.

@@ -111,10 +111,18 @@ def shown_documents(
     for modality in range(vocabulary.num_modalities):
         names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
     tokens, pictures = batch.tokens.tolist(), _pictures(keyed, builder, batch, decode)
+    weights = np.zeros(len(tokens))  # of each token as a label
+    weights[batch.supervised.numpy() + 1] = 1 if batch.token_weights is None else batch.token_weights.numpy()
+
+    def kind(i: int) -> tuple[bool, float]:
+        is_text = i not in pictures and tokens[i] not in names
+        return is_text, float(weights[i]) if is_text else 0.0
 
     def pieces(positions: range) -> Iterator[Shown]:
-        for is_text, run in itertools.groupby(positions, lambda i: i not in pictures and tokens[i] not in names):
+        for (is_text, weight), run in itertools.groupby(positions, kind):
             if is_text:
+                if weight != 1:
+                    yield Special(f"weight {weight:g}")
                 yield tokenizer.decode([tokens[i] for i in run])
                 continue
             for i in run:
@@ -134,14 +142,15 @@ def _pictures(
         show = unscale_pixels if info.encoding == "pixels" else decode or _false_colours
         sizes = rows[rows[:, 1] == 1 + modality][:, 4:6].tolist()
         spans = itertools.pairwise(own.image_offsets.tolist())
-        for (height, width), span, t in zip(sizes, spans, own.timesteps, strict=True):
+        for (height, width), span, t, weight in zip(sizes, spans, own.timesteps, own.weights, strict=True):
             patches = slice(*span)
             x_0 = own.latents[patches]
             x_t = builder.diffusion.add_noise(x_0, own.noise[patches], t)
             images = [show(unpatchify(x.numpy(), height, width, info.patch_size))[0] for x in (x_0, x_t)]
             first, *others = own.sequence_index[patches].tolist()
             found |= dict.fromkeys(others)
-            found[first] = Picture(tuple(images), f"{info.name}, {width} x {height}, t = {t:.0f}")
+            weighed = "" if weight == 1 else f", weight {weight:g}"
+            found[first] = Picture(tuple(images), f"{info.name}, {width} x {height}, t = {t:.0f}{weighed}")
     return found
 
 

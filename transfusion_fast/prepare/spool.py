@@ -1,6 +1,6 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is three files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
+A unit is four files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
 each file: after a power failure it may be there and they may not.
 """
 
@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from numpy.typing import DTypeLike
 from transfusion_fast.data.pack import (
     SEGMENT_COLUMNS,
     Document,
-    ImageSegment,
     ModalityInfo,
     Segment,
     TextSegment,
@@ -32,7 +31,7 @@ from transfusion_fast.errors import Rejected
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "rejected")
+_KINDS = ("tokens", "latents", "segments", "weights", "rejected")
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Spool:
                     for segment in document:
                         row = segment_row(segment, documents, ids, values, self.modalities)
                         append("segments", np.array(row, np.int64).tobytes())
+                        append("weights", np.float32(segment.weight).tobytes())
                         if isinstance(segment, TextSegment):
                             append("tokens", segment.ids.tobytes())
                             ids += segment.ids.size
@@ -107,12 +107,13 @@ class Spool:
         """Return copies: views would keep the unit's files open."""
         first, end = np.searchsorted(self._rows[:, 0], (document, document + 1))
         segments: list[Segment] = []
-        for row in self._rows[first:end].tolist():
-            segment = segment_at(row, *self._values, self.modalities)
+        weights = self._mapped("weights", np.float32)
+        for row, weight in zip(self._rows[first:end].tolist(), weights[first:end].tolist(), strict=True):
+            segment = segment_at(row, weight, *self._values, self.modalities)
             if isinstance(segment, TextSegment):
-                segments.append(TextSegment(np.array(segment.ids)))
+                segments.append(replace(segment, ids=np.array(segment.ids)))
             else:
-                segments.append(ImageSegment(np.array(segment.values), segment.modality))
+                segments.append(replace(segment, values=np.array(segment.values)))
         return tuple(segments)
 
     @cached_property

@@ -48,13 +48,19 @@ def open_autoencoder(
     """Return the autoencoder that made the latents of `what`; None for images that are pixels.
 
     Raises:
-        InputError: the folder is missing or holds another autoencoder, or there are no latents; names `setting`.
+        InputError: the folder is missing or holds another autoencoder, or there are no latents, or they are features;
+            names `setting`.
     """
     latents = [modality for modality in modalities if modality.encoding == "latents"]
     if not latents and folder is None:
         return None
     if not latents:
         raise InputError(f"{setting} needs a run on latents, got {what} on pixels or text; leave it out")
+    if any(modality.mean for modality in latents):
+        raise InputError(
+            f"pictures must be drawn of pixels or an autoencoder's latents, got {what} on a vision encoder's features, "
+            "which nothing here decodes; take the latents that model.sample returns in Python"
+        )
     if folder is None:
         raise InputError(f"{setting} must be given for {what}, a run on latents; give the autoencoder of its data")
     autoencoder = read_autoencoder(folder)

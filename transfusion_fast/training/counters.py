@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transfusion_fast.config import Config
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
+from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import PackedBatch
 from transfusion_fast.training.flops import training_flops
 
@@ -22,10 +23,15 @@ QUARTERS = 4
 
 
 class Work(NamedTuple):
-    """Supervised tokens, trained images, positions of documents with their noised copies, all positions, and floating
-    point operations; they can be summed."""
+    """Weights of supervised tokens and of trained images, trained images, positions of documents with their noised
+    copies, all positions, and floating point operations.
 
-    supervised: float = 0
+
+    They can be summed. Without weights of losses, the first two are numbers.
+    """
+
+    token_weights: float = 0
+    image_weights: float = 0
     images: float = 0
     tokens: float = 0
     positions: float = 0
@@ -42,7 +48,8 @@ class Work(NamedTuple):
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
         frozen = config.train.freeze == "text"
         flops = training_flops(config.model, tokens, supervised, patches, area, frozen_text=frozen)
-        return cls(supervised, images, tokens, len(batch.tokens), flops)
+        own = Counts.of(batch, common=common)
+        return cls(float(own.tokens), float(own.images), images, tokens, len(batch.tokens), flops)
 
 
 @dataclass
@@ -83,14 +90,14 @@ class Interval:
 
 
 class QuarterLosses:
-    """Sums and numbers of image losses by quarter of the timestep range, on the device, so that adding never waits."""
+    """Sums of image losses and of their weights by quarter of the timestep range, on the device: adding never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, QUARTERS, dtype=torch.float64, device=device)
         self.quarters = torch.arange(QUARTERS, device=device)[:, None]
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
-        """Add the losses [N] of the images, or pieces of images, of a micro-batch, in the order of its modalities."""
+        """Add the weighted losses [N] of a micro-batch's images, or pieces of them, in the order of its modalities."""
         timesteps = [images.timesteps[: images.num_trained] for images in batch.modalities]
         if not timesteps:
             return
@@ -98,10 +105,10 @@ class QuarterLosses:
         chosen = quarter.clamp(0, QUARTERS - 1) == self.quarters
         # Sums of masks, since index_add_ on CUDA would add in another order each time.
         self.sums[0] += torch.where(chosen, losses.double(), 0).sum(1)
-        self.sums[1] += torch.where(chosen, torch.cat([images.fractions for images in batch.modalities]), 0).sum(1)
+        self.sums[1] += torch.where(chosen, torch.cat([images.weights for images in batch.modalities]), 0).sum(1)
 
     def pop(self) -> list[float]:
-        """Return the sums and then the numbers, and begin again. Waits for the device."""
+        """Return the sums of losses and then of weights, and begin again. Waits for the device."""
         sums = self.sums.flatten().tolist()
         self.sums.zero_()
         return sums

@@ -11,7 +11,7 @@ RUN/checkpoints/      see checkpoint_files.py
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -78,7 +78,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
     data.tokenizer.write(run)
     record = {
         "tokenizer": data.tokenizer.describe(),
-        "modalities": [asdict(m) for m in data.modalities],
+        "modalities": [m.describe() for m in data.modalities],
         "image_sizes": data.image_sizes,
     }
     write_atomically(run / DATA, json.dumps(record, indent=1))
@@ -88,7 +88,7 @@ def read_data_description(run: Path) -> DataDescription:
     """Read data.json; raise InputError if the folder is not a run, or the file is damaged."""
     try:
         record = json.loads((run / DATA).read_text())
-        modalities = tuple(ModalityInfo(**m) for m in record["modalities"])
+        modalities = tuple(ModalityInfo.of(fields) for fields in record["modalities"])
         sizes = tuple((int(height), int(width)) for height, width in record["image_sizes"])
         return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes)
     except FileNotFoundError as error:

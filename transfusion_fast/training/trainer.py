@@ -192,7 +192,7 @@ class Trainer:
         batches, work, stopping, quarantined = self._next_batches(stop_requested)
         lr = learning_rate(self.meta.step, self.config.train.steps, self.config.optimizer)
         set_learning_rate(self.engine.optimizer, lr)
-        counts = Counts(int(work.supervised), int(work.images))
+        counts = Counts(work.token_weights, work.image_weights)
         positions = self.split.micro_batches(self.meta.packs_consumed)
         losses = [self._micro_step(batch, counts, of[0]) for batch, of in zip(batches, positions, strict=False)]
         self._report_skipped(losses)

@@ -44,16 +44,17 @@ class Validation:
         began = time.perf_counter()
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        tokens = images = 0
+        tokens = images = 0.0
         # All ranks take as many forward passes, in which ZeRO gathers weights.
         for start in range(0, len(self.numbers), self.size * self.ranks.world_size):
             batch = self.ranks.together(partial(self._read, start), DataError)
-            tokens, images = tokens + len(batch.supervised), images + batch.num_images
+            own = Counts.of(batch)
+            tokens, images = tokens + float(own.tokens), images + float(own.images)
             losses = model(batch.to(self.ranks.device), counts=Counts(1, 1))
             sums += torch.stack([losses.text, losses.diffusion])
         model.train()
         text_sum, diffusion_sum, all_tokens, all_images = self.ranks.sum([*sums.tolist(), tokens, images])
-        text, diffusion = text_sum / max(all_tokens, 1), diffusion_sum / max(all_images, 1)
+        text, diffusion = text_sum / (all_tokens or 1), diffusion_sum / (all_images or 1)
         return ValidationRow(step, text + self.weight * diffusion, text, diffusion, time.perf_counter() - began)
 
     def _read(self, start: int) -> PackedBatch:

@@ -17,6 +17,7 @@ import numpy as np
 
 from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.model.inputs import Weighted
 
 Part = str | bytes | np.ndarray | Segment
 """A text, the bytes of an image file, its pixels uint8 [height, width, 3], or a segment that is encoded already."""
@@ -31,6 +32,8 @@ class SourceDocument:
 
     where: str
     parts: tuple[Part, ...]
+    weights: tuple[float, ...] = ()
+    """Weight of the loss of each part; empty for 1 everywhere."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Source(ABC):
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
         """Yield the place and the content of each document of a unit; the content may be Rejected."""
 
-    def parts(self, entry: Any, unit: Unit) -> Iterable[Part]:
+    def parts(self, entry: Any, unit: Unit) -> Iterable[Part | Weighted]:
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
         return entry
 
@@ -87,7 +90,10 @@ class Source(ABC):
             try:
                 if isinstance(entry, Rejected):
                     raise entry
-                found = SourceDocument(where, tuple(self.parts(entry, unit)))
+                parts = list(self.parts(entry, unit))
+                weights = tuple(part.weight if isinstance(part, Weighted) else 1.0 for part in parts)
+                plain = tuple(part.content if isinstance(part, Weighted) else part for part in parts)
+                found = SourceDocument(where, plain, weights if set(weights) - {1.0} else ())
             except Rejected as rejected:
                 found = rejected.at(where)
             yield found

@@ -2,6 +2,7 @@
 
 A line is `{"content": [..]}` or the list alone. Its parts are a text, `"some words"` or `{"text": ..}`, or an image,
 `{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`. No path leads out of the folder that holds the file.
+A line and a part that is an object may have `"weight": 2.5`, the weight of its loss, or `"loss": false` for none.
 A preparation that is resumed detects a changed JSON file, but not a changed image.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
+from transfusion_fast.model.inputs import Weighted, check_weight
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, parse_json
 from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
@@ -31,25 +33,43 @@ class InterleavedSource(Source):
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
         return read_lines(unit)
 
-    def parts(self, entry: bytes, unit: Unit) -> Iterator[str | bytes]:
+    def parts(self, entry: bytes, unit: Unit) -> Iterator[Weighted]:
         content = parse_json(entry)
+        around, _ = _weight(content, "document")
         content = content.get(CONTENT_FIELD) if isinstance(content, dict) else content
         if not isinstance(content, list):
             raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
         size, blank = 0, True
         for number, part in enumerate(content):
+            weight, part = _weight(part, f"part {number}")
             found = _part(part, number, unit.path.parent.resolve())
             size += len(found)
             if size > MAX_BYTES:
                 raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
             blank = blank and isinstance(found, str) and not found.strip()
             if found != "":  # an image of no bytes is left to the decoder to reject
-                yield found
+                yield Weighted(found, around * weight)
         if blank:
             raise Rejected("empty document", "its texts are blank, and it has no image")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "interleaved"}
+
+
+def _weight(holder: Any, what: str) -> tuple[float, Any]:
+    """Return the weight of the loss of a document or part, and the rest of what holds it; Rejected for a bad one."""
+    if not isinstance(holder, dict):
+        return 1.0, holder
+    rest = {name: value for name, value in holder.items() if name not in ("loss", "weight")}
+    loss = holder.get("loss", True)
+    if not isinstance(loss, bool) or ("loss" in holder and "weight" in holder):
+        raise Rejected(
+            "bad weight", f"loss of {what} must be true or false, and given without weight, got {loss!r:.60}"
+        )
+    try:
+        return check_weight(holder.get("weight", float(loss)), what), rest
+    except ValueError as error:
+        raise Rejected("bad weight", str(error)) from error
 
 
 def _part(part: Any, number: int, folder: Path) -> str | bytes:
