@@ -45,7 +45,7 @@ from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import inputs
 from transfusion_fast.model.loss import Losses
 from transfusion_fast.model.ops import IMPLEMENTATIONS
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 DTYPES = {name: timing.DTYPES[name] for name in ("bf16", "fp32")}
 TEXT_TOKENS, CHANNELS = 256, 16

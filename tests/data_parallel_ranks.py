@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from transfusion_fast import Transfusion
 from transfusion_fast.model.inputs import Randomness, pack_documents
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 BF16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
 POLICIES = {

@@ -19,7 +19,8 @@ from torch import Tensor
 from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.layers import Attention
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import PackedBatch, Vocabulary, build_batch
+from transfusion_fast.model.packed_batch import PackedBatch, build_batch
+from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.sequence_parallel import split_batch
 
 MODALITIES = (6, 3)

@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from transfusion_fast.config import ModelConfig
     from transfusion_fast.model.inputs import Weighted
     from transfusion_fast.model.loss import Losses
-    from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+    from transfusion_fast.model.packed_batch import PackedBatch
+    from transfusion_fast.model.sequence import Vocabulary
     from transfusion_fast.sampling.decoder import Transfusion
 
 __all__ = ["Losses", "ModelConfig", "PackedBatch", "Transfusion", "Vocabulary", "Weighted"]

@@ -170,11 +170,6 @@ class ModelConfig(Settings):
         """Values C of a patch, for each modality."""
         return tuple(modality.dim_latent for modality in self.modalities)
 
-    @property
-    def axes(self) -> int:
-        """Number of coordinates of a position."""
-        return max((modality.axes for modality in self.modalities), default=1)
-
 
 class DataConfig(Settings):
     """The location of the packs, and how they are laid out."""

@@ -8,7 +8,7 @@ import pytest
 import tables
 
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 
 @pytest.fixture

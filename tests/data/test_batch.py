@@ -11,7 +11,8 @@ from transfusion_fast.data.batch import BatchBuilder, Draws, KeyedPack, draw
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment, make_pack
 from transfusion_fast.diffusion_config import DiffusionConfig
 from transfusion_fast.model.diffusion import Diffusion
-from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.packed_batch import PackedBatch
+from transfusion_fast.model.sequence import Vocabulary
 
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 COLOUR = ModalityInfo("colour", channels=3, patch_size=1, encoding="pixels")

@@ -20,7 +20,7 @@ from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.modalities import ModalityConfig
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.prepare.examples.digits import MODALITY, Digits
 

@@ -13,7 +13,7 @@ from transfusion_fast.model import ops
 from transfusion_fast.model.grouped_layers import GroupedBlock, group_positions, merge, name_in_text, of_text, split
 from transfusion_fast.model.inputs import Randomness, pack_documents
 from transfusion_fast.model.layers import Block, RMSNorm
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 SMALL = {"dim": 32, "depth": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "qk_norm": True}
 LATENTS = (4, 6, 3)  # the last modality is absent from the documents

@@ -16,7 +16,7 @@ from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.config import PRESETS
 from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import build_batch
+from transfusion_fast.model.packed_batch import build_batch
 
 SMALL = {
     "num_text_tokens": 16,

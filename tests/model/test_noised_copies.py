@@ -13,7 +13,8 @@ from torch import Tensor
 from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.inputs import Randomness, flat_latents, pack_documents, place_images
-from transfusion_fast.model.sequence import CLEAN_TIMESTEP, PackedBatch, TokenSequence, build_batch
+from transfusion_fast.model.packed_batch import CLEAN_TIMESTEP, PackedBatch, build_batch
+from transfusion_fast.model.sequence import TokenSequence
 
 WIDTHS = (4, 3)
 UNET = ModalityConfig(dim_latent=4, codec="unet", patch_size=2, positions="axial")

@@ -14,10 +14,10 @@ from small_models import laid_out
 
 from transfusion_fast.config import ModelConfig
 from transfusion_fast.model.inputs import place_images
+from transfusion_fast.model.packed_batch import build_batch
 from transfusion_fast.model.sequence import (
     Vocabulary,
     before_captions,
-    build_batch,
     labels_of,
     patch_mask,
     positions_of,

@@ -11,7 +11,7 @@ from sequence_ranks import cut_batch, loss_and_gradients, on_ranks
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from transfusion_fast.model.sequence import ModalityBatch
+from transfusion_fast.model.packed_batch import ModalityBatch
 from transfusion_fast.model.sequence_parallel import split_batch
 from transfusion_fast.training.ranks import _sequence_group
 

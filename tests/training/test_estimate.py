@@ -16,7 +16,7 @@ from transfusion_fast.config import Config, ModelConfig
 from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
 from transfusion_fast.errors import DataError
 from transfusion_fast.model.inputs import Randomness, pack_documents
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.training.estimate import (
     Cluster,
     Estimate,

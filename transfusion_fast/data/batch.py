@@ -19,15 +19,8 @@ from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo, Pack
 from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
 from transfusion_fast.model.inputs import draw_timesteps
-from transfusion_fast.model.sequence import (
-    PackedBatch,
-    Segments,
-    Vocabulary,
-    build_batch,
-    copied_images,
-    lay_out,
-    without_context,
-)
+from transfusion_fast.model.packed_batch import PackedBatch, build_batch, copied_images
+from transfusion_fast.model.sequence import Segments, Vocabulary, lay_out, without_context
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import InputError
 from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.diffusion import Diffusion
-from transfusion_fast.model.sequence import PackedBatch, Vocabulary
+from transfusion_fast.model.packed_batch import PackedBatch
+from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.sequence_parallel import split_batch
 
 STOP_SIGNALS = tuple(
@@ -187,23 +188,21 @@ def _complete_modalities(given: tuple[ModalityConfig, ...], mixture: Mixture) ->
     Raises:
         InputError: they do not fit the data.
     """
-    stored = mixture.modalities
-    if len(given) == 1 and "dim_latent" not in given[0].model_fields_set:  # the same for all
-        given = given * len(stored)
-    widths = tuple(m.channels * m.patch_size**2 for m in stored)
-    got = tuple(
-        one.dim_latent if "dim_latent" in one.model_fields_set or number >= len(widths) else widths[number]
-        for number, one in enumerate(given)
-    )
-    if got != widths:
+    widths = tuple(m.channels * m.patch_size**2 for m in mixture.modalities)
+    if len(given) == 1 and "dim_latent" not in given[0].model_fields_set:
+        given = given * len(widths)
+    got = tuple(one.dim_latent for one in given)
+    fits = (x == y or "dim_latent" not in one.model_fields_set for one, x, y in zip(given, got, widths, strict=False))
+    if len(given) != len(widths) or not all(fits):
         raise InputError(f"model.dim_latent must be {widths} for {mixture}, got {got}; correct it or leave it out")
     completed = []
-    for number, (one, info) in enumerate(zip(given, stored, strict=True)):
-        known = {"dim_latent": widths[number]} | ({"patch_size": info.patch_size} if one.codec == "unet" else {})
-        for name, value, needed in (("dims", one.dims, 2), ("patch_size", one.patch_size, known.get("patch_size"))):
+    for number, (one, info) in enumerate(zip(given, mixture.modalities, strict=True)):
+        patch_size = info.patch_size if one.codec == "unet" else None
+        for name, value, needed in (("dims", one.dims, 2), ("patch_size", one.patch_size, patch_size)):
             if value not in (None, needed):
                 rule = f"model.modalities.{number}.{name} must be {needed} for {mixture}"
                 raise InputError(f"{rule}, got {value}; correct it or leave it out")
+        known = {"dim_latent": widths[number]} | ({"patch_size": patch_size} if patch_size else {})
         source = f"model.modalities.{number} for {mixture}"
         completed.append(parse(ModalityConfig, one.model_dump(exclude_unset=True) | known, source))
     return tuple(completed)

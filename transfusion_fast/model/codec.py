@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transfusion_fast.modalities import ModalityConfig
 from transfusion_fast.model.layers import Linear, TimestepEmbedding
-from transfusion_fast.model.sequence import ModalityBatch
+from transfusion_fast.model.packed_batch import ModalityBatch
 from transfusion_fast.model.unet import UNetCodec
 
 

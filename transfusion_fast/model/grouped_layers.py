@@ -24,7 +24,7 @@ from transfusion_fast.config import TransformerConfig
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
 from transfusion_fast.model.layers import Attention, BlockLayers, Linear, RMSNorm
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 Groups = tuple[Tensor, ...]
 """Tensors of text and of each modality, or their positions in the sequence, int64."""

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
+from transfusion_fast.model.packed_batch import PackedBatch, build_batch
 from transfusion_fast.model.sequence import (
     TEXT,
-    PackedBatch,
     Segments,
     TokenSequence,
     Vocabulary,
     before_captions,
-    build_batch,
     lay_out,
     without_context,
 )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
 _CHUNK = 1 << 25  # logits in memory at once for larger vocabularies

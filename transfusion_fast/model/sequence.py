@@ -1,4 +1,4 @@
-"""Documents of text and images, laid out as the flat packed batch that the model is trained on.
+"""Documents of text and images, laid out as one sequence of tokens.
 
 Letters, here and in every file: T positions of a pack or micro-batch, D head dim, H query heads, G key/value heads,
 E model width, F feed-forward width, V vocabulary, N images, P patches, C values of a patch.
@@ -14,24 +14,15 @@ no label. The segment is seen as context all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.modalities import ModalityConfig
-from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 
 IGNORED_LABEL = -100
 TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
-
-Shapes = tuple[tuple[int, int, int, int], ...]
-"""Numbers of images and their grids of patches, (images, frames, rows, columns) for each shape."""
-CLEAN_TIMESTEP = 1.0  # of images that are context only: almost no noise
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
 
     tokens = np.zeros(end[-1] if len(end) else 0, dtype=np.int64)
     text = ~is_image
-    tokens[_ranges(start[text], segments.length[text])] = text_ids
+    tokens[ranges(start[text], segments.length[text])] = text_ids
     tokens[(start - before)[first]] = vocabulary.bos
     tokens[(end - 1)[last]] = vocabulary.eos
     modality = segments.kind[is_image] - 1
@@ -122,7 +113,7 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
     """Return bool [T], True at the positions of patches."""
     is_patch = np.zeros(len(sequence.tokens), dtype=bool)
-    is_patch[_ranges(sequence.start, sequence.length)] = True
+    is_patch[ranges(sequence.start, sequence.length)] = True
     return is_patch
 
 
@@ -153,7 +144,7 @@ def positions_of(sequence: TokenSequence, modalities: Sequence[ModalityConfig]) 
     together = axial | np.array([one.positions == "shared" for one in modalities], dtype=bool)[sequence.modality]
     if together.any():
         start, length = sequence.start[together], sequence.length[together]
-        advance[_ranges(start, length)] = 0
+        advance[ranges(start, length)] = 0
         advance[start] = 1
         inside = start + length < total
         used = np.where(axial, sequence.shape.max(axis=1, initial=1), 1)[together]
@@ -166,10 +157,10 @@ def positions_of(sequence: TokenSequence, modalities: Sequence[ModalityConfig]) 
         return index.astype(np.int32)
     indices = np.repeat(index[:, None], axes, axis=1)
     start, length, shape = sequence.start[axial], sequence.length[axial], sequence.shape[axial]
-    patch = _ranges(np.zeros_like(start), length)
+    patch = ranges(np.zeros_like(start), length)
     rows, columns = np.repeat(shape[:, 1:], length, axis=0).T
     coordinates = np.stack([patch // (rows * columns), patch // columns % rows, patch % columns], axis=1)
-    indices[_ranges(start, length)] += coordinates[:, -axes:]
+    indices[ranges(start, length)] += coordinates[:, -axes:]
     return indices.astype(np.int32)
 
 
@@ -178,7 +169,7 @@ def before_captions(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarr
     and none before it."""
     is_text = ~patch_mask(sequence) & (sequence.tokens < vocabulary.num_text_tokens)
     count = np.concatenate([[0], np.cumsum(is_text)])
-    document, bounds = _documents_of_images(sequence)
+    document, bounds = documents_of_images(sequence)
     text_before = count[sequence.start] > count[bounds[document]]
     text_after = count[bounds[document + 1]] > count[sequence.start + sequence.length]
     return (np.bincount(document)[document] == 1) & text_after & ~text_before
@@ -190,220 +181,16 @@ def without_context(sequence: TokenSequence, chosen: np.ndarray, vocabulary: Voc
     Such an image begins a document, as in the unconditional branch of classifier-free guidance, and sees nothing that
     precedes it. No token is added or removed.
     """
-    document, bounds = _documents_of_images(sequence)
+    document, bounds = documents_of_images(sequence)
     opened = sequence.tokens[sequence.start - 1] == vocabulary.boi() + 2 * sequence.modality
     cuts = sequence.start - (opened & (sequence.start > bounds[document]))
     return replace(sequence, document_lengths=np.diff(np.union1d(bounds, cuts[chosen])))
 
 
-def _documents_of_images(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarray]:
+def documents_of_images(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarray]:
     """Return the document of each image [N], and the bounds of all documents [documents + 1]."""
     bounds = np.concatenate([[0], np.cumsum(sequence.document_lengths)])
     return np.searchsorted(bounds, sequence.start, side="right") - 1, bounds
-
-
-@dataclass(frozen=True, eq=False)
-class ModalityBatch:
-    """The images of one modality in a packed batch: N images with P patches in total.
-
-    The first N' of them, with P' patches, are trained. The others are clean images in context, of which the trained
-    ones are noised copies; without copies there are none, and N' = N.
-
-    latents: fp32 [P, C], clean; noise: fp32 [P', C]; timesteps: fp32 [N] in (0, 1000]; image_offsets: int32 [N + 1]
-    over the patches; sequence_index: int64 [P], the position of each patch in the sequence; weights: fp32 [N'], the
-    weight of each trained image's loss times the fraction of its patches that this batch holds, which is 1 unless
-    ranks share the pack; by_shape: int64 [N], the trained images and then the others, in the order of their shapes;
-    shapes: their shapes in that order, always on the host, so that code for each shape does not wait for the device.
-    Both are empty if ranks share the pack, which cuts images.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    image_offsets: Tensor
-    sequence_index: Tensor
-    weights: Tensor
-    by_shape: Tensor
-    shapes: Shapes
-
-    @property
-    def num_trained(self) -> int:
-        """N', the number of images that are trained."""
-        return len(self.weights)
-
-    @property
-    def trained_patches(self) -> int:
-        """P', the number of their patches."""
-        return len(self.noise)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """One micro-batch: documents one after another along one axis of constant length T, padding at its end.
-
-    tokens, labels: int64 [T]; positions: int32 [T], [T, 2] or [T, 3]; supervised: int64 [S], the positions that have a
-    label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
-    num_images: the trained images of all modalities, of all ranks that share the pack; token_weights: fp32 [S], the
-    weight of each label's loss, or None if those of all labels and images are 1.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    supervised: Tensor
-    layout: AttentionLayout
-    modalities: tuple[ModalityBatch, ...]
-    num_images: int
-    token_weights: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of positions that belong to a document, of all ranks that share the pack."""
-        return int(self.layout.document_offsets[-1])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """Return the batch on `device`."""
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        """Return the batch in page-locked memory; DataLoader(pin_memory=True) calls this."""
-        return self._map(lambda x: x.pin_memory())
-
-    def _map(self, move: Callable[[Any], Any]) -> PackedBatch:
-        def moved(batch: Any) -> Any:
-            return replace(batch, **{k: move(v) for k, v in vars(batch).items() if isinstance(v, Tensor)})
-
-        return replace(moved(self), layout=move(self.layout), modalities=tuple(moved(m) for m in self.modalities))
-
-
-def build_batch(
-    sequence: TokenSequence,
-    images: Sequence[tuple[Tensor, Tensor]],
-    timesteps: Tensor,
-    modalities: Sequence[ModalityConfig],
-    total_length: int | None = None,
-    *,
-    causal_images: bool = False,
-) -> PackedBatch:
-    """Add noised copies, labels, positions, attention layout and padding to a sequence of tokens.
-
-    Without copies, images are noised where they stand, and what follows sees them noised. With copies, they stay clean
-    there and have no loss, and K noised copies of each are added behind the context of its document, unless the weight
-    of its loss is 0. A copy has its image's positions, and sees what precedes its image, and itself; nothing else sees
-    it.
-
-    Args:
-        images: (latents [P, C], noise [P, C]) of each modality, its images in sequence order; with K copies the noise
-            is [K, P, C].
-        timesteps: fp32 [N] of the images of all modalities, in sequence order; with K copies [K, N].
-        modalities: those of the model, for the positions of their patches.
-        total_length: T, of which the rest is padding; default: no padding.
-        causal_images: let patches see only what precedes them in the sequence, as text does.
-
-    Raises:
-        ValueError: a timestep outside (0, 1000].
-    """
-    if len(outside := timesteps[~((timesteps > 0) & (timesteps <= NUM_TIMESTEPS))]):
-        raise ValueError(f"timesteps must lie in (0, {NUM_TIMESTEPS}], got {outside[0]:g}; 1 is almost clean")
-    copies = len(timesteps) if timesteps.ndim == 2 else 0
-    placed = _place_copies(sequence, copies)
-    used, trained = len(placed.source), len(placed.places)
-    total = used if total_length is None else total_length
-    is_patch = patch_mask(sequence)
-    labels = labels_of(sequence, is_patch)[placed.source]
-    supervised = np.flatnonzero(labels != IGNORED_LABEL)
-    weights = np.ones(len(sequence.tokens), np.float32) if sequence.weights is None else sequence.weights
-    token_weights = weights[placed.source[supervised] + 1]
-    image_weights = weights[sequence.start[placed.image[:trained]]]
-    is_weighted = (token_weights != 1).any() or (image_weights != 1).any()
-    spans = np.stack([placed.start, placed.length], axis=1)
-    if copies:
-        clean = timesteps.new_full((len(sequence.start),), CLEAN_TIMESTEP)
-        copied = torch.from_numpy(copied_images(sequence))
-        timesteps = torch.cat([timesteps.t()[copied].flatten(), clean])
-
-    def padded(array: np.ndarray, value: int) -> Tensor:
-        return torch.from_numpy(np.concatenate([array, np.full((total - used, *array.shape[1:]), value, array.dtype)]))
-
-    def modality_batch(modality: int, latents: Tensor, noise: Tensor) -> ModalityBatch:
-        own = np.flatnonzero(sequence.modality[placed.image] == modality)
-        length, noised = placed.length[own], np.count_nonzero(own < trained)
-        if copies:
-            lengths = np.where(sequence.modality == modality, sequence.length, 0)
-            first = (np.cumsum(lengths) - lengths)[placed.image[own]]
-            first_noise = first[:noised] + np.arange(noised) % copies * len(latents)
-            noise = noise.flatten(0, 1).index_select(0, torch.from_numpy(_ranges(first_noise, length[:noised])))
-            latents = latents.index_select(0, torch.from_numpy(_ranges(first, length)))
-        offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32))
-        index = torch.from_numpy(_ranges(placed.start[own], length))
-        order, shapes = _by_shape(sequence.shape[placed.image[own]], own >= trained)
-        own_timesteps, own_weights = timesteps[torch.from_numpy(own)], torch.from_numpy(image_weights[own[:noised]])
-        return ModalityBatch(latents, noise, own_timesteps, offsets, index, own_weights, order, shapes)
-
-    return PackedBatch(
-        tokens=padded(sequence.tokens[placed.source], 0),
-        labels=padded(labels, IGNORED_LABEL),
-        positions=padded(positions_of(sequence, modalities)[placed.source], 0),
-        supervised=torch.from_numpy(supervised),
-        layout=AttentionLayout.from_spans(
-            placed.document_lengths,
-            () if causal_images else spans[trained if copies else 0 :],
-            total,
-            noised_copies=np.concatenate([spans[:trained], placed.places[:, None]], axis=1) if copies else (),
-        ),
-        modalities=tuple(modality_batch(m, *tensors) for m, tensors in enumerate(images)),
-        num_images=trained,
-        token_weights=torch.from_numpy(token_weights) if is_weighted else None,
-    )
-
-
-def copied_images(sequence: TokenSequence) -> np.ndarray:
-    """Return the numbers of the images that get noised copies: all whose loss has another weight than 0."""
-    images = np.arange(len(sequence.start))
-    return images if sequence.weights is None else images[sequence.weights[sequence.start] > 0]
-
-
-@dataclass(frozen=True, eq=False)
-class _Placement:
-    """A sequence with noised copies: the images are first the M copies, then the N images of the sequence.
-
-    source: int64 [T], the position without copies that each position repeats; document_lengths: [documents]; image,
-    start, length: [M + N], the number of each image in the sequence, and its span; places: [M], the start of the image
-    that each copy stands for. Without copies, M = N and these are the images themselves.
-    """
-
-    source: np.ndarray
-    document_lengths: np.ndarray
-    image: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    places: np.ndarray
-
-
-def _place_copies(sequence: TokenSequence, copies: int) -> _Placement:
-    """Add `copies` copies of each of the `copied_images` behind its document, in the order of the images."""
-    positions, images = np.arange(len(sequence.tokens)), np.arange(len(sequence.start))
-    if not copies:
-        return _Placement(positions, sequence.document_lengths, images, sequence.start, sequence.length, sequence.start)
-    document, bounds = _documents_of_images(sequence)
-    image = np.repeat(copied_images(sequence), copies)
-    length = sequence.length[image]
-    added = np.zeros_like(sequence.document_lengths)
-    np.add.at(added, document[image], length)
-    before = np.cumsum(added) - added  # the positions that copies of earlier documents take
-    start = bounds[document[image] + 1] + np.cumsum(length) - length
-    source = np.empty(len(positions) + length.sum(), dtype=np.int64)
-    source[positions + np.repeat(before, sequence.document_lengths)] = positions
-    source[_ranges(start, length)] = _ranges(sequence.start[image], length)
-    context = sequence.start + before[document]
-    return _Placement(
-        source=source,
-        document_lengths=sequence.document_lengths + added,
-        image=np.concatenate([image, images]),
-        start=np.concatenate([start, context]),
-        length=np.concatenate([length, sequence.length]),
-        places=context[image],
-    )
 
 
 def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -413,17 +200,7 @@ def _first_and_last(document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([border, change]), np.concatenate([change, border])
 
 
-def _by_shape(shape: np.ndarray, is_context: np.ndarray) -> tuple[Tensor, Shapes]:
-    """Return the order that sorts images by `is_context` [N] and their shapes [N, 3], and the shapes in this order."""
-    if not len(shape):
-        return torch.zeros(0, dtype=torch.int64), ()
-    keys = np.concatenate([is_context[:, None], shape], axis=1)
-    unique, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    order = np.argsort(inverse.reshape(-1), kind="stable")
-    return torch.from_numpy(order), tuple(zip(counts.tolist(), *unique.T[1:].tolist(), strict=True))
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Concatenate the integers of [start, start + length) of all pairs."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

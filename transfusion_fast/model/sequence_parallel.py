@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.distributed_c10d import GroupName
 
-from transfusion_fast.model.sequence import ModalityBatch, PackedBatch
+from transfusion_fast.model.packed_batch import ModalityBatch, PackedBatch
 
 
 def split_batch(batch: PackedBatch, part: int, parts: int) -> PackedBatch:

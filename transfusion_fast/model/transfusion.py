@@ -29,7 +29,8 @@ from transfusion_fast.model.inputs import (
 )
 from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
 from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
-from transfusion_fast.model.sequence import ModalityBatch, PackedBatch, Vocabulary
+from transfusion_fast.model.packed_batch import ModalityBatch, PackedBatch
+from transfusion_fast.model.sequence import Vocabulary
 from transfusion_fast.model.weights import WeightFiles, load_weights
 
 MODEL_CONFIG = "config.json"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.layers import Linear, TimestepEmbedding
-from transfusion_fast.model.sequence import ModalityBatch
+from transfusion_fast.model.packed_batch import ModalityBatch
 
 TIMESTEP_DIM = 256
 Grids = Sequence[tuple[int, int, int]]

@@ -21,7 +21,7 @@ from transfusion_fast.data.pack import KIND_TEXT
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 
 _STYLE = """
 body { font: 15px/1.7 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

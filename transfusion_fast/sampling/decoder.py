@@ -18,7 +18,8 @@ from torch import Tensor
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 from transfusion_fast.model.inputs import Document, Piece, check_document, flat_latents, place_images
-from transfusion_fast.model.sequence import CLEAN_TIMESTEP, TEXT, PackedBatch, build_batch
+from transfusion_fast.model.packed_batch import CLEAN_TIMESTEP, PackedBatch, build_batch
+from transfusion_fast.model.sequence import TEXT
 from transfusion_fast.model.transfusion import Transfusion
 
 Noise = torch.Generator | Sequence[torch.Generator] | None

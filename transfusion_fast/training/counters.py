@@ -16,7 +16,7 @@ from torch import Tensor
 from transfusion_fast.config import Config
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.training.flops import training_flops
 
 QUARTERS = 4

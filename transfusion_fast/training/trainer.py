@@ -23,7 +23,7 @@ from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.errors import DataError, DivergedError, InputError
 from transfusion_fast.model import ops
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.training.checkpoint import Checkpoints
 from transfusion_fast.training.counters import Interval, QuarterLosses, Work, mean_losses, peak_memory
 from transfusion_fast.training.engine import drop_gradients, make_engine, set_learning_rate

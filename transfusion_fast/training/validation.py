@@ -14,7 +14,7 @@ from transfusion_fast.data.mixture import Mixture, MixtureReader
 from transfusion_fast.data.pack import empty_pack
 from transfusion_fast.errors import DataError
 from transfusion_fast.model.loss import Counts
-from transfusion_fast.model.sequence import PackedBatch
+from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.training.metrics import ValidationRow
 from transfusion_fast.training.ranks import Ranks
