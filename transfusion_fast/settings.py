@@ -33,14 +33,8 @@ except ModuleNotFoundError as error:
         model_validator,
     )
 
-__all__ = [  # besides what is defined here
-    "AfterValidator",
-    "Discriminator",
-    "Tag",
-    "ValidationInfo",
-    "field_validator",
-    "model_validator",
-]
+# Those of pydantic that other files take from here.
+__all__ = ["AfterValidator", "Discriminator", "Tag", "ValidationInfo", "field_validator", "model_validator"]
 
 
 def _no_bool(value: Any) -> Any:
