@@ -18,7 +18,7 @@ LONGER = {
     "norm and rotation": partial(rope_case, (40, 6, 2, 32)),
     "rms norm and residual": partial(norm_case, (300, 37)),
     "swiglu of one projection": partial(swiglu_case, (9, 5, 37), fused=True),
-    "error from noise": partial(mse_case, ([300, 2], 5)),
+    "error from noise": partial(mse_case, ([300, 2], 5), coefficients=True),
 }
 
 

@@ -88,7 +88,7 @@ class Diffusion:
             warnings.warn(
                 f"{self.prediction} should be predicted for patches of at most {WIDE_PATCH} values, got {max(widths)}; "
                 "set model.diffusion.prediction=x0 and model.diffusion.loss=velocity, or make patches smaller",
-                stacklevel=3,
+                stacklevel=1,  # one place for all models, so that Python shows it once in a process
             )
 
     def variances(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
