@@ -66,12 +66,12 @@ def test_separate_weights_that_are_copies_compute_the_shared_model_and_divide_it
 
 def test_weights_of_a_modality_change_its_patches_and_what_sees_them() -> None:
     model, batch = make(modality_weights="separate"), documents()
-    before = model.hidden(batch, noisy(model, batch))
+    before = model.hidden(batch, noisy(model, batch))[0]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("blocks.") and not of_text(name) and "modalities.1." in name:
                 parameter.mul_(1.1)
-    changed = (model.hidden(batch, noisy(model, batch)) != before).any(dim=1)
+    changed = (model.hidden(batch, noisy(model, batch))[0] != before).any(dim=1)
     first, second, last = batch.layout.document_offsets[1:].tolist()
     assert not changed[:first].any() and changed[first + 2 : second].all() and not changed[second:last].any()
 
@@ -98,7 +98,7 @@ def test_patches_pass_new_adaln_blocks_unchanged_and_their_timestep_reaches_them
     model.blocks[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
 
     def hidden() -> Tensor:
-        return model.hidden(batch, noisy(model, batch))
+        return model.hidden(batch, noisy(model, batch))[0]
 
     before = hidden()
     norms = [model.norm, *model.norm.modalities] if weights == "separate" else [model.norm] * 4

@@ -118,20 +118,25 @@ def test_the_compiler_takes_the_cross_entropy_of_a_large_vocabulary_in_one_graph
     )
 
 
+def combined(token_losses, image_losses, counts=None, **others):
+    weights = torch.ones(len(image_losses))
+    return combine(token_losses, image_losses, image_losses, 5.0, counts, image_weights=weights, **others)
+
+
 @pytest.mark.parametrize(("counts", "text", "diffusion"), [(None, 3.0, 1.0), (Counts(tokens=90, images=8), 0.1, 0.25)])
 def test_sums_are_divided_by_the_given_counts_or_by_the_batchs_own(counts, text, diffusion):
-    losses = combine(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5]), 5.0, counts)
+    losses = combined(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.5]), counts)
     assert [loss.item() for loss in losses[:3]] == pytest.approx([text, diffusion, text + 5 * diffusion])
     assert losses.counts == Counts(tokens=3, images=2)
 
 
 def test_the_z_loss_is_part_of_the_total_alone():
-    plain, z = (combine(torch.ones(3), torch.ones(2), 5.0, None, z) for z in (None, torch.tensor([1.0, 2.0, 3.0])))
+    plain, z = (combined(torch.ones(3), torch.ones(2), z_losses=z) for z in (None, torch.tensor([1.0, 2.0, 3.0])))
     assert (z.text, z.diffusion) == (plain.text, plain.diffusion)
     assert z.total.item() == pytest.approx(plain.total.item() + 2)
 
 
 @pytest.mark.parametrize("counts", [None, Counts(0, 0)])
 def test_nothing_to_learn_from_is_a_loss_of_zero(counts):
-    losses = combine(torch.zeros(0), torch.zeros(0), torch.zeros(0), 5.0, counts)
+    losses = combined(torch.zeros(0), torch.zeros(0), counts)
     assert [loss.item() for loss in losses[:3]] == [0, 0, 0]

@@ -219,7 +219,7 @@ def _draw(
         raise InputError(f"{rule}, got {grid}; give it, or set the modality's shape")
     shape = (len(streams), *grid, config.dim_latent)
     x = _noise(shape, generator)
-    for t, t_next in pairwise(model.diffusion.sampling_timesteps(settings.steps, grid[0] * grid[1])):
+    for t, t_next in pairwise(model.diffusion.sampling_timesteps(settings.steps, math.prod(grid))):
         drawing = [_with_image(s, modality, latents, t) for s, latents in zip(streams, x, strict=True)]
         if settings.guidance != 1:
             alone = _Stream([model.vocabulary.boi(modality)])
