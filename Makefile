@@ -31,7 +31,7 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-fashion test test-gpu gpu-day bench kernel-report lint format clean
+.PHONY: help setup demo demo-fashion ablate test test-gpu gpu-day bench kernel-report lint format clean
 
 help:  ## list the targets
 	@echo 'usage: make TARGET [PYTHON=python3.12] [RANKS=2] [JOBS=auto] [REPORT=DIR] [INSTALLED=1] [MINUTES=9]'
@@ -63,6 +63,10 @@ demo-fashion: $(STAMP)  ## the same on pictures of clothes: 36 minutes on 2 core
 	python train/prepare.py fashion-mnist $(FASHION_DATA)
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(FASHION_CONFIG)
 	python train/evaluate.py $(FASHION_RUN)
+
+# Resumes where it was interrupted.
+ablate: $(STAMP)  ## compare settings by runs on digits, into runs/ablations: 5 hours at most; resumes when run again
+	python train/ablate.py
 
 # One process per core. All tests of a file run in the same process and share its fixtures.
 test: $(STAMP)  ## run the tests that need no GPU, one process per core (JOBS=1: a single process)

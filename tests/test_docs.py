@@ -149,7 +149,9 @@ def test_a_command_parses_and_runs_where_it_takes_seconds(
     program, *words = shlex.split(line)
     assert program == "python", f"no check for {line}"
     script, *words = [found for word in words for found in (sorted(glob.glob(word)) or [word])]
-    quick = words[0] in ("digits", "preview", "info") or (script.endswith("plot.py") and "--overview" not in words)
+    quick = words[0] in ("digits", "preview", "info", "--list") or (
+        script.endswith("plot.py") and "--overview" not in words
+    )
     shorter = [] if quick else SHORTER[Path(script).name]
     code, _, err = command(Path(script).stem, *words, *shorter)
     assert code == 0, err

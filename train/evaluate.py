@@ -2,7 +2,7 @@
 
     python train/evaluate.py RUN [--data FOLDER] [--each 8] [--steps 100] [--eta 1] [--guidance 3] [--out PICTURE.png]
 
-It prints three figures and writes them to RUN/evaluation.json, or beside the picture for an exported folder.
+It prints four figures and writes them to RUN/evaluation.json, or beside the picture for an exported folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
 from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, Report, evaluate, read_captioned
+from transfusion_fast.sampling.frechet import MIN_IMAGES
 from transfusion_fast.sampling.pictures import check_picture, draw_grid
 from transfusion_fast.training.run_folder import is_export, open_model, read_data_description
 
@@ -77,10 +78,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(
         f"generated images classified as prompted: {report.generated_accuracy:.3f} of {report.num_generated} "
         f"(the classifier gets {report.classifier_accuracy:.3f} of real held-out images)\n"
+        f"Frechet distance to held-out images:     {_frechet(report)}\n"
         f"held-out images captioned exactly:       {report.caption_accuracy:.3f} of {report.num_captioned}\n"
         f"perplexity of held-out text, per token:  {_perplexity(report)}\n"
         f"pictures: {picture}"
     )
+
+
+def _frechet(report: Report) -> str:
+    drawn, real = report.num_generated, report.num_heldout
+    if report.frechet_distance is None:
+        return f"not measured, since it needs {MIN_IMAGES} images of each kind, got {drawn} drawn, {real} held out"
+    floor = f"{report.frechet_floor:.3f} of as many training images"
+    return f"{report.frechet_distance:.3f} of {drawn} to {real} ({floor})"
 
 
 def _perplexity(report: Report) -> str:

@@ -26,7 +26,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
-from transfusion_fast.prepare.examples.digits import Digits
+from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
 from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
@@ -93,9 +93,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--patch-size": {
         "type": int,
-        "help": "side of a patch: in pixels (default: 16), with --vae in latents (default: 2), with --encoder in "
-        "features (default: 1)",
+        "help": "side of a patch: in pixels (default: 16; digits 2, clothes 4), with --vae in latents (default: 2), "
+        "with --encoder in features (default: 1)",
     },
+    "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
     "--shape": {
         "choices": ("crop", "native"), "default": "crop",
         "help": "the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
@@ -156,14 +157,14 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     help = "scikit-learn's 1797 handwritten digits, and sums in words"
-    digits = partial(_built_in, lambda _: Digits(), packs_per_shard=16)
-    add("digits", digits, help, "out", "--seq-len", seq_len=512)
+    digits = partial(_built_in, lambda o: InterleavedDigits() if o.interleaved else Digits(), packs_per_shard=16)
+    add("digits", digits, help, "out", "--seq-len", "--patch-size", "--interleaved", seq_len=512)
     fashion = partial(_built_in, lambda options: FashionMnist(options.source), packs_per_shard=64)
     help = "70,000 pictures of clothes and their names"
-    add("fashion-mnist", fashion, help, "out", "--seq-len", "--source", seq_len=2048)
+    add("fashion-mnist", fashion, help, "out", "--seq-len", "--patch-size", "--source", seq_len=2048)
     stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
-    add("stories", stories, help, "out", "--seq-len", "--source")
+    add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
     help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
     add("text", _text, help, *SOURCE, "--field")
     help = "captioned images: WebDataset tars of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption"
@@ -185,7 +186,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.Namespace, packs_per_shard: int) -> None:
-    for split, built in prepare_splits(make(options), options.out, options.seq_len, packs_per_shard).items():
+    data, patch_size = make(options), options.patch_size
+    for split, built in prepare_splits(data, options.out, options.seq_len, packs_per_shard, patch_size).items():
         _print_built(options.out / split, built)
 
 

@@ -11,6 +11,7 @@ from transfusion_fast.data.images import pixels_to_latents
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, evaluate
+from transfusion_fast.sampling.frechet import ImageFeatures, frechet_distance
 
 BLACK, GREY, WHITE = (np.full((2, 2, 1), value, np.uint8) for value in (0, 128, 255))
 TOKENIZER = ByteTokenizer()
@@ -53,6 +54,26 @@ def test_every_figure_is_that_of_the_known_mapping(model: Transfusion) -> None:
     with torch.no_grad():
         total = 3 * model([[ids("ab")]]).item() + 2 * model([[ids("c")]]).item()  # tokens with <eos>
     assert report.text_perplexity == pytest.approx(math.exp(total / 5), rel=1e-4)
+
+
+def test_the_frechet_distance_is_measured_of_64_images_and_its_floor_of_as_many_training_images(
+    model: Transfusion,
+) -> None:
+    levels = np.random.default_rng(0).integers(0, 128, (300, 2, 2, 1)).astype(np.uint8)
+    images = np.concatenate([levels[:100], levels[100:] + 128])
+    train, few = (Captioned(x, ("a",) * 100 + ("b",) * (len(x) - 100), ()) for x in (images[:240], images[:163]))
+    heldout = Captioned(images[236:], ("b",) * 64, ())
+    report, drawn = evaluate(model, TOKENIZER, train, heldout, **{**SETTINGS, "each": 32})
+    features = ImageFeatures(train.images, train.captions, 10_000)
+    distances = [
+        frechet_distance(features(x), features(heldout.images))
+        for x in (np.concatenate([drawn["a"], drawn["b"]]), train.images[features.chosen[:64]])
+    ]
+    assert [report.frechet_distance, report.frechet_floor] == pytest.approx(distances)
+    assert (report.num_generated, report.num_heldout) == (64, 64) and min(distances) > 1e-3
+    for each, other in ((31, heldout), (32, Captioned(images[237:], ("b",) * 63, ()))):
+        report, _ = evaluate(model, TOKENIZER, few, other, **{**SETTINGS, "each": each})
+        assert report.frechet_distance is None and report.frechet_floor is None
 
 
 def test_drawing_is_repeatable_and_depends_on_the_seed_alone(model: Transfusion) -> None:

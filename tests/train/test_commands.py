@@ -105,6 +105,10 @@ def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run:
 
 
 def test_evaluate_prints_the_figures_that_it_writes(run: Path, command) -> None:
+    assert (
+        "not measured, since it needs 64 images of each kind, got 10 drawn, 60 held out"
+        in command("evaluate", run, "--each", 1, "--steps", 1)[1]
+    )
     code, out, _ = command("evaluate", run, "--each", 1, "--steps", 2)
     report = json.loads((run / "evaluation.json").read_text())
     assert code == 0 and (run / "samples.png").is_file()

@@ -10,6 +10,8 @@ from PIL import Image
 
 from transfusion_fast.training.curves import PANELS, draw_curves, read_curves, running_mean
 
+HELD_OUT = {"text_loss": {((25.0, 7.0), (30.0, 6.0))}, "diffusion_loss": {((25.0, 8.0), (30.0, 5.0))}}
+
 
 def write_run(folder: Path, scale: float, *, held_out: bool = False) -> Path:
     """Write three rows in which each curve has values of its own, one of them null."""
@@ -18,7 +20,9 @@ def write_run(folder: Path, scale: float, *, held_out: bool = False) -> Path:
     rows[1]["diffusion_loss_q1"] = None
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     if held_out:
-        (folder / "validation.jsonl").write_text('{"step": 25, "text_loss": 7.0, "diffusion_loss": 8.0}\n')
+        old = '{"step": 25, "text_loss": 7.0, "diffusion_loss": 8.0}\n'  # without losses by quarter
+        new = '{"step": 30, "text_loss": 6.0, "diffusion_loss": 5.0, "diffusion_loss_q2": 4.0}\n'
+        (folder / "validation.jsonl").write_text(old + new)
     return folder
 
 
@@ -38,11 +42,15 @@ def test_each_panel_has_the_curve_of_each_run_and_held_out_losses_where_they_exi
     [figure] = figures
     for k, (axes, name) in enumerate(zip(figure.axes, PANELS, strict=True)):
         drawn = {tuple(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        if name == "diffusion_loss_q2":
+            [points] = [line.get_data() for line in axes.lines if line.get_marker() == "o"]
+            np.testing.assert_array_equal(points, [[25, 30], [np.nan, 4]])
+            continue
         if name == "diffusion_loss_q1":  # null at step 20
             assert [line.get_ydata()[1] for line in axes.lines] == pytest.approx([np.nan] * 4, nan_ok=True)
             continue
         expected = {tuple((10.0 * n, scale * n * (k + 1)) for n in (1, 2, 3)) for scale in (1.0, 100.0)}
-        expected |= {"text_loss": {((25.0, 7.0),)}, "diffusion_loss": {((25.0, 8.0),)}}.get(name, set())
+        expected |= HELD_OUT.get(name, set())
         assert drawn == expected, name
         assert (axes.get_yscale() == "log") == (name not in ("lr", "tokens_per_second"))
     [legend] = figure.legends

@@ -1,8 +1,10 @@
 """Validation: the same packs with the same noise on any number of ranks, with the average of the weights."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launching import OneRank, metrics, refusal, small_config, start, state_of, text, train, write_packs
@@ -41,8 +43,9 @@ def rows(run: Path) -> list[dict]:
     return [{name: x for name, x in row.items() if name != "seconds"} for row in found]
 
 
-def expected_loss(run: Path, data: Path, *overrides: str) -> tuple[float, float]:
-    """Return the losses of the held-out packs one by one, as the last average of the weights gives them."""
+def expected_loss(run: Path, data: Path, *overrides: str) -> tuple[float, float, list[float]]:
+    """Return the losses of the held-out packs one by one, as the last average of the weights gives them: text, images,
+    and images by quarter of the timesteps."""
     config = small_config(data, *overrides, "train.seed=0")
     mixture = open_data(config)
     heldout, numbers = open_heldout(config, mixture)
@@ -53,13 +56,16 @@ def expected_loss(run: Path, data: Path, *overrides: str) -> tuple[float, float]
     )
     assert len(numbers) == 7
     sums, tokens, images = torch.zeros(2), 0, 0
+    by_quarter: dict[int, list[float]] = {1: [], 2: [], 3: [], 4: []}
     for number in numbers:
         batch = builder([KeyedPack(reader.read(number), 0, number)])
         with torch.no_grad():
             losses = model(batch, counts=Counts(1, 1))
         sums += torch.stack([losses.text, losses.diffusion])
         tokens, images = tokens + len(batch.supervised), images + batch.num_images
-    return sums[0].item() / tokens, sums[1].item() / images
+        for t, loss in zip(batch.modalities[0].timesteps.tolist(), losses.per_image.tolist(), strict=True):
+            by_quarter[math.ceil(t / 250)].append(loss)
+    return sums[0].item() / tokens, sums[1].item() / images, [np.mean(own) for own in by_quarter.values()]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +83,9 @@ def test_validation_gives_the_loss_of_the_average_on_any_number_of_ranks_and_at_
 ) -> None:
     heldout = f"data.heldout={digits.parent / 'heldout'}"
     assert [row["step"] for row in rows(observed)] == [2, 4, 5]
-    text, diffusion = expected_loss(observed, digits, *OBSERVED, heldout)
+    text, diffusion, quarters = expected_loss(observed, digits, *OBSERVED, heldout)
     last = rows(observed)[-1]
+    assert [last[f"diffusion_loss_q{n}"] for n in (1, 2, 3, 4)] == pytest.approx(quarters, rel=1e-5)
     assert (last["text_loss"], last["diffusion_loss"]) == pytest.approx((text, diffusion), rel=1e-5)
     assert last["loss"] == pytest.approx(text + 5 * diffusion, rel=1e-5)
     train(1, digits, tmp_path / "one", *OBSERVED, heldout, "train.zero_stage=1")
@@ -101,7 +108,7 @@ def test_the_packs_of_a_share_are_validated_and_never_trained_on(digits: Path, t
     trained = {order[i][1] for i in range(packs)}
     assert trained == set(range(packs)) - set(range(3, packs, 4))
     assert set(open_heldout(config, mixture)[1]) <= set(range(3, packs, 4))
-    text, diffusion = expected_loss(tmp_path / "run", digits, *share)
+    text, diffusion, _ = expected_loss(tmp_path / "run", digits, *share)
     last = rows(tmp_path / "run")[-1]
     assert (last["text_loss"], last["diffusion_loss"]) == pytest.approx((text, diffusion), rel=1e-5)
     told = refusal(start(1, digits, tmp_path / "run", *share, "data.heldout=0.5", "train.steps=9"))

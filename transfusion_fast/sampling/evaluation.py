@@ -1,7 +1,8 @@
 """The quality of a model of captioned images, measured on data that training did not see.
 
-Three figures: the fraction of generated images that a classifier, fitted to training images, assigns to their prompt;
-the fraction of held-out images that get exactly their caption; and the perplexity of held-out text.
+Four figures: the fraction of generated images that a classifier, fitted to training images, assigns to their prompt;
+the Frechet distance between generated and held-out images; the fraction of held-out images that get exactly their
+caption; and the perplexity of held-out text.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+from transfusion_fast.sampling.frechet import MIN_IMAGES, ImageFeatures, flat_pixels, frechet_distance
 
 MAX_FITTED = 10_000
-"""Most training images that the classifier is fitted to, since its time grows with the square of their number."""
+"""Most training images that a classifier is fitted to, since its time grows with the square of their number."""
 MAX_CAPTIONED = 1_000
 """Most held-out images that are captioned; packs hold images in random order."""
 
@@ -50,7 +52,14 @@ class Report:
     """Perplexity per token, <eos> included; None if no held-out document is text alone."""
     classifier_accuracy: float
     """Accuracy of the classifier on held-out real images, which a perfect generator would reach."""
+    frechet_distance: float | None
+    """Frechet distance (frechet.py) between the generated and all held-out images; None if there are fewer than
+    MIN_IMAGES of either, or of training images."""
+    frechet_floor: float | None
+    """The same of as many training images, which a perfect generator would reach on average."""
     num_generated: int
+    num_heldout: int
+    """Held-out images."""
     num_captioned: int
     num_texts: int
     seconds: float
@@ -105,15 +114,19 @@ def evaluate(
     start = time.perf_counter()
     drawn = _draw_images(model, tokenizer, train, each, image, patch_size, seed)
     svm = optional_module("sklearn.svm", "examples")
-    classifier = svm.SVC(gamma="scale").fit(_features(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
-    hits = [classifier.predict(_features(images)) == caption for caption, images in drawn.items()]
+    classifier = svm.SVC(gamma="scale").fit(flat_pixels(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
+    hits = [classifier.predict(flat_pixels(images)) == caption for caption, images in drawn.items()]
     captions = _caption_images(model, tokenizer, heldout.images[:MAX_CAPTIONED], patch_size)
+    distance, floor = _frechet(np.concatenate([*drawn.values()]), train, heldout.images)
     report = Report(
         generated_accuracy=float(np.mean(hits)),
         caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=False)])),
         text_perplexity=_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
-        classifier_accuracy=float(classifier.score(_features(heldout.images), heldout.captions)),
+        classifier_accuracy=float(classifier.score(flat_pixels(heldout.images), heldout.captions)),
+        frechet_distance=distance,
+        frechet_floor=floor,
         num_generated=each * len(drawn),
+        num_heldout=len(heldout.images),
         num_captioned=len(captions),
         num_texts=len(heldout.texts),
         seconds=time.perf_counter() - start,
@@ -149,6 +162,15 @@ def _caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray
     return ["".join(tokenizer.decode(p.numpy()) for p in pieces if isinstance(p, torch.Tensor)) for pieces in produced]
 
 
+def _frechet(drawn: np.ndarray, train: Captioned, heldout: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the distances of the drawn images, and of as many training images, to the held-out ones."""
+    if min(map(len, (drawn, train.images, heldout))) < MIN_IMAGES:
+        return None, None
+    features = ImageFeatures(train.images, train.captions, MAX_FITTED)
+    real, as_many = features(heldout), features(train.images[features.chosen[: len(drawn)]])
+    return frechet_distance(features(drawn), real), frechet_distance(as_many, real)
+
+
 @torch.no_grad()
 def _perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     """Return exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
@@ -157,7 +179,3 @@ def _perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) 
 
 def _ids(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     return torch.from_numpy(tokenizer.encode(text)).long()
-
-
-def _features(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1) / 255.0

@@ -77,6 +77,11 @@ class ValidationRow:
     loss: float
     text_loss: float
     diffusion_loss: float
+    diffusion_loss_q1: float | None
+    """The diffusion loss by quarter of the timesteps, as in `Row`; files of older runs lack it."""
+    diffusion_loss_q2: float | None
+    diffusion_loss_q3: float | None
+    diffusion_loss_q4: float | None
     seconds: float
     """Duration of the measurement."""
 

@@ -16,6 +16,7 @@ from transfusion_fast.errors import DataError
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.packed_batch import PackedBatch
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.training.counters import QuarterLosses, mean_losses
 from transfusion_fast.training.metrics import ValidationRow
 from transfusion_fast.training.ranks import Ranks
 
@@ -36,7 +37,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: Transfusion, step: int) -> ValidationRow:
-        """Return the losses per token and per image. Collective.
+        """Return the losses per token and per image, the latter also by quarter of the timesteps. Collective.
 
         Raises:
             DataError: on all ranks, if a pack cannot be read.
@@ -44,18 +45,23 @@ class Validation:
         began = time.perf_counter()
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        tokens = images = 0.0
+        quarters, tokens, images = QuarterLosses(self.ranks.device), 0.0, 0.0
         # All ranks take as many forward passes, in which ZeRO gathers weights.
         for start in range(0, len(self.numbers), self.size * self.ranks.world_size):
             batch = self.ranks.together(partial(self._read, start), DataError)
-            own = Counts.of(batch)
-            tokens, images = tokens + float(own.tokens), images + float(own.images)
-            losses = model(batch.to(self.ranks.device), counts=Counts(1, 1))
+            counts = Counts.of(batch)
+            tokens, images = tokens + float(counts.tokens), images + float(counts.images)
+            batch = batch.to(self.ranks.device)
+            losses = model(batch, counts=Counts(1, 1))
+            quarters.add(batch, losses.per_image)
             sums += torch.stack([losses.text, losses.diffusion])
         model.train()
-        text_sum, diffusion_sum, all_tokens, all_images = self.ranks.sum([*sums.tolist(), tokens, images])
+        own = [*sums.tolist(), tokens, images, *quarters.pop()]
+        text_sum, diffusion_sum, all_tokens, all_images, *all_quarters = self.ranks.sum(own)
         text, diffusion = text_sum / (all_tokens or 1), diffusion_sum / (all_images or 1)
-        return ValidationRow(step, text + self.weight * diffusion, text, diffusion, time.perf_counter() - began)
+        q1, q2, q3, q4 = mean_losses(all_quarters)
+        loss, seconds = text + self.weight * diffusion, time.perf_counter() - began
+        return ValidationRow(step, loss, text, diffusion, q1, q2, q3, q4, seconds)
 
     def _read(self, start: int) -> PackedBatch:
         """Return this rank's packs of those from `start` on; where none are left, empty ones."""

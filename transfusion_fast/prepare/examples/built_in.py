@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,8 @@ class BuiltIn(ABC):
     """A data set that the project ships or downloads itself, in two splits. Picklable."""
 
     modality: ClassVar[ModalityInfo]
+    side: ClassVar[int]
+    """Height and width of its images in pixels."""
     long: ClassVar[Long] = "reject"
 
     @abstractmethod
@@ -90,10 +92,19 @@ def prepare(
     return build(Recipe(source, encoder, packs_per_shard, seed), folder).index
 
 
-def prepare_splits(data: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int) -> dict[Split, Built]:
-    """Make `out`/train and `out`/heldout of a data set, with bytes as tokens; InputError as for `build`."""
+def prepare_splits(
+    data: BuiltIn, out: Path, sequence_length: int, packs_per_shard: int, patch_size: int | None = None
+) -> dict[Split, Built]:
+    """Make `out`/train and `out`/heldout of a data set, with bytes as tokens.
+
+    Raises:
+        InputError: the patch size does not divide the images; or as for `build`.
+    """
+    modality = data.modality if patch_size is None else replace(data.modality, patch_size=patch_size)
+    if data.side % modality.patch_size:
+        raise InputError(f"patch size must divide {data.side}, the side of the images, got {patch_size}; give another")
     tokenizer = ByteTokenizer()
-    encoder = Encoder(tokenizer, sequence_length, (data.modality,), long=data.long)
+    encoder = Encoder(tokenizer, sequence_length, (modality,), long=data.long)
     built: dict[Split, Built] = {}
     for split in SPLITS:
         make = partial(data.documents, split, tokenizer)

@@ -1,7 +1,8 @@
 """A small real data set that needs no download: scikit-learn's 1797 handwritten digits, and sums in words.
 
 A digit is an 8 x 8 grey image captioned with its name ("seven"); a sum is a text-only document ("two plus five is
-seven"). The split is fixed: 300 images and every tenth sum are held out.
+seven"). The split is fixed: 300 images and every tenth sum are held out. Interleaved, a document names and shows four
+digits in turn, and ends with a word.
 """
 
 import numpy as np
@@ -14,17 +15,19 @@ from transfusion_fast.prepare.examples.built_in import SPLITS, BuiltIn, Split
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODALITY = ModalityInfo("digits", channels=1, patch_size=2, encoding="pixels")
+SIDE = 8
 _TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _SPLIT_SEED = 1797
 _LARGEST_VALUE = 16  # of a pixel in scikit-learn's data
 _HELDOUT_IMAGES, _HELDOUT_SUMS = 6, 10  # one of 6 images, and one of 10 sums
+_ROW, _END = 4, "end"  # digits of an interleaved document, and the text after the last one
 
 
 class Digits(BuiltIn):
     """The digits and sums as a built-in data set."""
 
-    modality = MODALITY
+    modality, side = MODALITY, SIDE
 
     def describe(self) -> dict[str, object]:
         return {"data": "digits", "split": [_SPLIT_SEED, _HELDOUT_IMAGES, _HELDOUT_SUMS]}
@@ -36,6 +39,23 @@ class Digits(BuiltIn):
         pairs = zip(images[..., None], labels, strict=True)
         documents: list[Document] = [(captions[label], ImageSegment(image)) for image, label in pairs]
         return documents + [(TextSegment(tokenizer.encode(sentence)),) for sentence in arithmetic_sentences(split)]
+
+
+class InterleavedDigits(Digits):
+    """The same digits, each once, in documents of several: word, digit, word, digit, ..., end; and the same sums."""
+
+    def describe(self) -> dict[str, object]:
+        return {**super().describe(), "interleaved": [_ROW, _END]}
+
+    def documents(self, split: Split, tokenizer: Tokenizer) -> list[Document]:
+        """Return documents of four digits in a fixed random order, the last one maybe shorter, and then sums."""
+        documents = super().documents(split, tokenizer)
+        pairs = [document for document in documents if len(document) == 2]
+        order = keyed_permutation(len(pairs), _SPLIT_SEED, 2 + SPLITS.index(split))
+        rows = [order[start : start + _ROW].tolist() for start in range(0, len(pairs), _ROW)]
+        end = TextSegment(tokenizer.encode(_END))
+        interleaved: list[Document] = [(*(part for i in row for part in pairs[i]), end) for row in rows]
+        return interleaved + documents[len(pairs) :]
 
 
 def load_split(split: Split) -> tuple[np.ndarray, np.ndarray]:

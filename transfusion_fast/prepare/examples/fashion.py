@@ -55,7 +55,7 @@ class FashionMnist(BuiltIn):
             "web", to download them from there.
     """
 
-    modality = MODALITY
+    modality, side = MODALITY, SIDE
 
     def __init__(self, origin: str | Path) -> None:
         self.origin = origin

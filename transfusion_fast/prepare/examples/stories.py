@@ -16,7 +16,7 @@ from transfusion_fast.data.pack import Document, ImageSegment, Segment, TextSegm
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.built_in import BuiltIn, Split
-from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, FashionMnist
+from transfusion_fast.prepare.examples.fashion import CLASSES, MODALITY, SIDE, FashionMnist
 
 NAMES = ("Ada", "Ben", "Clara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Max", "Nora", "Omar")
 OCCASIONS = (
@@ -68,7 +68,7 @@ class Stories(BuiltIn):
     """Stories of each split, with pictures of the same split."""
 
     pictures: FashionMnist
-    modality = MODALITY
+    modality, side = MODALITY, SIDE
     long = "split"
 
     def describe(self) -> dict[str, object]:
