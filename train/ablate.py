@@ -45,7 +45,7 @@ DATA = {
 EVALUATED_ON = {"interleaved": "digits"}
 """The data of evaluation where it is not that of training: there each image is drawn after its word alone."""
 SETTINGS = ("train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1")
-EVALUATION = ("--each", "30", "--steps", "50", "--eta", "1.5")
+EVALUATION = ("--each", "20", "--steps", "25", "--eta", "1.5")
 GRACE = 120  # seconds that a command gets to save and stop
 ERROR = re.compile(r"(\[rank\d+\]: )?((prepare|pretrain|evaluate): |[\w.]*(Error|Exception)\b)")
 
