@@ -74,7 +74,7 @@ COMPARISONS = (
     Comparison("196-values", JIT, FRECHET, "eps", {"x0": ("better", X0)}, "fashion14"),
     Comparison("timesteps", "arXiv 2212.09748", FRECHET, "added", ADALN),
     Comparison("weights", "arXiv 2411.04996", "diffusion_loss", "shared", SEPARATE),
-    Comparison("optimizer", "arXiv 2502.16982", "loss", "AdamW", {"Muon": ("better", "optimizer.name=muon")}),
+    Comparison("optimizer", "arXiv 2502.16982", "text_loss", "AdamW", {"Muon": ("better", "optimizer.name=muon")}),
 )
 
 
