@@ -45,7 +45,7 @@ DATA = {
 EVALUATED_ON = {"interleaved": "digits"}
 """The data of evaluation where it is not that of training: there each image is drawn after its word alone."""
 SETTINGS = ("train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1")
-EVALUATION = ("--each", "30", "--steps", "50", "--eta", "1.5")
+EVALUATION = ("--each", "20", "--steps", "25", "--eta", "1.5")
 GRACE = 120  # seconds that a command gets to save and stop
 ERROR = re.compile(r"(\[rank\d+\]: )?((prepare|pretrain|evaluate): |[\w.]*(Error|Exception)\b)")
 
@@ -74,7 +74,7 @@ COMPARISONS = (
     Comparison("196-values", JIT, FRECHET, "eps", {"x0": ("better", X0)}, "fashion14"),
     Comparison("timesteps", "arXiv 2212.09748", FRECHET, "added", ADALN),
     Comparison("weights", "arXiv 2411.04996", "diffusion_loss", "shared", SEPARATE),
-    Comparison("optimizer", "arXiv 2502.16982", "loss", "AdamW", {"Muon": ("better", "optimizer.name=muon")}),
+    Comparison("optimizer", "arXiv 2502.16982", "text_loss", "AdamW", {"Muon": ("better", "optimizer.name=muon")}),
 )
 
 

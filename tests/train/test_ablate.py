@@ -148,7 +148,7 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
     (run / "released").touch()
     assert ended(process)[0] == 0 and (run / "checkpoint").read_text() == "at the end"
     assert [name.startswith("digits-name=muon") for name in pretrained(tmp_path)] == [0, 1, 1, 0, 1, 1]
-    assert "| better (arXiv 2502.16982) | loss | yes |" in (out / "ablations.md").read_text()
+    assert "| better (arXiv 2502.16982) | text loss | yes |" in (out / "ablations.md").read_text()
 
 
 @pytest.mark.parametrize(
