@@ -15,7 +15,7 @@ a rule is broken. The rules of attention:
 
 The rules of the memory-bound kernels:
 
-    no spilled register; no stack; 16 bytes a thread in every load and store of a large tensor.
+    no spilled register; 16 bytes a thread in every load and store of a large tensor.
 """
 
 import argparse
@@ -163,11 +163,13 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
     """Compile a variant and return its row: resources, broken rules, and the costs of a step of one block.
 
     `full` steps have no mask, `partial` steps have one. Their columns are None where a product over the head dimension
-    is a loop of its own, wide heads in fp32. With `rules_only`, loops are read on sm_90 alone; elsewhere `spills` is
-    then not counted, but spilled registers still take `stack_bytes`.
+    is a loop of its own, wide heads in fp32. With `rules_only`, loops are read on sm_90 alone, and
+    spills are counted elsewhere only where the assembler reserves stack, since there are none without.
     """
     c, compiled, limit = variant.config, compile_variant(variant), offline.SHARED_LIMIT[variant.arch]
-    instructions = [] if rules_only and variant.arch != 90 else compiled.instructions
+    reads_loops = not rules_only or variant.arch == 90
+    stack_bytes = offline.parse_resources(compiled.usage, [])["stack_bytes"]
+    instructions = compiled.instructions if reads_loops or stack_bytes else []
     row = {
         "name": str(variant), "kernel": variant.kernel, "arch": variant.arch, "dtype": variant.dtype,
         "head_dim": variant.head_dim, "height": variant.height,
@@ -180,7 +182,7 @@ def row_of(variant: Variant, rules_only: bool = False) -> Row:
     by_memory = (limit + 1024) // (compiled.shared_bytes + 1024)
     row["blocks_per_multiprocessor"] = min(by_registers, by_memory, 2048 // (32 * c.warps))
     row["broken_rules"] = ""
-    row |= _loop_columns(variant, instructions if c.chunk is None else [])
+    row |= _loop_columns(variant, instructions if reads_loops and c.chunk is None else [])
     broken = offline.spill_rule(row)
     if compiled.shared_bytes > limit:
         broken.append(f"{compiled.shared_bytes} bytes of shared memory, of {limit}")

@@ -64,7 +64,9 @@ def config(kernel: str, architecture: int | str, head_dim: int, itemsize: int, h
         raise ValueError(f"architecture must be one of {', '.join(targets)}, got {architecture!r}")
     width = padded_head_dim(head_dim)
     key = {2: sm, 4: "fp32"}[itemsize], kernel, width
-    shapes = _BEFORE_3_7.get(key, _SHAPES[key]) if triton_version() < (3, 7) else _SHAPES[key]
+    version = triton_version()
+    own = _BEFORE_3_7 if version < (3, 7) else _SINCE_3_8 if version >= (3, 8) else {}
+    shapes = own.get(key, _SHAPES[key])
     chunk = 16 if itemsize == 4 and width >= 128 else None
     halves = kernel == "forward" and sm == "sm_90" and itemsize == 2
     return Config(*shapes[height != 128], descriptors=sm != "sm_80", chunk=chunk, halves=halves)
@@ -72,11 +74,11 @@ def config(kernel: str, architecture: int | str, head_dim: int, itemsize: int, h
 
 @cache
 def triton_version() -> tuple[int, int]:
-    """Return the major and minor version of Triton, which compiles the kernels; a late one where it is missing."""
+    """Return the major and minor version of Triton, which compiles the kernels; 3.7 where it is missing."""
     try:
         major, minor = version("triton").split(".")[:2]
     except PackageNotFoundError:
-        return (99, 0)
+        return (3, 7)
     return int(major), int(minor)
 
 
@@ -149,8 +151,28 @@ _SHAPES: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
     ("fp32", "backward_dkdv", 128): ((16, 32, 32, 4, 2), (16, 32, 32, 4, 2)),
     ("fp32", "backward_dkdv", 256): ((16, 32, 32, 8, 2), (16, 32, 32, 8, 2)),
 }
-# In place of these for Triton 3.6, which there spills registers or waits after every single matrix instruction.
+# In place of these for Triton 3.6, which there spills registers or, on sm_90, waits after every single matrix
+# instruction.
 _BEFORE_3_7: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
+    ("sm_80", "forward", 128): ((128, 64, 64, 8, 2), (64, 64, 32, 4, 2)),
+    ("sm_80", "backward_dq", 32): ((128, 32, 32, 4, 2), (64, 64, 64, 4, 2)),
+    ("sm_80", "backward_dkdv", 64): ((64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
     ("sm_90", "backward_dq", 256): ((64, 64, 32, 8, 2), (64, 64, 32, 8, 2)),
     ("sm_90", "backward_dkdv", 128): ((64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
+    ("sm_100", "forward", 128): ((128, 128, 64, 8, 2), (64, 64, 32, 4, 2)),
+    ("sm_100", "backward_dq", 128): ((128, 64, 32, 8, 2), (64, 64, 32, 4, 2)),
+    ("sm_100", "backward_dkdv", 128): ((128, 32, 16, 8, 2), (64, 32, 32, 4, 2)),
+    ("sm_120", "forward", 32): ((128, 64, 64, 8, 2), (64, 64, 32, 4, 2)),
+    ("sm_120", "forward", 64): ((64, 32, 32, 4, 2), (64, 64, 32, 4, 2)),
+    ("sm_120", "backward_dkdv", 32): ((64, 32, 32, 4, 2), (64, 32, 32, 4, 2)),
+    ("sm_120", "backward_dkdv", 64): ((64, 16, 16, 4, 2), (64, 16, 16, 4, 2)),
+}
+# In place of these from Triton 3.8 on, which there spills registers.
+_SINCE_3_8: dict[tuple[str, str, int], tuple[_Shape, _Shape]] = {
+    ("sm_80", "forward", 64): ((128, 32, 32, 4, 3), (64, 64, 64, 4, 3)),
+    ("sm_120", "forward", 64): ((64, 64, 64, 4, 2), (64, 64, 32, 4, 2)),
+    ("fp32", "forward", 32): ((64, 32, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("fp32", "backward_dq", 32): ((64, 32, 32, 8, 2), (64, 32, 32, 8, 2)),
+    ("fp32", "backward_dq", 64): ((32, 32, 32, 4, 1), (32, 32, 32, 4, 1)),
+    ("fp32", "backward_dkdv", 32): ((16, 32, 16, 4, 2), (16, 32, 16, 4, 2)),
 }
