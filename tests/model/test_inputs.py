@@ -72,6 +72,7 @@ def test_each_form_of_a_batch_gives_its_losses():
     for refused in (
         lambda: model(packed(*DOCUMENTS), IN_ROWS[0]),
         lambda: model(packed(*DOCUMENTS), generator=seeded()),
+        lambda: model(packed(*DOCUMENTS), noised_copies=2),
         lambda: model(DOCUMENTS, counts=Counts(1, 1)),
     ):
         with pytest.raises(ValueError, match="must come with"):
@@ -231,6 +232,8 @@ X = latents(2, 4)
             "row 1: an image at 3 must not begin before 4, where the last one ends",
         ),
         (ROW, [[], [X]], [[], [(0, 0, 2, 2)]], r"row 1, span \(0, 0, 2, 2\): must be \(offset, length\) or"),
+        (ROW, [[], [X]], [[], [(2.5, 2)]], r"row 1: a position must be integers, .* got \(2.5, 2\)"),
+        (ROW, [[], [X]], [[], [3]], "row 1: a position must be integers, .* got 3"),
         (ROW, [[], [X.long()]], [[], [(2, 2)]], "row 1.* floating point"),
         (ROW, [[], [X.tolist()]], [[], [(2, 2)]], "row 1.*tensor, got list"),
     ],

@@ -172,6 +172,9 @@ def test_the_first_copy_from_python_draws_what_an_image_noised_in_place_does(mod
     )
     with pytest.raises(ValueError, match="noised_copies must be an integer from 0 on, got -1; 0 noises"):
         model(documents, noised_copies=-1)
+    causal = model.config.model_copy(update={"image_attention": "causal"})
+    with pytest.raises(ValueError, match=r"noised_copies must be 0 with image_attention=causal, .* got 2"):
+        pack_documents(documents, causal, Randomness(seeded(), noised_copies=2))
 
 
 def test_causal_images_see_what_text_would(model):

@@ -255,6 +255,8 @@ def test_what_was_sampled_can_be_a_prompt_and_a_training_document():
 def test_prompts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"piece 0: text ids must lie in \[0, 10\), got 10 to 10"):
         sample(make(), [[ids(10)]], grids=GRIDS)
+    with pytest.raises(ValueError, match="grids must have a size for modality 1, which the model begins, got 1 sizes"):
+        sample(chain({2: BOI1}), [[ids(2)]], grids=GRIDS[:1])
     for prompts, modality in (([], 0), ([[]], 2)):
         with pytest.raises(ValueError, match=f"the modality below 2, got {len(prompts)} and"):
             generate_images(make(), prompts, (1, 2), modality=modality)

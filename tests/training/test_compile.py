@@ -18,15 +18,17 @@ GROUPED = ", modality_weights: separate, conditioning: adaln"
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "blocks"),
+    ("checkpointing", "blocks", "copies"),
     [
-        ("none", ""),
-        ("none", GROUPED),
-        *(pytest.param(name, "", marks=pytest.mark.slow) for name in ("selective", "full")),
+        ("none", "", 0),
+        ("none", "", 4),
+        ("none", GROUPED, 4),
+        ("none", GROUPED, 0),
+        *(pytest.param(name, "", 0, marks=pytest.mark.slow) for name in ("selective", "full")),
     ],
 )
 def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, blocks: str
+    digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, blocks: str, copies: int
 ) -> None:
     """The compiler here stops before C++, which takes long."""
     from torch._dynamo.utils import counters
@@ -35,17 +37,20 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     transformer = (
         f"model.transformer={{dim: 16, depth: 10, heads: 1, ffn_dim: 16{blocks}}}"  # more blocks than recompilations
     )
-    settings = (transformer, f"model.activation_checkpointing={checkpointing}")
+    context = ("data.context=clean", f"data.copies={copies}") if copies else ()
+    settings = (transformer, f"model.activation_checkpointing={checkpointing}", *context)
     config = small_config(digits, *settings)
     data = open_data(config)
     config = complete_config(config, data)
     model, eager = Transfusion(config.model), Transfusion(config.model)
     eager.load_state_dict(model.state_dict())
-    compile_blocks(model)
+    compile_blocks(model, lengths_vary=copies > 0)
     torch._dynamo.reset()
     counters.clear()
     stream = training_batches(config, data, BatchSplit(0, 1, 1, 1), 0)
-    for batch in (next(stream).batch for _ in range(3)):
+    batches = [next(stream).batch for _ in range(12 if copies else 3)]
+    assert (len({len(batch.tokens) for batch in batches}) > 1) == (copies > 0)
+    for batch in batches:
         graphs = counters["stats"]["unique_graphs"]
         losses, expected = model(batch), eager(batch)
         losses.total.backward()
@@ -56,7 +61,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     model.eval()
     model(next(training_batches(config, data, BatchSplit(0, 1, 3, 3), 0)).batch)
-    assert counters["stats"]["unique_graphs"] == graphs <= 2 and not counters["recompiles"]
+    assert counters["stats"]["unique_graphs"] == graphs <= 1 + (copies == 0) and not counters["recompiles"]
     assert not counters["graph_break"]
 
 

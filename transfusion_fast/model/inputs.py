@@ -9,10 +9,11 @@ For training, `Weighted(piece, weight)` in place of a piece, or around a whole d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from operator import index
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -194,7 +195,8 @@ def pack_rows(
         raise ValueError(f"text_ids must be integers [B, T], got {text_ids.dtype} {tuple(text_ids.shape)}")
     rows, row_length = text_ids.shape
     latents = [()] * rows if modality_tokens is None else modality_tokens
-    positions = [()] * rows if modality_positions is None else modality_positions
+    given = [()] * rows if modality_positions is None else modality_positions
+    positions = [[_integers(row, span) for span in spans] for row, spans in enumerate(given)]
     if len(latents) != rows or len(positions) != rows:
         raise ValueError(
             f"modality_tokens and modality_positions must have an entry for each of the {rows} rows, "
@@ -274,7 +276,10 @@ def _with_noise(
 ) -> PackedBatch:
     """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
     vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.modalities)), randomness.generator
-    copies = randomness.noised_copies
+    copies, causal = randomness.noised_copies, config.image_attention == "causal"
+    if copies and causal:
+        rule = "noised_copies must be 0 with image_attention=causal, as attention within copies is bidirectional"
+        raise ValueError(f"{rule}, got {copies}; set one of them")
     uniform, drop = torch.rand(2, len(images), generator=generator)
     if copies:
         uniform = torch.cat([uniform[None], torch.rand(copies - 1, len(images), generator=generator)])
@@ -284,7 +289,6 @@ def _with_noise(
     latents = flat_latents(images, config.dim_latent)
     repeated = (copies,) if copies else ()
     noisy = [(x, torch.randn(*repeated, *x.shape, generator=generator)) for x in latents]
-    causal = config.image_attention == "causal"
     return build_batch(sequence, noisy, timesteps, config.modalities, causal_images=causal)
 
 
@@ -352,6 +356,15 @@ def _refuse_doubtful(latents: Tensor, modality: int, what: str, config: ModelCon
         raise ValueError(
             f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
         )
+
+
+def _integers(row: int, span: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Return the numbers of a span; raise ValueError unless they are integers."""
+    try:
+        return tuple(map(index, span))
+    except TypeError:
+        rule = f"row {row}: a position must be integers, (offset, length) or (modality, offset, length)"
+        raise ValueError(f"{rule}, got {span!r:.60}; convert it") from None
 
 
 def _check_span(

@@ -191,8 +191,9 @@ class Transfusion(nn.Module):
         if not isinstance(batch, Tensor) and (modality_tokens is not None or modality_positions is not None):
             raise ValueError("modality_tokens must come with text_ids [B, T], got another batch; put images into it")
         if isinstance(batch, PackedBatch):
-            if generator is not None:
-                raise ValueError("a generator must come with documents or rows, got a PackedBatch, which has its noise")
+            if generator is not None or (noise_cap, prob_uncond, noised_copies) != (NOISE_CAP, PROB_UNCOND, 0):
+                rule = "generator, noise_cap, prob_uncond and noised_copies must come with documents or rows"
+                raise ValueError(f"{rule}, got a PackedBatch, which has its noise; leave them out")
             return super().__call__(batch, counts)
         if counts is not None:
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")

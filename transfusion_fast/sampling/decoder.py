@@ -118,6 +118,9 @@ def sample(
                 stream.done = stream.num_drawn >= max_images
             drawing = [s for s in drawing if not s.done]
             if drawing:
+                if grids is not None and modality >= len(grids):
+                    rule = f"grids must have a size for modality {modality}, which the model begins"
+                    raise InputError(f"{rule}, got {len(grids)} sizes; give one for each modality")
                 grid = None if grids is None else grids[modality]
                 drawn = _draw(model, drawing, modality, grid, image or ImageSettings(), generator)
                 for stream, latents in zip(drawing, model.decoded(drawn, modality), strict=True):

@@ -26,7 +26,6 @@ class Work(NamedTuple):
     """Weights of supervised tokens and of trained images, trained images, positions of documents with their noised
     copies, all positions, and floating point operations.
 
-
     They can be summed. Without weights of losses, the first two are numbers.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfusion_fast.config import Config, OptimizerConfig
 from transfusion_fast.data.loader import BatchSplit
@@ -43,7 +43,7 @@ def make_engine(config: Config, ranks: Ranks, split: BatchSplit) -> Any:
     if config.train.freeze == "text":
         freeze_text(model)
     if config.train.compile == "blocks":
-        compile_blocks(model)
+        compile_blocks(model, lengths_vary=config.data.added_copies > 0)
     optimizer = make_optimizer(model, config.optimizer)
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 DeepSpeed prints what memory it uses
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
@@ -75,15 +75,19 @@ def freeze_text(model: Transfusion) -> None:
         parameter.requires_grad_(not of_text(name))
 
 
-def compile_blocks(model: Transfusion) -> None:
-    """Compile the forward pass of each block for training; evaluation, whose shapes vary, runs it as it is."""
+def compile_blocks(model: Transfusion, *, lengths_vary: bool = False) -> None:
+    """Compile the forward pass of each block for training; evaluation, whose shapes vary, runs it as it is.
+
+    Args:
+        lengths_vary: compile for any number of positions. PyTorch would compile eight lengths, and then no more.
+    """
     # ZeRO-3 gathers the parameters of a leaf module before its forward pass, and so has no hooks in what is compiled.
     deepspeed.utils.set_z3_leaf_modules(model, [Block, GroupedBlock])
     for block in model.blocks:
-        block.forward = _compiled_for_training(block)
+        block.forward = _compiled_for_training(block, lengths_vary)
 
 
-def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
+def _compiled_for_training(block: nn.Module, lengths_vary: bool) -> Callable[..., Any]:
     eager, compiled = block.forward, torch.compile(block.forward, dynamic=False)
 
     def forward(*inputs: Any) -> Any:
@@ -93,6 +97,11 @@ def _compiled_for_training(block: nn.Module) -> Callable[..., Any]:
             groups, _, _, positions, conditions = inputs
             for x in (*groups, *positions, *(x for pair in conditions for x in pair)):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
+        if lengths_vary:
+            x, rotary, layout = inputs[:3]
+            for tensor in (x, *rotary, *vars(layout).values()):
+                if isinstance(tensor, Tensor) and tensor is not layout.tile_counts:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(*inputs)
 
     return forward
