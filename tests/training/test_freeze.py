@@ -52,6 +52,15 @@ def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_sa
         torch.testing.assert_close(weight, last[name], rtol=0, atol=0 if of_text(name) else 1e-4)
 
 
+def test_what_only_patches_pass_is_trained_with_frozen_text() -> None:
+    blocks = {"dim": 32, "depth": 1, "heads": 2, "ffn_dim": 32, "modality_weights": "separate", "conditioning": "adaln"}
+    model = Transfusion(num_text_tokens=8, dim_latent=(4, 6), transformer=blocks)
+    freeze_text(model)
+    for name, parameter in model.named_parameters():
+        of_patches = name.startswith(("codecs", "conditions", "norm.modalities", "blocks.0.modalities"))
+        assert parameter.requires_grad == of_patches, name
+
+
 def test_freezing_what_text_does_not_own_is_refused() -> None:
     with pytest.raises(InputError, match=r"needs model\.transformer\.modality_weights=separate, got shared"):
         load_config(None, ["train.freeze=text"])
