@@ -36,6 +36,7 @@ def test_any_number_of_dimensions_trains_and_is_drawn():
     for modality, grid in enumerate(GRIDS):
         drawn = generate_images(model, [document], grid, modality=modality, image=ImageSettings(1, guidance=1.0))
         assert drawn.shape == (1, *grid, 3 + modality) and drawn.isfinite().all()
+    assert generate_images(model, [[]], image=ImageSettings(1)).shape == (1, 3), "a vector needs no size"
 
 
 def test_axes_of_positions_are_those_of_the_modality_and_equal_elsewhere():
@@ -114,6 +115,9 @@ def test_encoders_train_jointly_and_decoders_give_what_sampling_returns():
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(("encoders", "decoders"))})
     [[drawn]] = bare.sample([[latents[0].detach()]], generator=seeded(), **sampled)
     torch.testing.assert_close(piece, decoder(drawn[None])[0].detach())
+    given = [(model, raw[0]), (bare, latents[0].detach())]
+    got, expected = (generate_images(m, [[x]], image=ImageSettings(1), generator=seeded()) for m, x in given)
+    torch.testing.assert_close(got, expected)  # latents, also where there is a decoder
 
 
 def test_raw_pieces_of_one_shape_and_type_are_encoded_as_a_batch_and_types_are_kept_apart():

@@ -108,6 +108,17 @@ def test_prompts_that_begin_images_of_different_modalities_at_once_each_get_thei
     assert produced_by(model, [[ids(2)], [ids(1)], [ids(2)]]) == [[IMAGE1, [4]], [IMAGE, [3]], [IMAGE1, [4]]]
 
 
+def test_images_are_returned_in_the_order_of_axes_of_their_own_modality():
+    model = chain({BOS: BOI, EOI: BOI1, EOI1: EOS})
+    settings = {"grids": [(2, 3), (2, 3)], "image": ONE_STEP, "max_images": 2}
+    [[first, (_, second)]] = sample(model, [()], generator=seeded(), **settings)
+    modalities = model.config.modalities
+    changed = [modalities[0], modalities[1].model_copy(update={"channel_first": True})]
+    model.config = model.config.model_copy(update={"modalities": tuple(changed)})
+    [[same, (_, moved)]] = sample(model, [()], generator=seeded(), **settings)
+    assert torch.equal(same, first) and torch.equal(moved, second.movedim(-1, 0))
+
+
 def test_decoding_is_repeatable():
     model = make()
     settings = {"max_text_tokens": 8, "max_images": 2, "temperature": 1.0, "image": ImageSettings(steps=2)}
