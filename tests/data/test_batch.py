@@ -179,11 +179,11 @@ def test_a_batch_with_copies_is_padded_to_a_multiple_and_its_first_copies_have_t
 
 def test_each_segment_keeps_its_weight_in_a_pair_that_is_turned_around_and_beside_other_packs() -> None:
     weighted = keyed((replace(text(5), weight=2.0), replace(image(1), weight=3.0)), number=1)
-    for packs, plain in (([keyed((text(7),)), weighted], 0), ([weighted, keyed((text(7),))], 1)):
+    plain = keyed((text(7),))
+    for packs, before, after in (([plain, weighted], [1, 1], []), ([weighted, plain], [], [1, 1])):
         for caption_first, expected in ((1.0, [2, 3, 3]), (0.0, [3, 2, 2])):
             batch = builder(caption_first=caption_first)(packs)
-            both = [[1, 1], expected] if plain == 0 else [expected, [1, 1]]
-            assert batch.token_weights.tolist() == sum(both, [])
+            assert batch.token_weights.tolist() == [*before, *expected, *after]
             assert batch.modalities[0].weights.tolist() == [3]
 
 
