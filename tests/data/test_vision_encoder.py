@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,10 +56,22 @@ def test_latents_are_the_features_of_patches_row_by_row_less_their_mean_over_the
     torch.testing.assert_close(restored, expected, rtol=2e-3, atol=4e-3)
 
 
-def test_a_constant_channel_becomes_zero(saved):
+def test_a_constant_channel_becomes_zero_and_another_encoders_normalisation_is_refused(saved):
     encoder = read_vision_encoder(saved[0])
     constant = encoder.normalised_by([np.full((2, 2, 16), 3.0, np.float16)])
     assert np.allclose(constant.mean, 3) and np.allclose(constant.std, 1e-5**0.5)
+    made = constant.modality("images", 1)
+    assert encoder.normalised_like(made, "OTHER") == constant
+    with pytest.raises(InputError, match=r"vision encoder of OTHER must have fingerprint 000000000000 and 16 channels"):
+        encoder.normalised_like(replace(made, autoencoder="0" * 64), "OTHER")
+
+
+def test_the_size_of_images_is_that_of_the_processor_in_whole_patches(folder):
+    edit(PROCESSOR, size={"height": 18, "width": 18})(folder)
+    assert read_vision_encoder(folder).image_size == 16
+    crop = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+    edit(PROCESSOR, size={"shortest_edge": 20}, crop_size={"height": 13, "width": 13}, **crop)(folder)
+    assert read_vision_encoder(folder).image_size == 12
 
 
 def edit(name, **fields):
