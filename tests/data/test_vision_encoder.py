@@ -74,6 +74,23 @@ def test_the_size_of_images_is_that_of_the_processor_in_whole_patches(folder):
     assert read_vision_encoder(folder).image_size == 12
 
 
+def test_of_a_model_of_images_and_text_the_vision_half_is_taken(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**sizes, "vocab_size": 9, "max_position_embeddings": 4, "eos_token_id": 1, "bos_token_id": 0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path)
+    own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(size={"shortest_edge": 16}, **own).save_pretrained(tmp_path)
+    encoder, pixels = read_vision_encoder(tmp_path), random_pixels(2, 16, 16, 3)
+    with torch.no_grad():
+        tokens = model.vision_model(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
+    found = torch.from_numpy(encoder.encode(pixels)).float()
+    torch.testing.assert_close(found, tokens[:, 1:].reshape(2, 2, 2, 16), rtol=1e-3, atol=2e-3)
+
+
 def edit(name, **fields):
     def change(folder):
         path = folder / name

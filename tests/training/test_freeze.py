@@ -1,11 +1,12 @@
 """Frozen text weights and dropout: what keeps its bits, what has state, and runs that resume."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import state_of, train
+from launching import print_seeds, state_of, train
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
@@ -30,11 +31,17 @@ def forget_after(run: Path, step: int) -> Path:
     return copy
 
 
+def seeds_in(printed: str) -> list[int]:
+    """Return the seeds of dropout, which unlike that of the run have 64 bits."""
+    return [number for number in map(int, re.findall(r"^seed (\d+)$", printed, re.MULTILINE)) if number >> 32]
+
+
 def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_same_bits(
     digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(2, digits, run, *FROZEN)
+    seeds = seeds_in(train(2, digits, run, *FROZEN, setup=print_seeds))
+    assert len(seeds) == len(set(seeds)) == 6 * 4, "every micro-batch has a dropout of its own"
     first, last = (load_model(find_checkpoint(run, f"step-0000000{n}"), raw=True).state_dict() for n in (2, 6))
     average = load_model(find_checkpoint(run)).state_dict()
     stored = open_slices(find_checkpoint(run))
@@ -47,7 +54,8 @@ def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_sa
     train(2, digits, resumed, *FROZEN)
     assert state_of(resumed, 6) == state_of(run, 6)
     divided = forget_after(run, 4)
-    train(1, digits, divided, *FROZEN, "train.zero_stage=1")
+    of_one_rank = seeds_in(train(1, digits, divided, *FROZEN, "train.zero_stage=1", setup=print_seeds))
+    assert len(of_one_rank) == 2 * 4 and set(of_one_rank) < set(seeds), "whatever rank it is on"
     for name, weight in load_model(find_checkpoint(divided), raw=True).state_dict().items():
         torch.testing.assert_close(weight, last[name], rtol=0, atol=0 if of_text(name) else 1e-4)
 
