@@ -56,6 +56,14 @@ def test_a_valid_pack_gives_its_documents_back(packed):
         validate_pack(pack, MODALITIES, 256, pack.num_positions - 1)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_weights_are_stored_where_one_is_not_1(weight):
+    ids = np.array([1, 2], np.int32)
+    documents = [(TextSegment(ids), TextSegment(ids, weight))]
+    assert make_pack(documents, ()).weights.tolist() == [1, weight]
+    assert make_pack([(TextSegment(ids, 1.0),)], ()).weights is None
+
+
 def test_rows_hold_offsets_in_ids_and_in_values():
     pack = make_pack([(text(7, 8, 9), image(4, 6)), (image(1, 2, modality=1), text(5))], MODALITIES)
     assert pack.segments.tolist() == [
