@@ -242,17 +242,6 @@ def muon_in_single_precision() -> None:
     original_muon.ns_compute_dtype = lambda method="gram": torch.float32
 
 
-def print_seeds() -> None:
-    """Print the seeds that torch is given."""
-    seed = torch.manual_seed
-
-    def told(number: int) -> torch.Generator:
-        os.write(1, f"seed {number}\n".encode())
-        return seed(number)
-
-    torch.manual_seed = told
-
-
 def take_long_in_the_first_step() -> None:
     """Let the first micro-batch take five seconds more, as its compilation would; compile nothing."""
     from deepspeed.runtime.engine import DeepSpeedEngine

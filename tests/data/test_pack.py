@@ -122,7 +122,18 @@ def test_documents_that_make_no_pack_are_refused(packed, modalities, reason):
         make_pack(packed, modalities)
 
 
-@pytest.mark.parametrize("change", [{"channels": 0}, {"patch_size": -1}, {"patch_size": 1 << 40}, {"encoding": "jpeg"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 0},
+        {"patch_size": -1},
+        {"patch_size": 1 << 40},
+        {"encoding": "jpeg"},
+        {"std": (1.0,)},
+        {"std": (0.0,), "mean": (0.0,)},
+        {"mean": (0.0, 0.0), "std": (1.0, 1.0)},
+    ],
+)
 def test_a_modality_that_makes_no_sense_is_refused(change):
     with pytest.raises(InputError, match=f"{next(iter(change))} of modality 'grey' must be"):
         replace(GREY, **change)

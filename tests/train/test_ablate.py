@@ -158,6 +158,8 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
         ("better", 1, [1.0, 1.2], "no"),
         ("worse", 1, [1.0, 1.2], "yes"),
         ("better", -1, [1.8, 2.0], "within the spread"),
+        ("better", -1, [1.6, 1.8], "yes"),
+        ("better", -1, [1.2, 2.0], "within the spread"),
         ("equal", -1, [1.8, 2.0], "yes"),
         ("equal", -1, [1.0, 1.2], "no"),
     ],
@@ -165,6 +167,7 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
 def test_a_claim_is_judged_by_differences_beyond_the_spread(claim, sign, variant, told) -> None:
     assert verdict(claim, sign, [1.9, 2.1], variant) == told
     assert verdict(claim, sign, [], []) == "not measured"
+    assert verdict("equal", sign, [2.0], [2.0]) == "yes, of one seed"
 
 
 def test_all_variants_are_settings_that_exist() -> None:

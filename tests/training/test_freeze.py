@@ -1,12 +1,12 @@
 """Frozen text weights and dropout: what keeps its bits, what has state, and runs that resume."""
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import print_seeds, state_of, train
+from launching import state_of, train
+from printed_seeds import print_seeds, seeds_in
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
@@ -29,11 +29,6 @@ def forget_after(run: Path, step: int) -> Path:
         shutil.rmtree(copy / "checkpoints" / f"step-{later:08d}")
     (copy / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
     return copy
-
-
-def seeds_in(printed: str) -> list[int]:
-    """Return the seeds of dropout, which unlike that of the run have 64 bits."""
-    return [number for number in map(int, re.findall(r"^seed (\d+)$", printed, re.MULTILINE)) if number >> 32]
 
 
 def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_same_bits(
