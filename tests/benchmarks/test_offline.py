@@ -146,9 +146,10 @@ def test_resources_are_parsed():
      Function kernel:
       REG:255 STACK:144 SHARED:1024 LOCAL:0 CONSTANT[0]:584 TEXTURE:0 SURFACE:0 SAMPLER:0
     """
-    moves = ("STL [R1], R0", "LDL R0, [R1]", "LDL.64 R2, [R1+0x8]")
+    moves = ("STL [R1], R0", "LDL R0, [R1]", "STL [RZ], R2")
     resources = offline.parse_resources(usage, listing(*moves, "STL.64 [R1+0x8], RZ"))  # the last holds no register
     assert resources == {"registers": 255, "spills": 3, "stack_bytes": 144}
+    assert [offline.spill_rule({**resources, "spills": n}) for n in (0, 1)] == [[], ["1 spills"]]
     with pytest.raises(ValueError, match="one kernel"):
         offline.parse_resources("", [])
 

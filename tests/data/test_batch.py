@@ -157,6 +157,8 @@ def test_images_of_several_sizes_keep_their_order() -> None:
     images = [image(1, 4, 2), image(2, 2, 2), image(3, 2, 4), image(4, 4, 2)]
     batch = builder()([keyed(tuple(images))])
     assert batch.modalities[0].image_offsets.tolist() == [0, 2, 3, 5, 7]
+    assert batch.modalities[0].by_shape.tolist() == [1, 2, 0, 3]
+    assert batch.modalities[0].shapes == ((1, 1, 1, 1), (1, 1, 1, 2), (2, 1, 2, 1))  # images, frames, rows, columns
     alone = [builder()([keyed((i,))]).modalities[0].latents for i in images]
     assert torch.equal(batch.modalities[0].latents, torch.cat(alone))
 
@@ -171,6 +173,18 @@ def test_a_batch_with_copies_is_padded_to_a_multiple_and_its_first_copies_have_t
     assert torch.equal(images.timesteps[:160:2], usual.timesteps)
     assert torch.equal(images.noise.unflatten(0, (80, 2, 2))[:, 0].flatten(0, 1), usual.noise)
     assert len(images.timesteps[:160].unique()) > 140 and len(images.noise.unique()) == images.noise.numel()
+    ignored = builder(1, context="clean", copies=2)([keyed((replace(image(1), weight=0.0), text(4)))])
+    assert len(ignored.tokens) == ignored.num_tokens == 7, "nothing is kept free for copies that are not made"
+
+
+def test_each_segment_keeps_its_weight_in_a_pair_that_is_turned_around_and_beside_other_packs() -> None:
+    weighted = keyed((replace(text(5), weight=2.0), replace(image(1), weight=3.0)), number=1)
+    plain = keyed((text(7),))
+    for packs, before, after in (([plain, weighted], [1, 1], []), ([weighted, plain], [], [1, 1])):
+        for caption_first, expected in ((1.0, [2, 3, 3]), (0.0, [3, 2, 2])):
+            batch = builder(caption_first=caption_first)(packs)
+            assert batch.token_weights.tolist() == [*before, *expected, *after]
+            assert batch.modalities[0].weights.tolist() == [3]
 
 
 def test_all_padding_stands_at_the_end_and_the_length_is_constant() -> None:

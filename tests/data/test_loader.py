@@ -14,7 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.loader import BatchSplit, complete_config, open_data, training_batches
+from transfusion_fast.data.loader import BatchSplit, batch_builder, complete_config, open_data, training_batches
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.data.shards import read_table
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -247,6 +247,13 @@ def test_settings_that_the_data_knows_need_not_be_given(folder: Path) -> None:
     omitted = config_of(folder, "model.preset=0.16b")
     model = complete_config(omitted, open_data(omitted)).model
     assert (model.num_text_tokens, model.dim_latent, model.transformer.depth) == (256, (4,), 16)
+
+
+def test_batches_follow_the_attention_of_the_config_and_ranks_can_share_those_with_copies(folder: Path) -> None:
+    usual, causal = (batches(folder, 0, 1, 1, 0, 1, f"model.image_attention={a}") for a in ("bidirectional", "causal"))
+    assert len(usual[0].layout.image_spans) > 0 == len(causal[0].layout.image_spans)
+    config = config_of(folder, "data.context=clean", "train.sequence_parallel=3")
+    assert batch_builder(config, open_data(config), packs=1).length_step == 9  # an eighth of 64, for 3 ranks
 
 
 def test_settings_of_one_modality_hold_for_all_of_the_data(folder: Path, texts: Path) -> None:

@@ -56,6 +56,14 @@ def test_a_valid_pack_gives_its_documents_back(packed):
         validate_pack(pack, MODALITIES, 256, pack.num_positions - 1)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_weights_are_stored_where_one_is_not_1(weight):
+    ids = np.array([1, 2], np.int32)
+    documents = [(TextSegment(ids), TextSegment(ids, weight))]
+    assert make_pack(documents, ()).weights.tolist() == [1, weight]
+    assert make_pack([(TextSegment(ids, 1.0),)], ()).weights is None
+
+
 def test_rows_hold_offsets_in_ids_and_in_values():
     pack = make_pack([(text(7, 8, 9), image(4, 6)), (image(1, 2, modality=1), text(5))], MODALITIES)
     assert pack.segments.tolist() == [
@@ -114,7 +122,18 @@ def test_documents_that_make_no_pack_are_refused(packed, modalities, reason):
         make_pack(packed, modalities)
 
 
-@pytest.mark.parametrize("change", [{"channels": 0}, {"patch_size": -1}, {"patch_size": 1 << 40}, {"encoding": "jpeg"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": 0},
+        {"patch_size": -1},
+        {"patch_size": 1 << 40},
+        {"encoding": "jpeg"},
+        {"std": (1.0,)},
+        {"std": (0.0,), "mean": (0.0,)},
+        {"mean": (0.0, 0.0), "std": (1.0, 1.0)},
+    ],
+)
 def test_a_modality_that_makes_no_sense_is_refused(change):
     with pytest.raises(InputError, match=f"{next(iter(change))} of modality 'grey' must be"):
         replace(GREY, **change)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,10 +56,39 @@ def test_latents_are_the_features_of_patches_row_by_row_less_their_mean_over_the
     torch.testing.assert_close(restored, expected, rtol=2e-3, atol=4e-3)
 
 
-def test_a_constant_channel_becomes_zero(saved):
+def test_a_constant_channel_becomes_zero_and_another_encoders_normalisation_is_refused(saved):
     encoder = read_vision_encoder(saved[0])
     constant = encoder.normalised_by([np.full((2, 2, 16), 3.0, np.float16)])
     assert np.allclose(constant.mean, 3) and np.allclose(constant.std, 1e-5**0.5)
+    made = constant.modality("images", 1)
+    assert encoder.normalised_like(made, "OTHER") == constant
+    with pytest.raises(InputError, match=r"vision encoder of OTHER must have fingerprint 000000000000 and 16 channels"):
+        encoder.normalised_like(replace(made, autoencoder="0" * 64), "OTHER")
+
+
+def test_the_size_of_images_is_that_of_the_processor_in_whole_patches(folder):
+    edit(PROCESSOR, size={"height": 18, "width": 18})(folder)
+    assert read_vision_encoder(folder).image_size == 16
+    crop = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+    edit(PROCESSOR, size={"shortest_edge": 20}, crop_size={"height": 13, "width": 13}, **crop)(folder)
+    assert read_vision_encoder(folder).image_size == 12
+
+
+def test_of_a_model_of_images_and_text_the_vision_half_is_taken(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**sizes, "vocab_size": 9, "max_position_embeddings": 4, "eos_token_id": 1, "bos_token_id": 0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    model.save_pretrained(tmp_path)
+    own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(size={"shortest_edge": 16}, **own).save_pretrained(tmp_path)
+    encoder, pixels = read_vision_encoder(tmp_path), random_pixels(2, 16, 16, 3)
+    with torch.no_grad():
+        tokens = model.vision_model(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
+    found = torch.from_numpy(encoder.encode(pixels)).float()
+    torch.testing.assert_close(found, tokens[:, 1:].reshape(2, 2, 2, 16), rtol=1e-3, atol=2e-3)
 
 
 def edit(name, **fields):

@@ -4,12 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS, config
+from transfusion_fast.kernels import attention_configs
+from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS, config, triton_version
 from transfusion_fast.kernels.tiles import TILE_HEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,22 @@ def test_the_published_report_is_of_these_configurations():
         c = config(row["kernel"], row["arch"], int(row["head_dim"]), itemsize, int(row["height"]))
         sizes = {"block": c.block, "step": c.step, "warps": c.warps, "stages": c.stages}
         assert sizes == {name: int(row[name]) for name in sizes}, row["name"]
+
+
+@pytest.mark.parametrize(
+    ("version", "step", "partial_step"),
+    [("3.6.0", 32, 32), ("3.7.1", 64, 64), ("3.8.0", 64, 32), ("3.10.0+git1", 64, 32), (None, 64, 64)],
+)
+def test_sizes_follow_the_version_of_triton(monkeypatch, version, step, partial_step):
+    def installed(package):
+        if version is None:
+            raise PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(attention_configs, "version", installed)
+    monkeypatch.setattr(attention_configs, "triton_version", triton_version.__wrapped__)
+    tall, low = (config("forward", 120, 64, 2, height) for height in (128, 64))
+    assert (tall.step, low.partial_step) == (step, partial_step)
 
 
 COMPILE = """

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transfusion_fast.kernels import compiled
 from transfusion_fast.kernels.compiled import Compiled
-from transfusion_fast.model.layers import CHECKPOINTING
+from transfusion_fast.model.layers import checkpointing
 from transfusion_fast.model.ops import IMPLEMENTATIONS, describe
 
 LONGER = {
@@ -107,14 +107,14 @@ def test_the_description_of_a_backend_names_the_compiler_that_runs(monkeypatch):
         assert (Compiled(plus_one, plus_two)(X) == 2).all()
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_checkpointing_recomputes_a_compiled_op(checkpointing, monkeypatch):
+@pytest.mark.parametrize("setting", ["selective", "full"])
+def test_checkpointing_recomputes_a_compiled_op(setting, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     op = Compiled(lambda x: torch.nn.functional.silu(x).square())
     inputs = {"x": torch.randn(8, 2, generator=torch.Generator().manual_seed(0))}
     expected = run(lambda x: op.formula(2 * x) * 3, inputs)
     counters.clear()
-    got = run(lambda x: CHECKPOINTING[checkpointing](lambda y: op(2 * y) * 3, x), inputs)
+    got = run(lambda x: checkpointing(setting, 0.0)(lambda y: op(2 * y) * 3, x), inputs)
     assert counters["stats"]["unique_graphs"] == 1
     for key, value in got.items():
         torch.testing.assert_close(value, expected[key])

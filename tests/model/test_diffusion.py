@@ -297,16 +297,17 @@ def test_a_schedule_with_flow_is_refused_and_data_workers_can_be_sent_one():
     )
 
 
-def test_noise_predicted_for_wide_patches_is_warned_of_once_in_one_line():
+def test_noise_or_a_velocity_predicted_for_wide_patches_is_warned_of_once_in_one_line():
     sizes = {"num_text_tokens": 5, "transformer": {"dim": 8, "depth": 1, "heads": 1, "ffn_dim": 8}}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
-        Transfusion(dim_latent=(4, 768), **sizes)
-        Transfusion(dim_latent=(4, 768), **sizes)
-    [warned] = [str(one.message) for one in found]
-    assert re.fullmatch(r"eps should be .* at most 256 values, got 768; set .*=x0 and .*", warned)
+        for prediction in ("eps", "eps", "v", "velocity"):
+            Transfusion(dim_latent=(4, 257), diffusion={"prediction": prediction}, **sizes)
+    warned = [str(one.message) for one in found]
+    assert [message.split()[0] for message in warned] == ["eps", "v", "velocity"]
+    assert re.fullmatch(r"eps should be .* at most 256 values, got 257; set .*=x0 and .*", warned[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Transfusion(dim_latent=192, **sizes)
+        Transfusion(dim_latent=256, **sizes)
         Transfusion(dim_latent=768, diffusion={"prediction": "x0", "loss": "velocity"}, **sizes)
         Transfusion(dim_latent=[], **sizes)

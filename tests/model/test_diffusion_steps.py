@@ -76,12 +76,14 @@ def test_an_ancestral_step_has_the_posteriors_mean_and_variance(tolerance):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5, 1e3])
 def test_a_step_keeps_the_noise_level_of_its_timestep_for_any_eta(eta, tolerance):
-    """A larger eta replaces more of the noise, in the end all of it."""
-    (x_0, eps), now, after = fp64(0.7, -0.4), 600, fp64(550)
-    x_t = DDPM.add_noise(x_0, eps, fp64(now))
-    kept, moved = (DDPM.step(x_t, eps, now, 550, eta=eta, noise=noise) for noise in fp64(0, 1))
-    old, new = (kept - DDPM.alpha_bar(after).sqrt() * x_0) / eps, moved - kept
-    torch.testing.assert_close(old**2 + new**2, 1 - DDPM.alpha_bar(after), **tolerance["fp64"])
+    """Noise is replaced in proportion to eta (arXiv 2010.02502, equation 16), in the end all of it."""
+    (x_0, eps), now_bar, after_bar = fp64(0.7, -0.4), *DDPM.alpha_bar(fp64(600, 550))
+    x_t = DDPM.add_noise(x_0, eps, fp64(600)[0])
+    kept, moved = (DDPM.step(x_t, eps, 600, 550, eta=eta, noise=noise) for noise in fp64(0, 1))
+    old, new = (kept - after_bar.sqrt() * x_0) / eps, moved - kept
+    torch.testing.assert_close(old**2 + new**2, 1 - after_bar, **tolerance["fp64"])
+    ancestral = (1 - after_bar) / (1 - now_bar) * (1 - now_bar / after_bar)  # that of eta 1
+    torch.testing.assert_close(new**2, (eta**2 * ancestral).clamp_max(1 - after_bar), **tolerance["fp64"])
     assert (old == 0) == (eta > 100) and (new == 0) == (eta == 0)
 
 

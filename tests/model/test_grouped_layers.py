@@ -64,6 +64,13 @@ def test_separate_weights_that_are_copies_compute_the_shared_model_and_divide_it
     torch.testing.assert_close(sums, {name: x.grad for name, x in weights.items()}, **tolerance["fp32"])
 
 
+def test_only_the_norm_before_tied_logits_begins_below_one() -> None:
+    settings = {"num_text_tokens": 16, "dim_latent": LATENTS, "tie_embeddings": True}
+    norm = Transfusion(transformer=SMALL | {"dim": 256, "modality_weights": "separate"}, **settings).norm
+    assert norm.weight.unique().item() == pytest.approx(1 / (256 * 0.02))
+    assert all(torch.equal(own.weight, torch.ones(256)) for own in norm.modalities)
+
+
 def test_weights_of_a_modality_change_its_patches_and_what_sees_them() -> None:
     model, batch = make(modality_weights="separate"), documents()
     before = model.hidden(batch, noisy(model, batch))[0]

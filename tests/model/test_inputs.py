@@ -126,7 +126,8 @@ def test_the_share_of_images_without_context_is_that_of_the_setting():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"noise_cap": 0}, "noise_cap.* got 0"), ({"prob_uncond": 1.5}, "prob_uncond.* got 1.5")]
+    ("settings", "message"),
+    [({"noise_cap": 0.9}, "noise_cap.* got 0.9"), ({"prob_uncond": 1.5}, "prob_uncond.* got 1.5")],
 )
 def test_settings_out_of_their_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -152,6 +153,8 @@ def test_channels_first_are_channels_last_by_setting_and_a_doubtful_shape_is_ref
     assert torch.equal(given.modalities[0].latents, expected.modalities[0].latents)
     with pytest.raises(ValueError, match=r"got \(4, 3, 4\), which could be channels first; set channel_first"):
         packed([latents(4, 3, 4)])
+    with pytest.raises(ValueError, match=r"row 0, .* got \(4, 3, 4\), which could be channels first"):
+        pack_rows(ids(*[0] * 12)[None], [[latents(4, 3, 4)]], [[(0, 12)]], CONFIG)
     last = ModelConfig(**SMALL, dim_latent=(4, 6), channel_first=False)
     assert packed([latents(4, 3, 4)], config=last).modalities[0].latents.shape == (12, 4)
     with pytest.raises(ValueError, match=r"must be \[patches, 4\] or \[4, rows, columns\], .*got \(2, 3, 4\)"):
@@ -183,6 +186,7 @@ def test_latents_and_ids_of_any_precision_are_taken_and_text_may_be_empty():
         (ids(1)[None], r"piece 1: text ids must be integers \[n\], got torch.int64 \(1, 1\)"),
         (ids(1).bool(), r"piece 1: text ids must be integers \[n\], got torch.bool \(1,\)"),
         (latents(2, 4) * torch.nan, "piece 1: latents must be finite, got NaN or infinity"),
+        (latents(2, 4) / 0, "piece 1: latents must be finite, got NaN or infinity"),
         ((True, latents(3, 6)), r"piece 1: modality must be in \[0, 2\), got True"),
         (ids(3, 16), r"piece 1: text ids must lie in \[0, 16\), got 3 to 16"),
         (ids(-1, 3), r"piece 1: text ids must lie in \[0, 16\), got -1 to 3"),

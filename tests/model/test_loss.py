@@ -140,3 +140,13 @@ def test_the_z_loss_is_part_of_the_total_alone():
 def test_nothing_to_learn_from_is_a_loss_of_zero(counts):
     losses = combined(torch.zeros(0), torch.zeros(0), counts)
     assert [loss.item() for loss in losses[:3]] == [0, 0, 0]
+
+
+def test_weights_count_in_every_part_of_the_loss_and_in_that_of_each_image():
+    tokens, z_losses, images = torch.tensor([1.0, 2, 4]), torch.tensor([0.1, 0.2, 0.4]), torch.tensor([1.0, 3])
+    weights = {"token_weights": torch.tensor([0.5, 0, 2]), "image_weights": torch.tensor([0.25, 0.5])}
+    losses = combine(tokens, images, 2 * images, 5.0, None, z_losses=z_losses, **weights)
+    text, diffusion = (0.5 * 1 + 2 * 4) / 2.5, 2 * (0.25 * 1 + 0.5 * 3) / 0.75
+    assert (losses.text.item(), losses.diffusion.item()) == pytest.approx((text, diffusion))
+    assert losses.total.item() == pytest.approx(text + 5 * diffusion + text / 10)
+    assert losses.per_image.tolist() == [0.25, 1.5]

@@ -12,7 +12,7 @@ from transfusion_fast.config import ModelConfig
 from transfusion_fast.config_reading import parse
 from transfusion_fast.errors import InputError
 from transfusion_fast.kernels.reference import rotary
-from transfusion_fast.model.inputs import Randomness, pack_documents, pack_rows
+from transfusion_fast.model.inputs import Randomness, encode_pieces, pack_documents, pack_rows
 from transfusion_fast.model.sequence import Vocabulary, positions_of
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images
 
@@ -36,17 +36,18 @@ def test_any_number_of_dimensions_trains_and_is_drawn():
     for modality, grid in enumerate(GRIDS):
         drawn = generate_images(model, [document], grid, modality=modality, image=ImageSettings(1, guidance=1.0))
         assert drawn.shape == (1, *grid, 3 + modality) and drawn.isfinite().all()
+    assert generate_images(model, [[]], image=ImageSettings(1)).shape == (1, 3), "a vector needs no size"
 
 
 def test_axes_of_positions_are_those_of_the_modality_and_equal_elsewhere():
     """Text at 1 and after each grid; the grids of a video and of an image, then audio, sequential."""
-    sequence = laid_out([[[5], (0, 2, 1, 2), (1, 1, 3), (2, 2)]], Vocabulary(10, 3))
+    sequence = laid_out([[[5], (0, 3, 1, 2), (1, 1, 3), (2, 2)]], Vocabulary(10, 3))
     modalities = [{"dims": dims, "positions": "axial" if dims > 1 else "shared"} for dims in (3, 2, 1)]
     got = positions_of(sequence, ModelConfig(modalities=modalities).modalities).tolist()
-    video = [[3 + f, 3, 3 + c] for f in range(2) for c in range(2)]
-    image = [[7, 7, 7 + c] for c in range(3)]
-    expected = [*([i] * 3 for i in range(3)), *video, *([i] * 3 for i in (5, 6)), *image, *([i] * 3 for i in (10, 11))]
-    assert got == [*expected, *([i] * 3 for i in (12, 12, 13, 14))]
+    video = [[3 + f, 3, 3 + c] for f in range(3) for c in range(2)]  # the frames are its longest side
+    image = [[8, 8, 8 + c] for c in range(3)]
+    expected = [*([i] * 3 for i in range(3)), *video, *([i] * 3 for i in (6, 7)), *image, *([i] * 3 for i in (11, 12))]
+    assert got == [*expected, *([i] * 3 for i in (13, 13, 14, 15))]
 
 
 def test_each_axis_rotates_its_share_of_the_pairs():
@@ -114,6 +115,24 @@ def test_encoders_train_jointly_and_decoders_give_what_sampling_returns():
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(("encoders", "decoders"))})
     [[drawn]] = bare.sample([[latents[0].detach()]], generator=seeded(), **sampled)
     torch.testing.assert_close(piece, decoder(drawn[None])[0].detach())
+    given = [(model, raw[0]), (bare, latents[0].detach())]
+    got, expected = (generate_images(m, [[x]], image=ImageSettings(1), generator=seeded()) for m, x in given)
+    torch.testing.assert_close(got, expected)  # latents, also where there is a decoder
+
+
+def test_raw_pieces_of_one_shape_and_type_are_encoded_as_a_batch_and_types_are_kept_apart():
+    seen = []
+
+    def encoder(x):
+        seen.append((x.dtype, len(x)))
+        return x.float() + len(seen)
+
+    pixels = torch.ones(2, dtype=torch.uint8)
+    documents = [[(0, pixels), torch.full((2,), 0.5), ids(7)], [(0, pixels + 1)]]
+    encoded = encode_pieces(documents, {0: encoder}, torch.device("cpu"))
+    assert seen == [(torch.uint8, 2), (torch.float32, 1)]
+    [[(_, first), (_, second), text], [(_, last)]] = encoded
+    assert [x.tolist() for x in (first, second, text, last)] == [[2, 2], [2.5, 2.5], [7], [3, 3]]
 
 
 @pytest.mark.parametrize(

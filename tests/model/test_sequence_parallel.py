@@ -1,6 +1,7 @@
 """Sequence parallelism: ranks that share a batch compute its losses and gradients."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sequence_ranks import cut_batch, loss_and_gradients, on_ranks
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.packed_batch import ModalityBatch
 from transfusion_fast.model.sequence_parallel import split_batch
 from transfusion_fast.training.ranks import _sequence_group
@@ -49,6 +51,11 @@ def test_the_parts_of_a_batch_hold_each_position_and_patch_once(parts: int, copi
     supervised = torch.cat([part.supervised + number * length for number, part in enumerate(split)])
     assert torch.equal(supervised, batch.supervised)
     assert torch.equal(torch.cat([part.token_weights for part in split]), batch.token_weights)
+    for weighted in (True, False):  # without weights, one of the ranks counts the images
+        of_parts = [part if weighted else replace(part, token_weights=None) for part in split]
+        counts = [Counts.of(part, common=number == 0) for number, part in enumerate(of_parts)]
+        whole_counts = Counts.of(batch if weighted else replace(batch, token_weights=None))
+        assert tuple(map(sum, zip(*counts, strict=True))) == pytest.approx(whole_counts)
     for number, whole in enumerate(batch.modalities):
         pieces = [part.modalities[number] for part in split]
         assert torch.equal(

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import ids, seeded, small_model
 
 from transfusion_fast.data.images import patchify
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Randomness, pack_documents
+from transfusion_fast.model.sequence_parallel import split_batch
 from transfusion_fast.model.unet import _fold, _unfold
 
 SHAPES = [(2, 3), (1, 1), (4, 2), (2, 3), (3, 2)]
@@ -54,6 +56,33 @@ def test_a_pack_of_mixed_shapes_is_each_image_alone(patch_size, tolerance):
             continue
         error = (packed - sum(parts)).norm()
         assert error <= 1e-5 * packed.norm() + 1e-6, name
+
+
+def test_a_residual_block_computes_its_equation():
+    """The last one up, which narrows what it reads, on one image."""
+    model, taken = make(2), []
+    codec, batch = model.codecs[0], batch_of(model, documents_of(model, [(2, 3)]))
+    block = codec.up[0]
+    block.register_forward_hook(lambda module, given, out: taken.append((given[0], out)))
+    run(model, batch)
+    [(x, out)] = taken
+    timestep = F.silu(codec.timestep(batch.modalities[0].timesteps)) @ block.timestep.weight.T
+
+    def convolved(x, norm, layer):
+        x = F.silu(norm(x)).permute(0, 3, 1, 2)
+        return F.conv2d(x, layer.weight, layer.bias, padding=1).permute(0, 2, 3, 1)
+
+    x = x.view(1, 4, 6, -1)
+    hidden = convolved(x, block.first_norm, block.first) + timestep
+    expected = x @ block.skip.weight.T + convolved(hidden, block.second_norm, block.second)
+    torch.testing.assert_close(out, expected.flatten(0, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_ranks_would_cut_are_refused():
+    model = make(2)
+    part = split_batch(batch_of(model, documents_of(model, [(2, 3)])), 0, 2)
+    with pytest.raises(ValueError, match=r"shapes must be those of all \d patches, got \(\); do not cut images"):
+        model(part)
 
 
 def test_patches_of_data_are_folded_back_into_their_images():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import ids, seeded, small_model
 
-from transfusion_fast.model.inputs import Randomness, pack_rows
+from transfusion_fast.model.inputs import Randomness, pack_documents, pack_rows
 from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
 
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
@@ -108,6 +108,17 @@ def test_prompts_that_begin_images_of_different_modalities_at_once_each_get_thei
     assert produced_by(model, [[ids(2)], [ids(1)], [ids(2)]]) == [[IMAGE1, [4]], [IMAGE, [3]], [IMAGE1, [4]]]
 
 
+def test_images_are_returned_in_the_order_of_axes_of_their_own_modality():
+    model = chain({BOS: BOI, EOI: BOI1, EOI1: EOS})
+    settings = {"grids": [(2, 3), (2, 3)], "image": ONE_STEP, "max_images": 2}
+    [[first, (_, second)]] = sample(model, [()], generator=seeded(), **settings)
+    modalities = model.config.modalities
+    changed = [modalities[0], modalities[1].model_copy(update={"channel_first": True})]
+    model.config = model.config.model_copy(update={"modalities": tuple(changed)})
+    [[same, (_, moved)]] = sample(model, [()], generator=seeded(), **settings)
+    assert torch.equal(same, first) and torch.equal(moved, second.movedim(-1, 0))
+
+
 def test_decoding_is_repeatable():
     model = make()
     settings = {"max_text_tokens": 8, "max_images": 2, "temperature": 1.0, "image": ImageSettings(steps=2)}
@@ -135,6 +146,21 @@ def test_the_prompt_is_laid_out_as_in_training(monkeypatch):
     assert batch.layout.image_spans.tolist() == [[3, 2], [7, 3]]
     assert torch.equal(x_t[0], first) and torch.equal(x_t[1], second[0])
     assert [m.timesteps.tolist() for m in batch.modalities] == [[1.0], [1.0]], "images of a prompt are clean"
+
+
+def test_images_see_each_other_in_sampling_as_the_model_was_trained(monkeypatch):
+    for attention, spans in (("bidirectional", [[2, 2]]), ("causal", [])):
+        model = make(image_attention=attention)
+        calls = spy_on(model, monkeypatch)
+        generate_images(model, [[]], (1, 2), image=ImageSettings(steps=1, guidance=1.0), generator=seeded())
+        [(batch, _)] = calls
+        assert batch.layout.image_spans.tolist() == spans
+        assert packed_spans(model) == [[start + 1, length] for start, length in spans]
+
+
+def packed_spans(model):
+    documents = [[ids(1), torch.zeros(1, 2, 4)]]
+    return pack_documents(documents, model.config, Randomness(prob_uncond=0)).layout.image_spans.tolist()
 
 
 def test_a_finished_image_is_seen_clean_between_its_tokens(monkeypatch):

@@ -62,7 +62,7 @@ def test_the_frechet_distance_is_measured_of_64_images_and_its_floor_of_as_many_
     levels = np.random.default_rng(0).integers(0, 128, (300, 2, 2, 1)).astype(np.uint8)
     images = np.concatenate([levels[:100], levels[100:] + 128])
     train, few = (Captioned(x, ("a",) * 100 + ("b",) * (len(x) - 100), ()) for x in (images[:240], images[:163]))
-    heldout = Captioned(images[236:], ("b",) * 64, ())
+    heldout = Captioned(images[230:], ("b",) * 70, ())
     report, drawn = evaluate(model, TOKENIZER, train, heldout, **{**SETTINGS, "each": 32})
     features = ImageFeatures(train.images, train.captions, 10_000)
     distances = [
@@ -70,16 +70,22 @@ def test_the_frechet_distance_is_measured_of_64_images_and_its_floor_of_as_many_
         for x in (np.concatenate([drawn["a"], drawn["b"]]), train.images[features.chosen[:64]])
     ]
     assert [report.frechet_distance, report.frechet_floor] == pytest.approx(distances)
-    assert (report.num_generated, report.num_heldout) == (64, 64) and min(distances) > 1e-3
-    for each, other in ((31, heldout), (32, Captioned(images[237:], ("b",) * 63, ()))):
-        report, _ = evaluate(model, TOKENIZER, few, other, **{**SETTINGS, "each": each})
+    assert (report.num_generated, report.num_heldout) == (64, 70) and min(distances) > 1e-3
+    few_train = Captioned(images[69:132], ("a",) * 31 + ("b",) * 32, ())
+    few_heldout = Captioned(images[237:], ("b",) * 63, ())
+    for each, fitted, other in ((31, few, heldout), (32, few, few_heldout), (32, few_train, heldout)):
+        report, _ = evaluate(model, TOKENIZER, fitted, other, **{**SETTINGS, "each": each})
         assert report.frechet_distance is None and report.frechet_floor is None
 
 
-def test_drawing_is_repeatable_and_depends_on_the_seed_alone(model: Transfusion) -> None:
-    data = captioned(("a", BLACK), ("b", WHITE))
+def test_drawing_is_repeatable_and_depends_on_the_seed_alone(
+    model: Transfusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transfusion_fast.sampling.evaluation.MAX_CAPTIONED", 1)
+    data = captioned(*((caption, np.tile(image, (1, 2, 1))) for caption, image in (("a", BLACK), ("b", WHITE))))
     draws = [evaluate(model, TOKENIZER, data, data, **SETTINGS, seed=seed) for seed in (0, 0, 1)]
     (report, one), (_, again), (_, other) = draws
     assert report.text_perplexity is None and report.num_texts == 0
+    assert (report.num_captioned, report.num_heldout, one["a"].shape) == (1, 2, (3, 2, 4, 1))
     assert all(np.array_equal(one[caption], again[caption]) for caption in "ab")
     assert not np.array_equal(one["a"], other["a"])

@@ -36,7 +36,9 @@ def test_features_depend_on_the_images_and_not_on_their_order() -> None:
     draws = np.random.default_rng(0)
     images, order = draws.integers(0, 256, (90, 2, 2, 1)).astype(np.uint8), draws.permutation(90)
     captions = np.where(images[:, 0, 0, 0] > 128, "bright", "dark")
+    images[45:], captions[45:] = images[:45], "again"  # the same images with another caption
     one, other = ImageFeatures(images, captions, 60), ImageFeatures(images[order], captions[order], 60)
     assert np.array_equal(images[one.chosen], images[order][other.chosen]) and len(one.chosen) == 60
+    assert np.array_equal(captions[one.chosen], captions[order][other.chosen])
     np.testing.assert_array_equal(one(images), other(images))
     assert one(images).shape == (90, 32) and one(images).min() == 0 and one(images).std(0).max() > 0

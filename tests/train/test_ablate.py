@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.training.ablation import FIGURES, verdict
+from transfusion_fast.training.ablation import FIGURES, Run, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = f"""#!{sys.executable}
@@ -44,9 +44,11 @@ if name == "pretrain.py":
         (run / "checkpoint").write_text("at the end")
     seed = int(given["train.seed"])
     loss = 2 + seed / 10 - ("optimizer.name" in given)
-    (run / "metrics.jsonl").write_text('{{{{"step": 1, "tokens_per_second": 1.0}}}}\\n' * 2)
+    rates = [dict(step=n, tokens_per_second=rate) for n, rate in enumerate((1.0, 2.0, 9.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rates))
     losses = dict(loss=loss, text_loss=loss, diffusion_loss=loss, diffusion_loss_q1=None)
-    (run / "validation.jsonl").write_text(json.dumps(dict(step=1, **losses)))
+    first = dict.fromkeys(losses, 99.0)
+    (run / "validation.jsonl").write_text("".join(json.dumps(dict(step=1, **x)) + "\\n" for x in (first, losses)))
 if name == "evaluate.py":
     causal = "causal" in run.name
     figures = dict(generated_accuracy=0.5, caption_accuracy=1.0, frechet_distance=1.0 + causal)
@@ -104,6 +106,7 @@ def test_shared_runs_run_once_seed_by_seed_failures_are_tried_again_and_time_is_
     rows = list(csv.DictReader((out / "ablations.csv").open()))
     assert [row["outcome"] for row in rows] == ["finished"] * 4 + ["pretrain: no such setting"] * 2
     assert (rows[1]["seed"], rows[1]["text_loss"], rows[1]["diffusion_loss_q1"]) == ("1", "2.1", "")
+    assert rows[0]["tokens_per_second"] == "2.0", "the median"
     [attention] = [line for line in (out / "ablations.md").read_text().splitlines() if "| causal |" in line]
     assert "| 2 | 2.050 ± 0.050 |" in attention
     assert attention.endswith("| worse (arXiv 2408.11039) | Frechet distance | yes |")
@@ -158,6 +161,8 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
         ("better", 1, [1.0, 1.2], "no"),
         ("worse", 1, [1.0, 1.2], "yes"),
         ("better", -1, [1.8, 2.0], "within the spread"),
+        ("better", -1, [1.6, 1.8], "yes"),
+        ("better", -1, [1.2, 2.0], "within the spread"),
         ("equal", -1, [1.8, 2.0], "yes"),
         ("equal", -1, [1.0, 1.2], "no"),
     ],
@@ -165,6 +170,17 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
 def test_a_claim_is_judged_by_differences_beyond_the_spread(claim, sign, variant, told) -> None:
     assert verdict(claim, sign, [1.9, 2.1], variant) == told
     assert verdict(claim, sign, [], []) == "not measured"
+    assert verdict("equal", sign, [2.0], [2.0]) == "yes, of one seed"
+
+
+def test_the_seconds_of_an_attempt_that_was_killed_are_counted_to_its_last_output(tmp_path: Path) -> None:
+    run = Run(tmp_path / "a", "digits", "", 0, 1)
+    (tmp_path / "a.json").write_text(json.dumps({"seconds": 5, "revisions": ["x"], "started": 1000}))
+    run.log.touch()
+    os.utime(run.log, (1100, 1100))
+    with run.attempt("y"):
+        pass
+    assert run.state["seconds"] == pytest.approx(105, abs=1) and run.state["revisions"] == ["x", "y"]
 
 
 def test_all_variants_are_settings_that_exist() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transfusion_fast.training.estimate import (
     Cluster,
     Estimate,
     Traffic,
+    activation_memory,
     count_parameters,
     estimate,
     kept_activations,
@@ -58,7 +60,11 @@ def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
     [
         ("none", torch.float32, {}),
         ("none", torch.bfloat16, {}),
-        ("none", torch.bfloat16, {"modality_weights": "separate", "conditioning": "adaln", "qk_norm": True}),
+        (
+            "none",
+            torch.bfloat16,
+            {"modality_weights": "separate", "conditioning": "adaln", "qk_norm": True, "dropout": 0.1},
+        ),
         ("selective", torch.bfloat16, {}),
         ("full", torch.bfloat16, {}),
     ],
@@ -72,6 +78,8 @@ def test_activations_are_those_that_the_forward_pass_keeps(
     batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, Randomness(prob_uncond=0))
     expected = kept_activations(config, setting, len(batch.tokens), len(batch.supervised), 16, dtype.itemsize)
     weight = 4 * model.head.weight.numel() * (dtype != torch.float32)  # the head's copy, as the vocabulary is small
+    if blocks.get("dropout"):  # on a CPU a value is kept by a number of its type, on a GPU by a byte
+        weight += len(batch.tokens) * 2 * 2 * 96 * (dtype.itemsize - 1)
     # The rest is the timestep MLP, and the indices of patches and supervised positions.
     assert kept_bytes(model, batch) == pytest.approx(expected + weight, rel=0.02, abs=12_000)
 
@@ -146,6 +154,43 @@ def test_the_means_are_those_of_the_packs_that_training_takes_first(config: Conf
     assert means.images == sum(b.num_images for b in batches) / 3
     assert means.patches == (sum(len(b.modalities[0].latents) for b in batches) / 3,)
     assert means.area == sum(int(b.layout.dense_mask().sum()) for b in batches) / 3
+
+
+def test_noised_copies_count_as_positions_and_the_images_that_they_copy_are_not_decoded(config: Config) -> None:
+    changed = config.data.model_copy(update={"context": "clean"})
+    config = config.model_copy(update={"data": changed})
+    means, packs_of_gpu = read_packs(config, open_data(config), 3), config.train.micro_batch
+    assert means.patches == (2 * means.trained_patches[0],) and means.trained_patches[0] > 0
+    assert means.positions >= means.tokens > 128, "packs of 128 positions, with copies behind them"
+    run = estimate(config, open_data(config), Cluster("H100", 1, 1, mfu=0.4, network=1e9, storage=1e9), means)
+    assert run.padding == pytest.approx(1 - means.tokens / means.positions)
+    counts = (packs_of_gpu * x for x in (means.positions, means.supervised, means.patches[0]))
+    assert run.activations["none"] == activation_memory(config.model, "none", *counts, run.itemsize)
+
+
+def test_frozen_text_is_held_without_gradients_and_state(config: Config) -> None:
+    blocks = config.model.transformer.model_copy(update={"modality_weights": "separate"})
+    model, packs = config.model.model_copy(update={"transformer": blocks}), read_packs(config, open_data(config), 2)
+
+    def run(freeze: str) -> Estimate:
+        train = config.train.model_copy(update={"freeze": freeze, "zero_stage": 2})
+        changed = config.model_copy(update={"model": model, "train": train})
+        return estimate(changed, open_data(config), Cluster("H100", 4, 4, mfu=0.4, network=1e9, storage=1e9), packs)
+
+    names = {name: p.numel() for name, p in Transfusion(model).named_parameters()}
+    trained = sum(size for name, size in names.items() if name.startswith("codecs") or "modalities" in name)
+    share, (all_of_it, text_frozen) = trained / sum(names.values()), map(run, ("none", "text"))
+    assert text_frozen.checkpoint_bytes == 4 * (sum(names.values()) + 3 * trained)  # moments and average
+    for use in ("gradients", "optimizer", "ema", "buffers"):
+        assert text_frozen.memory[use] == pytest.approx(share * all_of_it.memory[use]), use
+    assert text_frozen.memory["weights"] == all_of_it.memory["weights"]
+    for bytes_of in (attrgetter("traffic.gathered"), attrgetter("traffic.reduced")):
+        assert bytes_of(text_frozen) == pytest.approx(share * bytes_of(all_of_it))
+    assert text_frozen.flops_per_token < all_of_it.flops_per_token
+    muon = {"model": model, "train": {"freeze": "text"}, "optimizer": {"name": "muon"}}
+    own = [p for name, p in Transfusion(model).named_parameters() if name.startswith("blocks") and "modalities" in name]
+    matrices = sum(p.numel() for p in own if p.ndim == 2)
+    assert optimizer_values(sum(names.values()), Config.model_validate(muon)) == 3 * trained - matrices
 
 
 def test_a_faster_gpu_leaves_another_part_to_limit_the_step(config: Config) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import state_of, train
+from printed_seeds import print_seeds, seeds_in
 
 from transfusion_fast.config import Config
 from transfusion_fast.config_reading import load_config
@@ -34,7 +35,8 @@ def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_sa
     digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(2, digits, run, *FROZEN)
+    seeds = seeds_in(train(2, digits, run, *FROZEN, setup=print_seeds))
+    assert len(seeds) == len(set(seeds)) == 6 * 4, "every micro-batch has a dropout of its own"
     first, last = (load_model(find_checkpoint(run, f"step-0000000{n}"), raw=True).state_dict() for n in (2, 6))
     average = load_model(find_checkpoint(run)).state_dict()
     stored = open_slices(find_checkpoint(run))
@@ -47,9 +49,19 @@ def test_text_is_frozen_without_state_and_a_run_with_dropout_resumes_with_the_sa
     train(2, digits, resumed, *FROZEN)
     assert state_of(resumed, 6) == state_of(run, 6)
     divided = forget_after(run, 4)
-    train(1, digits, divided, *FROZEN, "train.zero_stage=1")
+    of_one_rank = seeds_in(train(1, digits, divided, *FROZEN, "train.zero_stage=1", setup=print_seeds))
+    assert len(of_one_rank) == 2 * 4 and set(of_one_rank) < set(seeds), "whatever rank it is on"
     for name, weight in load_model(find_checkpoint(divided), raw=True).state_dict().items():
         torch.testing.assert_close(weight, last[name], rtol=0, atol=0 if of_text(name) else 1e-4)
+
+
+def test_what_only_patches_pass_is_trained_with_frozen_text() -> None:
+    blocks = {"dim": 32, "depth": 1, "heads": 2, "ffn_dim": 32, "modality_weights": "separate", "conditioning": "adaln"}
+    model = Transfusion(num_text_tokens=8, dim_latent=(4, 6), transformer=blocks)
+    freeze_text(model)
+    for name, parameter in model.named_parameters():
+        of_patches = name.startswith(("codecs", "conditions", "norm.modalities", "blocks.0.modalities"))
+        assert parameter.requires_grad == of_patches, name
 
 
 def test_freezing_what_text_does_not_own_is_refused() -> None:

@@ -189,6 +189,10 @@ def test_loader_processes_are_refused_where_shared_memory_is_too_small_for_their
     check_shared_memory(small_config(digits, "data.workers=0"), data, ranks_on_node=4)
     with pytest.raises(InputError, match=r"/dev/shm must have 2 MB free for .* data.workers=2, got 2 MB; .*shm-size"):
         check_shared_memory(config, data, ranks_on_node=4)
+    copies = small_config(digits, "data.workers=2", "data.prefetch=3", "train.micro_batch=4", "data.context=clean")
+    free(needed)
+    with pytest.raises(InputError, match="/dev/shm must have 3 MB free"):  # for each image and its copy
+        check_shared_memory(copies, data, ranks_on_node=4)
 
 
 def test_settings_that_changed_since_the_last_start_are_reported(tmp_path: Path) -> None:

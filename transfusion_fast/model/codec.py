@@ -51,14 +51,14 @@ def make_codec(modality: ModalityConfig, dim: int, add_timestep: bool = True) ->
     return LinearCodec(modality.dim_latent, dim, add_timestep)
 
 
-def multiply_adds(modality: ModalityConfig, dim: int) -> float:
-    """Return the multiply-adds of a codec's matrices and convolutions for a patch, in both directions."""
+def multiply_adds(modality: ModalityConfig, dim: int) -> tuple[float, float]:
+    """Return the multiply-adds of a codec's matrices and convolutions to encode a patch, and to decode one."""
     if modality.codec == "linear":
-        return 2 * modality.dim_latent * dim
+        return modality.dim_latent * dim, modality.dim_latent * dim
     return _of_unet(modality.dim_latent, modality.patch_size, dim)
 
 
 @cache
-def _of_unet(dim_latent: int, patch_size: Any, dim: int) -> float:
+def _of_unet(dim_latent: int, patch_size: Any, dim: int) -> tuple[float, float]:
     with torch.device("meta"):
         return UNetCodec(dim_latent, patch_size, dim).multiply_adds()

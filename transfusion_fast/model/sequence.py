@@ -167,8 +167,8 @@ def positions_of(sequence: TokenSequence, modalities: Sequence[ModalityConfig]) 
 def before_captions(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
     """Return bool [N], True for the image of an image-first pair: the only image of its document, with text after it
     and none before it."""
-    is_text = ~patch_mask(sequence) & (sequence.tokens < vocabulary.num_text_tokens)
-    count = np.concatenate([[0], np.cumsum(is_text)])
+    # Patches count too, and change nothing: those of an only image stand neither before nor after it.
+    count = np.concatenate([[0], np.cumsum(sequence.tokens < vocabulary.num_text_tokens)])
     document, bounds = documents_of_images(sequence)
     text_before = count[sequence.start] > count[bounds[document]]
     text_after = count[bounds[document + 1]] > count[sequence.start + sequence.length]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,12 +139,14 @@ class UNetCodec(nn.Module):
         patches = _unfold(x, grids, self.patch_size)
         return torch.zeros_like(patches).index_copy(0, order, patches)
 
-    def multiply_adds(self) -> float:
-        """Return the multiply-adds of matrices and convolutions for a patch, in both directions."""
-        parts: list[tuple[nn.Module, int]] = [(self.enter, 0), (self.leave, 0)]
-        parts += [(self.encoder, self.levels), (self.decoder, self.levels)]
-        parts += [(block, level) for blocks in (self.down, self.up) for level, block in enumerate(blocks)]
-        parts += [(one, level) for between in (self.shrink, self.grow) for level, one in enumerate(between, start=1)]
+    def multiply_adds(self) -> tuple[float, float]:
+        """Return the multiply-adds of matrices and convolutions to encode a patch, and to decode one."""
+        encoding = self._multiply_adds(self.enter, self.encoder, self.down, self.shrink)
+        return encoding, self._multiply_adds(self.leave, self.decoder, self.up, self.grow)
+
+    def _multiply_adds(self, pixels: nn.Module, patches: nn.Module, blocks: Any, between: Any) -> float:
+        parts = [(pixels, 0), (patches, self.levels), *((block, level) for level, block in enumerate(blocks))]
+        parts += [(linear, level) for level, linear in enumerate(between, start=1)]
         return sum(
             weight.numel() * 4 ** (self.levels - level)
             for part, level in parts

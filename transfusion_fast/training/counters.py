@@ -46,7 +46,8 @@ class Work(NamedTuple):
         supervised, patches = len(batch.supervised), [len(images.latents) for images in batch.modalities]
         images, tokens, area = (common * x for x in (batch.num_images, batch.num_tokens, batch.layout.area))
         frozen = config.train.freeze == "text"
-        flops = training_flops(config.model, tokens, supervised, patches, area, frozen_text=frozen)
+        trained = [images.trained_patches for images in batch.modalities]
+        flops = training_flops(config.model, tokens, supervised, patches, area, decoded=trained, frozen_text=frozen)
         own = Counts.of(batch, common=common)
         return cls(float(own.tokens), float(own.images), images, tokens, len(batch.tokens), flops)
 

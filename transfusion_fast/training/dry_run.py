@@ -56,7 +56,7 @@ def dry_run(
         *_settings(settings),
         *_checks(config, data, run, folder),
         *_parameters(config, run),
-        *_memory(config, data, cluster, run),
+        *_memory(config, cluster, run),
         *_work(config, data, cluster, run),
         *_step(config, cluster, run),
         *_assumptions(cluster, run),
@@ -132,7 +132,7 @@ def _parameters(config: Config, run: Estimate) -> Iterator[str]:
     )
 
 
-def _memory(config: Config, data: Mixture, cluster: Cluster, run: Estimate) -> Iterator[str]:
+def _memory(config: Config, cluster: Cluster, run: Estimate) -> Iterator[str]:
     train, available = config.train, cluster.gpu.memory
     offload = ", optimizer in host memory" if train.offload_optimizer else ""
     setup = f"ZeRO stage {train.zero_stage} on {cluster.gpus:,} GPUs, {_precision(run)}{offload}"

@@ -94,6 +94,8 @@ class PackMeans:
     images: float
     patches: tuple[float, ...]
     """Patches of each modality."""
+    trained_patches: tuple[float, ...]
+    """Those but for clean images beside noised copies."""
     area: float
     """Visible (query, key) pairs."""
     seconds: float
@@ -113,14 +115,15 @@ def read_packs(config: Config, data: Mixture, count: int) -> PackMeans:
         reader, start, rows = MixtureReader(data, window), time.perf_counter(), []
         for epoch, number in map(order.__getitem__, range(count)):
             batch = builder([KeyedPack(reader.read(number), epoch, number)])
-            patches = [len(images.latents) for images in batch.modalities]
+            patches = [n for images in batch.modalities for n in (len(images.latents), images.trained_patches)]
             lengths = batch.num_tokens, len(batch.tokens), len(batch.supervised)
             rows.append([*lengths, batch.num_images, batch.layout.area, *patches])
     except InputError as error:
         raise DataError(str(error)) from error
     seconds = (time.perf_counter() - start) / count
     tokens, positions, supervised, images, area, *patches = (sum(column) / count for column in zip(*rows, strict=True))
-    return PackMeans(count, tokens, positions, supervised, images, tuple(patches), area, seconds)
+    every, trained = tuple(patches[::2]), tuple(patches[1::2])
+    return PackMeans(count, tokens, positions, supervised, images, every, trained, area, seconds)
 
 
 def bytes_per_pack(data: Mixture) -> float:
@@ -311,10 +314,9 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
     packs_of_gpu = train.micro_batch / train.sequence_parallel
     micro = (packs_of_gpu * x for x in (packs.positions, packs.supervised, sum(packs.patches)))
     positions, supervised, patches = micro
-    frozen = frozen_parameters(config)
+    frozen, counts = frozen_parameters(config), (model, packs.tokens, packs.supervised, packs.patches)
     flops, matrices = (
-        training_flops(model, packs.tokens, packs.supervised, packs.patches, area, frozen_text=frozen > 0)
-        for area in (packs.area, 0)
+        training_flops(*counts, area, decoded=packs.trained_patches, frozen_text=frozen > 0) for area in (packs.area, 0)
     )
     sent = traffic(total, train.zero_stage, split.accumulation_steps, gpus, itemsize, frozen)
     averages = total - frozen if train.ema_decay else 0

@@ -28,6 +28,7 @@ def training_flops(
     patches: Sequence[float],
     area: float,
     *,
+    decoded: Sequence[float] | None = None,
     frozen_text: bool = False,
 ) -> float:
     """Return the operations of the forward and backward passes over some packs.
@@ -41,6 +42,7 @@ def training_flops(
         supervised: positions that have a label, where alone the language head is computed.
         patches: image patches of each modality.
         area: visible (query, key) pairs, the sum of `AttentionLayout.area`.
+        decoded: patches of each modality that are trained; default: all, as there are no noised copies.
         frozen_text: whether text's weights need no gradient; that of their input is needed, as text sees patches.
     """
     t = model.transformer
@@ -48,7 +50,10 @@ def training_flops(
     qkv_and_out = t.dim * (2 * attention_dim + 2 * t.num_kv_heads * t.head_dim)
     block = qkv_and_out + 3 * t.dim * t.hidden_dim
     vocabulary = Vocabulary(model.num_text_tokens, len(model.modalities)).size
-    codecs = sum(multiply_adds(one, t.dim) * count for one, count in zip(model.modalities, patches, strict=True))
+    codecs = 0.0
+    for one, encoded, trained in zip(model.modalities, patches, decoded or patches, strict=True):
+        encode, decode = multiply_adds(one, t.dim)
+        codecs += encode * encoded + decode * trained
     head = t.dim * vocabulary * supervised
     matrices = t.depth * block * tokens + head + codecs
     qkv = t.dim * (attention_dim + 2 * t.num_kv_heads * t.head_dim)  # whose input in the first block needs none either
