@@ -301,8 +301,8 @@ def spoil_losses(losses: dict[tuple[int, int], str]) -> None:
 
     combine, calls, rank = transfusion.combine, itertools.count(1), int(os.environ["RANK"])
 
-    def spoiled(*arguments: Any) -> Any:
-        result = combine(*arguments)
+    def spoiled(*arguments: Any, **others: Any) -> Any:
+        result = combine(*arguments, **others)
         name = losses.get((rank, next(calls)))
         parts = result._replace(**{name: getattr(result, name) + math.nan}) if name else result
         return parts._replace(total=parts.text + parts.diffusion)

@@ -139,3 +139,11 @@ def test_an_ignored_image_has_no_noised_copies_and_is_seen(model, tolerance):
     assert batch.modalities[0].weights.tolist() == [1, 1] and len(batch.modalities[0].timesteps) == 2 + 3
     torch.testing.assert_close(found[:3], expected[:3], **tolerance["fp32"])
     assert not torch.isclose(losses(0, LATENTS + 2)[1].diffusion, found.diffusion, rtol=1e-3)
+
+
+def test_weights_around_all_documents_and_in_prompts_are_refused():
+    model = small_model(num_text_tokens=16, dim_latent=4, transformer={"dim": 32, "depth": 1, "heads": 2})
+    with pytest.raises(ValueError, match="documents must be a list of documents, got one Weighted; put it into a list"):
+        model(Weighted([ids(1)], 2.0))
+    with pytest.raises(ValueError, match="document 0 must be a list of pieces, got Weighted; weights are for training"):
+        model.sample([Weighted([ids(1)], 2.0)])

@@ -98,6 +98,8 @@ def check_document(document: Document, config: ModelConfig, number: int = 0) -> 
     Raises:
         ValueError: naming the document by its number, and the piece whose type, dtype, shape or values do not fit.
     """
+    if isinstance(document, Weighted):
+        raise ValueError(f"document {number} must be a list of pieces, got Weighted; weights are for training alone")
     return [_check_piece(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(document)]
 
 
@@ -160,6 +162,8 @@ def pack_documents(
 
 def _without_weights(documents: Sequence[TrainingDocument]) -> tuple[list[list[Any]], list[float]]:
     """Return the pieces of each document, and the weight of each piece of all documents, one after another."""
+    if isinstance(documents, Weighted):
+        raise ValueError("documents must be a list of documents, got one Weighted; put it into a list")
     plain, weights = [], []
     for i, document in enumerate(documents):
         around = 1.0
