@@ -65,6 +65,20 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     assert not counters["graph_break"]
 
 
+def test_grouped_blocks_are_compiled_for_every_kind_of_batch_whatever_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch has no image, one image of one or of three patches, or two images."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    transformer = {"dim": 16, "depth": 1, "heads": 1, "ffn_dim": 16, "modality_weights": "separate"}
+    model = Transfusion(num_text_tokens=8, dim_latent=2, transformer={**transformer, "conditioning": "adaln"})
+    compile_blocks(model, lengths_vary=True)
+    for patches in ((), (1,), (3,), (1, 1)):
+        model([[torch.arange(5), *(torch.ones(n, 2) for n in patches)]])
+
+
 def test_the_rates_leave_out_the_first_step_which_compiles(digits: Path, tmp_path: Path) -> None:
     settings = ("train.compile=blocks", "train.log_every=2", "train.steps=2")
     printed = train(1, digits, tmp_path, *settings, setup=take_long_in_the_first_step)

@@ -83,6 +83,11 @@ def compile_blocks(model: Transfusion, *, lengths_vary: bool = False) -> None:
     """
     # ZeRO-3 gathers the parameters of a leaf module before its forward pass, and so has no hooks in what is compiled.
     deepspeed.utils.set_z3_leaf_modules(model, [Block, GroupedBlock])
+    if model.grouped:
+        # PyTorch compiles sizes of 0 and 1 apart. So a modality has four kinds of batches: no image, one image of one
+        # or of several patches, and several images.
+        kinds = 2 * 4 ** len(model.codecs)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, kinds)
     for block in model.blocks:
         block.forward = _compiled_for_training(block, lengths_vary)
 
