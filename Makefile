@@ -68,9 +68,10 @@ demo-fashion: $(STAMP)  ## the same on pictures of clothes: 36 minutes on 2 core
 ablate: $(STAMP)  ## compare settings by runs on digits, into runs/ablations: 5 hours at most; resumes when run again
 	python train/ablate.py
 
-# One process per core. All tests of a file run in the same process and share its fixtures.
+# One process per core. All tests of a file run in the same process and share its fixtures. Files run in their order:
+# by number of tests, the file that compiles the kernel report for two minutes would come last and run alone.
 test: $(STAMP)  ## run the tests that need no GPU, one process per core (JOBS=1: a single process)
-	pytest -n $(JOBS) --dist loadfile --durations=10
+	pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 
 # The outcome is in REPORT. `make -k test-gpu bench` measures even if a test fails.
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU; results go to REPORT

@@ -128,7 +128,7 @@ class Harness:
         return Run(self.out / "runs" / name, data, settings, seed, self.steps)
 
     def runs(self, comparisons: Sequence[Comparison]) -> list[Run]:
-        """Return the runs of all variants on each seed in turn; those that comparisons share come once."""
+        """Return the runs of all variants, seed after seed; a run that several comparisons share is listed once."""
         variants = [(c.data, settings) for c in comparisons for settings in c.settings.values()]
         return [self.run(*variant, seed) for seed in range(self.seeds) for variant in dict.fromkeys(variants)]
 

@@ -116,15 +116,16 @@ class ModelConfig(Settings):
     num_text_tokens: Positive = 256
     """Number of the tokenizer's ids; special tokens are added. Training reads it from the data if it is not given."""
     modalities: tuple[ModalityConfig, ...] = (ModalityConfig(),)
-    """What is not text, in the order of its special tokens; [] means text alone. A single entry without `dim_latent`
-    stands for all modalities of the data in training. `model.dim_latent` (a width or a list of them), `model.codec`,
-    `model.positions` and `model.channel_first` set these for all entries, and make the entries if there are none."""
+    """The modalities besides text, in the order of their special tokens; [] means text alone. In training, a single
+    entry without `dim_latent` stands for all modalities of the data. `model.dim_latent` (a width or a list of them),
+    `model.codec`, `model.positions` and `model.channel_first` set these for all entries, and make the entries if there
+    are none."""
     preset: Literal["0.16b", "0.37b", "0.76b", "1.4b", "7b"] | None = None
     """A model size of the paper, in place of the sizes in `transformer`."""
     transformer: TransformerConfig = TransformerConfig()
     """The stack."""
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What a patch sees of its own image: all of it (the paper), or the patches before it, as in text."""
+    """Attention within an image: each patch sees the whole image (the paper), or the patches before it, as in text."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise, prediction and loss of images."""
     diffusion_weight: NonNegativeFloat = 5.0
@@ -198,8 +199,8 @@ class DataConfig(Settings):
     noise_cap: Timestep = NOISE_CAP
     """Largest timestep of an image-first pair's image, if its caption sees it noised; 1000 is no limit."""
     context: Context = "noised"
-    """What follows an image sees it noised, as it is trained (the paper), or clean; then it is trained by noised copies
-    behind the document, which take as many positions as the image each, and which nothing else sees."""
+    """Text and images after an image see it noised, as it is trained (the paper), or clean. With clean, it is trained
+    by noised copies behind the document; each takes as many positions as the image, and nothing else sees it."""
     copies: Positive = 1
     """Noised copies of each image with context=clean, each with a timestep and noise of its own."""
     quarantine: Count = 0

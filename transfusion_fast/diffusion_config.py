@@ -13,7 +13,7 @@ DEFAULTS = {
 
 
 class DiffusionConfig(Settings):
-    """The noise of images, what the model predicts of it, and the loss. docs/model.md has the equations."""
+    """How images are noised, what the model predicts, and the loss. docs/model.md has the equations."""
 
     process: Literal["ddpm", "flow"] = "ddpm"
     """How x_t is mixed from the clean x_0 and the noise eps: "ddpm" preserves the variance (the paper), "flow" is the
@@ -21,8 +21,8 @@ class DiffusionConfig(Settings):
     schedule: Literal["cosine", "linear"] | None = None
     """Noise levels of ddpm: the cosine schedule (default), or DDPM's linear betas. Flow has none."""
     prediction: Literal["eps", "v", "x0", "velocity"] | None = None
-    """What the model predicts: the noise (default of ddpm), v = alpha eps - sigma x_0, the clean image, or the velocity
-    (default of flow), which is eps - x_0 for flow and v for ddpm."""
+    """Output of the diffusion head: the noise (default of ddpm), v = alpha eps - sigma x_0, the clean image, or the
+    velocity (default of flow), which is eps - x_0 for flow and equal to v for ddpm."""
     loss: Literal["eps", "v", "x0", "velocity"] | None = None
     """Space in which the squared error is taken, by weighting that of the prediction; default: the prediction's own.
     Predicting x0 with a loss of velocity is JiT (arXiv 2511.13720)."""

@@ -13,7 +13,7 @@ SHORTHANDS = ("dim_latent", "codec", "positions", "channel_first")
 
 
 class ModalityConfig(Settings):
-    """What is not text: its latents, and how they enter and leave the transformer."""
+    """A kind of content besides text, such as images: its latents, and how they enter and leave the transformer."""
 
     dim_latent: Positive = 4
     """Values C of a patch. Training reads it from the data if it is not given."""
@@ -29,8 +29,8 @@ class ModalityConfig(Settings):
     given."""
     positions: PositionScheme = "sequential"
     """Positions of patches: an index for each (the paper), one index for all, or axial: a row and a column for images,
-    also a frame for video; of fewer dimensions that is an index for each. Text and other modalities then have the same
-    index on every axis."""
+    also a frame for video, and an index for each patch with fewer dimensions. Text and other modalities then have the
+    same index on every axis."""
     shape: tuple[Positive, ...] | None = None
     """Size of the grid in patches that sampling draws if it is given none, one number for each dimension."""
     loss_weight: NonNegativeFloat = 1.0

@@ -127,7 +127,7 @@ def test_numbers_of_numpy_are_weights(model):
 
 
 def test_an_ignored_image_has_no_noised_copies_and_is_seen(model, tolerance):
-    """Copies of the other images are those that they are beside an image of almost no weight."""
+    """The copies of the other images are the same as in a batch where the first image has a tiny weight."""
 
     def losses(weight, latents=LATENTS):
         documents = [[Weighted(latents, weight), ids(1), LATENTS + 1, ids(2)], [Weighted(LATENTS, weight)]]

@@ -58,7 +58,7 @@ if name == "evaluate.py":
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """A function that starts train/ablate.py beside such commands; those that ran are in calls.txt."""
+    """Return a function that starts train/ablate.py with stand-ins for its commands, which list calls in calls.txt."""
     folder = tmp_path / "train"
     (folder / "configs").mkdir(parents=True)
     for name in ("ablate.py", "configs/digits.yaml"):

@@ -190,7 +190,7 @@ def pack_rows(
     Args:
         modality_tokens: the latents of the images of each row; default: none.
         modality_positions: (offset, length) or (modality, offset, length) of each of these images; default: none.
-        encode: maps documents of raw pieces, one for each row, to such of latents.
+        encode: maps documents of raw pieces, one for each row, to documents of latents.
 
     Raises:
         ValueError: naming the row and the span that does not fit.

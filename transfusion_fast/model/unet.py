@@ -30,8 +30,11 @@ Grids = Sequence[tuple[int, int, int]]
 
 
 class Encoded(NamedTuple):
-    """What decoding needs of encoding, of the N' trained images with P' patches alone: their patches int64 [P'] in the
-    order of shapes, their shapes, timesteps [N', TIMESTEP_DIM], and the outputs of the down blocks, finest first."""
+    """The results of encoding that decoding needs, for the N' trained images with P' patches alone.
+
+    order: int64 [P'], their patches in the order of shapes; grids: their shapes; timesteps: [N', TIMESTEP_DIM];
+    skips: the outputs of the down blocks, finest first.
+    """
 
     order: Tensor
     grids: Grids

@@ -47,7 +47,7 @@ class Comparison:
     figure: str
     baseline: str
     variants: Mapping[str, tuple[str, str]]
-    """(what the paper lets one expect, "better", "equal" or "worse" than the baseline; overrides, separated by spaces)
+    """(expected by the paper: "better", "equal" or "worse" than the baseline; overrides, separated by spaces)
     of each label."""
     data: str = "digits"
 
@@ -124,7 +124,7 @@ def mean_seconds(runs: Sequence[Run]) -> float | None:
 
 
 def verdict(claim: str, sign: int, baseline: Sequence[float], variant: Sequence[float]) -> str:
-    """Return if figures on the same seeds agree with a claim; `sign` is 1 if more is better, else -1."""
+    """Return whether figures on the same seeds agree with a claim; `sign` is 1 if more is better, else -1."""
     if not baseline:
         return "not measured"
     difference, spread = _difference(baseline, variant)
@@ -167,7 +167,7 @@ def _page(comparisons: Sequence[Comparison], rows: Rows, begun: Sequence[dict[st
     yield "# Comparisons of settings"
     yield (
         f"Runs of {steps or 'no'} steps, revision {revisions or 'unknown'}, by train/ablate.py. Figures are means over "
-        "seeds, ± half of the range. What a paper lets one expect is judged by the difference from the baseline on the "
+        "seeds, ± half of the range. A paper's expectation is judged by the difference from the baseline on the "
         "seeds of both, which counts if it exceeds both half ranges together. Losses are of held-out packs under the "
         "run's own settings: they cannot be compared across diffusion settings, noise caps and contexts."
     )

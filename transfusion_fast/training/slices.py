@@ -38,7 +38,7 @@ class Slice:
     frozen: bool = False
     """True if `partition` is the weights alone, in the precision of the run, which the optimizer does not have."""
     saved: bool = True
-    """Whether this rank saves it: below stage 3 every rank holds all of a frozen parameter."""
+    """True if this rank saves the parameter. Below stage 3 every rank holds all of a frozen one."""
 
     @property
     def span(self) -> SliceSpan:
