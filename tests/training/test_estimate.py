@@ -33,6 +33,15 @@ from transfusion_fast.training.estimate import (
 )
 
 
+def has_memory(x: torch.Tensor) -> bool:
+    """Return whether a tensor has a storage in memory; one that PyTorch's tracers left behind has none."""
+    try:
+        x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
     """Count the memory that the forward pass leaves allocated: what autograd saved, and what Python objects hold."""
     kept: dict[int, int] = {}
@@ -41,14 +50,15 @@ def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    def tensors() -> list[torch.Tensor]:
+    def allocated() -> list[torch.Tensor]:
         gc.collect()
-        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        return [x for x in tensors if has_memory(x)]
 
-    before = {x.untyped_storage().data_ptr() for x in tensors()}
+    before = {x.untyped_storage().data_ptr() for x in allocated()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         losses = model(batch)
-    for x in tensors():
+    for x in allocated():
         keep(x)
     assert losses.total.requires_grad
     return sum(size for pointer, size in kept.items() if pointer not in before)
