@@ -1,11 +1,13 @@
 """Compare settings by short runs, unattended, and tabulate which of the papers' findings they show.
 
-    python train/ablate.py [NAME ...] [--seeds 2] [--hours 5] [--steps 300] [--out runs/ablations]
+    python train/ablate.py [NAME ...] [--seeds 2] [--hours 5] [--steps 300] [--jobs CORES] [--out runs/ablations]
 
-A run is train/prepare.py, `deepspeed train/pretrain.py` and train/evaluate.py, on one rank. The same command resumes
-after an interruption at any moment: it goes on with the run in progress, and repeats none that has finished with the
-same settings. A run that failed does not stop the others, and is tried again by the next command. At its end, also when
-it is cut off, it writes OUT/ablations.md, .csv and .png; with --hours 0 it does nothing else.
+A run is train/prepare.py, `deepspeed train/pretrain.py` and train/evaluate.py, on one rank and one core. A variant
+whose steps take more than 1.1 times the baseline's is run again with fewer steps, which take as long as the
+baseline's. The same command resumes after an interruption at any moment: it goes on with the runs in progress, and
+repeats none that has finished with the same settings. A run that failed does not stop the others, and is tried again
+by the next command. At its end, also when it is cut off, it writes OUT/ablations.md, .csv and .png; with --hours 0 it
+does nothing else.
 
 Exit status: 0 if all runs are finished, 1 if one failed, 2 for bad input, 5 if cut off.
 """
@@ -22,9 +24,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import IO
 
 import psutil
@@ -44,8 +51,12 @@ DATA = {
 """Arguments of train/prepare.py, but for the folder."""
 EVALUATED_ON = {"interleaved": "digits"}
 """The data of evaluation where it is not that of training: there each image is drawn after its word alone."""
-SETTINGS = ("train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1")
+SETTINGS = (
+    "train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1", "train.precision=bf16",
+    "train.cpu_threads=1",
+)  # fmt: skip
 EVALUATION = ("--each", "20", "--steps", "25", "--eta", "1.5")
+SLOWER = 1.1  # times the baseline's seconds per step from which on a variant is run for equal time too
 GRACE = 120  # seconds that a command gets to save and stop
 ERROR = re.compile(r"(\[rank\d+\]: )?((prepare|pretrain|evaluate): |[\w.]*(Error|Exception)\b)")
 
@@ -86,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each variant (default: %(default)s)")
     parser.add_argument("--hours", type=float, default=5.0, help="stop after this time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="steps of a run (default: %(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -99,10 +112,11 @@ def _ablate(options: argparse.Namespace) -> int:
     known = {comparison.name: comparison for comparison in COMPARISONS}
     if unknown := [name for name in options.names if name not in known]:
         raise InputError(f"NAME must be one of {', '.join(known)}, got {unknown[0]}; correct it")
-    if min(options.seeds, options.steps) < 1 or not options.hours >= 0:
-        got = f"{options.seeds}, {options.steps} and {options.hours}"
-        raise InputError(f"--seeds and --steps must be at least 1 and --hours at least 0, got {got}; correct them")
-    harness = Harness(options.out.resolve(), options.steps, options.seeds)
+    if min(options.seeds, options.steps, options.jobs) < 1 or not options.hours >= 0:
+        got = f"{options.seeds}, {options.steps}, {options.jobs} and {options.hours}"
+        rule = "--seeds, --steps and --jobs must be at least 1 and --hours at least 0"
+        raise InputError(f"{rule}, got {got}; correct them")
+    harness = Harness(options.out.resolve(), options.steps, options.seeds, options.jobs)
     chosen = [known[name] for name in options.names] or COMPARISONS
     if options.list:
         harness.list(chosen)
@@ -110,14 +124,15 @@ def _ablate(options: argparse.Namespace) -> int:
     if not shutil.which("deepspeed"):
         raise InputError("deepspeed must be on the PATH, got none; activate the environment: . .venv/bin/activate")
     optional_module("matplotlib.figure", "examples")
-    return harness.work(harness.runs(chosen), 3600 * options.hours)
+    return harness.work(chosen, 3600 * options.hours)
 
 
 class Harness:
-    """The runs in a folder, one after the other."""
+    """The runs in a folder, some at a time."""
 
-    def __init__(self, out: Path, steps: int, seeds: int) -> None:
-        self.out, self.steps, self.seeds, self.end = out, steps, seeds, 0.0
+    def __init__(self, out: Path, steps: int, seeds: int, jobs: int) -> None:
+        self.out, self.steps, self.seeds, self.jobs, self.end = out, steps, seeds, jobs, 0.0
+        self.preparing = threading.Lock()
 
     def run(self, data: str, settings: str, seed: int) -> Run:
         """Return a run, whose name has a hash of all that the result depends on but for the code."""
@@ -125,7 +140,25 @@ class Harness:
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]
         changed = [setting.rpartition(".")[2] for setting in settings.split()]
         name = "-".join([data, *changed, digest, f"seed{seed}"])
-        return Run(self.out / "runs" / name, data, settings, seed, self.steps)
+        return Run(self.out / "runs" / name, data, settings, seed)
+
+    def with_equal_time(self, comparison: Comparison) -> Comparison:
+        """Return a comparison with a further variant for each slow one: as many steps as take the baseline's time."""
+
+        def seconds(settings: str) -> float | None:
+            found = [run.row()["step_seconds"] for run in self._seeds(comparison.data, settings)]
+            return None if None in found else fmean(found)
+
+        variants, baseline = dict(comparison.variants), seconds("")
+        for label, (claim, settings) in comparison.variants.items():
+            own = seconds(settings)
+            if baseline and own and own > SLOWER * baseline:
+                steps = round(self.steps * baseline / own)
+                variants[f"{label}, {steps} steps"] = (claim, f"{settings} train.steps={steps}")
+        return replace(comparison, variants=variants)
+
+    def _seeds(self, data: str, settings: str) -> list[Run]:
+        return [self.run(data, settings, seed) for seed in range(self.seeds)]
 
     def runs(self, comparisons: Sequence[Comparison]) -> list[Run]:
         """Return the runs of all variants, seed after seed; a run that several comparisons share is listed once."""
@@ -134,16 +167,18 @@ class Harness:
 
     def list(self, comparisons: Sequence[Comparison]) -> None:
         """Print a line for each comparison, and the time that the runs need."""
+        comparisons = [self.with_equal_time(comparison) for comparison in comparisons]
         for comparison in comparisons:
             own = self.runs([comparison])
             done = f"{sum(run.finished for run in own)} of {len(own)} runs finished"
             print(f"{comparison.name:12} {comparison.paper}  {done}: {', '.join(comparison.settings)}")
         runs = self.runs(comparisons)
         left, seconds = sum(not run.finished for run in runs), mean_seconds(runs)
-        hours = "unknown, as none is finished" if seconds is None else f"{left * seconds / 3600:.1f} hours"
+        known = seconds is not None
+        hours = f"{left * seconds / self.jobs / 3600:.1f} hours" if known else "unknown, as none is finished"
         print(f"{left} of {len(runs)} runs are left, as comparisons share runs; time: {hours}")
 
-    def work(self, runs: Sequence[Run], seconds: float) -> int:
+    def work(self, chosen: Sequence[Comparison], seconds: float) -> int:
         """Take each run to its end, until the time is over, and write the tables; return the exit code."""
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / ".lock").open("w") as lock:
@@ -156,18 +191,31 @@ class Harness:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     signal.signal(number, self._stop)
-            for number, run in enumerate(runs, 1):
-                left = self.end - time.monotonic()
-                if not run.finished and left > (mean_seconds(runs) or 0):
-                    print(f"run {number} of {len(runs)}, {left / 3600:.1f} hours left: {run.folder.name}", flush=True)
-                    self.execute(run, lock)
-            variants = [(c, label, settings) for c in COMPARISONS for label, settings in c.settings.items()]
-            seeds = range(self.seeds)
-            rows = {(c.name, label): [self.run(c.data, own, s).row() for s in seeds] for c, label, own in variants}
-            write_tables(self.out, COMPARISONS, rows)
+            equal_steps = self.runs(chosen)
+            self._finish(equal_steps, lock)
+            runs = self.runs([self.with_equal_time(comparison) for comparison in chosen])
+            self._finish([run for run in runs if run not in equal_steps], lock)
+            compared = [self.with_equal_time(comparison) for comparison in COMPARISONS]
+            variants = [(c, label, settings) for c in compared for label, settings in c.settings.items()]
+            rows = {(c.name, label): [run.row() for run in self._seeds(c.data, own)] for c, label, own in variants}
+            write_tables(self.out, compared, rows)
         failed, left = (sum(found) for found in zip(*(("error" in r.state, not r.finished) for r in runs), strict=True))
         print(f"{len(runs) - left} of {len(runs)} runs are finished, {failed} failed: {self.out / 'ablations.md'}")
         return 1 if failed else EXIT_STOPPED if left else 0
+
+    def _finish(self, runs: Sequence[Run], lock: IO[str]) -> None:
+        """Take those of the runs to their end for which there is time."""
+
+        def finish(number: int, run: Run) -> None:
+            left = self.end - time.monotonic()
+            if left > (mean_seconds(runs) or 0):
+                print(f"run {number} of {len(runs)}, {left / 3600:.1f} hours left: {run.folder.name}", flush=True)
+                self.execute(run, lock)
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            unfinished = [(number, run) for number, run in enumerate(runs, 1) if not run.finished]
+            for future in [pool.submit(finish, *one) for one in unfinished]:
+                future.result()
 
     def _stop(self, number: int, _: object) -> None:
         """End the time that is left. An exception here could leave a lock of `subprocess` held."""
@@ -178,7 +226,9 @@ class Harness:
         with run.attempt(_revision()) as state, run.log.open("a") as log:
             begin = log.tell()
             for words in self.commands(run):
-                code = self._run(words, log, lock)
+                shared = self.preparing if words[1].endswith("prepare.py") else nullcontext()
+                with shared:  # runs have data in common
+                    code = self._run(words, log, lock)
                 if code:
                     state["error"] = _last_error(run.log, begin) or f"exit status {code}"
                     print(f"failed: {state['error']}", flush=True)
@@ -189,7 +239,8 @@ class Harness:
     def _run(self, words: list[str], log: IO[str], lock: IO[str]) -> int | None:
         """Run a command; return its exit code, or None if the time was over, when it has saved and stopped."""
         inherited = {"pass_fds": [lock.fileno()], "start_new_session": True}
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, **inherited)
+        one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, cwd=ROOT, env=one_core, stdout=log, stderr=subprocess.STDOUT, **inherited)
         while process.poll() is None:
             if time.monotonic() > self.end:  # stop all of its processes; ranks may outlive their launcher
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -208,7 +259,7 @@ class Harness:
             launcher = ["deepspeed", "--num_gpus", "1", "--master_port", str(free.getsockname()[1])]
         data = [f"data.{key}={folder / run.data / split}" for key, split in (("path", "train"), ("heldout", "heldout"))]
         steps = [f"train.{key}={self.steps}" for key in ("steps", "validate_every")]
-        own = [*run.settings.split(), f"train.seed={run.seed}", f"train.output={run.folder}"]
+        own = [*run.settings.split(), f"train.seed={run.seed}", f"train.output={run.folder}"]  # the last value counts
         prepared = [
             [f"{train}/prepare.py", *DATA[kind], f"{folder / kind}"] for kind in dict.fromkeys([run.data, tested])
         ]

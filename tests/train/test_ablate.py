@@ -44,11 +44,14 @@ if name == "pretrain.py":
         (run / "checkpoint").write_text("at the end")
     seed = int(given["train.seed"])
     loss = 2 + seed / 10 - ("optimizer.name" in given)
-    rates = [dict(step=n, tokens_per_second=rate) for n, rate in enumerate((1.0, 2.0, 9.0))]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rates))
+    steps = int(given["train.steps"])
+    each = 4.0 if "adaln" in run.name else 1.0
+    times = [0.0, 100.0, *(100 + each * n for n in range(1, 4))]
+    rows = [dict(step=10 * n, time=10 * time) for n, time in enumerate(times, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
     losses = dict(loss=loss, text_loss=loss, diffusion_loss=loss, diffusion_loss_q1=None)
     first = dict.fromkeys(losses, 99.0)
-    (run / "validation.jsonl").write_text("".join(json.dumps(dict(step=1, **x)) + "\\n" for x in (first, losses)))
+    (run / "validation.jsonl").write_text("".join(json.dumps(dict(step=steps, **x)) + "\\n" for x in (first, losses)))
 if name == "evaluate.py":
     causal = "causal" in run.name
     figures = dict(generated_accuracy=0.5, caption_accuracy=1.0, frechet_distance=1.0 + causal)
@@ -69,7 +72,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(folder / "ablate.py"), "--out", str(tmp_path / "out"), *arguments]
+        command = [sys.executable, str(folder / "ablate.py"), "--out", str(tmp_path / "out"), "--jobs", "1", *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
@@ -106,7 +109,7 @@ def test_shared_runs_run_once_seed_by_seed_failures_are_tried_again_and_time_is_
     rows = list(csv.DictReader((out / "ablations.csv").open()))
     assert [row["outcome"] for row in rows] == ["finished"] * 4 + ["pretrain: no such setting"] * 2
     assert (rows[1]["seed"], rows[1]["text_loss"], rows[1]["diffusion_loss_q1"]) == ("1", "2.1", "")
-    assert rows[0]["tokens_per_second"] == "2.0", "the median"
+    assert (rows[0]["steps"], rows[0]["step_seconds"]) == ("300", "1.0"), "the median"
     [attention] = [line for line in (out / "ablations.md").read_text().splitlines() if "| causal |" in line]
     assert "| 2 | 2.050 ± 0.050 |" in attention
     assert attention.endswith("| worse (arXiv 2408.11039) | Frechet distance | yes |")
@@ -120,7 +123,7 @@ def test_shared_runs_run_once_seed_by_seed_failures_are_tried_again_and_time_is_
     (tmp_path / "calls.txt").unlink()
     assert ended(start("attention", "--seeds", "3", "--hours", "0.9"))[0] == 5
     assert not (tmp_path / "calls.txt").exists(), "a run began that would not have ended in time"
-    assert ablate.main(["--out", str(out), "--list", "attention", "--seeds", "3"]) == 0
+    assert ablate.main(["--out", str(out), "--list", "attention", "--seeds", "3", "--jobs", "1"]) == 0
     assert "2 of 6 runs are left, as comparisons share runs; time: 2.0 hours" in capsys.readouterr().out
     assert ablate.main(["--out", str(out), "--list", "--steps", "9"]) == 0
     assert "0 of 4 runs finished" in capsys.readouterr().out, "runs of other settings are others"
@@ -154,6 +157,17 @@ def test_a_run_that_was_interrupted_saves_and_is_resumed(start, tmp_path: Path) 
     assert "| better (arXiv 2502.16982) | text loss | yes |" in (out / "ablations.md").read_text()
 
 
+def test_a_slow_variant_is_run_again_with_the_steps_that_take_the_time_of_its_baseline(start, tmp_path: Path) -> None:
+    code, printed = ended(start("timesteps", "--seeds", "2", "--jobs", "2"))
+    assert code == 0 and "6 of 6 runs are finished" in printed
+    rows = list(csv.DictReader((tmp_path / "out" / "ablations.csv").open()))
+    assert [row["steps"] for row in rows] == ["300"] * 4 + ["75"] * 2
+    assert rows[-1]["settings"] == "model.transformer.conditioning=adaln train.steps=75"
+    assert "| adaLN-zero, 75 steps |" in (tmp_path / "out" / "ablations.md").read_text()
+    (tmp_path / "calls.txt").unlink()
+    assert ended(start("timesteps", "--seeds", "2"))[0] == 0 and not (tmp_path / "calls.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("claim", "sign", "variant", "told"),
     [
@@ -174,7 +188,7 @@ def test_a_claim_is_judged_by_differences_beyond_the_spread(claim, sign, variant
 
 
 def test_the_seconds_of_an_attempt_that_was_killed_are_counted_to_its_last_output(tmp_path: Path) -> None:
-    run = Run(tmp_path / "a", "digits", "", 0, 1)
+    run = Run(tmp_path / "a", "digits", "", 0)
     (tmp_path / "a.json").write_text(json.dumps({"seconds": 5, "revisions": ["x"], "started": 1000}))
     run.log.touch()
     os.utime(run.log, (1100, 1100))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ FIGURES = {
     "generated_accuracy": ("drawn accuracy", 1, 3),
     "caption_accuracy": ("caption accuracy", 1, 3),
     "frechet_distance": ("Frechet distance", -1, 2),
-    "tokens_per_second": ("tokens/s", 1, 0),
+    "step_seconds": ("seconds per step", -1, 2),
 }
 PANELS = ("text_loss", "diffusion_loss", "generated_accuracy", "caption_accuracy", "frechet_distance")
 
@@ -65,7 +66,6 @@ class Run:
     data: str
     settings: str
     seed: int
-    steps: int
 
     @property
     def log(self) -> Path:
@@ -104,17 +104,22 @@ class Run:
         """Return its row of the table, with figures if it is finished."""
         state, found = self.state, {}
         if self.finished:
-            rates = [row["tokens_per_second"] for row in read_rows(self.folder / METRICS)]
             found = read_rows(self.folder / VALIDATION)[-1] | read_json(self.folder / "evaluation.json")
-            found["tokens_per_second"] = float(np.median(rates))
+            found["step_seconds"] = _step_seconds(read_rows(self.folder / METRICS))
         return {
             "run": self.folder.name,
-            **{name: getattr(self, name) for name in ("data", "settings", "seed", "steps")},
+            **{name: getattr(self, name) for name in ("data", "settings", "seed")},
+            "steps": found.get("step"),
             "seconds": round(state.get("seconds", 0)),
             "outcome": "finished" if self.finished else state.get("error", "unfinished"),
             **{name: found.get(name) for name in FIGURES},
             "revision": " ".join(state.get("revisions", ())),
         }
+
+
+def _step_seconds(rows: Sequence[dict[str, Any]]) -> float:
+    """Return the median time of a step; the first row, and those after a start, have other work in theirs."""
+    return float(np.median([(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairwise(rows)]))
 
 
 def mean_seconds(runs: Sequence[Run]) -> float | None:
@@ -163,13 +168,14 @@ def _pairs(comparison: Comparison, label: str, rows: Rows, figure: str) -> tuple
 
 def _page(comparisons: Sequence[Comparison], rows: Rows, begun: Sequence[dict[str, Any]]) -> Iterator[str]:
     revisions = ", ".join(sorted({name for row in begun for name in row["revision"].split()}))
-    steps = ", ".join(sorted({f"{row['steps']:,}" for row in begun}))
+    steps = max((row["steps"] or 0 for row in begun), default=0)
     yield "# Comparisons of settings"
     yield (
-        f"Runs of {steps or 'no'} steps, revision {revisions or 'unknown'}, by train/ablate.py. Figures are means over "
-        "seeds, ± half of the range. A paper's expectation is judged by the difference from the baseline on the "
-        "seeds of both, which counts if it exceeds both half ranges together. Losses are of held-out packs under the "
-        "run's own settings: they cannot be compared across diffusion settings, noise caps and contexts."
+        f"Runs of {steps:,} steps, revision {revisions or 'unknown'}, by train/ablate.py; a variant with fewer steps "
+        "took as long as its baseline. Figures are means over seeds, ± half of the range. A paper's expectation is "
+        "judged by the difference from the baseline on the seeds of both, which counts if it exceeds both half ranges "
+        "together. Losses are of held-out packs under the run's own settings: they cannot be compared across diffusion "
+        "settings, noise caps and contexts."
     )
     columns = ["comparison", "variant", "settings", "seeds", *(title for title, _, _ in FIGURES.values())]
     table = [[*columns, "expected", "judged by", "agrees"]]
