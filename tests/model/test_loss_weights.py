@@ -8,7 +8,7 @@ import torch
 from small_models import ids, seeded, small_model
 
 from transfusion_fast import Weighted
-from transfusion_fast.model.inputs import Randomness, pack_documents
+from transfusion_fast.model.inputs import Randomness, pack_documents, pack_rows
 from transfusion_fast.model.loss import Counts
 from transfusion_fast.model.sequence import Vocabulary
 
@@ -141,9 +141,30 @@ def test_an_ignored_image_has_no_noised_copies_and_is_seen(model, tolerance):
     assert not torch.isclose(losses(0, LATENTS + 2)[1].diffusion, found.diffusion, rtol=1e-3)
 
 
-def test_weights_around_all_documents_and_in_prompts_are_refused():
+def test_prompts_with_weights_are_refused():
     model = small_model(num_text_tokens=16, dim_latent=4, transformer={"dim": 32, "depth": 1, "heads": 2})
-    with pytest.raises(ValueError, match="documents must be a list of documents, got one Weighted; put it into a list"):
-        model(Weighted([ids(1)], 2.0))
     with pytest.raises(ValueError, match="document 0 must be a list of pieces, got Weighted; weights are for training"):
         model.sample([Weighted([ids(1)], 2.0)])
+
+
+ROWS = ids(16, 1, 2, 3, 18, 0, 0, 0, 0, 19, 4, 5, 6, 7, 17).view(1, 15)  # the document above, laid out
+IMAGE = ([[LATENTS.view(4, 4)]], [[(5, 4)]])
+
+
+def test_rows_have_a_weight_for_each_token_as_documents_have_for_each_segment(model, tolerance):
+    weights = torch.tensor([[9.0, *[2] * 3, 1, *[0] * 4, 1, *[5] * 5]])  # at the image they are ignored
+    random = {"prob_uncond": 0, "noise_cap": 1000}
+    loss, losses = model(ROWS, *IMAGE, text_weights=weights, generator=seeded(), **random)
+    assert loss == model([document(2, 1, 5)], generator=seeded(), **random)
+    assert losses.counts == (3 * 2 + 1 + 5 * 5, 1)
+    batch = pack_rows(ROWS, *IMAGE, model.config, text_weights=weights > 1)  # a mask of bool
+    assert batch.labels[batch.supervised].tolist() == [1, 2, 3, 4, 5, 6, 7, 17] and batch.token_weights is None
+    assert batch.modalities[0].weights.tolist() == [1]
+    text = ids(1, 2, 3, 4).view(2, 2)
+    one = model(text, text_weights=torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    torch.testing.assert_close(one, model(text[:1]), **tolerance["fp32"])  # the first token is not predicted
+
+
+def test_weights_of_1_in_rows_are_none(model):
+    plain, weighted = (pack_rows(ROWS, *IMAGE, model.config, text_weights=w) for w in (None, torch.ones(1, 15)))
+    assert weighted.token_weights is None and torch.equal(weighted.labels, plain.labels)

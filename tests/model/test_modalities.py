@@ -142,7 +142,7 @@ def test_raw_pieces_of_one_shape_and_type_are_encoded_as_a_batch_and_types_are_k
         ((1, torch.ones(4)), r"document 0, piece 1: latents of modality 1 must be \[length, 4\], .*got \(4,\)"),
         ((3, torch.ones(2, 2, 6)), r"latents of modality 3 must be \[frames, rows, columns, 6\], .*got \(2, 2, 6\)"),
         ((1, torch.ones(4, 4)), r"must be \[length, channels\], got \(4, 4\), which could be channels first"),
-        ((4, torch.ones(2, 2, 6)), r"document 0, piece 1: modality must be in \[0, 4\), got 4"),
+        ((4, torch.ones(2, 2, 6)), r"document 0, piece 1: modality must be an integer in \[0, 4\), got 4"),
     ],
 )
 def test_a_shape_that_does_not_fit_the_modality_is_named(piece, message):
@@ -151,7 +151,7 @@ def test_a_shape_that_does_not_fit_the_modality_is_named(piece, message):
 
 
 def test_a_position_of_an_absent_modality_and_a_size_of_other_dimensions_are_named():
-    with pytest.raises(ValueError, match=r"row 0, span \(4, 0, 1\): modality must be in \[0, 4\), got 4"):
+    with pytest.raises(ValueError, match=r"row 0, span \(4, 0, 1\): modality must be an integer in \[0, 4\), got 4"):
         pack_rows(ids(1, 2)[None], [[torch.ones(1, 1, 3)]], [[(4, 0, 1)]], ModelConfig(modalities=FOUR))
     model = Transfusion(modalities=FOUR, transformer=TRANSFORMER)
     with pytest.raises(InputError, match=r"must be 2 numbers of at least 1 for modality 2, got \(3,\)"):

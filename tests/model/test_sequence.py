@@ -78,13 +78,6 @@ def test_an_image_without_context_begins_a_document_with_what_follows_it():
     assert positions == [place for part in (*first, *second) for place in range(len(part))]
 
 
-@pytest.mark.parametrize("timestep", [0.0, 1000.5, float("nan")])
-def test_a_timestep_outside_its_range_is_refused(timestep):
-    laid, patch = laid_out([[(0, 1, 1), (0, 1, 1)]], VOCABULARY), torch.zeros(2, 4)
-    with pytest.raises(ValueError, match=rf"timesteps must lie in \(0, 1000\], got {timestep:g}; "):
-        build_batch(laid, [(patch, patch)], torch.tensor([1.0, timestep]), modalities_of("sequential"))
-
-
 def test_rows_are_cut_at_an_image_that_no_token_opens():
     """The token before it may be anything, or of the row before."""
     tokens, images = np.array([1, 2, 0, 0, BOI, 0, 3, BOI]), [(2, 0, torch.zeros(2, 4)), (5, 0, torch.zeros(1, 4))]

@@ -10,7 +10,7 @@ For training, `Weighted(piece, weight)` in place of a piece, or around a whole d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
 from typing import Any, SupportsIndex, cast
@@ -29,6 +29,7 @@ from transfusion_fast.model.sequence import (
     Vocabulary,
     before_captions,
     lay_out,
+    patch_mask,
     without_context,
 )
 
@@ -184,6 +185,7 @@ def pack_rows(
     config: ModelConfig,
     randomness: Randomness = Randomness(),
     encode: Encode = lambda documents: documents,
+    text_weights: Tensor | None = None,
 ) -> PackedBatch:
     """Pack rows that are laid out already: each row of text_ids [B, T] is one document; ids at image spans are ignored.
 
@@ -191,27 +193,26 @@ def pack_rows(
         modality_tokens: the latents of the images of each row; default: none.
         modality_positions: (offset, length) or (modality, offset, length) of each of these images; default: none.
         encode: maps documents of raw pieces, one for each row, to documents of latents.
+        text_weights: [B, T], the weight in 0..`MAX_WEIGHT` of the loss of each token, wherever it is predicted; 0 is no
+            loss. Those at image spans are ignored, as images have the weight 1. Default: 1 everywhere.
 
     Raises:
-        ValueError: naming the row and the span that does not fit.
+        ValueError: naming the row, and the span or the position, that does not fit.
     """
     if text_ids.ndim != 2 or not _is_integer(text_ids):
-        raise ValueError(f"text_ids must be integers [B, T], got {text_ids.dtype} {tuple(text_ids.shape)}")
+        got = f"{text_ids.dtype} {tuple(text_ids.shape)}"
+        raise ValueError(f"text_ids must be integers [B, T], got {got}; give one row for each document")
     rows, row_length = text_ids.shape
     latents = [()] * rows if modality_tokens is None else modality_tokens
     given = [()] * rows if modality_positions is None else modality_positions
     positions = [[_integers(row, span) for span in spans] for row, spans in enumerate(given)]
     if len(latents) != rows or len(positions) != rows:
-        raise ValueError(
-            f"modality_tokens and modality_positions must have an entry for each of the {rows} rows, "
-            f"got {len(latents)} and {len(positions)}"
-        )
+        rule = f"modality_tokens and modality_positions must have an entry for each of the {rows} rows"
+        raise ValueError(f"{rule}, got {len(latents)} and {len(positions)}; give [] for a row without images")
     for row, (of_row, spans) in enumerate(zip(latents, positions, strict=True)):
         if len(of_row) != len(spans):
-            raise ValueError(
-                f"row {row} must have a position for each modality tensor, got {len(of_row)} tensors and "
-                f"{len(spans)} positions"
-            )
+            rule = f"row {row} must have a position for each modality tensor"
+            raise ValueError(f"{rule}, got {len(of_row)} tensors and {len(spans)} positions; give as many")
     raw = [
         [(span[0] if len(span) == 3 else 0, x) for x, span in zip(of_row, spans, strict=True)]
         for of_row, spans in zip(latents, positions, strict=True)
@@ -222,18 +223,30 @@ def pack_rows(
         spanned.sort(key=lambda image: image[0])
         for (start, _, before), (offset, _, _) in pairwise(spanned):
             if offset < (end := start + _size(before)[0]):
-                place, first = offset - row * row_length, end - row * row_length
-                raise ValueError(
-                    f"row {row}: an image at {place} must not begin before {first}, where the last one ends"
-                )
+                rule = f"an image must not begin before {end - row * row_length}, where the one before it ends"
+                raise ValueError(f"row {row}: {rule}, got {offset - row * row_length}; move it")
         images += spanned
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
     sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
-    size = Vocabulary(config.num_text_tokens, len(config.modalities)).size
-    tokens = sequence.tokens
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
-        raise ValueError(f"text_ids must lie in [0, {size}), got {tokens.min()} to {tokens.max()}")
+    size, tokens = Vocabulary(config.num_text_tokens, len(config.modalities)).size, sequence.tokens
+    if len(wrong := np.flatnonzero((tokens < 0) | (tokens >= size))):
+        where = "row {}, position {}".format(*divmod(wrong[0].item(), row_length))
+        raise ValueError(f"{where}: text ids must lie in [0, {size}), got {tokens[wrong[0]]}; check the tokenizer")
+    if text_weights is not None:
+        weights = np.where(patch_mask(sequence), np.float32(1), _row_weights(text_weights, text_ids))
+        sequence = replace(sequence, weights=weights)
     return _with_noise(sequence, [(modality, x) for _, modality, x in images], config, randomness)
+
+
+def _row_weights(given: Tensor, text_ids: Tensor) -> np.ndarray:
+    """Return the weights of the tokens of all rows, fp32 [B T]."""
+    weights = torch.as_tensor(given, dtype=torch.float32).detach().cpu().numpy()
+    if weights.shape != text_ids.shape:
+        rule = f"text_weights must be {tuple(text_ids.shape)} like text_ids"
+        raise ValueError(f"{rule}, got {weights.shape}; give one for each token")
+    for row, position in np.argwhere(~((weights >= 0) & (weights <= MAX_WEIGHT)))[:1].tolist():
+        check_weight(weights[row, position].item(), f"row {row}, position {position}")
+    return weights.flatten()
 
 
 def place_images(
@@ -305,19 +318,18 @@ def _size(latents: Tensor) -> tuple[int, int, int, int]:
 def _check_piece(piece: Piece, what: str, config: ModelConfig) -> Segment:
     modality, tensor = piece if isinstance(piece, tuple) and len(piece) == 2 else (0, piece)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_type_names(piece)}")
+        raise ValueError(f"{what} must be a tensor or (modality, tensor), got {_type_names(piece)}; convert it")
     if tensor.is_floating_point():
         latents = _check_image(tensor, modality, what, config)
         return 1 + modality, latents
     if isinstance(piece, tuple):
-        raise ValueError(f"{what}: a modality tensor must be floating point, got {tensor.dtype}")
+        raise ValueError(f"{what}: a modality tensor must be floating point, got {tensor.dtype}; call its float()")
     if tensor.ndim != 1 or not _is_integer(tensor):
-        raise ValueError(f"{what}: text ids must be integers [n], got {tensor.dtype} {tuple(tensor.shape)}")
-    if len(tensor) and (tensor.min() < 0 or tensor.max() >= config.num_text_tokens):
-        raise ValueError(
-            f"{what}: text ids must lie in [0, {config.num_text_tokens}), "
-            f"got {tensor.min().item()} to {tensor.max().item()}"
-        )
+        got = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{what}: text ids must be integers [n], got {got}; give one for each token")
+    if len(wrong := tensor[(tensor < 0) | (tensor >= config.num_text_tokens)]):
+        rule = f"{what}: text ids must lie in [0, {config.num_text_tokens})"
+        raise ValueError(f"{rule}, got {wrong[0].item()}; special tokens are added, do not give them")
     return TEXT, tensor.long()
 
 
@@ -335,9 +347,10 @@ def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig)
     """Return latents that fit the model, channels last; ValueError naming `what` if they do not fit."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         got = latents.dtype if isinstance(latents, Tensor) else _type_names(latents)
-        raise ValueError(f"{what}: latents must be a floating point tensor, got {got}")
+        raise ValueError(f"{what}: latents must be a floating point tensor, got {got}; convert them")
     if not isinstance(modality, int) or isinstance(modality, bool) or not 0 <= modality < len(config.modalities):
-        raise ValueError(f"{what}: modality must be in [0, {len(config.modalities)}), got {modality!r}")
+        rule = f"{what}: modality must be an integer in [0, {len(config.modalities)})"
+        raise ValueError(f"{rule}, got {modality!r}; the model has no other")
     settings = config.modalities[modality]
     shape, width, axes = tuple(latents.shape), settings.dim_latent, _AXES[settings.dims]
     channels_last = latents.movedim(0, -1) if settings.channel_first and latents.ndim == len(axes) + 1 else latents
@@ -346,7 +359,7 @@ def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig)
         grid = ", ".join(map(str, (width, *axes) if settings.channel_first else (*axes, width)))
         rows = f"[patches, {width}] or " if settings.dims == 2 else ""
         rule = f"latents of modality {modality} must be {rows}[{grid}], not empty"
-        raise ValueError(f"{what}: {rule}, got {shape}")
+        raise ValueError(f"{what}: {rule}, got {shape}; reshape them")
     if not latents.isfinite().all():
         raise ValueError(f"{what}: latents must be finite, got NaN or infinity; check the encoder")
     return channels_last
@@ -356,10 +369,8 @@ def _refuse_doubtful(latents: Tensor, modality: int, what: str, config: ModelCon
     """Raise ValueError for [rows, columns, C] that could be [C, rows, columns], unless a setting says which it is."""
     shape, settings = tuple(latents.shape), config.modalities[modality]
     if settings.channel_first is None and len(shape) == settings.dims + 1 > 1 and shape[0] == shape[-1] > 1:
-        rule = f"latents must be [{', '.join(_AXES[settings.dims])}, channels]"
-        raise ValueError(
-            f"{what}: {rule}, got {shape}, which could be channels first; set channel_first to True or False"
-        )
+        rule = f"{what}: latents must be [{', '.join(_AXES[settings.dims])}, channels]"
+        raise ValueError(f"{rule}, got {shape}, which could be channels first; set channel_first to True or False")
 
 
 def _integers(row: int, span: Iterable[SupportsIndex]) -> tuple[int, ...]:
@@ -377,12 +388,13 @@ def _check_span(
     """Return (absolute offset, modality, latents) of one image span of a row."""
     what = f"row {row}, span {tuple(span)}"
     if len(span) not in (2, 3):
-        raise ValueError(f"{what}: must be (offset, length) or (modality, offset, length), got {len(span)} numbers")
+        rule = f"{what}: a position must be (offset, length) or (modality, offset, length)"
+        raise ValueError(f"{rule}, got {len(span)} numbers; correct it")
     modality, offset, length = span if len(span) == 3 else (0, *span)
     latents = _check_image(latents, modality, what, config)
     _refuse_doubtful(latents, modality, what, config)
-    if _size(latents)[0] != length:
-        raise ValueError(f"{what}: length must be the number of patches of its tensor, got {tuple(latents.shape)}")
+    if (patches := _size(latents)[0]) != length:
+        raise ValueError(f"{what}: length must be {patches}, the patches of its tensor, got {length}; correct it")
     if offset < 0 or offset + length > row_length:
-        raise ValueError(f"{what}: must lie inside the row, got its end at {offset + length} of {row_length}")
+        raise ValueError(f"{what}: an image must lie in [0, {row_length}), got {offset}..{offset + length}; move it")
     return row * row_length + offset, modality, latents

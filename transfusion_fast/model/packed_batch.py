@@ -71,6 +71,9 @@ class PackedBatch:
     label; layout: the attention mask; modalities: the images, one entry for every modality, even one without images;
     num_images: the trained images of all modalities, of all ranks that share the pack; token_weights: fp32 [S], the
     weight of each label's loss, or None if those of all labels and images are 1.
+
+    Raises:
+        ValueError: a timestep outside (0, 1000]. On a GPU it is not looked at, as the host would have to wait.
     """
 
     tokens: Tensor
@@ -81,6 +84,13 @@ class PackedBatch:
     modalities: tuple[ModalityBatch, ...]
     num_images: int
     token_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for modality, images in enumerate(self.modalities):
+            t = images.timesteps
+            if t.device.type == "cpu" and len(wrong := (~((t > 0) & (t <= NUM_TIMESTEPS))).nonzero()):
+                what = f"modality {modality}, image {wrong[0].item()}: timestep must lie in (0, {NUM_TIMESTEPS}]"
+                raise ValueError(f"{what}, got {t[wrong[0]].item():g}; 1 is almost clean")
 
     @property
     def num_tokens(self) -> int:
@@ -127,10 +137,8 @@ def build_batch(
         causal_images: let patches see only what precedes them in the sequence, as text does.
 
     Raises:
-        ValueError: a timestep outside (0, 1000].
+        ValueError: as `PackedBatch`.
     """
-    if len(outside := timesteps[~((timesteps > 0) & (timesteps <= NUM_TIMESTEPS))]):
-        raise ValueError(f"timesteps must lie in (0, {NUM_TIMESTEPS}], got {outside[0]:g}; 1 is almost clean")
     copies = len(timesteps) if timesteps.ndim == 2 else 0
     placed = _place_copies(sequence, copies)
     used, trained = len(placed.source), len(placed.places)

@@ -142,6 +142,7 @@ class Transfusion(nn.Module):
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
         noised_copies: int = 0,
+        text_weights: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -155,6 +156,7 @@ class Transfusion(nn.Module):
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
         noised_copies: int = 0,
+        text_weights: Tensor | None = None,
     ) -> tuple[Tensor, Losses]: ...
 
     def __call__(
@@ -168,6 +170,7 @@ class Transfusion(nn.Module):
         noise_cap: float = NOISE_CAP,
         prob_uncond: float = PROB_UNCOND,
         noised_copies: int = 0,
+        text_weights: Tensor | None = None,
     ) -> Losses | Tensor | tuple[Tensor, Losses]:
         """Return the training loss of a packed batch, of documents, or of rows.
 
@@ -180,6 +183,7 @@ class Transfusion(nn.Module):
             prob_uncond: probability that an image is trained without what precedes it, for classifier-free guidance.
             noised_copies: number of noised copies of each image, which are trained while the image itself is a clean
                 context for what follows; 0 noises images in place, as in the paper, and what follows sees them noised.
+            text_weights: weights of the losses of the tokens of rows, [B, T], as `inputs.pack_rows` takes them.
 
         Returns:
             `Losses` for a packed batch; the total loss for documents, and for rows without images; the total loss and
@@ -188,8 +192,10 @@ class Transfusion(nn.Module):
         Raises:
             ValueError: naming the input that does not fit the model, or that does not belong to this form of `batch`.
         """
-        if not isinstance(batch, Tensor) and (modality_tokens is not None or modality_positions is not None):
-            raise ValueError("modality_tokens must come with text_ids [B, T], got another batch; put images into it")
+        of_rows = {"modality_tokens": modality_tokens, "modality_positions": modality_positions}
+        for name, value in (of_rows | {"text_weights": text_weights}).items():
+            if value is not None and not isinstance(batch, Tensor):
+                raise ValueError(f"{name} must come with text_ids [B, T], got another batch; put them into it")
         if isinstance(batch, PackedBatch):
             if generator is not None or (noise_cap, prob_uncond, noised_copies) != (NOISE_CAP, PROB_UNCOND, 0):
                 rule = "generator, noise_cap, prob_uncond and noised_copies must come with documents or rows"
@@ -199,7 +205,8 @@ class Transfusion(nn.Module):
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")
         randomness = Randomness(generator, noise_cap, prob_uncond, noised_copies)
         if isinstance(batch, Tensor):
-            packed = pack_rows(batch, modality_tokens, modality_positions, self.config, randomness, self.encoded)
+            images = (modality_tokens, modality_positions)
+            packed = pack_rows(batch, *images, self.config, randomness, self.encoded, text_weights)
             losses = super().__call__(packed.to(self.device))
             return losses.total if modality_tokens is None and modality_positions is None else (losses.total, losses)
         return super().__call__(pack_documents(batch, self.config, randomness, self.encoded).to(self.device)).total
