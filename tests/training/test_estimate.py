@@ -79,19 +79,54 @@ def kept_bytes(model: Transfusion, batch: PackedBatch) -> int:
         ("full", torch.bfloat16, {}),
     ],
 )
+@pytest.mark.parametrize("patches", [16, 256])
 def test_activations_are_those_that_the_forward_pass_keeps(
-    setting: str, dtype: torch.dtype, blocks: dict[str, Any]
+    setting: str, dtype: torch.dtype, blocks: dict[str, Any], patches: int
 ) -> None:
     transformer = {"dim": 96, "depth": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 160, **blocks}
     config = ModelConfig(backend="triton", activation_checkpointing=setting, transformer=transformer)
     model, ids = Transfusion(config).to(dtype), torch.zeros(50, dtype=torch.long)
-    batch = pack_documents([[ids, torch.zeros(16, 4), ids]], config, Randomness(prob_uncond=0))
-    expected = kept_activations(config, setting, len(batch.tokens), len(batch.supervised), 16, dtype.itemsize)
+    batch = pack_documents([[ids, torch.zeros(patches, 4), ids]], config, Randomness(prob_uncond=0))
+    counts = len(batch.tokens), len(batch.supervised), (patches,), (patches,)
+    expected = kept_activations(config, setting, *counts, dtype.itemsize)
     weight = 4 * model.head.weight.numel() * (dtype != torch.float32)  # the head's copy, as the vocabulary is small
     if blocks.get("dropout"):  # on a CPU a value is kept by a number of its type, on a GPU by a byte
         weight += len(batch.tokens) * 2 * 2 * 96 * (dtype.itemsize - 1)
     # The rest is the timestep MLP, and the indices of patches and supervised positions.
     assert kept_bytes(model, batch) == pytest.approx(expected + weight, rel=0.02, abs=12_000)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("patch_size", "dtype", "copies", "grids", "blocks"),
+    [
+        (4, torch.float32, 0, [(6, 8)], {}),
+        (4, torch.bfloat16, 0, [(6, 8)], {}),
+        (4, torch.float32, 2, [(6, 8), (4, 4), (6, 8)], {}),
+        (2, torch.float32, 0, [(6, 8), (4, 4)], {"modality_weights": "separate"}),
+        (1, torch.float32, 0, [(12, 12)], {}),
+    ],
+)
+def test_the_u_net_keeps_what_the_estimate_says(
+    patch_size: int, dtype: torch.dtype, copies: int, grids: list[tuple[int, int]], blocks: dict[str, Any]
+) -> None:
+    """It is what the model with a U-Net keeps beyond the same model with a linear codec."""
+    width, ids, measured, expected = 3 * patch_size**2, torch.zeros(50, dtype=torch.long), [], []
+    for codec in ({"codec": "unet", "patch_size": patch_size}, {}):
+        transformer = {"dim": 96, "depth": 1, "heads": 2, "ffn_dim": 160, **blocks}
+        modality = {"dim_latent": width, **codec}
+        config = ModelConfig(backend="triton", modalities=[modality], transformer=transformer)
+        model = Transfusion(config).to(dtype)
+        document = [ids, *(torch.zeros(*grid, width) for grid in grids)]
+        batch = pack_documents([document], config, Randomness(prob_uncond=0, noised_copies=copies))
+        [images] = batch.modalities
+        counts = len(batch.tokens), len(batch.supervised), (len(images.latents),), (images.trained_patches,)
+        expected.append(kept_activations(config, "none", *counts, dtype.itemsize))
+        measured.append(kept_bytes(model, batch))
+    levels = [4.0**n for n in range(patch_size.bit_length())]
+    # On a CPU a norm keeps its mean and deviation as numbers of its type, on a GPU in fp32.
+    norms = len(images.latents) * 2 * (4 - dtype.itemsize) * (4 * sum(levels) + 1 + levels[-1])
+    assert measured[0] - measured[1] == pytest.approx(expected[0] - expected[1] - norms, rel=0.02)
 
 
 def test_parameters_are_counted_by_part_and_not_allocated() -> None:
@@ -174,8 +209,10 @@ def test_noised_copies_count_as_positions_and_the_images_that_they_copy_are_not_
     assert means.positions >= means.tokens > 128, "packs of 128 positions, with copies behind them"
     run = estimate(config, open_data(config), Cluster("H100", 1, 1, mfu=0.4, network=1e9, storage=1e9), means)
     assert run.padding == pytest.approx(1 - means.tokens / means.positions)
-    counts = (packs_of_gpu * x for x in (means.positions, means.supervised, means.patches[0]))
-    assert run.activations["none"] == activation_memory(config.model, "none", *counts, run.itemsize)
+    counts = (packs_of_gpu * x for x in (means.positions, means.supervised, means.patches[0], means.trained_patches[0]))
+    positions, supervised, *patches = counts
+    expected = activation_memory(config.model, "none", positions, supervised, *([n] for n in patches), run.itemsize)
+    assert run.activations["none"] == expected
 
 
 def test_frozen_text_is_held_without_gradients_and_state(config: Config) -> None:

@@ -55,10 +55,19 @@ def multiply_adds(modality: ModalityConfig, dim: int) -> tuple[float, float]:
     """Return the multiply-adds of a codec's matrices and convolutions to encode a patch, and to decode one."""
     if modality.codec == "linear":
         return modality.dim_latent * dim, modality.dim_latent * dim
-    return _of_unet(modality.dim_latent, modality.patch_size, dim)
+    return _unet_without_memory(modality.dim_latent, modality.patch_size, dim).multiply_adds()
+
+
+def kept_bytes(modality: ModalityConfig, dim: int, itemsize: int) -> tuple[float, float]:
+    """Return the bytes that a codec keeps for backward to encode a patch, and to decode one from `dim` numbers."""
+    encoding, decoding = itemsize * float(modality.dim_latent), 0.0
+    if modality.codec == "unet":
+        unet = _unet_without_memory(modality.dim_latent, modality.patch_size, dim)
+        encoding, decoding = unet.kept_bytes(itemsize)
+    return encoding, decoding + itemsize * (dim + modality.dim_latent)  # which the loss compares
 
 
 @cache
-def _of_unet(dim_latent: int, patch_size: Any, dim: int) -> tuple[float, float]:
+def _unet_without_memory(dim_latent: int, patch_size: Any, dim: int) -> UNetCodec:
     with torch.device("meta"):
-        return UNetCodec(dim_latent, patch_size, dim).multiply_adds()
+        return UNetCodec(dim_latent, patch_size, dim)

@@ -97,6 +97,7 @@ class UNetCodec(nn.Module):
         self.patch_size, self.levels = patch_size, patch_size.bit_length() - 1
         values = dim_latent // patch_size**2
         channels = [max(8, dim >> (1 + self.levels - level) + 3 << 3) for level in range(self.levels + 1)]
+        self.values, self.channels = values, channels
         pairs = list(pairwise(channels))
         self.timestep = TimestepEmbedding(TIMESTEP_DIM)
         self.enter = Convolution(values, channels[0])
@@ -146,6 +147,20 @@ class UNetCodec(nn.Module):
         """Return the multiply-adds of matrices and convolutions to encode a patch, and to decode one."""
         encoding = self._multiply_adds(self.enter, self.encoder, self.down, self.shrink)
         return encoding, self._multiply_adds(self.leave, self.decoder, self.up, self.grow)
+
+    def kept_bytes(self, itemsize: int) -> tuple[float, float]:
+        """Return the bytes that encoding a patch and decoding one keep for backward, with weights of `itemsize` bytes.
+
+        A block of c channels keeps its input, and the inputs of SiLUs and convolutions: 6 c numbers a pixel down, and
+        9 c up, where its input is two tensors joined. Its output is kept by what leads to the next level, and at the
+        end by a norm that is followed by a SiLU or a linear layer. A norm also keeps a mean and a deviation in fp32,
+        and the restored order of patches a copy. What `decoder` reads is left out, as a linear codec reads it too.
+        """
+        pixels = [4.0 ** (self.levels - level) for level in range(self.levels + 1)]
+        widths = [n * c for n, c in zip(pixels, self.channels, strict=True)]
+        encoding = itemsize * (pixels[0] * self.values + 7 * sum(widths) + widths[-1] + self.encoder.out_features)
+        decoding = itemsize * (10 * sum(widths) + 2 * widths[0] + pixels[0] * self.values)
+        return encoding + 8 * (2 * sum(pixels) + pixels[-1]), decoding + 8 * (2 * sum(pixels) + pixels[0])
 
     def _multiply_adds(self, pixels: nn.Module, patches: nn.Module, blocks: Any, between: Any) -> float:
         parts = [(pixels, 0), (patches, self.levels), *((block, level) for level, block in enumerate(blocks))]

@@ -197,7 +197,6 @@ def _assumptions(cluster: Cluster, run: Estimate) -> Iterator[str]:
     yield "  memory leaves out temporary buffers, fragmentation, NCCL and CUDA: keep a tenth of the GPU free"
     yield "  activations are those of the Triton kernels; loaders are as fast as this process"
     yield "  the exchange of heads between GPUs that share packs (train.sequence_parallel) is not counted"
-    yield "  the activations of U-Net codecs (codec=unet) are not counted; their operations are"
 
 
 def _precision(run: Estimate) -> str:

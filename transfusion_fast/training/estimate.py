@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from transfusion_fast.data.batch import KeyedPack
 from transfusion_fast.data.loader import BatchSplit, batch_builder
 from transfusion_fast.data.mixture import Mixture, MixtureReader
 from transfusion_fast.errors import DataError, InputError
+from transfusion_fast.model.codec import kept_bytes
 from transfusion_fast.model.grouped_layers import of_text
 from transfusion_fast.model.loss import SMALL_VOCABULARY
 from transfusion_fast.model.sequence import Vocabulary
@@ -190,28 +191,49 @@ def optimizer_values(parameters: int, config: Config) -> int:
 
 
 def kept_activations(
-    model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
+    model: ModelConfig,
+    setting: str,
+    positions: float,
+    supervised: float,
+    patches: Sequence[float],
+    trained: Sequence[float],
+    itemsize: int,
 ) -> float:
     """Return the bytes that the forward pass of a micro-batch keeps for backward, on the Triton backend.
 
     Args:
         setting: value of `model.activation_checkpointing`.
-        positions: T, with padding. supervised: positions with a label. patches: of all modalities.
+        positions: T, with padding. supervised: positions with a label. patches: those of each modality; trained: those
+            but for clean images beside noised copies.
     """
     vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.modalities)).size, model.transformer.dim
     rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim
     # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
     head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim
-    blocks = model.transformer.depth * _kept_by_block(model, setting, positions, patches, itemsize)
-    return blocks + positions * (rotary + norm) + supervised * head + patches * itemsize * dim
+    codecs = 0 if _is_grouped(model) else sum(patches) * itemsize * dim  # what is written over the embedded tokens
+    for modality, encoded, decoded in zip(model.modalities, patches, trained, strict=True):
+        encoding, decoding = kept_bytes(modality, dim, itemsize)
+        codecs += encoded * encoding + decoded * decoding
+    blocks = model.transformer.depth * _kept_by_block(model, setting, positions, sum(patches), itemsize)
+    return blocks + positions * (rotary + norm) + supervised * head + codecs
 
 
 def activation_memory(
-    model: ModelConfig, setting: str, positions: float, supervised: float, patches: float, itemsize: int
+    model: ModelConfig,
+    setting: str,
+    positions: float,
+    supervised: float,
+    patches: Sequence[float],
+    trained: Sequence[float],
+    itemsize: int,
 ) -> float:
     """Return the peak memory of activations: those kept by all blocks, and those that one block recomputes."""
-    of_block = (_kept_by_block(model, name, positions, patches, itemsize) for name in ("none", setting))
-    return kept_activations(model, setting, positions, supervised, patches, itemsize) + next(of_block) - next(of_block)
+    none, kept = (_kept_by_block(model, name, positions, sum(patches), itemsize) for name in ("none", setting))
+    return kept_activations(model, setting, positions, supervised, patches, trained, itemsize) + none - kept
+
+
+def _is_grouped(model: ModelConfig) -> bool:
+    return model.transformer.conditioning == "adaln" or model.transformer.modality_weights == "separate"
 
 
 def _kept_by_block(model: ModelConfig, setting: str, positions: float, patches: float, itemsize: int) -> float:
@@ -228,7 +250,7 @@ def _kept_by_block(model: ModelConfig, setting: str, positions: float, patches: 
     norms = 2 * 2 * itemsize * t.dim
     kept = norms + itemsize * (q + 2 * kv) + itemsize * (q + kv) + output_and_lse + itemsize * 3 * t.hidden_dim
     adaln = t.conditioning == "adaln"
-    if adaln or t.modality_weights == "separate":  # the output of attention, and with QK norm its input, by groups
+    if _is_grouped(model):  # the output of attention, and with QK norm its input, by groups
         kept += itemsize * (q + t.qk_norm * (q + 2 * kv))
     kept += 2 * t.dim * (t.dropout > 0)  # which values are kept, a byte each
     # Six vectors of each patch; what is scaled, and what is multiplied by a gate.
@@ -312,8 +334,8 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
     total = sum(parameters.values())
     memory, host = state_memory(total, config, gpus, itemsize)
     packs_of_gpu = train.micro_batch / train.sequence_parallel
-    micro = (packs_of_gpu * x for x in (packs.positions, packs.supervised, sum(packs.patches)))
-    positions, supervised, patches = micro
+    positions, supervised = packs_of_gpu * packs.positions, packs_of_gpu * packs.supervised
+    patches, trained = ([packs_of_gpu * x for x in counts] for counts in (packs.patches, packs.trained_patches))
     frozen, counts = frozen_parameters(config), (model, packs.tokens, packs.supervised, packs.patches)
     flops, matrices = (
         training_flops(*counts, area, decoded=packs.trained_patches, frozen_text=frozen > 0) for area in (packs.area, 0)
@@ -328,7 +350,7 @@ def estimate(config: Config, data: Mixture, cluster: Cluster, packs: PackMeans) 
         memory=memory,
         host_memory=host,
         activations={
-            setting: activation_memory(model, setting, positions, supervised, patches, itemsize)
+            setting: activation_memory(model, setting, positions, supervised, patches, trained, itemsize)
             for setting in ("none", "selective", "full")
         },
         packs=packs,
