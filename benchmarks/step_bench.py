@@ -6,7 +6,8 @@ Writes DIR/step.csv, step.md and step.png. Before anything is timed, the losses 
 fp32, including the compiled ones. In bf16 the weights are bf16 and the optimizer keeps them in fp32, as the trainer
 does. "plain" is the same model as one would write it: the ops one by one, and one scaled_dot_product_attention under a
 dense mask that is made once a step. The yardstick of the steps is the machine's rate in the matrix products of a linear
-layer, forward and backward. On a CPU all of these take turns, each right after an untimed one of its kind.
+layer, forward and backward. On a CPU all of these take turns, each right after an untimed one of its kind. `BLOCKS`
+are models of the same sizes with other blocks; separate weights may take `BOUND` times the time of shared ones.
 """
 
 import argparse
@@ -57,6 +58,8 @@ EQUAL = 1e-5  # of the losses in fp32
 CHECKED = 1024  # positions of which losses are compared: of many more, attention over all pairs keeps too much memory
 PEER = "transfusion-pytorch"
 PLAIN = "plain"
+SHARED, SEPARATE, BOUND = "", "separate weights", 1.15
+BLOCKS = {SHARED: {}, SEPARATE: {"modality_weights": "separate"}, "adaLN-zero": {"conditioning": "adaln"}}
 _MATMULS = 10
 
 # Documents as a model takes them: integers are text, [patches, C] numbers an image.
@@ -70,11 +73,12 @@ class Variant(NamedTuple):
     backend: str
     compiled: bool = False
     checkpointing: str = "none"
+    blocks: str = SHARED
 
     def __str__(self) -> str:
         compiled = ", compiled" if self.compiled else ""
         kept = "" if self.checkpointing == "none" else f", {self.checkpointing} checkpointing"
-        return f"{self.dtype} {self.backend}{compiled}{kept}"
+        return f"{self.dtype} {self.backend}{compiled}{kept}{self.blocks and f', {self.blocks}'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,12 +121,12 @@ def _measure(options: argparse.Namespace, device: torch.device) -> bool:
         make_row(facts, timings[name], rates, machine) if name in timings else facts | {"op": "step", **machine}
         for name, (_, facts) in prepared.items()
     ]
+    bounds = "\n".join(compare_blocks(rows, dtype, ours) for dtype in options.dtypes)
     tables.draw(rows, options.out / "step.png", "{name}", "{preset}", {"tokens a second": "tokens_per_s"})
     tokens = make_batch(make_model(preset, Variant("bf16", ours), torch.device("cpu")), documents).num_tokens
-    about = f"Preset {preset}, {tokens:,} tokens in one micro-batch: forward, backward and AdamW. {NOTES}"
+    about = f"Preset {preset}, {tokens:,} tokens a step: forward, backward and AdamW. {NOTES.format(*MATMUL)}"
     unmeasured = "\n".join(f"- {row['name']}: {row['status']}" for row in rows if "status" in row)
-    about = about.format(*MATMUL)
-    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about, unmeasured)
+    tables.write_report(options.out / "step", "Whole training steps", rows, COLUMNS, about, bounds, unmeasured)
     return True
 
 
@@ -140,7 +144,19 @@ def _out_of_memory_in(prepared: dict[str, tuple[Step | None, Row]], name: str) -
 def variants(dtype: str, ours: str) -> list[Variant]:
     """Return plain PyTorch, then ours."""
     settings = [Variant(dtype, ours, checkpointing=c) for c in ("none", "selective", "full")]
-    return [Variant(dtype, PLAIN), *settings, Variant(dtype, ours, compiled=True)]
+    blocks = [Variant(dtype, ours, blocks=name) for name in BLOCKS if name != SHARED]
+    return [Variant(dtype, PLAIN), *settings, Variant(dtype, ours, compiled=True), *blocks]
+
+
+def compare_blocks(rows: list[Row], dtype: str, ours: str) -> str:
+    """Add `times_shared` to the rows of `BLOCKS`, and return whether separate weights are within `BOUND`."""
+    measured = {row["name"]: row for row in rows if "status" not in row}
+    found = {blocks: measured.get(str(Variant(dtype, ours, blocks=blocks))) for blocks in BLOCKS}
+    for row in filter(None, found.values()):
+        row["times_shared"] = found[SHARED] and found[SHARED]["tokens_per_s"] / row["tokens_per_s"]
+    ratio = (found[SEPARATE] or {}).get("times_shared")
+    outcome = timing.NOT_MEASURED if ratio is None else f"{ratio:.3f}, {'pass' if ratio <= BOUND else 'fail'}"
+    return f"- {dtype}: separate weights take at most {BOUND} times the step of shared weights: {outcome}"
 
 
 def ragged_documents(count: int = 24) -> Documents:
@@ -179,7 +195,8 @@ def make_model(preset: str, variant: Variant, device: torch.device) -> Transfusi
     torch.manual_seed(0)
     backend = "reference" if variant.backend == PLAIN else variant.backend
     settings = {"backend": backend, "activation_checkpointing": variant.checkpointing}
-    sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": (CHANNELS,), "transformer": TRANSFORMERS[preset]}
+    transformer = TransformerConfig(**vars(TRANSFORMERS[preset]) | BLOCKS[variant.blocks])
+    sizes = {"num_text_tokens": TEXT_TOKENS, "dim_latent": (CHANNELS,), "transformer": transformer}
     model = Transfusion(ModelConfig(**sizes, **settings)).to(device, DTYPES[variant.dtype])
     if variant.compiled:
         torch.compiler.reset()  # so that the blocks are compiled for one shape
@@ -213,16 +230,16 @@ def check_losses(preset: str, documents: Documents, device: torch.device, ours: 
     backends = dict.fromkeys(["reference", ours, "torch", PLAIN])
     ends = accumulate(sum(map(len, document)) for document in documents)
     few = [document for document, end in zip(documents, ends, strict=True) if end <= CHECKED] or documents[:1]
-    losses = {}
-    for variant in [*(Variant("fp32", backend) for backend in backends), Variant("fp32", ours, compiled=True)]:
+    losses, compiled = {}, Variant("fp32", ours, compiled=True)
+    for variant in [*(Variant("fp32", one, blocks=blocks) for blocks in BLOCKS for one in backends), compiled]:
         model = make_model(preset, variant, device)
         found = _forward(model, variant, make_batch(model, few).to(device))
-        losses[str(variant)] = torch.stack([found.text, found.diffusion]).detach()
-    expected = losses["fp32 reference"]
-    for name, found in losses.items():
+        losses[variant] = torch.stack([found.text, found.diffusion]).detach()
+    for variant, found in losses.items():
+        expected = losses[Variant("fp32", "reference", blocks=variant.blocks)]
         difference = (found - expected).abs().max() / expected.abs().max()
         if not difference <= EQUAL:
-            raise InputError(f"losses of {name} must be the reference's to {EQUAL}, they differ by {difference:.2e}")
+            raise InputError(f"losses of {variant} must be the reference's to {EQUAL}, they differ by {difference:.2e}")
 
 
 def model_flops(model: Transfusion, batch: PackedBatch) -> int:
@@ -273,9 +290,11 @@ def _prepare(variant: Variant, preset: str, documents: Documents, device: torch.
         step()()
         times.append(benchmark.timer())
     first, second = (end - start for start, end in pairwise(times))
+    shared = make_model(preset, variant._replace(compiled=False, blocks=SHARED), torch.device("meta"))
     return step, {
-        "name": str(variant), "dtype": variant.dtype, "parameters": _count(model), "tokens": batch.num_tokens,
-        "flops": model_flops(model, batch), "compile_s": first - second if variant.compiled else None,
+        "name": str(variant), "dtype": variant.dtype, "parameters": _count(model), "active": _count(shared),
+        "tokens": batch.num_tokens, "flops": model_flops(shared, batch),
+        "compile_s": first - second if variant.compiled else None,
         "kept_bytes": None if variant.compiled else kept_bytes(lambda: _forward(model, variant, batch).total, device),
     }  # fmt: skip
 
@@ -309,7 +328,7 @@ def prepare_peer(preset: str, documents: Documents, device: torch.device) -> tup
     model = build(depth).to(device)
     moved = [[piece.to(device) for piece in document] for document in documents]
     return train_step(model, lambda: model(moved)), {
-        "name": f"fp32 {PEER}, depth {depth}", "dtype": "fp32", "parameters": _count(model),
+        "name": f"fp32 {PEER}, depth {depth}", "dtype": "fp32", "parameters": _count(model), "active": _count(model),
         "tokens": make_batch(ours, documents).num_tokens, "flops": None, "compile_s": None, "kept_bytes": None,
     }  # fmt: skip
 
@@ -340,11 +359,11 @@ def _count(model: nn.Module) -> int:
 def make_row(facts: Row, times: Times, rates: Mapping[str, float], machine: Mapping[str, str]) -> Row:
     """Return the row of a step, with None for what was not measured or does not apply.
 
-    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a parameter and token; `mfu` counts exactly. `rates`
-    are the GFLOP/s of matrix products, by dtype.
+    `backward` includes the optimizer; `weight_gflops` are 6 FLOPs a token and active parameter; `mfu` counts
+    exactly. `rates` are the GFLOP/s of matrix products, by dtype.
     """
     seconds, tokens, dtype = timing.both_ms(times) / 1e3, facts["tokens"], facts["dtype"]
-    weight_gflops = 6 * facts["parameters"] * tokens / seconds / 1e9
+    weight_gflops = 6 * facts["active"] * tokens / seconds / 1e9
     peak_tflops, _ = timing.peaks_of(machine["hardware"])
     peak_gflops = peak_tflops * 1e3 if peak_tflops and dtype != "fp32" else rates[dtype]
     flops, kept = facts["flops"], facts["kept_bytes"]
@@ -356,7 +375,7 @@ def make_row(facts: Row, times: Times, rates: Mapping[str, float], machine: Mapp
         "share_of_fp32_matmul": weight_gflops / rates["fp32"],
         "mfu": None if flops is None else flops / seconds / 1e9 / peak_gflops,
         "peak_mib": facts["peak_bytes"] / 2**20, "kept_bytes_per_token": None if kept is None else kept / tokens,
-        "compile_s": facts["compile_s"], **machine,
+        "compile_s": facts["compile_s"], "times_shared": None, **machine,
     }  # fmt: skip
 
 
@@ -366,14 +385,15 @@ COLUMNS = {
     "of the matmul rate in its dtype": "{share_of_matmul:.1%}", "of the fp32 matmul rate": "{share_of_fp32_matmul:.2f}",
     "MFU": "{mfu:.1%}", "peak MiB": "{peak_mib:,.0f}",
     "kept for backward, bytes a token": "{kept_bytes_per_token:,.0f}", "compilation s": "{compile_s:.1f}",
+    "times shared weights": "{times_shared:.3f}",
 }  # fmt: skip
 NOTES = """\
-Losses of all rows were equal to 1e-5 in fp32 before anything was timed. Times are medians (20th to 80th percentile); a
-dash stands for what was not measured. The matmul rate is that of a linear layer, forward and backward, at [{0}, {1}] x
-[{1}, {2}] in the same run; a step's is 6 FLOPs a parameter and token. MFU counts each use of a weight and each visible
-pair, as a share of the GPU's peak or, where that is unknown, of the matmul rate. Peak memory is what a step takes
-beyond weights and the optimizer's state. Compilation starts without a cache; the first row that compiles also pays for
-starting the compiler."""
+Losses of all rows were equal to 1e-5 in fp32 before anything was timed, to those of the same blocks in plain PyTorch.
+Times are medians (20th to 80th percentile); a dash stands for what was not measured. The matmul rate is that of a
+linear layer, forward and backward, at [{0}, {1}] x [{1}, {2}] in the same run; a step's is 6 FLOPs a token and active
+parameter. MFU counts each use of a weight and each visible pair, as a share of the GPU's peak or, where that is
+unknown, of the matmul rate. Peak memory is what a step takes beyond weights and the optimizer's state. Compilation
+starts without a cache; the first row that compiles also pays for starting the compiler."""
 
 
 if __name__ == "__main__":

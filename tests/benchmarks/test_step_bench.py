@@ -81,8 +81,8 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 
 def test_a_row_counts_tokens_and_flops_by_the_time_of_both_passes():
     facts = {
-        "name": "bf16 torch", "preset": "mini", "dtype": "bf16", "parameters": 5_000_000, "tokens": 2000,
-        "flops": 40 * 10**9, "peak_bytes": 2**21, "kept_bytes": 8000, "compile_s": None,
+        "name": "bf16 torch", "preset": "mini", "dtype": "bf16", "parameters": 9_000_000, "active": 5_000_000,
+        "tokens": 2000, "flops": 40 * 10**9, "peak_bytes": 2**21, "kept_bytes": 8000, "compile_s": None,
     }  # fmt: skip
     times = dict(zip(COLUMNS, (90, 100, 110, 280, 300, 320), strict=True))
     row = step_bench.make_row(facts, times, {"bf16": 1000.0, "fp32": 200.0}, {"hardware": "a CPU"})
@@ -103,8 +103,39 @@ def test_every_step_and_the_matrix_products_are_timed_in_one_run(tmp_path, monke
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["fp32 plain", "fp32 torch"]
     assert all(float(row["tokens_per_s"]) > 0 and float(row["matmul_gflops"]) > 0 for row in rows)
-    assert "| fp32 torch |" in (tmp_path / "step.md").read_text()
+    report = (tmp_path / "step.md").read_text()
+    assert "| fp32 torch |" in report and "of shared weights: not measured" in report
     assert (tmp_path / "step.png").stat().st_size > 0
+
+
+def test_separate_weights_are_judged_by_the_step_of_shared_weights_in_each_dtype():
+    def rows(separate, adaln=20.0):
+        speeds = {"fp32 torch, compiled": 1.0, "fp32 torch, adaLN-zero": adaln, "fp32 torch": 46.0} | separate
+        return [{"name": name, "tokens_per_s": speed, "times_shared": None} for name, speed in speeds.items()]
+
+    for speed, told in ((40.0, "1.150, pass"), (39.9, "1.153, fail")):
+        found = rows({"fp32 torch, separate weights": speed})
+        rule = "- fp32: separate weights take at most 1.15 times the step of shared weights: "
+        assert step_bench.compare_blocks(found, "fp32", "torch") == rule + told
+        assert [row["times_shared"] for row in found] == [None, 2.3, 1, 46 / speed]
+        assert step_bench.compare_blocks(found, "bf16", "torch").endswith(": not measured")
+    failed = [*rows({}), {"name": "fp32 torch, separate weights", "status": "not measured: out of memory"}]
+    assert step_bench.compare_blocks(failed, "fp32", "torch").endswith(": not measured")
+
+
+def test_other_blocks_have_the_sizes_and_the_active_parameters_of_the_shared_ones(monkeypatch):
+    monkeypatch.setitem(step_bench.TRANSFORMERS, "mini", TransformerConfig(dim=32, depth=1, heads=2))
+    facts = {}
+    for variant in (one for one in step_bench.variants("fp32", "torch") if not one.compiled):
+        facts[str(variant)] = step_bench._prepare(variant, "mini", step_bench.ragged_documents(2), CPU)[1]
+    shared, separate = facts["fp32 torch"], facts["fp32 torch, separate weights"]
+    assert (
+        shared["active"]
+        == shared["parameters"]
+        < separate["parameters"]
+        < facts["fp32 torch, adaLN-zero"]["active"] * 2
+    )
+    assert len({(row["active"], row["flops"], row["tokens"]) for row in facts.values()}) == 1
 
 
 def test_running_out_of_memory_is_the_result_of_a_step(tmp_path, monkeypatch):
