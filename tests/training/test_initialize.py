@@ -124,12 +124,19 @@ def test_separate_weights_begin_from_shared_ones_and_new_modalities_from_text() 
         planned(wider, separate)
 
 
-def test_modalities_that_the_data_lacks_are_left_out() -> None:
-    settings = {"num_text_tokens": 5, "transformer": STACK}
-    model = small_model(dim_latent=[], **settings)
-    initial = planned(small_model(dim_latent=(4, 6), **settings), model)
+@pytest.mark.parametrize("blocks", [{}, {"conditioning": "adaln"}, {"modality_weights": "separate"}])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_modalities_that_the_data_lacks_are_left_out(blocks: dict[str, str], kept: int) -> None:
+    settings = {"num_text_tokens": 5, "transformer": STACK | blocks}
+    source, model = (small_model(dim_latent=(4, 6)[:count], **settings) for count in (2, kept))
+    initial = planned(source, model)
     initialise(model, initial, 100)
     assert initial.initialised == []
+    own = {name for name in ModelWeights(source).shapes if name not in ModelWeights(model).shapes}
+    assert set(initialize._dropped(ModelWeights(source).shapes, model.config)) == own
+    assert {name.split(".")[0] for name in own} == {"codecs"} | (
+        {"conditions"} if "conditioning" in blocks else {"blocks", "norm"} if blocks else set()
+    )
 
 
 def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
