@@ -54,6 +54,7 @@ def test_a_float_may_be_written_in_any_way(tmp_path, number):
         ("optimizer.learning_rate=1", "'optimizer.learning_rate'", "known: name, lr, min_lr"),
         ("model.transformer.dept=1", "'model.transformer.dept'", "did you mean 'depth'?"),
         ("modle.num_text_tokens=1", "'modle'", "did you mean 'model'?"),
+        ("model.objective=flow", "'model.objective'", "it is 'model.diffusion.process' now, with the same values;"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_name(override, key, hint):

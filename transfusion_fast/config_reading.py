@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 Settings = TypeVar("Settings", bound=BaseModel)
+MOVED = {"model.objective": "model.diffusion.process"}
+"""New names of settings that runs and exports of earlier versions have."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -125,6 +127,8 @@ def _explain(settings: type[BaseModel], error: ValidationError) -> str:
     names = [*section.model_fields, *(SHORTHANDS if section is ModelConfig else ())]
     near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    full = f"model.{path}" if settings is ModelConfig else path
+    hint = f"it is {MOVED[full]!r} now, with the same values; rename it" if full in MOVED else hint
     return f"unknown key {path!r}; {hint}"
 
 
