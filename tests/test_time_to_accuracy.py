@@ -41,15 +41,15 @@ def test_times_count_from_the_start_of_training(tool: ModuleType) -> None:
 
 def test_the_table_adds_the_start_up_and_says_what_was_not_reached(tool: ModuleType) -> None:
     common = {"date": "2026-11-22", "start_up": 12.4, "tokens_per_second": 9400.4}
-    seconds = {"30": 10.0, "60": 20.3}
+    seconds = {"10": 4.4, "30": 10.0, "60": 20.3}
     rows = [
         {"revision": "390bdbb", "settings": [], "seconds": seconds, "accuracy": {"30": 0.5, "60": 0.9}, **common},
         {"revision": "HEAD", "settings": ["a.b=1"], "seconds": seconds, "accuracy": {"30": 0.96, "60": 1.0}, **common},
     ]
     lines = tool.to_markdown(rows).splitlines()[2:]
     assert lines == [
-        "| 390bdbb (2026-11-22) | not reached |  |  | 0.900 after 60 steps, 20 s | 9,400 |",
-        "| HEAD (2026-11-22) a.b=1 | 30 | 10 | 22 | 1.000 after 60 steps, 20 s | 9,400 |",
+        "| 390bdbb (2026-11-22) | not reached |  |  | 4 | 0.900 after 60 steps, 20 s | 9,400 |",
+        "| HEAD (2026-11-22) a.b=1 | 30 | 10 | 22 | 4 | 1.000 after 60 steps, 20 s | 9,400 |",
     ]
 
 

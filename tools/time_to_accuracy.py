@@ -10,7 +10,8 @@ of them are what the prompt asked for.
 
 The output of training gets a time stamp for each line. Training time is from the line before the first step to that of
 the checkpoint's step; start-up is from the start of the command to the first of these. All that a revision does in
-between counts: saving checkpoints, validation, samples, compiling C++ kernels (the compiler's cache is empty at first).
+between counts: saving checkpoints, validation, samples, compiling C++ kernels. The compiler's cache is empty at first,
+which shows in the time of the first 10 steps.
 
 A revision that is finished is not repeated. OUT/time_to_accuracy.json and .md hold all that were asked for.
 """
@@ -94,7 +95,8 @@ def read_times(lines: Sequence[tuple[float, str]]) -> tuple[float, dict[str, flo
 
 def to_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the results."""
-    head = ("revision", "steps until 0.95", "seconds of training", "with start-up", "at the end", "tokens/s (median)")
+    head = ("revision", f"steps until {BOUND}", "seconds of training", "with start-up", "first 10 steps, seconds")
+    head += ("accuracy at the end", "tokens/s (median)")
     rows = []
     for result in results:
         last, step = max(result["accuracy"], key=int), first_above(result["accuracy"])
@@ -104,7 +106,7 @@ def to_markdown(results: Sequence[Mapping[str, Any]]) -> str:
             reached = (step, f"{seconds:.0f}", f"{result['start_up'] + seconds:.0f}")
         name = " ".join([result["revision"], f"({result['date']})", *result["settings"]])
         end = f"{result['accuracy'][last]:.3f} after {last} steps, {result['seconds'][last]:.0f} s"
-        rows.append((name, *reached, end, f"{result['tokens_per_second']:,.0f}"))
+        rows.append((name, *reached, f"{result['seconds']['10']:.0f}", end, f"{result['tokens_per_second']:,.0f}"))
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
@@ -170,7 +172,7 @@ def _run(tree: Path, log: Path, command: Sequence[str]) -> list[tuple[float, str
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # deepspeed starts `python`
     begin, lines = time.monotonic(), []
     with (
-        log.open("w") as file,
+        log.open("w", buffering=1) as file,
         subprocess.Popen(
             command, cwd=tree, env={**os.environ, **paths, "PATH": search},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
