@@ -135,7 +135,8 @@ def test_a_stage_that_passed_in_a_rehearsal_or_before_the_code_changed_runs_agai
     assert ran.read_text() == "once\n" * 3
 
 
-def test_a_test_process_that_dies_is_a_failure(tmp_path):
+def test_a_test_process_that_dies_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing them takes most of the time
     (tmp_path / "test_it.py").write_text("import os, pytest\npytestmark = pytest.mark.gpu\n"
                                          "def test_dies(): os.abort()\ndef test_passes(): pass\n")  # fmt: skip
     assert gpu_day.run_tests(str(tmp_path / "test_it.py"), 2) == 1
