@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=ALL_HEAD_DIMS, choices=ALL_HEAD_DIMS)
-    parser.add_argument("--rules-only", action="store_true", help="compile and read no more than the rules need")
+    parser.add_argument("--rules-only", action="store_true", help="compile and read a sample that shows broken rules")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -123,18 +123,19 @@ def variants(architectures: Sequence[int], head_dims: Sequence[int], distinct: b
 
     At the head dimensions of `HEAD_DIMS` each is also compiled for layouts with noised copies.
 
-    With `distinct`, targets other than sm_90 get each configuration once, on the short tiles if both heights share it.
+    With `distinct`, targets other than sm_90 get each configuration once: on the short tiles if both heights share it,
+    and with noised copies, whose code holds that of layouts without them.
     """
     for arch, kernel, head_dim in product(architectures, KERNELS, head_dims):
         everything = arch == 90 or not distinct
+        layouts = ([False, True] if everything else [True]) if head_dim in HEAD_DIMS else [False]
         for height in (128, 64):
             found = Variant(kernel, arch, "bf16", head_dim, height)
             repeated = height == 128 and found._replace(height=64).config == found.config
             groups = [4, 16] if kernel == "backward_dkdv" and head_dim != 96 and everything else [4]
-            for kv_heads in groups if everything or not (repeated or head_dim == 96) else []:
-                yield found._replace(kv_heads=kv_heads)
-                if head_dim in HEAD_DIMS:
-                    yield found._replace(kv_heads=kv_heads, copies=True)
+            if everything or not (repeated or head_dim == 96):
+                for kv_heads, copies in product(groups, layouts):
+                    yield found._replace(kv_heads=kv_heads, copies=copies)
         if head_dim != 96:
             # Tiles of both heights run the same configuration in fp32; short ones compare more.
             yield Variant(kernel, arch, "fp32", head_dim, 64)

@@ -254,11 +254,11 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
     graph = control_flow(instructions)
     dominators = nx.immediate_dominators(graph, 0) if instructions else {}
     latches: dict[int, list[int]] = {}
-    for source, header in graph.edges:
+    for source, header in ((source, header) for source, header in graph.edges if header <= source):
         node = source
         while node not in (header, 0, None):
             node = dominators.get(node)
-        if node == header <= source and (source == 0 or source in dominators):
+        if node == header and (source == 0 or source in dominators):
             latches.setdefault(header, []).append(source)
     found = []
     for header, sources in sorted(latches.items()):

@@ -129,9 +129,9 @@ def swiglu(setting: Setting, fused: bool) -> Problem:
 def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
     """Return the error of each image; with `flow`, the target is noise less latents, else a tensor."""
     count = setting.pick(4, 64, 512)
-    lengths = torch.full((count,), 256)
+    lengths, longest = torch.full((count,), 256), setting.pick(256, 1024, 1024)
     if ragged:
-        lengths = torch.randint(1, 1025, (count,), generator=torch.Generator().manual_seed(0))
+        lengths = torch.randint(1, longest + 1, (count,), generator=torch.Generator().manual_seed(0))
     bounds = [0, *lengths.cumsum(0).tolist()]
     offsets = torch.tensor(bounds, dtype=torch.int32, device=setting.device)
     P, lengths = bounds[-1], lengths.to(setting.device)
@@ -152,7 +152,7 @@ def diffusion_mse(setting: Setting, ragged: bool, flow: bool) -> Problem:
     kernels = ("forward", "mean", "backward")
     forward, mean, backward = (mse_bytes(kernel, bounds, C, setting.dtype.itemsize, targets) for kernel in kernels)
     op = "diffusion_mse from noise" if flow else "diffusion_mse"
-    shape = f"{count} images of {'1 to 1024' if ragged else 256} patches, P={P}"
+    shape = f"{count} images of {f'1 to {longest}' if ragged else 256} patches, P={P}"
     return Problem(op, shape, (setting.normal(0, P, C),), ours, plain, _least([*forward, *mean], backward))
 
 

@@ -16,8 +16,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from fast_interpreter import search_the_language_once
 from hypothesis import settings
 
+search_the_language_once()
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 

@@ -41,11 +41,12 @@ import sys
 sys.modules.update(dict.fromkeys({ABSENT}))  # whose import then fails
 import torch
 import attn_bench, fake_driver, gpu_day, kernel_check, pointwise_bench, step_bench
-import attention_cases, pointwise_cases
+import attention_cases, fast_interpreter, pointwise_cases
 from transfusion_fast import ModelConfig, Transfusion
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.errors import InputError
 
+fast_interpreter.search_the_language_once()
 assert kernel_check.check("cpu", [32], ["fp32"], compare=True)
 config = ModelConfig(dim_latent=8, transformer=dict(dim=64, depth=1, heads=2), backend="torch")
 assert config.dim_latent == (8,) and config.transformer.head_dim == 32
@@ -134,7 +135,8 @@ def test_a_stage_that_passed_in_a_rehearsal_or_before_the_code_changed_runs_agai
     assert ran.read_text() == "once\n" * 3
 
 
-def test_a_test_process_that_dies_is_a_failure(tmp_path):
+def test_a_test_process_that_dies_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # importing them takes most of the time
     (tmp_path / "test_it.py").write_text("import os, pytest\npytestmark = pytest.mark.gpu\n"
                                          "def test_dies(): os.abort()\ndef test_passes(): pass\n")  # fmt: skip
     assert gpu_day.run_tests(str(tmp_path / "test_it.py"), 2) == 1

@@ -27,6 +27,7 @@ GROUPED = ", modality_weights: separate, conditioning: adaln"
         *(pytest.param(name, "", 0, marks=pytest.mark.slow) for name in ("selective", "full")),
     ],
 )
+@torch._dynamo.config.patch(recompile_limit=2)  # fewer than blocks
 def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluation(
     digits: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str, blocks: str, copies: int
 ) -> None:
@@ -34,9 +35,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    transformer = (
-        f"model.transformer={{dim: 16, depth: 10, heads: 1, ffn_dim: 16{blocks}}}"  # more blocks than recompilations
-    )
+    transformer = f"model.transformer={{dim: 16, depth: 4, heads: 1, ffn_dim: 16{blocks}}}"
     context = ("data.context=clean", f"data.copies={copies}") if copies else ()
     settings = (transformer, f"model.activation_checkpointing={checkpointing}", *context)
     config = small_config(digits, *settings)
@@ -65,13 +64,12 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     assert not counters["graph_break"]
 
 
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
 def test_grouped_blocks_are_compiled_for_every_kind_of_batch_whatever_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A batch has no image, one image of one or of three patches, or two images."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     transformer = {"dim": 16, "depth": 1, "heads": 1, "ffn_dim": 16, "modality_weights": "separate"}
     model = Transfusion(num_text_tokens=8, dim_latent=2, transformer={**transformer, "conditioning": "adaln"})
     compile_blocks(model, lengths_vary=True)

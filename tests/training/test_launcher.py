@@ -1,4 +1,4 @@
-"""DeepSpeed's own launcher: how a run under it stops and fails. The fixture `uninterrupted` succeeds under it."""
+"""DeepSpeed's own launcher: how a run under it succeeds, stops and fails."""
 
 import os
 import signal
@@ -9,6 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 from launching import await_until, deepspeed_command, last_step, metrics, run_in_child, start, state_of, train
+
+
+def test_the_command_of_the_readme_takes_the_steps_of_ranks_without_a_launcher(
+    digits: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ended = subprocess.run(deepspeed_command(digits, run), capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 x cpu" in ended.stdout
+    assert metrics(run) == metrics(uninterrupted) and state_of(run, 6) == state_of(uninterrupted, 6)
 
 
 @pytest.mark.parametrize(("how", "workers"), [("SIGTERM to the command alone", 0), ("Ctrl-C", 1)])
