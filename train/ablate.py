@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import IO
 
 import psutil
@@ -147,7 +146,7 @@ class Harness:
 
         def seconds(settings: str) -> float | None:
             found = [run.row()["step_seconds"] for run in self._seeds(comparison.data, settings)]
-            return None if None in found else fmean(found)
+            return None if None in found else min(found)
 
         variants, baseline = dict(comparison.variants), seconds("")
         for label, (claim, settings) in comparison.variants.items():
