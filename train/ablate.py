@@ -41,8 +41,8 @@ from transfusion_fast.training.ablation import Comparison, Run, mean_seconds, wr
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "train" / "configs" / "digits.yaml"
 DATA = {
-    "digits": ("digits",),
-    "interleaved": ("digits", "--interleaved"),
+    "digits": ("digits", "--patch-size", "2"),
+    "interleaved": ("digits", "--patch-size", "2", "--interleaved"),
     "digits4": ("digits", "--patch-size", "4"),
     "fashion7": ("fashion-mnist", "--patch-size", "7", "--seq-len", "512"),
     "fashion14": ("fashion-mnist", "--patch-size", "14", "--seq-len", "512"),

@@ -93,7 +93,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--patch-size": {
         "type": int,
-        "help": "side of a patch: in pixels (default: 16; digits 2, clothes 4), with --vae in latents (default: 2), "
+        "help": "side of a patch: in pixels (default: 16; digits 4, clothes 4), with --vae in latents (default: 2), "
         "with --encoder in features (default: 1)",
     },
     "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "scikit-learn's 1797 handwritten digits, and sums in words"
     digits = partial(_built_in, lambda o: InterleavedDigits() if o.interleaved else Digits(), packs_per_shard=16)
-    add("digits", digits, help, "out", "--seq-len", "--patch-size", "--interleaved", seq_len=512)
+    add("digits", digits, help, "out", "--seq-len", "--patch-size", "--interleaved", seq_len=512, patch_size=4)
     fashion = partial(_built_in, lambda options: FashionMnist(options.source), packs_per_shard=64)
     help = "70,000 pictures of clothes and their names"
     add("fashion-mnist", fashion, help, "out", "--seq-len", "--patch-size", "--source", seq_len=2048)
