@@ -10,6 +10,7 @@ with a checkpoint of its own. Drawings that exist are not repeated.
 from __future__ import annotations
 
 import argparse
+import inspect
 import multiprocessing
 import os
 import runpy
@@ -51,8 +52,10 @@ def _draw(options: argparse.Namespace, checkpoint: str) -> None:
     data = command["read_data_description"](options.run)
     image = command["ImageSettings"](steps=options.steps, eta=options.eta, clip=1.0)
     prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in WORDS for _ in range(options.each)]
-    generator = torch.Generator().manual_seed(0)
-    latents = evaluation.generate_images(model, prompts, data.grid(0), image=image, generator=generator)
+    draw = evaluation.generate_images
+    keyed = "seed" in inspect.signature(draw).parameters  # earlier revisions draw noise from a generator
+    noise = {"seed": 0} if keyed else {"generator": torch.Generator().manual_seed(0)}
+    latents = draw(model, prompts, data.grid(0), image=image, **noise)
     pixels = evaluation.latents_to_pixels(latents.numpy(), data.modalities[0].patch_size)
     drawing = _drawing(options.out, checkpoint)
     staged = drawing.with_suffix(".tmp")

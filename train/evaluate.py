@@ -19,10 +19,10 @@ import yaml
 from transfusion_fast.data.folder import is_url
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
-from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, Report, evaluate, read_captioned
 from transfusion_fast.sampling.frechet import MIN_IMAGES
 from transfusion_fast.sampling.pictures import check_picture, draw_grid
+from transfusion_fast.sampling.settings import ImageSettings
 from transfusion_fast.training.run_folder import is_export, open_model, read_data_description
 
 
@@ -67,7 +67,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"evaluation needs a folder with train/ and heldout/ of captioned images, got {folder}; give --data"
         )
     train, heldout = (read_captioned(folder / split, data.tokenizer) for split in ("train", "heldout"))
-    image = ImageSettings(options.steps, options.guidance, options.eta, clip=1.0)
+    image = ImageSettings(options.steps, options.guidance, options.eta)
     patch_size = data.modalities[0].patch_size
     report, drawn = evaluate(
         model, data.tokenizer, train, heldout, each=options.each, image=image, patch_size=patch_size

@@ -20,9 +20,10 @@ from transfusion_fast.data.loader import batch_builder, open_data
 from transfusion_fast.data.mixture import MixtureReader
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.errors import InputError
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.sampling.decoder import generate_images, image_generator
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
+from transfusion_fast.sampling.settings import ImageSettings
 from transfusion_fast.settings import MAX_SEED
 from transfusion_fast.training.checkpoint_files import find_checkpoint, list_checkpoints, read_meta
 from transfusion_fast.training.curves import draw_curves, read_curves
@@ -87,11 +88,10 @@ def _draw_overview(options: argparse.Namespace, path: Path) -> None:
     if not prompts:
         raise InputError(f"pack {options.pack} of {mixture} must hold a captioned image, got none; give --prompt")
     ids = [[torch.from_numpy(data.tokenizer.encode(prompt)).long()] for prompt in prompts]
-    settings, columns = ImageSettings(options.steps, eta=options.eta, clip=1.0), []
-    for checkpoint in checkpoints:
-        noise = torch.Generator().manual_seed(options.seed)
-        columns.append(generate_images(load_model(checkpoint), ids, data.grid(0), image=settings, generator=noise))
-    columns.insert(0, torch.randn(columns[0].shape, generator=torch.Generator().manual_seed(options.seed)))
+    settings = ImageSettings(options.steps, eta=options.eta)
+    columns = [generate_images(load_model(one), ids, image=settings, seed=options.seed) for one in checkpoints]
+    generators = [image_generator(options.seed, number) for number in range(len(ids))]
+    columns.insert(0, torch.stack([torch.randn(columns[0].shape[1:], generator=one) for one in generators]))
     pixels = np.stack([latents_to_pixels(column.numpy(), data.modalities[0].patch_size) for column in columns])
     steps = [0, *(read_meta(checkpoint).step for checkpoint in checkpoints)]
     rows = read_rows(run / METRICS, last_step=steps[-1])

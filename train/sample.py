@@ -8,7 +8,6 @@ python train/sample.py RUN --text "two plus five is"
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.prepare.images import decode_image, scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.pictures import (
     check_picture,
     check_writable,
@@ -33,6 +32,7 @@ from transfusion_fast.sampling.pictures import (
     images_to_pixels,
     open_autoencoder,
 )
+from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 from transfusion_fast.settings import MAX_SEED
 from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description
 
@@ -73,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--eta", type=float, default=1.0, help="noise added in a step: 0 is DDIM, 1 is DDPM, more may remove speckle")
     add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
     add("--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy")
+    add("--top-k", type=int, default=0, help="choose from this many of the likeliest tokens of text; 0 is all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="keep the smallest set of tokens of text whose probability reaches this",
+    )
+    add("--min-p", type=float, default=0.0, help="leave out tokens less likely than this fraction of the likeliest one")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1 makes tokens that were used before less likely")
+    add("--stop", nargs="+", action="extend", metavar="TEXT", help="end a continuation where one of these appears")
     add("--max-images", type=int, default=1, help="most images in the continuation of a --text")
     add("--max-tokens", type=int, default=64, help="most new tokens of text")
     size_help = "size of images in pixels (default: the size of the first image of the training data)"
@@ -87,12 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(options: argparse.Namespace) -> None:
     if not 0 <= options.seed <= MAX_SEED:
         raise InputError(f"--seed must be in 0..{MAX_SEED}, got {options.seed}; give another")
-    for name, least in (("each", 1), ("max_images", 0), ("max_tokens", 1), ("temperature", 0)):
-        if not least <= getattr(options, name) < math.inf:
+    for name, least in (("each", 1), ("max_images", 0), ("max_tokens", 1)):
+        if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     is_page = options.out.suffix == ".html" and options.text
     (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
+    text, image = _text_settings(options, data), ImageSettings(options.steps, options.guidance, eta=options.eta)
     model = open_model(options.run, options.checkpoint, raw=options.raw)
     if not data.modalities and not options.text:
         raise InputError(
@@ -101,13 +112,10 @@ def _sample(options: argparse.Namespace) -> None:
     vae = open_autoencoder(options.vae, data.modalities, "--vae", str(options.run))
     if options.size:
         data = _sized(data, options.size, 1 if vae is None else vae.stride)
-    clip = 1.0 if data.modalities and data.modalities[0].encoding == "pixels" else None
-    image = ImageSettings(options.steps, options.guidance, eta=options.eta, clip=clip)
-    generator = torch.Generator().manual_seed(options.seed)
     if options.prompt:
-        _draw(options, model, data, vae, image, generator)
+        _draw(options, model, data, vae, image)
     else:
-        _continue(options, model, data, vae, image, generator)
+        _continue(options, model, data, vae, text, image)
 
 
 def _sized(data: DataDescription, size: Sequence[int], stride: int) -> DataDescription:
@@ -125,11 +133,10 @@ def _draw(
     data: DataDescription,
     vae: Autoencoder | None,
     image: ImageSettings,
-    generator: torch.Generator,
 ) -> None:
     """Draw a row of images for each --prompt."""
     prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
-    latents = generate_images(model, prompts, data.grid(0), image=image, generator=generator)
+    latents = generate_images(model, prompts, data.grid(0) if options.size else None, image=image, seed=options.seed)
     pixels = images_to_pixels(latents, data.modalities[0], vae)
     rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
     draw_grid(rows, options.out)
@@ -142,30 +149,29 @@ def _continue(
     model: Transfusion,
     data: DataDescription,
     vae: Autoencoder | None,
+    text: TextSettings,
     image: ImageSettings,
-    generator: torch.Generator,
 ) -> None:
     """Print, and write if there are images, the continuation of each --caption or --text."""
     if options.caption:
         prompts = [[_read_image(path, data, vae)] for path in options.caption]
     else:
-        prompts = [[_ids(data, text)] for text in options.text]
+        prompts = [[_ids(data, one)] for one in options.text]
     produced = sample(
         model,
         prompts,
-        grids=[data.grid(m) for m in range(len(data.modalities))],
-        max_text_tokens=options.max_tokens,
+        grids=[data.grid(m) for m in range(len(data.modalities))] if options.size else None,
         max_images=0 if options.caption else options.max_images,
-        temperature=options.temperature,
+        text=text,
         image=image,
-        generator=generator,
+        seed=options.seed,
     )
     read = [[_piece(p, data, vae) for p in pieces] for pieces in produced]
     for what, pieces in zip(options.caption or options.text, read, strict=True):
         words = "".join(p if isinstance(p, str) else " <image> " for p in pieces)
         print(f"{what}: {words}" if options.caption else f"{what}{words}")
     if options.out.suffix == ".html" and options.text:
-        documents = [[text, *pieces] for text, pieces in zip(options.text, read, strict=True)]
+        documents = [[one, *pieces] for one, pieces in zip(options.text, read, strict=True)]
         options.out.write_text(page(str(options.run), documents), encoding="utf-8")
         print(f"page: {options.out}")
         return
@@ -174,6 +180,21 @@ def _continue(
     if rows:
         draw_grid(rows, options.out)
         print(f"pictures: {options.out}")
+
+
+def _text_settings(options: argparse.Namespace, data: DataDescription) -> TextSettings:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    stop = None
+    if options.stop:
+        if "" in options.stop:
+            raise InputError("--stop must be texts of at least one character, got an empty one; leave it out")
+        longest = max(len(one.encode()) for one in options.stop)  # in tokens too, as each stands for a byte or more
+
+        def stop(ids: Sequence[int]) -> bool:
+            end = data.tokenizer.decode(np.array(ids[-longest:]))
+            return any(one in end for one in options.stop)
+
+    return TextSettings(**{name: getattr(options, name) for name in names}, stop=stop)
 
 
 def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str | Picture:

@@ -10,13 +10,18 @@ if TYPE_CHECKING:
     from transfusion_fast.model.packed_batch import PackedBatch
     from transfusion_fast.model.sequence import Vocabulary
     from transfusion_fast.sampling.decoder import Transfusion
+    from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
-__all__ = ["Losses", "ModelConfig", "PackedBatch", "Transfusion", "Vocabulary", "Weighted"]
+__all__ = [
+    "ImageSettings", "Losses", "ModelConfig", "PackedBatch", "TextSettings", "Transfusion", "Vocabulary", "Weighted",
+]  # fmt: skip
 
 _MODULES = {
+    "ImageSettings": "sampling.settings",
     "Losses": "model.loss",
     "ModelConfig": "config",
     "PackedBatch": "model.sequence",
+    "TextSettings": "sampling.settings",
     "Transfusion": "sampling.decoder",
     "Vocabulary": "model.sequence",
     "Weighted": "model.inputs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from transfusion_fast.settings import NonNegativeFloat, Positive, Settings, model_validator
+from transfusion_fast.settings import NonNegativeFloat, Positive, PositiveFloat, Settings, model_validator
 
 PositionScheme = Literal["sequential", "shared", "axial"]
 SHORTHANDS = ("dim_latent", "codec", "positions", "channel_first")
@@ -33,6 +33,9 @@ class ModalityConfig(Settings):
     same index on every axis."""
     shape: tuple[Positive, ...] | None = None
     """Size of the grid in patches that sampling draws if it is given none, one number for each dimension."""
+    bound: PositiveFloat | None = None
+    """Largest absolute value of latents, to which sampling clips the clean latents that it predicts; default: none.
+    The models of runs and exports have that of their data, if it is not given."""
     loss_weight: NonNegativeFloat = 1.0
     """Factor of the modality's diffusion loss."""
     channel_first: bool | None = None

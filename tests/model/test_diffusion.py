@@ -109,14 +109,15 @@ def test_each_image_has_its_own_cap_and_its_own_shift(tolerance):
 
 
 @pytest.mark.parametrize(
-    ("noise", "prediction", "first"), [("cosine", "v", 1000), ("linear", "eps", 999), ("flow", None, 1000)]
+    ("noise", "prediction", "first"),
+    [("cosine", "v", 1000), ("linear", "eps", 1000), ("cosine", "eps", 997), ("flow", None, 1000)],
 )
 def test_a_sampler_visits_shifted_timesteps_between_the_first_and_zero(noise, prediction, first):
     """A shift by s multiplies t / (first - t) by s."""
     even, shifted = (
         make(noise, prediction=prediction, shift_patches=base).sampling_timesteps(4, 144) for base in (None, 16)
     )
-    assert even == [first * k / 4 for k in (4, 3, 2, 1, 0)]
+    assert even == pytest.approx([first * k / 4 for k in (4, 3, 2, 1, 0)])
     assert shifted == pytest.approx([first * 3 * k / (4 + 2 * k) for k in (4, 3, 2, 1, 0)])
 
 
@@ -262,7 +263,8 @@ def behaviour(diffusion):
     ("settings", "other", "changed"),
     [
         ({}, {"schedule": "cosine", "prediction": "eps", "loss": "eps", "timesteps": "uniform"}, ""),
-        ({}, {"schedule": "linear"}, "noise step"),
+        ({}, {"schedule": "linear"}, "noise visited step"),
+        ({"prediction": "v"}, {"schedule": "linear", "prediction": "v"}, "noise target step"),
         ({}, {"prediction": "x0"}, "target visited step"),
         ({"prediction": "x0"}, {"prediction": "v"}, "target step"),
         ({}, {"prediction": "x0", "loss": "eps"}, "target weight visited step"),

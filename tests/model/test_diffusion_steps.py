@@ -113,9 +113,10 @@ def test_a_random_step_without_noise_is_refused():
 
 @each_noise
 @each_prediction
-def test_samplers_start_where_the_signal_is_gone_and_a_small_error_stays_small(noise, prediction):
+def test_samplers_start_where_little_signal_is_left_and_a_small_error_stays_small(noise, prediction):
     diffusion = make(noise, prediction=prediction)
     first = diffusion.first_timestep()
-    assert first == (999 if prediction == "eps" else 1000) and diffusion.variances(first)[0] < 1e-4
+    last_with_signal = {"cosine": 997, "linear": 1000, "flow": 996}[noise]
+    assert first == (last_with_signal if prediction == "eps" else 1000) and diffusion.variances(first)[0] < 1e-4
     at = [diffusion.step(fp64(0.0), fp64(error), first, 0.0, eta=0.0) for error in (0.0, 1.0)]
-    assert abs(at[1] - at[0]) < (1000 if prediction == "eps" else 1.01)
+    assert abs(at[1] - at[0]) < (256 if prediction == "eps" else 1.01)

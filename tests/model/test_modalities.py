@@ -14,7 +14,8 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.kernels.reference import rotary
 from transfusion_fast.model.inputs import Randomness, encode_pieces, pack_documents, pack_rows
 from transfusion_fast.model.sequence import Vocabulary, positions_of
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.sampling.decoder import generate_images
+from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
 TRANSFORMER = {"dim": 32, "depth": 1, "heads": 2, "ffn_dim": 32}
 FOUR = [{"dims": dims, "dim_latent": 3 + dims, "positions": "axial"} for dims in range(4)]
@@ -110,13 +111,13 @@ def test_encoders_train_jointly_and_decoders_give_what_sampling_returns():
         model.head.weight[model.vocabulary.boi()] = 1
         model.embedding.weight.fill_(1)
         model.norm.weight.fill_(1)
-    sampled = {"image": ImageSettings(2), "max_text_tokens": 4}
-    [[piece]] = model.sample([[raw[0]]], generator=seeded(), **sampled)
+    sampled = {"image": ImageSettings(2), "text": TextSettings(max_tokens=4)}
+    [[piece]] = model.sample([[raw[0]]], **sampled)
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(("encoders", "decoders"))})
-    [[drawn]] = bare.sample([[latents[0].detach()]], generator=seeded(), **sampled)
+    [[drawn]] = bare.sample([[latents[0].detach()]], **sampled)
     torch.testing.assert_close(piece, decoder(drawn[None])[0].detach())
     given = [(model, raw[0]), (bare, latents[0].detach())]
-    got, expected = (generate_images(m, [[x]], image=ImageSettings(1), generator=seeded()) for m, x in given)
+    got, expected = (generate_images(m, [[x]], image=ImageSettings(1)) for m, x in given)
     torch.testing.assert_close(got, expected)  # latents, also where there is a decoder
 
 
@@ -154,9 +155,9 @@ def test_a_position_of_an_absent_modality_and_a_size_of_other_dimensions_are_nam
     with pytest.raises(ValueError, match=r"row 0, span \(4, 0, 1\): modality must be an integer in \[0, 4\), got 4"):
         pack_rows(ids(1, 2)[None], [[torch.ones(1, 1, 3)]], [[(4, 0, 1)]], ModelConfig(modalities=FOUR))
     model = Transfusion(modalities=FOUR, transformer=TRANSFORMER)
-    with pytest.raises(InputError, match=r"must be 2 numbers of at least 1 for modality 2, got \(3,\)"):
+    with pytest.raises(InputError, match=r"must be 2 integers of at least 1 for modality 2, got \(3,\)"):
         generate_images(model, [[]], (3,), modality=2)
-    with pytest.raises(InputError, match=r"must be 3 numbers .* got None; give it, or set the modality's shape"):
+    with pytest.raises(InputError, match="must be given for modality 3, which has no shape, got none; give grid"):
         generate_images(model, [[]], modality=3)
     with pytest.raises(ValueError, match=r"modalities in \[0, 4\), got 4"):
         Transfusion(modalities=FOUR, transformer=TRANSFORMER, encoders={4: nn.Identity()})

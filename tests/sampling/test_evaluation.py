@@ -9,13 +9,13 @@ import torch
 from transfusion_fast import Transfusion
 from transfusion_fast.data.images import pixels_to_latents
 from transfusion_fast.data.tokenizer import ByteTokenizer
-from transfusion_fast.sampling.decoder import ImageSettings
 from transfusion_fast.sampling.evaluation import Captioned, evaluate
 from transfusion_fast.sampling.frechet import ImageFeatures, frechet_distance
+from transfusion_fast.sampling.settings import ImageSettings
 
 BLACK, GREY, WHITE = (np.full((2, 2, 1), value, np.uint8) for value in (0, 128, 255))
 TOKENIZER = ByteTokenizer()
-SETTINGS = {"each": 3, "image": ImageSettings(steps=4, guidance=1, clip=1.0), "patch_size": 2}
+SETTINGS = {"each": 3, "image": ImageSettings(steps=8, guidance=1, clip=1.0), "patch_size": 2}
 
 
 def ids(text: str) -> torch.Tensor:
@@ -27,11 +27,11 @@ def model() -> Transfusion:
     """A model that draws black for "a" and white for "b" and "c", and captions black with "a" and white with "b"."""
     torch.manual_seed(0)
     transformer = {"dim": 32, "depth": 1, "heads": 2, "ffn_dim": 32}
-    model = Transfusion(dim_latent=4, transformer=transformer, diffusion={"process": "flow"})
+    model = Transfusion(dim_latent=4, transformer=transformer, diffusion={"process": "flow", "prediction": "x0"})
     black, white = pixels_to_latents(np.stack([BLACK, WHITE]), 2)
     pairs = [[ids("a"), black], [ids("b"), white], [ids("c"), white], [black, ids("a")], [white, ids("b")]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
+    for _ in range(200):
         model(pairs * 4).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,8 +1,10 @@
 """The command lines: what they print and write, and the one line that bad input gets."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ import torch
 from image_files import png_with_header
 from launching import free_port, train, write_packs
 from PIL import Image
-from small_models import seeded
 
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.images import latents_to_pixels
@@ -20,8 +21,9 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import evaluation, overview
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+from transfusion_fast.sampling.decoder import generate_images, image_generator, sample
 from transfusion_fast.sampling.pictures import draw_grid
+from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 from transfusion_fast.training.checkpoint_files import find_checkpoint
 from transfusion_fast.training.run_folder import load_model, read_data_description
 
@@ -50,8 +52,8 @@ def test_sample_draws_the_images_of_the_python_interface_where_it_was_asked_to(r
         assert code == 0 and f"drew 4 images of 8 x 8: {picture}" in out
     data, model = read_data_description(run), load_model(find_checkpoint(run))
     prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in ("one", "one", "two", "two")]
-    settings = ImageSettings(steps=2, guidance=3.0, eta=1.0, clip=1.0)
-    latents = generate_images(model, prompts, data.grid(0), image=settings, generator=seeded(3))
+    settings = ImageSettings(steps=2, guidance=3.0, eta=1.0)
+    latents = generate_images(model, prompts, image=settings, seed=3)
     pixels = latents_to_pixels(latents.numpy(), patch_size=2)
     draw_grid([("one", [pixels[:2]]), ("two", [pixels[2:]])], expected)
     assert pictures[0].read_bytes() == expected.read_bytes() != pictures[1].read_bytes()
@@ -62,8 +64,8 @@ def test_sample_draws_with_the_eta_guidance_and_weights_asked_for(run: Path, tmp
     options = ("--each", 1, "--steps", 2, "--eta", 0.5, "--guidance", 9, "--raw", "--out", pictures["grid.png"])
     assert command("sample", run, "--prompt", "one", *options)[0] == 0
     model, prompt = load_model(find_checkpoint(run), raw=True), [torch.tensor([*b"one"])]
-    settings = ImageSettings(steps=2, guidance=9.0, eta=0.5, clip=1.0)
-    latents = generate_images(model, [prompt], (4, 4), image=settings, generator=seeded())
+    settings = ImageSettings(steps=2, guidance=9.0, eta=0.5)
+    latents = generate_images(model, [prompt], (4, 4), image=settings)
     draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures["expected.png"])
     assert pictures["grid.png"].read_bytes() == pictures["expected.png"].read_bytes()
 
@@ -89,9 +91,30 @@ def test_images_are_drawn_at_the_size_asked_for(run: Path, tmp_path: Path, comma
 def test_texts_are_continued_at_the_temperature_asked_for(run: Path, command) -> None:
     options = ("--temperature", 2, "--seed", 3, "--max-tokens", 9, "--max-images", 0)
     code, out, _ = command("sample", run, "--text", "one", *options)
-    model, settings = load_model(find_checkpoint(run)), {"max_text_tokens": 9, "max_images": 0, "temperature": 2.0}
-    [pieces] = sample(model, [[torch.tensor([*b"one"])]], grids=[(4, 4)], generator=seeded(3), **settings)
+    model, settings = load_model(find_checkpoint(run)), TextSettings(max_tokens=9, temperature=2.0)
+    [pieces] = sample(model, [[torch.tensor([*b"one"])]], max_images=0, text=settings, seed=3)
     assert (code, out) == (0, f"one{''.join(ByteTokenizer().decode(piece) for piece in pieces)}\n")
+
+
+def text_settings(*options: str) -> TextSettings:
+    """Return the settings that sample.py makes of its options, for a tokenizer of bytes."""
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "train" / "sample.py"))
+    parsed = script["_parser"]().parse_args(["RUN", "--text", "one", *options])
+    return script["_text_settings"](parsed, SimpleNamespace(tokenizer=ByteTokenizer()))
+
+
+def test_options_of_text_are_the_settings_of_the_python_interface() -> None:
+    options = "--max-tokens 9 --temperature 2 --top-k 3 --top-p 0.5 --min-p 0.25 --repetition-penalty 1.5"
+    assert text_settings(*options.split()) == TextSettings(9, 2.0, 3, 0.5, 0.25, 1.5)
+    assert text_settings() == TextSettings()
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "stopped"), [(["ß"], "straß", True), (["zz", "ra"], "stra", True), (["ra"], "st r a", False)]
+)
+def test_a_text_stops_where_one_of_the_given_ones_has_just_appeared(stop, text, stopped) -> None:
+    settings = text_settings("--stop", *stop)
+    assert settings.stop is not None and settings.stop([*text.encode()]) == stopped
 
 
 def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run: Path, command, monkeypatch) -> None:
@@ -100,7 +123,7 @@ def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run:
     options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--checkpoint", "step-00000001")
     assert command("evaluate", run, *options)[0] == 0
     [(model, *_, settings)] = measured
-    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5, clip=1.0)
+    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5)
     assert torch.equal(model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
 
 
@@ -131,10 +154,10 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     assert (keyed.epoch, keyed.number) == open_data(config).order(3, config.data.shuffle_window)[3]
     assert samples.steps == [0, 1, 2, 3] and samples.prompts == ["one", "two"]
     assert samples.images.shape == (4, 2, 8, 8, 1)
-    noise = torch.randn(2, 4, 4, 4, generator=seeded(5))
+    noise = torch.stack([torch.randn(4, 4, 4, generator=image_generator(5, number)) for number in range(2)])
     assert np.array_equal(samples.images[0], latents_to_pixels(noise.numpy(), 2))
     model, prompts = load_model(find_checkpoint(run)), [[torch.tensor([*word.encode()])] for word in ("one", "two")]
-    last = generate_images(model, prompts, (4, 4), image=ImageSettings(2, eta=1.5, clip=1.0), generator=seeded(5))
+    last = generate_images(model, prompts, image=ImageSettings(2, eta=1.5), seed=5)
     assert np.array_equal(samples.images[3], latents_to_pixels(last.numpy(), 2))
     logged = [json.loads(line) for line in rows.splitlines()]
     assert samples.losses == [(row["step"], row["loss"]) for row in logged]
@@ -147,15 +170,18 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
     ("arguments", "complaint"),
     [
         ("sample nowhere --prompt one", "nowhere: is not a run folder"),
-        ("sample RUN --prompt one --steps 0", "diffusion steps must be in 1..1000, got 0"),
-        ("plot RUN --overview --steps 1000000000", "diffusion steps must be in 1..1000, got 1000000000"),
+        ("sample RUN --prompt one --steps 0", "diffusion steps must be an integer in 1..1000, got 0"),
+        ("plot RUN --overview --steps 1000000000", "diffusion steps must be an integer in 1..1000, got 1000000000"),
         ("sample RUN --prompt one --checkpoint ../x", "has no checkpoint '../x'"),
         ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
         ("sample RUN --prompt one --guidance nan", "guidance weight must be finite, got nan"),
         ("sample RUN --prompt one --eta -1", "eta must be at least 0 and finite, got -1.0"),
-        ("sample RUN --text one --temperature nan", "--temperature must be at least 0, got nan"),
+        ("sample RUN --text one --temperature nan", "temperature must be in 0..inf, got nan"),
+        ("sample RUN --text one --stop=", "--stop must be texts of at least one character"),
+        ("sample RUN --prompt one --temperature -1", "temperature must be in 0..inf, got -1.0"),
+        ("sample config.yaml --prompt one", "config.yaml: is not a run folder"),
         ("sample RUN --prompt one --seed -1", "--seed must be in 0..9223372036854775807, got -1"),
         (
             "plot RUN --overview --seed 9223372036854775808",
@@ -215,7 +241,8 @@ def _write_bad_input(folder: Path, run: Path, data: Path) -> None:
         shutil.copytree(run, folder / name)
     (folder / "garbled" / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
     description = json.loads((run / "data.json").read_text())
-    (folder / "text" / "data.json").write_text(json.dumps({**description, "modalities": [], "image_sizes": []}))
+    without_images = {"modalities": [], "image_sizes": [], "bounds": []}
+    (folder / "text" / "data.json").write_text(json.dumps(description | without_images))
     weights = folder / "damaged" / "checkpoints" / "step-00000003" / "rank-00000.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 0xFF]))

@@ -1,7 +1,9 @@
 """The parts of training that need no ranks: optimizer, learning rate, settings, errors of one rank."""
 
+import json
 import math
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launching import OneRank, small_config, text, write_packs
+from launching import MODALITY, OneRank, small_config, text, write_packs
 
-from transfusion_fast.config import Config, OptimizerConfig
+from transfusion_fast.config import Config, ModelConfig, OptimizerConfig
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.loader import STOP_SIGNALS, BatchSplit, check_shared_memory, open_data
 from transfusion_fast.data.pack import ImageSegment
+from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.training.engine import deepspeed_settings, make_optimizer, uses_bf16
 from transfusion_fast.training.run_folder import (
+    DataDescription,
     changed_settings,
     describe_data,
     read_data_description,
@@ -219,6 +224,29 @@ def test_a_run_folder_remembers_height_and_width_of_the_first_image(tmp_path: Pa
     write_data_description(tmp_path, describe_data(data))
     read = read_data_description(tmp_path)
     assert read.image_sizes == ((8, 4),) and read.grid(0) == (4, 2) and read.modalities == data.modalities
+
+
+def test_a_run_folder_remembers_the_largest_absolute_value_of_latents(tmp_path: Path) -> None:
+    documents = [(ImageSegment(np.full((2, 2, 1), value, np.float16)),) for value in (0.5, -2.0, 1.0)]
+    latents, tokenizer = replace(MODALITY, encoding="latents"), ByteTokenizer()
+    prepare(documents, tmp_path / "data", sequence_length=8, tokenizer=tokenizer, modalities=(latents,))
+    write_data_description(tmp_path, describe_data(open_data(small_config(tmp_path / "data"))))
+    assert read_data_description(tmp_path).bounds == (2.0,)
+    record = json.loads((tmp_path / "data.json").read_text())
+    for damaged, complaint in (([1, 2], "1 image_sizes and 2 bounds for 1 modalities"), ([-1], "must be above 0")):
+        (tmp_path / "data.json").write_text(json.dumps(record | {"bounds": damaged}))
+        with pytest.raises(InputError, match=complaint):
+            read_data_description(tmp_path)
+
+
+def test_settings_of_a_model_are_completed_by_the_data_where_they_are_not_given() -> None:
+    infos = (MODALITY, *[replace(MODALITY, encoding="latents")] * 3)
+    modalities = [{"dim_latent": 4}, {"dim_latent": 4}, {"dim_latent": 4, "bound": 0.25}, {"dim_latent": 4}]
+    config = ModelConfig(num_text_tokens=256, modalities=modalities)
+    for bounds, expected in (((1.0, 0.5, 0.5, None), [1.0, 0.5, 0.25, None]), ((), [1.0, None, 0.25, None])):
+        data = DataDescription(ByteTokenizer(), infos, ((8, 4),) * 4, bounds)
+        assert [one.bound for one in data.completed(config).modalities] == expected
+    assert data.completed(config).modalities[0].shape == (4, 2)
 
 
 def test_an_error_of_one_rank_is_an_error_of_all_ranks() -> None:

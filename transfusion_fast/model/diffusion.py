@@ -37,6 +37,8 @@ NUM_TIMESTEPS = 1000
 MIN_DIVISOR = 0.05
 """Least d that the loss of another space divides by (arXiv 2511.13720: t, where x0 is predicted): weights are at most
 400, where they would be infinite at one end of the timesteps."""
+MIN_SIGNAL = 2.0**-8
+"""Least alpha at which sampling asks for eps: the distance of bf16 numbers near 1."""
 SNR_GAMMA = 5.0
 """Largest weight of min-SNR in the space of x0 (arXiv 2303.09556)."""
 WIDE_PATCH = 256
@@ -131,12 +133,16 @@ class Diffusion:
         return _shifted(even, self._shift(patches), first).tolist()
 
     def first_timestep(self) -> float:
-        """Return the timestep where sampling begins: T, or T - 1 where eps is predicted.
+        """Return the timestep where sampling begins: T, or if eps is predicted the last one with a signal.
 
-        At T a prediction of eps says nothing about x_0: its error is divided by alpha, which is 0 for flow and 5e-5 on
-        the cosine schedule. The other predictions divide by sigma or more, which is 1 there.
+        An error of eps becomes one of x_0 that is 1 / alpha times as large. At T, where alpha is 0 for flow and 5e-5 on
+        the cosine schedule, bf16 rounds the signal away. The other predictions divide by sigma or more, which is 1
+        there.
         """
-        return NUM_TIMESTEPS - 1 if self.prediction == "eps" else NUM_TIMESTEPS
+        if self.prediction != "eps":
+            return NUM_TIMESTEPS
+        signal, _ = self.variances(torch.arange(NUM_TIMESTEPS + 1))
+        return int((signal >= MIN_SIGNAL**2).sum()) - 1
 
     def _shift(self, patches: Tensor | int) -> Tensor:
         """Return the factor of the shift of images of `patches` patches, fp64 (arXiv 2403.03206, equation 23)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transfusion_fast.config import TransformerConfig
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
-from transfusion_fast.model.layers import Attention, BlockLayers, Linear, RMSNorm
+from transfusion_fast.model.layers import Attention, BlockLayers, ContextAttention, Linear, RMSNorm
 from transfusion_fast.model.packed_batch import PackedBatch
 
 Groups = tuple[Tensor, ...]
@@ -159,7 +159,7 @@ class GroupedBlock(GroupLayers):
         self,
         groups: Groups,
         rotary: ops.Rotary,
-        layout: AttentionLayout,
+        layout: AttentionLayout | ContextAttention,
         positions: Groups,
         conditions: tuple[tuple[Tensor, Tensor], ...],
     ) -> Groups:

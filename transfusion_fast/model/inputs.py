@@ -93,15 +93,15 @@ def check_weight(weight: object, what: str) -> float:
     return float(cast(float, weight))
 
 
-def check_document(document: Document, config: ModelConfig, number: int = 0) -> list[Segment]:
+def check_document(document: object, config: ModelConfig, name: str = "document 0") -> list[Segment]:
     """Return the pieces of a document with their kinds.
 
     Raises:
-        ValueError: naming the document by its number, and the piece whose type, dtype, shape or values do not fit.
+        ValueError: naming the document by its `name`, and the piece whose type, dtype, shape or values do not fit.
     """
-    if isinstance(document, Weighted):
-        raise ValueError(f"document {number} must be a list of pieces, got Weighted; weights are for training alone")
-    return [_check_piece(piece, f"document {number}, piece {i}", config) for i, piece in enumerate(document)]
+    if isinstance(document, str) or not isinstance(document, Sequence):
+        raise ValueError(f"{name} must be a list of pieces, got {type(document).__name__}; give a list")
+    return [_check_piece(piece, f"{name}, piece {i}", config) for i, piece in enumerate(document)]
 
 
 @torch.compiler.disable
@@ -142,7 +142,7 @@ def pack_documents(
     for i, document in enumerate(documents):
         if not len(document):
             raise ValueError(f"document {i} must hold at least one piece, got none; leave it out")
-    checked = [check_document(document, config, i) for i, document in enumerate(documents)]
+    checked = [check_document(document, config, f"document {i}") for i, document in enumerate(documents)]
     for i, pieces in enumerate(checked):
         for j, (kind, x) in enumerate(pieces):
             if kind != TEXT:

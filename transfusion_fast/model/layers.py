@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,13 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, backend=self.backend)
 
 
+class ContextAttention(Protocol):
+    """Attention of a block in decoding, in place of a layout: over new positions and those in a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the output [T, H, D] for rotated q [T, H, D] and k, and v, [T, G, D]."""
+
+
 class Attention(nn.Module):
     """Attention that is causal over text and bidirectional within images, over packed documents.
 
@@ -94,7 +101,9 @@ class Attention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, residual: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, rotary: ops.Rotary, layout: AttentionLayout | ContextAttention
+    ) -> Tensor:
         out_THD = self.attend(self.project(x), rotary, layout, q_weight=self.q_norm, k_weight=self.k_norm)
         return self.out(out_THD.flatten(1), residual)
 
@@ -102,15 +111,21 @@ class Attention(nn.Module):
         """Return queries, keys and values, [T, H + 2G, D]."""
         return self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
 
-    def attend(self, qkv: Tensor, rotary: ops.Rotary, layout: AttentionLayout, **norm: Any) -> Tensor:
+    def attend(
+        self, qkv: Tensor, rotary: ops.Rotary, layout: AttentionLayout | ContextAttention, **norm: Any
+    ) -> Tensor:
         """Return the output of all heads, [T, H, D]; `norm` are the weights that `ops.rope` takes."""
+        if not isinstance(layout, AttentionLayout):
+            return layout.attend(*self._rotated(qkv, rotary, **norm))
         if self.sequence_group and len(qkv) < layout.total_length:
-            q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            q_THD, k_TGD = ops.rope(q_THD, k_TGD, rotary, backend=self.backend, **norm)
             attention = partial(ops.hybrid_attention, layout=layout, backend=self.backend)
             parts = layout.total_length // len(qkv)
-            return exchange_heads(attention, q_THD, k_TGD, v_TGD, self.sequence_group, parts)
+            return exchange_heads(attention, *self._rotated(qkv, rotary, **norm), self.sequence_group, parts)
         return ops.rotary_attention(qkv, self.kv_heads, rotary, layout, backend=self.backend, **norm)
+
+    def _rotated(self, qkv: Tensor, rotary: ops.Rotary, **norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q_THD, k_TGD, v_TGD = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return *ops.rope(q_THD, k_TGD, rotary, backend=self.backend, **norm), v_TGD
 
 
 class SwiGLU(nn.Module):
@@ -143,7 +158,7 @@ class Block(BlockLayers):
     def __init__(self, config: TransformerConfig, backend: ops.Backend):
         super().__init__(config, backend, Attention)
 
-    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout) -> Tensor:
+    def forward(self, x: Tensor, rotary: ops.Rotary, layout: AttentionLayout | ContextAttention) -> Tensor:
         x = self.attention(*self.attention_norm(x), rotary, layout)
         return self.mlp(*self.mlp_norm(x))
 

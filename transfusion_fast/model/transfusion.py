@@ -27,7 +27,15 @@ from transfusion_fast.model.inputs import (
     pack_documents,
     pack_rows,
 )
-from transfusion_fast.model.layers import INIT_STD, Block, Embedding, RMSNorm, TimestepEmbedding, checkpointing
+from transfusion_fast.model.layers import (
+    INIT_STD,
+    Block,
+    ContextAttention,
+    Embedding,
+    RMSNorm,
+    TimestepEmbedding,
+    checkpointing,
+)
 from transfusion_fast.model.loss import Counts, Losses, combine, soft_cap, token_cross_entropy
 from transfusion_fast.model.packed_batch import ModalityBatch, PackedBatch
 from transfusion_fast.model.sequence import Vocabulary
@@ -243,8 +251,13 @@ class Transfusion(nn.Module):
             z_losses=z_losses,
         )
 
-    def hidden(self, batch: PackedBatch, x_t: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+    def hidden(
+        self, batch: PackedBatch, x_t: Sequence[Tensor], attentions: Sequence[ContextAttention] | None = None
+    ) -> tuple[Tensor, list[Any]]:
         """Run the transformer on a batch whose patches are x_t [P, C], noisy, for each modality.
+
+        In decoding, the batch holds new positions of sequences, and `attentions` takes the place of its layout in each
+        block.
 
         Returns:
             the last layer's output after its norm, [T, E]; and for each modality what `prediction` needs of its codec.
@@ -255,17 +268,23 @@ class Transfusion(nn.Module):
         transformer = self.config.transformer
         rotary = ops.rotary(batch.positions, transformer.head_dim, transformer.rope_theta)
         run = checkpointing(self.config.activation_checkpointing if self.training else "none", transformer.dropout)
+        layouts = [batch.layout] * len(self.blocks) if attentions is None else attentions
         if self.grouped:
-            return self._grouped_hidden(batch, patches, rotary, run), states
+            return self._grouped_hidden(batch, patches, rotary, run, layouts), states
         x = self.embedding(batch.tokens)
         for images, vectors in zip(batch.modalities, patches, strict=True):
             x = x.index_copy(0, images.sequence_index, vectors.to(x.dtype))
-        for block in self.blocks:
-            x = run(block, x, rotary, batch.layout)
+        for block, layout in zip(self.blocks, layouts, strict=True):
+            x = run(block, x, rotary, layout)
         return self.norm(x)[0], states
 
     def _grouped_hidden(
-        self, batch: PackedBatch, patches: Sequence[Tensor], rotary: ops.Rotary, run: Callable[..., Any]
+        self,
+        batch: PackedBatch,
+        patches: Sequence[Tensor],
+        rotary: ops.Rotary,
+        run: Callable[..., Any],
+        layouts: Sequence[Any],
     ) -> Tensor:
         """Return the hidden states [T, E] from the vectors of the patches of each modality, [P, E]."""
         positions = group_positions(batch)
@@ -275,8 +294,8 @@ class Transfusion(nn.Module):
             (F.silu(embed(images.timesteps)), _image_of_patch(images))
             for embed, images in zip(self.conditions, batch.modalities, strict=False)
         )
-        for block in self.blocks:
-            groups = run(block, groups, rotary, batch.layout, positions, conditions)
+        for block, layout in zip(self.blocks, layouts, strict=True):
+            groups = run(block, groups, rotary, layout, positions, conditions)
         if self.separate:
             return merge([[x] for x in self.norm(groups)], positions)
         return self.norm(merge([[x] for x in groups], positions))[0]

@@ -22,8 +22,9 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images, sample
+from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.frechet import MIN_IMAGES, ImageFeatures, flat_pixels, frechet_distance
+from transfusion_fast.sampling.settings import ImageSettings
 
 MAX_FITTED = 10_000
 """Most training images that a classifier is fitted to, since its time grows with the square of their number."""
@@ -147,9 +148,8 @@ def _draw_images(
     captions = list(dict.fromkeys(train.captions))
     prompts = [[_ids(tokenizer, caption)] for caption in captions for _ in range(each)]
     height, width = train.images.shape[1:3]
-    generator = torch.Generator().manual_seed(seed)
     grid = (height // patch_size, width // patch_size)
-    latents = generate_images(model, prompts, grid, image=image, generator=generator)
+    latents = generate_images(model, prompts, grid, image=image, seed=seed)
     pixels = latents_to_pixels(latents.numpy(), patch_size)
     return dict(zip(captions, pixels.reshape(len(captions), each, *pixels.shape[1:]), strict=True))
 

@@ -40,7 +40,7 @@ def export_model(
     data, meta, weights = read_data_description(run), read_meta(checkpoint), open_weights(checkpoint, raw=raw)
     config = {
         "model_type": "transfusion_fast",
-        "model": meta.config.model.model_dump(mode="json"),
+        "model": data.completed(meta.config.model).model_dump(mode="json"),
         "weights": "average" if weights.averaged else "last step",
         "step": meta.step,
         "packs_consumed": meta.packs_consumed,

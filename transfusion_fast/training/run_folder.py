@@ -11,13 +11,14 @@ RUN/checkpoints/      see checkpoint_files.py
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
-from transfusion_fast.config import Config
+from transfusion_fast.config import Config, ModelConfig
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
@@ -32,6 +33,7 @@ from transfusion_fast.training.checkpoint_files import CHECKPOINTS, find_checkpo
 
 CONFIG = "config.yaml"
 DATA = "data.json"
+_PACKS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class DataDescription:
     modalities: tuple[ModalityInfo, ...]
     image_sizes: tuple[tuple[int, int], ...]
     """(height, width) in values of the first image of each modality, the default size of drawn images."""
+    bounds: tuple[float | None, ...] = ()
+    """Largest absolute value of each modality's images: 1 for pixels, that of some packs for latents; None or nothing
+    where it is not known."""
 
     def grid(self, modality: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image of the default size."""
@@ -49,27 +54,48 @@ class DataDescription:
         patch = self.modalities[modality].patch_size
         return height // patch, width // patch
 
+    def completed(self, config: ModelConfig) -> ModelConfig:
+        """Return the settings of the model with the shape and the bound of the data's images, where they are None."""
+        known = zip(self.modalities, self.bounds or [None] * len(self.modalities), strict=True)
+        bounds = [1.0 if info.encoding == "pixels" else bound for info, bound in known]
+        modalities = []
+        for number, (one, bound) in enumerate(zip(config.modalities, bounds, strict=True)):
+            update = {"shape": one.shape or self.grid(number), "bound": one.bound or bound}
+            modalities.append(one.model_copy(update=update))
+        return config.model_copy(update={"modalities": tuple(modalities)})
+
 
 def describe_data(data: Mixture, skip_unreadable: bool = False) -> DataDescription:
-    """Read packs until every modality has shown an image; a modality without images gets the size of one patch."""
+    """Read `_PACKS` packs of each folder, and more until every modality has shown an image.
+
+    A modality without images gets the size of one patch, and no bound.
+    """
     sizes: dict[int, tuple[int, int]] = {}
+    bounds: dict[int, float] = {}
     readers = [PackReader(d.folder, d.index) for d in data.datasets if d.index.modalities]
     for reader, number in ((r, n) for r in readers for n in range(len(r))):
+        if number >= _PACKS and len(sizes) == len(data.modalities):
+            continue
         try:
-            segments = reader.read(number).segments
+            pack = reader.read(number)
         except InputError as error:
             if isinstance(error, FetchError) or not skip_unreadable:
                 raise
             continue
-        for _, kind, _, _, height, width in segments[segments[:, 1] != KIND_TEXT].tolist():
+        for _, kind, offset, _, height, width in pack.segments[pack.segments[:, 1] != KIND_TEXT].tolist():
+            info = data.modalities[kind - 1]
             sizes.setdefault(kind - 1, (height, width))
-        if len(sizes) == len(data.modalities):
-            break
+            if info.encoding == "latents":
+                values = pack.latents[offset : offset + height * width * info.channels]
+                bounds[kind - 1] = max(bounds.get(kind - 1, 0.0), float(abs(values).max()))
     first = data.datasets[0]
     return DataDescription(
         tokenizer=load_tokenizer(first.index.tokenizer, first.folder),
         modalities=data.modalities,
         image_sizes=tuple(sizes.get(m, (info.patch_size,) * 2) for m, info in enumerate(data.modalities)),
+        bounds=tuple(
+            1.0 if info.encoding == "pixels" else bounds.get(m) or None for m, info in enumerate(data.modalities)
+        ),
     )
 
 
@@ -80,6 +106,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
         "tokenizer": data.tokenizer.describe(),
         "modalities": [m.describe() for m in data.modalities],
         "image_sizes": data.image_sizes,
+        "bounds": data.bounds,
     }
     write_atomically(run / DATA, json.dumps(record, indent=1))
 
@@ -90,8 +117,13 @@ def read_data_description(run: Path) -> DataDescription:
         record = json.loads((run / DATA).read_text())
         modalities = tuple(ModalityInfo.of(fields) for fields in record["modalities"])
         sizes = tuple((int(height), int(width)) for height, width in record["image_sizes"])
-        return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes)
-    except FileNotFoundError as error:
+        bounds = tuple(None if bound is None else float(bound) for bound in record.get("bounds", ()))
+        if len(sizes) != len(modalities) or len(bounds) not in (0, len(modalities)):
+            raise ValueError(f"{len(sizes)} image_sizes and {len(bounds)} bounds for {len(modalities)} modalities")
+        if any(bound is not None and not 0 < bound < math.inf for bound in bounds):
+            raise ValueError(f"bounds {bounds} must be above 0 and finite")
+        return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes, bounds)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{run / DATA}: cannot be read ({error}); resume training to write it again") from error
@@ -135,7 +167,9 @@ def open_model(folder: Path, checkpoint: str | None = None, *, raw: bool = False
         return load_model(find_checkpoint(folder, checkpoint), raw=raw)
     if checkpoint is not None or raw:
         raise InputError(f"a checkpoint or raw weights must come from a run, got {folder}, an exported folder")
-    return Transfusion.from_pretrained(folder, _device())
+    model = Transfusion.from_pretrained(folder, _device())
+    model.config = read_data_description(folder).completed(model.config)
+    return model
 
 
 def is_export(folder: Path) -> bool:
@@ -145,8 +179,9 @@ def is_export(folder: Path) -> bool:
 
 def load_model(checkpoint: Path, *, raw: bool = False) -> Transfusion:
     """Return the model of a checkpoint, as `open_model` does."""
+    data = read_data_description(checkpoint.parents[1])
     with torch.device(_device()):
-        model = Transfusion(read_meta(checkpoint).config.model)
+        model = Transfusion(data.completed(read_meta(checkpoint).config.model))
     load_weights(model, open_weights(checkpoint, raw=raw), checkpoint)
     return model.eval()
 

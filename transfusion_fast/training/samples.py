@@ -12,8 +12,9 @@ from transfusion_fast.config import TrainConfig
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.files import write_atomically
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.sampling.decoder import ImageSettings, generate_images
+from transfusion_fast.sampling.decoder import generate_images
 from transfusion_fast.sampling.pictures import draw_grid, images_to_pixels, open_autoencoder
+from transfusion_fast.sampling.settings import ImageSettings
 from transfusion_fast.training.ranks import Ranks
 from transfusion_fast.training.run_folder import DataDescription
 
@@ -50,15 +51,12 @@ class PromptSampler:
 
         Each rank draws some of them. Each has noise of its own, so that the number of ranks does not matter.
         """
-        clip = 1.0 if self.data.modalities[0].encoding == "pixels" else None
-        settings = ImageSettings(self.settings.sample_steps, eta=self.settings.sample_eta, clip=clip)
+        modality = self.data.completed(model.config).modalities[0]
+        settings = ImageSettings(self.settings.sample_steps, eta=self.settings.sample_eta, clip=modality.bound)
         numbers = range(len(self.prompts))
         own = self.ranks.own([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
-        noise = [torch.Generator().manual_seed(number) for number in own]
         prompts = [self.prompts[number] for number in own]
-        model.eval()
-        images = generate_images(model, prompts, self.data.grid(0), image=settings, generator=noise)
-        model.train()
+        images = generate_images(model, prompts, modality.shape, image=settings, prompt_numbers=own)
         drawn = dict(self.ranks.gather([*zip(own, images, strict=True)]))
         return torch.stack([drawn[number] for number in numbers])
 
