@@ -92,6 +92,7 @@ bench: $(STAMP)  ## measure everything that this machine can run, into REPORT
 	$(RUN) benchmarks/layer_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/step_bench.py --out $(REPORT) || failed=1; \
 	$(RUN) benchmarks/data_bench.py --out $(REPORT) || failed=1; \
+	$(RUN) benchmarks/sampling_bench.py --out $(REPORT) || failed=1; \
 	exit $$failed
 
 kernel-report: $(STAMP)  ## compile every kernel for its GPUs, without a GPU, and report on them into REPORT

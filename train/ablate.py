@@ -156,6 +156,15 @@ class Harness:
                 variants[f"{label}, {steps} steps"] = (claim, f"{settings} train.steps={steps}")
         return replace(comparison, variants=variants)
 
+    def _begun(self, comparison: Comparison, equal_steps: Comparison) -> Comparison:
+        """Leave out the variants of equal time that no run has begun, as its steps may change while others run."""
+
+        def kept(label: str, settings: str) -> bool:
+            return label in equal_steps.variants or any(run.state for run in self._seeds(comparison.data, settings))
+
+        variants = {label: variant for label, variant in comparison.variants.items() if kept(label, variant[1])}
+        return replace(comparison, variants=variants)
+
     def _seeds(self, data: str, settings: str) -> list[Run]:
         return [self.run(data, settings, seed) for seed in range(self.seeds)]
 
@@ -194,7 +203,7 @@ class Harness:
             self._finish(equal_steps, lock)
             runs = self.runs([self.with_equal_time(comparison) for comparison in chosen])
             self._finish([run for run in runs if run not in equal_steps], lock)
-            compared = [self.with_equal_time(comparison) for comparison in COMPARISONS]
+            compared = [self._begun(self.with_equal_time(comparison), comparison) for comparison in COMPARISONS]
             variants = [(c, label, settings) for c in compared for label, settings in c.settings.items()]
             rows = {(c.name, label): [run.row() for run in self._seeds(c.data, own)] for c, label, own in variants}
             write_tables(self.out, compared, rows)
