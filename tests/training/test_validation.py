@@ -186,7 +186,7 @@ class Half(OneRank):
 
 
 def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_trains_on(
-    digits: Path, tmp_path: Path
+    digits: Path, tmp_path: Path, capsys
 ) -> None:
     overrides = (
         "train.sample_prompts=[one, two, three]",
@@ -210,6 +210,10 @@ def test_an_image_of_a_caption_is_the_same_on_any_number_of_ranks_and_the_model_
             torch.testing.assert_close(images[number], alone, rtol=1e-4, atol=1e-4)
     Validation(config, data, OneRank()).measure(model.train(), 1)
     assert model.training
+    model.codecs[0].decoder.weight.data.fill_(float("nan"))
+    black = PromptSampler(config.train, described, tmp_path, OneRank()).draw(model)
+    assert (black == -1).all(), "a run goes on where its samples cannot be drawn"
+    assert "black samples are written, since a drawn image must be finite, got NaN" in capsys.readouterr().err
 
 
 def test_the_animation_has_the_pictures_up_to_its_step_and_not_those_that_a_run_has_yet_to_repeat(

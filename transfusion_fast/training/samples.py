@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -52,11 +53,16 @@ class PromptSampler:
         Each rank draws some of them. Each has noise of its own, so that the number of ranks does not matter.
         """
         modality = self.data.completed(model.config).modalities[0]
+        grid = modality.shape or self.data.grid(0)
         settings = ImageSettings(self.settings.sample_steps, eta=self.settings.sample_eta, clip=modality.bound)
         numbers = range(len(self.prompts))
         own = self.ranks.own([*numbers]) or [0]  # all ranks run the model as often, since ZeRO gathers its weights
         prompts = [self.prompts[number] for number in own]
-        images = generate_images(model, prompts, modality.shape, image=settings, prompt_numbers=own)
+        try:
+            images = generate_images(model, prompts, grid, image=settings, prompt_numbers=own)
+        except InputError as error:  # a picture is no reason to end a run
+            print(f"black samples are written, since {error}", file=sys.stderr, flush=True)
+            images = torch.full((len(own), *grid, modality.dim_latent), -1.0)
         drawn = dict(self.ranks.gather([*zip(own, images, strict=True)]))
         return torch.stack([drawn[number] for number in numbers])
 
