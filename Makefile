@@ -51,7 +51,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt tools/install_torch.sh
 	@touch $@
 
 # Without numactl deepspeed counts a CPU as one device, so the number of ranks is given.
-demo: $(STAMP)  ## train on handwritten digits, measure the result and draw it: about 5 minutes on 2 cores
+demo: $(STAMP)  ## train on handwritten digits, measure the result and draw it: about 4 minutes on 2 cores
 	python train/prepare.py digits $(DEMO_DATA)
 	deepspeed --num_gpus $(RANKS) train/pretrain.py $(DEMO_CONFIG)
 	python train/evaluate.py $(DEMO_RUN) --eta 1.5
