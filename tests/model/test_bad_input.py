@@ -1,4 +1,4 @@
-"""What the model refuses. Messages name the document and piece, row or modality, the rule, the value and a remedy."""
+"""Bad input is refused in one line: the document and piece, row or modality, the rule, the value, and what to do."""
 
 from dataclasses import replace
 

@@ -166,6 +166,11 @@ def test_a_slow_variant_is_run_again_with_the_steps_that_take_the_time_of_its_ba
     assert "| adaLN-zero, 75 steps |" in (tmp_path / "out" / "ablations.md").read_text()
     (tmp_path / "calls.txt").unlink()
     assert ended(start("timesteps", "--seeds", "2"))[0] == 0 and not (tmp_path / "calls.txt").exists()
+    for record in (tmp_path / "out" / "runs").glob("*steps=75*.json"):
+        record.unlink()
+    assert ended(start("timesteps", "--seeds", "2", "--hours", "0"))[0] == 5
+    page = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| adaLN-zero |" in page and "75 steps" not in page, "runs that have not begun are not in the table"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The passes of decoding: prefill, which fills a cache with contexts; step, of a token; and those of an image.
 
 Letters as in model/sequence.py, and S streams. CPU libraries multiply few rows by other algorithms, so each kind of
-token is padded to a multiple of `ROWS`: then the result of a row does not depend on the batch. (On GPUs, the size of a
-product can change the rounding of its rows.)
+token is padded to a multiple of `ROWS`: then the result of a row does not depend on the batch. (This was measured on
+one CPU. A U-Net is not padded, and on GPUs the size of a product can change the rounding of its rows.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transfusion_fast.model.transfusion import Transfusion
 from transfusion_fast.sampling.cache import CachedAttention, KeyValueCache, PrefillAttention, rows_of
 
 ROWS = 8
-MIN_ROOM = 16
+MIN_ROOM = 16  # positions beyond a context
 Grid = tuple[int, ...]
 Shape = tuple[int, int, int]
 """Frames, rows and columns."""
@@ -43,7 +43,7 @@ class Image:
 
 @dataclass(eq=False)
 class Context:
-    """What a stream begins with: token ids, with zeros at patches, and images."""
+    """The tokens and images of a stream before it is continued: ids, with zeros at patches, and clean images."""
 
     tokens: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)

@@ -60,7 +60,7 @@ class TextSettings:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest id is taken, and no logit is changed before."""
+        """Whether every id is the one with the largest logit of the model, without a repetition penalty."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
