@@ -51,7 +51,7 @@ DATA = {
 EVALUATED_ON = {"interleaved": "digits"}
 """The data of evaluation where it is not that of training: there each image is drawn after its word alone."""
 SETTINGS = (
-    "train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1", "train.precision=bf16",
+    "train.sample_every=0", "train.checkpoint_every=50", "train.keep_checkpoints=1", "train.precision=fp32",
     "train.cpu_threads=1",
 )  # fmt: skip
 EVALUATION = ("--each", "20", "--steps", "25", "--eta", "1.5")
