@@ -20,7 +20,8 @@ from transfusion_fast.data.loader import batch_builder, open_data
 from transfusion_fast.data.mixture import MixtureReader
 from transfusion_fast.data.pack import TextSegment
 from transfusion_fast.errors import InputError
-from transfusion_fast.sampling.decoder import generate_images, image_generator
+from transfusion_fast.sampling.decoder import generate_images
+from transfusion_fast.sampling.generators import image_generator
 from transfusion_fast.sampling.overview import Samples, draw_overview
 from transfusion_fast.sampling.pictures import check_picture
 from transfusion_fast.sampling.settings import ImageSettings

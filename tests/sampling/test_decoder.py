@@ -10,8 +10,10 @@ from chain_models import BOI, BOI1, BOS, EOI, EOI1, EOS, GRIDS, ONE_STEP, chain,
 from small_models import ids, seeded, small_model
 
 from transfusion_fast.model.inputs import Randomness, pack_rows
-from transfusion_fast.sampling.decoder import generate_images, image_generator, sample
+from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.engine import Drawing
+from transfusion_fast.sampling.generators import image_generator
+from transfusion_fast.sampling.samplers import step
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
 
@@ -166,7 +168,8 @@ def test_eta_decides_how_much_noise_is_added_on_the_way(eta, monkeypatch, tolera
     generate_images(model, [[]], (2, 2), image=ImageSettings(steps=2, guidance=1.0, eta=eta))
     generator = image_generator(0, 0)
     start, noise = (torch.randn((1, 2, 2, 4), generator=generator) for _ in range(2))
-    expected = model.diffusion.step(start, start / 2, 997.0, 498.5, eta=eta, noise=noise)
+    x_0 = model.diffusion.denoised(start, start / 2, 997.0)
+    expected = step(model.diffusion, start, x_0, 997.0, 498.5, eta=eta, noise=noise)
     torch.testing.assert_close(seen[1], expected, **tolerance["fp32"])
 
 

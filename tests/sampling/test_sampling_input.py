@@ -69,10 +69,10 @@ def test_weights_that_are_not_numbers_are_reported_rather_than_decoded():
         (lambda: ImageSettings(steps=0), "diffusion steps must be an integer in 1..1000, got 0"),
         (lambda: ImageSettings(eta=-1), "eta must be at least 0 and finite, got -1"),
         (lambda: ImageSettings(clip=-1), "clip must be above 0 and finite, got -1"),
-        (lambda: ImageSettings(guidance=float("nan")), "the guidance weight must be finite, got nan"),
+        (lambda: ImageSettings(guidance=float("nan")), "guidance must be finite, got nan"),
         (lambda: ImageSettings(guidance_interval=(5, 1)), r"guidance_interval must be two timesteps .* got \(5, 1\)"),
         (lambda: ImageSettings(guidance_interval=(5,)), r"guidance_interval must be two timesteps .* got \(5,\)"),
-        (lambda: ImageSettings(guidance=None), "the guidance weight must be finite, got None"),
+        (lambda: ImageSettings(guidance=None), "guidance must be finite, got None"),
         (lambda: ImageSettings(guidance_rescale=2), "guidance_rescale must be in 0..1, got 2"),
     ],
 )

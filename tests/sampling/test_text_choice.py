@@ -8,8 +8,8 @@ import torch
 from chain_models import BOI, BOS, EOI, EOS, chain, produced_by
 from small_models import ids, seeded
 
-from transfusion_fast.sampling.decoder import choose
 from transfusion_fast.sampling.settings import TextSettings
+from transfusion_fast.sampling.text import choose
 
 
 def test_temperature_draws_in_proportion_and_zero_takes_the_likeliest():

@@ -21,7 +21,8 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import evaluation, overview
-from transfusion_fast.sampling.decoder import generate_images, image_generator, sample
+from transfusion_fast.sampling.decoder import generate_images, sample
+from transfusion_fast.sampling.generators import image_generator
 from transfusion_fast.sampling.pictures import draw_grid
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 from transfusion_fast.training.checkpoint_files import find_checkpoint
@@ -176,7 +177,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
-        ("sample RUN --prompt one --guidance nan", "guidance weight must be finite, got nan"),
+        ("sample RUN --prompt one --guidance nan", "guidance must be finite, got nan"),
         ("sample RUN --prompt one --eta -1", "eta must be at least 0 and finite, got -1.0"),
         ("sample RUN --text one --temperature nan", "temperature must be in 0..inf, got nan"),
         ("sample RUN --text one --stop=", "--stop must be texts of at least one character"),

@@ -1,4 +1,4 @@
-"""Diffusion of images: how noise is added, what the model predicts, the loss of the prediction, and a sampler's step.
+"""Diffusion of images: how noise is added, what the model predicts, and the loss of the prediction.
 
 Timesteps t are fp32 in (0, T], T = 1000: 0 is a clean image, T is noise. With x_0 clean, eps standard normal noise and
 two levels alpha and sigma, which depend on t,
@@ -126,10 +126,13 @@ class Diffusion:
             return torch.minimum(t, cap).float().clamp_min(torch.finfo(torch.float32).tiny)
         return torch.minimum(t.floor() + 1, cap).float()
 
-    def sampling_timesteps(self, steps: int, patches: int) -> list[float]:
-        """Return the steps + 1 timesteps of a sampler, from the first one to 0, shifted as those of training."""
-        first = self.first_timestep()
-        even = torch.from_numpy(np.linspace(first, 0, steps + 1))
+    def sampling_timesteps(self, intervals: int, patches: int, strength: float = 1.0) -> list[float]:
+        """Return the ends of a sampler's intervals, from the first timestep to 0, shifted as those of training.
+
+        With a `strength` below 1 the first one is at most strength * T.
+        """
+        first = min(self.first_timestep(), strength * NUM_TIMESTEPS)
+        even = torch.from_numpy(np.linspace(first, 0, intervals + 1))
         return _shifted(even, self._shift(patches), first).tolist()
 
     def first_timestep(self) -> float:
@@ -200,44 +203,16 @@ class Diffusion:
         a, b = self._coefficients(space, alpha, sigma)
         return b * alpha - a * sigma
 
-    def step(
-        self,
-        x_t: Tensor,
-        prediction: Tensor,
-        t: float,
-        t_next: float,
-        *,
-        eta: float = 1.0,
-        noise: Tensor | None = None,
-        clip: float | None = None,
-    ) -> Tensor:
-        """Return x at t_next: the predicted x_0 and eps, mixed as at t_next.
+    def levels(self, t: float) -> tuple[float, float]:
+        """Return alpha and sigma at a timestep."""
+        signal, spread = self.variances(t)
+        return math.sqrt(signal.item()), math.sqrt(spread.item())
 
-        For ddpm this is arXiv 2010.02502, equations 12 and 16: eta 1 is ancestral DDPM sampling, eta 0 is DDIM. The
-        step replaces a part of the noise in x_t by `noise`, standard normal in x_t's shape, which is needed unless eta
-        is 0. A larger eta replaces more, and at most all of it. For flow it is an Euler step of the velocity, and eta
-        and noise are unused. `clip` bounds the predicted x_0.
-
-        Raises:
-            ValueError: timesteps that do not fall within [0, T]; no noise where it is needed.
-        """
-        if not 0 <= t_next < t <= NUM_TIMESTEPS:
-            raise ValueError(f"timesteps must fall within {NUM_TIMESTEPS}..0, got a step from {t} to {t_next}")
-        (signal, spread), (signal_next, spread_next) = ([x.item() for x in self.variances(s)] for s in (t, t_next))
-        alpha, sigma = math.sqrt(signal), math.sqrt(spread)
+    def denoised(self, x_t: Tensor, prediction: Tensor, t: float) -> Tensor:
+        """Return the clean x_0 that a prediction says is in x_t, at one timestep t in (0, T]."""
+        alpha, sigma = self.levels(t)
         _, b = self._coefficients(self.prediction, alpha, sigma)
-        x_0 = (b * x_t - sigma * prediction) / self._scale(self.prediction, alpha, sigma)
-        if clip is not None:
-            x_0 = x_0.clamp(-clip, clip)
-        eps = (x_t - alpha * x_0) / sigma
-        variance = min(eta * eta * spread_next / spread * (1 - signal / signal_next), spread_next)
-        variance = 0.0 if self.is_flow else variance
-        mean = math.sqrt(signal_next) * x_0 + math.sqrt(spread_next - variance) * eps
-        if variance == 0:
-            return mean
-        if noise is None:
-            raise ValueError("noise must be given unless eta is 0, got None; draw it in x_t's shape")
-        return mean + math.sqrt(variance) * noise
+        return (b * x_t - sigma * prediction) / self._scale(self.prediction, alpha, sigma)
 
 
 def _shifted(t: Tensor, shift: Tensor, end: float = NUM_TIMESTEPS) -> Tensor:

@@ -6,12 +6,12 @@ number of the prompt, and the number of the image or text, so that no prompt dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +19,17 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Document, Piece, check_document
 from transfusion_fast.model.sequence import TEXT
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.sampling.drawing import Drawer, Given, check_given
 from transfusion_fast.sampling.engine import ROWS, Branch, Context, Engine, Grid
+from transfusion_fast.sampling.generators import check_numbers, image_generator, text_generator
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings, is_integer
-from transfusion_fast.settings import MAX_SEED
+from transfusion_fast.sampling.text import choose
 
 OnToken = Callable[[int, int], None]
 """Called with the index of a prompt and the id that was just added to its text."""
+OnImages = Callable[[Sequence[int], int, Tensor], None]
+"""Called after each step of images with the indices of their prompts, the modality, and the clean images that the model
+predicts, fp32 [indices, *grid, C]."""
 
 
 @dataclass
@@ -35,6 +40,7 @@ class _Stream:
     index: int
     number: int
     text_noise: torch.Generator
+    context: Context
     used: set[int]
     logits: Tensor
     text: list[int] = field(default_factory=list)
@@ -62,6 +68,7 @@ def sample(
     seed: int = 0,
     prompt_numbers: Sequence[int] | None = None,
     on_token: OnToken | None = None,
+    on_images: OnImages | None = None,
 ) -> list[list[Piece]]:
     """Continue each prompt until <eos>, as many new ids as `text` allows, or the image after `max_images` of them.
 
@@ -72,7 +79,7 @@ def sample(
         text, image: how text is chosen, and images are drawn.
         negative: a document in place of the empty context of guidance.
         seed: of text and noise, together with the `prompt_numbers`; default: 0, 1, ... in the order of the prompts.
-        on_token: called after each new id.
+        on_token, on_images: called after each new id, and after each step of images. An exception ends the decoding.
 
     Returns:
         The continuation of each prompt, a document of the same form: ids int64 [n], and images fp32
@@ -92,8 +99,28 @@ def sample(
     with _evaluating(model):
         unavailable = [m for m, size in enumerate(sizes) if size is None and max_images > 0]
         decoding = _Decoding(model, prompts, sizes, text, image, negative, seed, prompt_numbers, unavailable)
-        decoding.on_token = on_token
+        decoding.on_token, decoding.on_images = on_token, on_images
         return decoding.run(max_images)
+
+
+@torch.no_grad()
+def generate_text(
+    model: Transfusion,
+    prompts: Sequence[Document],
+    *,
+    text: TextSettings | None = None,
+    seed: int = 0,
+    prompt_numbers: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> list[Tensor]:
+    """Continue each prompt with text alone, until <eos>: int64 [n] of each. The arguments are those of `sample`."""
+    with _evaluating(model):
+        every = range(len(model.codecs))
+        decoding = _Decoding(model, prompts, [None for _ in every], text, None, None, seed, prompt_numbers, every)
+        decoding.on_token = on_token
+        produced = decoding.run(max_images=0)
+    none = torch.zeros(0, dtype=torch.int64)
+    return [torch.cat([none, *(x for x in pieces if isinstance(x, Tensor))]) for pieces in produced]
 
 
 @torch.no_grad()
@@ -103,31 +130,53 @@ def generate_images(
     grid: Grid | None = None,
     *,
     modality: int = 0,
+    images_per_prompt: int = 1,
     image: ImageSettings | None = None,
     negative: Document | None = None,
+    noise: Tensor | None = None,
+    start: Tensor | None = None,
+    keep: Tensor | None = None,
     seed: int = 0,
     prompt_numbers: Sequence[int] | None = None,
+    on_images: OnImages | None = None,
 ) -> Tensor:
-    """Draw one image after each prompt, whether or not the model would begin one: fp32 [prompts, rows, columns, C].
+    """Draw images after each prompt, whether or not the model would begin one: fp32 [images, rows, columns, C].
 
-    These are latents with channels last, also where the model has a decoder or takes channels first.
+    These are latents with channels last, also where the model has a decoder or takes channels first. The images of a
+    prompt follow each other; they are those that `sample` would draw first, second, ..., were the context the same.
 
     Args:
         grid: size in patches, (rows, columns) of an image; default: the modality's `shape`.
-        The others are those of `sample`.
+        noise: fp32, the noise that the images begin with, in place of that of the seed.
+        start: fp32, images to begin with: they are noised as the `strength` of `image` says.
+        keep: bool, or one value for a patch, [images, rows, columns]: where `start` is kept, and the rest is drawn to
+            fit (inpainting).
+        The others are those of `sample`. `noise`, `start` and `keep` have the shape that is returned.
     """
     if not is_integer(modality) or not 0 <= modality < len(model.codecs):
         raise InputError(f"the modality must be an integer in [0, {len(model.codecs)}), got {modality}; correct it")
+    if not is_integer(images_per_prompt) or images_per_prompt < 1:
+        raise InputError(f"images_per_prompt must be an integer of at least 1, got {images_per_prompt!r}; correct it")
     sizes: list[Grid | None] = [None] * len(model.codecs)
-    sizes[modality] = _size(model, modality, grid)
-    if sizes[modality] is None:
+    sizes[modality] = size = _size(model, modality, grid)
+    if size is None:
         rule = f"the size of what is drawn must be given for modality {modality}, which has no shape"
         raise InputError(f"{rule}, got none; give grid")
+    _check_prompts(prompts)
+    shape = (images_per_prompt * len(prompts), *size, model.config.dim_latent[modality])
+    given = check_given(shape, noise, start, keep)
+    numbers = check_numbers(seed, range(len(prompts)) if prompt_numbers is None else prompt_numbers, len(prompts))
+    repeated = [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
     with _evaluating(model):
-        decoding = _Decoding(model, prompts, sizes, None, image, negative, seed, prompt_numbers)
-        decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(prompts))
-        drawn = decoding.draw(decoding.streams, modality)
-    return drawn[sorted(range(len(prompts)), key=lambda slot: decoding.streams[slot].index)]
+        own = [prompts[i] for i in repeated], sizes, None, image, negative, seed, [numbers[i] for i in repeated]
+        decoding = _Decoding(model, *own)
+        decoding.on_images = on_images
+        decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(repeated))
+        for stream in decoding.streams:
+            stream.num_drawn = stream.index % images_per_prompt
+        order = torch.tensor([stream.index for stream in decoding.streams])
+        drawn = decoding.draw(decoding.streams, modality, given.select(order))
+    return drawn[order.argsort()]
 
 
 @contextmanager
@@ -155,10 +204,18 @@ def _size(model: Transfusion, modality: int, grid: Grid | None) -> Grid | None:
     return tuple(grid)
 
 
+def _check_prompts(prompts: Sequence[Document]) -> None:
+    """Raise InputError unless there is a list of prompts."""
+    if not isinstance(prompts, Sequence) or not prompts:
+        got = "none" if isinstance(prompts, Sequence) else type(prompts).__name__
+        raise InputError(f"prompts must be a list of one or more documents, got {got}; [] is a document")
+
+
 class _Decoding:
     """The decoding of a batch of prompts."""
 
     on_token: OnToken | None = None
+    on_images: OnImages | None = None
 
     def __init__(
         self,
@@ -172,21 +229,28 @@ class _Decoding:
         numbers: Sequence[int] | None,
         unavailable: Sequence[int] = (),  # modalities that text cannot begin
     ):
-        if not isinstance(prompts, Sequence) or not prompts:
-            got = "none" if isinstance(prompts, Sequence) else type(prompts).__name__
-            raise InputError(f"prompts must be a list of one or more documents, got {got}; [] is a document")
+        _check_prompts(prompts)
         self.model, self.sizes, self.seed, self.unavailable = model, sizes, seed, unavailable
-        self.text, self.image = text or TextSettings(), image or ImageSettings()
+        self.text = text or TextSettings()
         self.engine = Engine(model)
-        numbers = _check_numbers(seed, range(len(prompts)) if numbers is None else numbers, len(prompts))
+        numbers = check_numbers(seed, range(len(prompts)) if numbers is None else numbers, len(prompts))
         contexts = [self._context(prompt, f"document {i}") for i, prompt in enumerate(model.encoded(prompts))]
-        self.negative = self._context(model.encoded([negative])[0], "negative") if negative else None
+        unwanted = self._context(model.encoded([negative])[0], "negative") if negative else None
+        self.drawer = Drawer(self.engine, image or ImageSettings(), unwanted)
         # Streams of one length are neighbours in the cache, so that attention takes them together.
         order = sorted(range(len(prompts)), key=lambda i: len(contexts[i].tokens))
         self.cache, hidden = self.engine.prefill([contexts[i] for i in order], 1 + self.text.max_tokens)
         logits = self._logits(hidden)
         self.streams = [
-            _Stream(slot, i, numbers[i], _keyed(seed, numbers[i], 0), self._text_ids(contexts[i]), logits[slot])
+            _Stream(
+                slot,
+                i,
+                numbers[i],
+                text_generator(seed, numbers[i]),
+                contexts[i],
+                self._text_ids(contexts[i]),
+                logits[slot],
+            )
             for slot, i in enumerate(order)
         ]
 
@@ -200,18 +264,21 @@ class _Decoding:
                     stream.done = stream.num_drawn >= max_images
                 drawing = [s for s in drawing if not s.done]
                 if drawing:
-                    drawn = self.draw(drawing, modality)
+                    drawn = self.draw(drawing, modality, Given())
                     for stream, latents in zip(drawing, self.model.decoded(drawn, modality), strict=True):
                         stream.produced.append(latents if modality == 0 else (modality, latents))
                     self.engine.start_image([self._branch(drawing)], modality, drawn.shape[1:-1]).finish(drawn)
+                    for stream, latents in zip(drawing, drawn, strict=True):
+                        stream.context.append_image(modality, latents)
                     self.write(drawing, [self.model.vocabulary.eoi(modality)] * len(drawing))
         return [stream.produced for stream in sorted(self.streams, key=lambda stream: stream.index)]
 
     def write(self, streams: Sequence[_Stream], tokens: Sequence[int]) -> None:
         """Append a token to each of the streams, and leave them the logits of the next one."""
         hidden = self.engine.step(self.cache, [s.slot for s in streams], tokens)
-        for stream, logits in zip(streams, self._logits(hidden), strict=True):
+        for stream, token, logits in zip(streams, tokens, self._logits(hidden), strict=True):
             stream.logits = logits
+            stream.context.tokens.append(token)
 
     def _write_text(self, streams: Sequence[_Stream]) -> dict[int, int]:
         """Append tokens to each stream until it ends or begins an image; return slot -> modality of that image."""
@@ -253,52 +320,24 @@ class _Decoding:
         if self.on_token is not None:
             self.on_token(stream.index, token)
 
-    def draw(self, streams: Sequence[_Stream], modality: int) -> Tensor:
-        """Diffuse one image at the end of each stream, behind <boi>; return them, fp32 [streams, *grid, C].
-
-        The unconditional branch of guidance is the image alone after <boi>, as in training.
-        """
-        settings, diffusion, grid = self.image, self.model.diffusion, self.sizes[modality]
+    def draw(self, streams: Sequence[_Stream], modality: int, given: Given) -> Tensor:
+        """Draw one image at the end of each stream, behind <boi>; return them, fp32 [streams, *grid, C]."""
+        grid = self.sizes[modality]
         assert grid is not None
-        noise = [image_generator(self.seed, s.number, s.num_drawn) for s in streams]
-        config = self.model.config.modalities[modality]
-        clip, shape = config.bound if settings.clip == "auto" else settings.clip, (*grid, config.dim_latent)
-        branch = self._branch(streams)
-        alone = self.engine.start_image([branch], modality, grid)
-        timesteps = list(pairwise(diffusion.sampling_timesteps(settings.steps, alone.n)))
-        if any(settings.guided(t) for t, _ in timesteps):
-            unconditional = self._unconditional(len(streams), modality, alone.n)
-            both = self.engine.start_image([branch, unconditional], modality, grid)
-        x = self._noise(noise, shape)
-        for t, t_next in timesteps:
-            if settings.guided(t):
-                prediction = _guided(both.predict(x, t), settings)
-            else:
-                [prediction] = alone.predict(x, t)
-            is_random = settings.eta > 0 and t_next > 0 and not diffusion.is_flow
-            fresh = self._noise(noise, shape) if is_random else None
-            x = diffusion.step(x, prediction, t, t_next, eta=settings.eta if is_random else 0.0, noise=fresh, clip=clip)
-        if not x.isfinite().all():
-            rule = "a drawn image must be finite"
-            raise InputError(f"{rule}, got NaN or infinity; check the model's weights, or lower eta and guidance")
+        generators = [image_generator(self.seed, s.number, s.num_drawn) for s in streams]
+        contexts = [stream.context for stream in streams]
+        told = self.on_images and partial(self.on_images, [stream.index for stream in streams], modality)
+        drawn = self.drawer.draw(self._branch(streams), contexts, modality, grid, generators, given, told)
         for stream in streams:
             stream.num_drawn += 1
-        return x.cpu()
+        return drawn
 
     def _branch(self, streams: Sequence[_Stream]) -> Branch:
         return self.cache, [stream.slot for stream in streams]
 
-    def _unconditional(self, count: int, modality: int, patches: int) -> Branch:
-        before = [] if self.negative is None else self.negative.tokens
-        images = [] if self.negative is None else self.negative.images
-        context = Context([*before, self.model.vocabulary.boi(modality)], images)
-        return self.engine.prefill([context] * count, patches)[0], range(count)
-
-    def _noise(self, generators: Sequence[torch.Generator], shape: Grid) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=one) for one in generators]).to(self.model.device)
-
     def _text_ids(self, context: Context) -> set[int]:
-        return {token for token in context.without_patches() if token < self.model.vocabulary.num_text_tokens}
+        tokens = chain.from_iterable(context.text_between_images())
+        return {token for token in tokens if token < self.model.vocabulary.num_text_tokens}
 
     def _context(self, prompt: Document, name: str) -> Context:
         vocabulary = self.model.vocabulary
@@ -320,60 +359,6 @@ class _Decoding:
         never = [vocabulary.bos, *(vocabulary.eoi(modality) for modality in range(vocabulary.num_modalities))]
         logits[:, [*never, *(vocabulary.boi(modality) for modality in self.unavailable)]] = float("-inf")
         return logits
-
-
-def image_generator(seed: int, number: int, image: int = 0) -> torch.Generator:
-    """Return the generator of an image's noise, the initial noise first: the image-th that is drawn for a prompt."""
-    return _keyed(seed, number, 1 + image)
-
-
-def _keyed(*key: int) -> torch.Generator:
-    """Return a CPU generator for a key of numbers in 0..2^64 - 1; different keys give independent numbers."""
-    words = [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
-
-
-def _check_numbers(seed: int, numbers: Sequence[int], count: int) -> list[int]:
-    """Return the numbers of the prompts; raise InputError if they or the seed cannot key random numbers."""
-    whole = all(is_integer(x) and 0 <= x <= MAX_SEED for x in (seed, *numbers))
-    if not whole or len(numbers) != count:
-        rule = f"seed and prompt_numbers must be integers in 0..{MAX_SEED}, with a number for each of {count} prompts"
-        raise InputError(f"{rule}, got {seed} and {list(numbers)!s:.60}; correct them")
-    return [int(number) for number in numbers]
-
-
-def choose(logits: Tensor, settings: TextSettings, used: Collection[int], generator: torch.Generator) -> int:
-    """Return the next id for logits fp32 [V] on the CPU; `used` are the text ids of the document so far."""
-    if settings.repetition_penalty != 1 and used:
-        ids = torch.tensor(sorted(used))
-        own = logits[ids]
-        divided = torch.where(own > 0, own / settings.repetition_penalty, own * settings.repetition_penalty)
-        logits = logits.index_copy(0, ids, divided.clamp_max(torch.finfo(torch.float32).max))
-    if settings.temperature == 0:
-        return int(logits.argmax())
-    # Relative to the likeliest id, and by a number that is not 0 in fp32: then no quotient is infinity or NaN.
-    logits = (logits - logits.max()) / max(settings.temperature, torch.finfo(torch.float32).tiny)
-    if 0 < settings.top_k < len(logits):
-        logits[logits.topk(len(logits) - settings.top_k, largest=False).indices] = float("-inf")
-    probabilities = logits.softmax(0)
-    if settings.top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        probabilities = probabilities.index_fill(0, order[before >= settings.top_p], 0.0)
-    if settings.min_p > 0:
-        probabilities = probabilities.where(probabilities >= settings.min_p * probabilities.max(), 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def _guided(predictions: Tensor, settings: ImageSettings) -> Tensor:
-    """Return one prediction for both, [2, S, *grid, C]: with the context and without."""
-    conditional, unconditional = predictions
-    guided = unconditional + settings.guidance * (conditional - unconditional)
-    if settings.guidance_rescale == 0:
-        return guided
-    axes = tuple(range(1, guided.ndim))
-    wanted, own = (x.std(axes, correction=0, keepdim=True) for x in (conditional, guided))
-    return torch.lerp(guided, torch.where(own > 0, guided * wanted / own, guided), settings.guidance_rescale)
 
 
 Transfusion.sample = sample

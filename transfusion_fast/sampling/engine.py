@@ -8,7 +8,7 @@ one CPU. A U-Net is not padded, and on GPUs the size of a product can change the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,12 +52,29 @@ class Context:
         self.images.append(Image(len(self.tokens), modality, latents))
         self.tokens.extend([0] * latents[..., 0].numel())
 
-    def without_patches(self) -> list[int]:
-        """Return the token ids without the zeros at patches."""
-        tokens = list(self.tokens)
-        for image in reversed(self.images):
-            del tokens[image.offset : image.offset + image.latents[..., 0].numel()]
-        return tokens
+    def text_between_images(self) -> list[list[int]]:
+        """Return the tokens before, between and behind the patches of the images: a list more than there are images."""
+        starts = [0, *(image.offset + image.latents[..., 0].numel() for image in self.images)]
+        ends = [*(image.offset for image in self.images), len(self.tokens)]
+        return [self.tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    def without_images(self) -> Context:
+        """Return the context without its images and their <boi> and <eoi>."""
+        first, *others = self.text_between_images()
+        tokens = first
+        for after_image in others:
+            tokens = tokens[:-1] + after_image[1:]
+        return Context(tokens)
+
+    def without_text(self, text: Container[int]) -> Context:
+        """Return the context without the tokens that are in `text`."""
+        context = Context()
+        first, *others = ([token for token in part if token not in text] for part in self.text_between_images())
+        context.tokens.extend(first)
+        for image, after_image in zip(self.images, others, strict=True):
+            context.append_image(image.modality, image.latents)
+            context.tokens.extend(after_image)
+        return context
 
 
 class Engine:

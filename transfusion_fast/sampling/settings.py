@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS
+
+Sampler = Literal["auto", "ddpm", "ddim", "euler", "heun", "dpm++"]
 
 
 def is_integer(value: object) -> bool:
@@ -69,12 +71,17 @@ class ImageSettings:
     """How images are drawn.
 
     steps: number of model evaluations.
+    sampler: "ddpm", "ddim", "euler", "heun" or "dpm++" (samplers.py); "auto" is ddpm, and euler for flow matching.
     guidance: weight w of pred_uncond + w (pred_cond - pred_uncond) (arXiv 2207.12598), 1 turns it off.
+    image_guidance: a weight of its own for the images of a prompt; `guidance` is then that of its text. A third
+    evaluation has the text alone, in place of nothing (arXiv 2505.14683); None is one weight for both.
     guidance_interval: timesteps (from, to) in 0..1000 at which there is guidance (arXiv 2404.07724).
     guidance_rescale: fraction of the way from the guided prediction to it with the standard deviation of the
     conditional one (arXiv 2305.08891, section 3.4).
-    eta: 1 for DDPM sampling, 0 for DDIM, above 1 to add more noise in each step, which corrects errors of earlier
-    steps; unused by flow matching.
+    eta: for the sampler ddpm, how much of the noise each step replaces: 1 is DDPM sampling, 0 is DDIM, and more than 1
+    corrects more errors of earlier steps. The other samplers are deterministic.
+    strength: where there are images to start from, how much noise they get, as a fraction of the timesteps
+    (arXiv 2108.01073).
     clip: bound of the predicted clean latents; "auto" is that of the modality's `bound`, None is no bound.
     """
 
@@ -84,13 +91,24 @@ class ImageSettings:
     clip: float | Literal["auto"] | None = "auto"
     guidance_interval: tuple[float, float] = (0.0, float(NUM_TIMESTEPS))
     guidance_rescale: float = 0.0
+    image_guidance: float | None = None
+    sampler: Sampler = "auto"
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         steps, interval, clip = self.steps, self.guidance_interval, self.clip
         whole = is_integer(steps) and 1 <= steps <= NUM_TIMESTEPS
         _check(whole, f"diffusion steps must be an integer in 1..{NUM_TIMESTEPS}", steps, "give another number")
-        finite = math.isfinite(_number(self.guidance))
-        _check(finite, "the guidance weight must be finite", self.guidance, "1 turns guidance off")
+        for name, weight in (("guidance", self.guidance), ("image_guidance", self.image_guidance)):
+            unused = weight is None and name == "image_guidance"
+            _check(unused or math.isfinite(_number(weight)), f"{name} must be finite", weight, "1 turns guidance off")
+        _check(
+            self.sampler in get_args(Sampler),
+            f"sampler must be one of {', '.join(get_args(Sampler))}",
+            self.sampler,
+            "correct it",
+        )
+        _check(0 < _number(self.strength) <= 1, "strength must be in (0, 1]", self.strength, "1 is noise alone")
         _check(0 <= _number(self.eta) < math.inf, "eta must be at least 0 and finite", self.eta, "1 is DDPM sampling")
         bounded = clip is None or clip == "auto" or 0 < _number(clip) < math.inf
         _check(bounded, "clip must be above 0 and finite", clip, "None is no bound")
@@ -103,4 +121,5 @@ class ImageSettings:
 
     def guided(self, t: float) -> bool:
         """Return whether the prediction at a timestep needs the unconditional branch."""
-        return self.guidance != 1 and self.guidance_interval[0] <= t <= self.guidance_interval[1]
+        weights = (self.guidance, self.guidance if self.image_guidance is None else self.image_guidance)
+        return weights != (1, 1) and self.guidance_interval[0] <= t <= self.guidance_interval[1]
