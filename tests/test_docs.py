@@ -127,7 +127,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., A
             tar.write({"__key__": str(key), "png": png, "txt": "a cat"})
     (folder / "articles" / "cat.png").write_bytes(png)
     (folder / "articles" / "a.jsonl").write_text(json.dumps({"content": ["a cat", {"image": "cat.png"}]}))
-    (folder / "picture.png").write_bytes(png)
+    for name in ("picture.png", "mask.png"):
+        (folder / name).write_bytes(png)
     block = blocks("docs/train.md", "yaml")[0]
     (folder / "config.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patch:

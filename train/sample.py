@@ -1,6 +1,9 @@
 """Draw images from captions, caption images, or continue texts, with a trained run.
 
 python train/sample.py RUN --prompt seven --prompt "two" [--each 8] [--out grid.png]
+python train/sample.py RUN --prompt seven --start picture.png --strength 0.6     # change an image
+python train/sample.py RUN --prompt seven --start picture.png --inpaint mask.png # draw where the mask is white
+python train/sample.py RUN --prompt "make it a two" --edit picture.png           # for models that saw such documents
 python train/sample.py RUN --caption picture.png [--caption another.png]
 python train/sample.py RUN --text "two plus five is"
 """
@@ -12,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
+from einops import reduce
 from PIL import Image
 
 from transfusion_fast.data.autoencoder import Autoencoder
@@ -32,7 +37,7 @@ from transfusion_fast.sampling.pictures import (
     images_to_pixels,
     open_autoencoder,
 )
-from transfusion_fast.sampling.settings import ImageSettings, TextSettings
+from transfusion_fast.sampling.settings import ImageSettings, Sampler, TextSettings
 from transfusion_fast.settings import MAX_SEED
 from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description
 
@@ -69,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, default=Path("grid.png"), help="picture to write; with --text also a page, NAME.html")
     add("--each", type=int, default=8, help="images per prompt")
-    add("--steps", type=int, default=250, help="diffusion steps")
-    add("--eta", type=float, default=1.0, help="noise added in a step: 0 is DDIM, 1 is DDPM, more may remove speckle")
-    add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
+    _add_image_options(parser)
     add("--temperature", type=float, default=0.0, help="temperature of text; 0 is greedy")
     add("--top-k", type=int, default=0, help="choose from this many of the likeliest tokens of text; 0 is all")
     add(
@@ -94,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("images").add_argument
+    add("--steps", type=int, default=250, help="evaluations of the model for an image")
+    add("--sampler", choices=get_args(Sampler), default="auto", help="auto is ddpm, and euler for flow matching")
+    add("--eta", type=float, default=1.0, help="noise that a step of ddpm adds: 0 is DDIM, above 1 may remove speckle")
+    add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
+    add("--image-guidance", type=float, help="weight of the images of a prompt; --guidance is then that of its text")
+    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), default=(0.0, 1000.0), help="timesteps")
+    add("--guidance-rescale", type=float, default=0.0, help="how far the guided prediction's deviation is restored")
+    add("--negative", metavar="TEXT", help="what guidance leads away from, in place of nothing")
+    add("--edit", type=Path, metavar="IMAGE", help="image before each --prompt, which is then an instruction")
+    add("--start", type=Path, metavar="IMAGE", help="image to begin with, in place of noise alone")
+    add("--strength", type=float, default=1.0, help="how much noise --start gets, as a fraction of the timesteps")
+    add("--inpaint", type=Path, metavar="MASK", help="image that is white where --start is drawn anew; the rest stays")
+
+
 def _sample(options: argparse.Namespace) -> None:
     if not 0 <= options.seed <= MAX_SEED:
         raise InputError(f"--seed must be in 0..{MAX_SEED}, got {options.seed}; give another")
@@ -103,7 +122,7 @@ def _sample(options: argparse.Namespace) -> None:
     is_page = options.out.suffix == ".html" and options.text
     (check_writable if is_page or options.caption else check_picture)(options.out)  # captions need no matplotlib
     data = read_data_description(options.run)
-    text, image = _text_settings(options, data), ImageSettings(options.steps, options.guidance, eta=options.eta)
+    text, image = _text_settings(options, data), _image_settings(options)
     model = open_model(options.run, options.checkpoint, raw=options.raw)
     if not data.modalities and not options.text:
         raise InputError(
@@ -135,13 +154,29 @@ def _draw(
     image: ImageSettings,
 ) -> None:
     """Draw a row of images for each --prompt."""
-    prompts = [[_ids(data, prompt)] for prompt in options.prompt for _ in range(options.each)]
-    latents = generate_images(model, prompts, data.grid(0) if options.size else None, image=image, seed=options.seed)
+    before = [_read_image(options.edit, data, vae)] if options.edit else []
+    prompts = [[*before, _ids(data, prompt)] for prompt in options.prompt]
+    count = options.each * len(prompts)
+    start = _read_image(options.start, data, vae).expand(count, -1, -1, -1) if options.start else None
+    keep = None
+    if options.inpaint:
+        keep = _read_mask(options.inpaint, data, vae).expand(count, -1, -1, -1)
+    latents = generate_images(
+        model,
+        prompts,
+        data.grid(0) if options.size or options.start else None,
+        images_per_prompt=options.each,
+        image=image,
+        negative=_negative(options, data),
+        start=start,
+        keep=keep,
+        seed=options.seed,
+    )
     pixels = images_to_pixels(latents, data.modalities[0], vae)
     rows = [(prompt, [pixels[i * options.each :][: options.each]]) for i, prompt in enumerate(options.prompt)]
     draw_grid(rows, options.out)
     height, width = pixels.shape[1:3]
-    print(f"drew {len(prompts)} images of {height} x {width}: {options.out}")
+    print(f"drew {count} images of {height} x {width}: {options.out}")
 
 
 def _continue(
@@ -164,6 +199,7 @@ def _continue(
         max_images=0 if options.caption else options.max_images,
         text=text,
         image=image,
+        negative=_negative(options, data),
         seed=options.seed,
     )
     read = [[_piece(p, data, vae) for p in pieces] for pieces in produced]
@@ -197,6 +233,21 @@ def _text_settings(options: argparse.Namespace, data: DataDescription) -> TextSe
     return TextSettings(**{name: getattr(options, name) for name in names}, stop=stop)
 
 
+def _image_settings(options: argparse.Namespace) -> ImageSettings:
+    drawn_from = {"edit": options.edit, "start": options.start, "inpaint": options.inpaint}
+    if given := [f"--{name}" for name, value in drawn_from.items() if value and not options.prompt]:
+        raise InputError(f"{given[0]} must come with --prompt, got none; give what is drawn")
+    if options.inpaint and not options.start:
+        raise InputError("--inpaint must come with --start, got none; give the image that it keeps a part of")
+    names = ("steps", "sampler", "eta", "guidance", "image_guidance", "guidance_rescale", "strength")
+    interval = tuple(options.guidance_interval)
+    return ImageSettings(**{name: getattr(options, name) for name in names}, guidance_interval=interval)
+
+
+def _negative(options: argparse.Namespace, data: DataDescription) -> list[Piece] | None:
+    return None if options.negative is None else [_ids(data, options.negative)]
+
+
 def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str | Picture:
     modality, tensor = piece if isinstance(piece, tuple) else (0, piece)
     if not tensor.is_floating_point():
@@ -215,8 +266,17 @@ def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> t
         pixels = _read_pixels(path, (height * vae.stride, width * vae.stride), channels=3)
         return to_grid(vae.encode(pixels), info.patch_size)[0]
     if info.channels not in (1, 3):
-        raise InputError(f"--caption needs a run on grey or colour pixels, got {info.channels} channels of pixels")
+        raise InputError(f"pixels must be grey or colour to read an image, got {info.channels} channels")
     return pixels_to_latents(_read_pixels(path, (height, width), info.channels), info.patch_size)[0]
+
+
+def _read_mask(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
+    """Read an image as a mask, bool [rows, columns, C]: true where it is darker than grey."""
+    info, (height, width) = data.modalities[0], data.image_sizes[0]
+    stride = 1 if vae is None else vae.stride
+    dark = _read_pixels(path, (height * stride, width * stride), channels=1) < 128
+    dark = reduce(dark, "n (h p) (w q) 1 -> n h w 1", "min", p=stride, q=stride)  # latents of no white pixel
+    return to_grid(np.repeat(dark, info.channels, axis=3), info.patch_size)[0] > 0
 
 
 def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:

@@ -14,13 +14,13 @@ from launching import free_port, train, write_packs
 from PIL import Image
 
 from transfusion_fast.config_reading import load_config
-from transfusion_fast.data.images import latents_to_pixels
+from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
-from transfusion_fast.sampling import evaluation, overview
+from transfusion_fast.sampling import decoder, evaluation, overview
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.generators import image_generator
 from transfusion_fast.sampling.pictures import draw_grid
@@ -52,9 +52,9 @@ def test_sample_draws_the_images_of_the_python_interface_where_it_was_asked_to(r
         code, out, _ = command("sample", run, "--prompt", "one", "two", *options)
         assert code == 0 and f"drew 4 images of 8 x 8: {picture}" in out
     data, model = read_data_description(run), load_model(find_checkpoint(run))
-    prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in ("one", "one", "two", "two")]
+    prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in ("one", "two")]
     settings = ImageSettings(steps=2, guidance=3.0, eta=1.0)
-    latents = generate_images(model, prompts, image=settings, seed=3)
+    latents = generate_images(model, prompts, images_per_prompt=2, image=settings, seed=3)
     pixels = latents_to_pixels(latents.numpy(), patch_size=2)
     draw_grid([("one", [pixels[:2]]), ("two", [pixels[2:]])], expected)
     assert pictures[0].read_bytes() == expected.read_bytes() != pictures[1].read_bytes()
@@ -69,6 +69,51 @@ def test_sample_draws_with_the_eta_guidance_and_weights_asked_for(run: Path, tmp
     latents = generate_images(model, [prompt], (4, 4), image=settings)
     draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures["expected.png"])
     assert pictures["grid.png"].read_bytes() == pictures["expected.png"].read_bytes()
+
+
+def test_sample_changes_an_image_and_keeps_the_part_that_is_not_inpainted(run: Path, tmp_path: Path, command) -> None:
+    shown, mask = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, np.zeros((8, 8), np.uint8)
+    mask[3:, :] = 255  # not at the edge of a patch
+    for name, pixels in (("shown.png", shown), ("mask.png", mask)):
+        Image.fromarray(pixels).save(tmp_path / name)
+    drawn, draw = [], generate_images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "generate_images", lambda *a, **o: (drawn.append(draw(*a, **o)), (a, o), drawn[-1])[2])
+        options = ("--each", 2, "--steps", 2, "--sampler", "dpm++", "--out", tmp_path / "grid.png")
+        given = ("--start", tmp_path / "shown.png", "--inpaint", tmp_path / "mask.png", "--strength", 0.7)
+        code, out, _ = command("sample", run, "--prompt", "one", "two", *options, *given)
+    assert code == 0 and "drew 4 images of 8 x 8" in out
+    pixels = latents_to_pixels(drawn[0].numpy(), patch_size=2)
+    assert pixels.shape == (4, 8, 8, 1)
+    assert (pixels[:, :3, :, 0] == shown[:3]).all()
+    assert (pixels[:, 3:, :, 0] != shown[3:]).mean() > 0.5
+
+
+def test_an_image_to_edit_stands_before_the_prompt(run: Path, tmp_path: Path, command) -> None:
+    shown = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(shown).save(tmp_path / "shown.png")
+    options = ("--each", 1, "--steps", 2, "--image-guidance", 2, "--negative", "two")
+    code, _, err = command("sample", run, "--prompt", "one", "--edit", tmp_path / "shown.png", *options)
+    assert code == 2 and "image_guidance must be None with a negative document" in err
+    pictures = [tmp_path / name for name in ("grid.png", "expected.png")]
+    options = ("--each", 1, "--steps", 2, "--image-guidance", 2, "--out", pictures[0])
+    assert command("sample", run, "--prompt", "one", "--edit", tmp_path / "shown.png", *options)[0] == 0
+    prompt = [pixels_to_latents(shown[None, ..., None], 2)[0], torch.tensor([*b"one"])]
+    settings = ImageSettings(steps=2, image_guidance=2.0)
+    latents = generate_images(load_model(find_checkpoint(run)), [prompt], (4, 4), image=settings)
+    draw_grid([("one", [latents_to_pixels(latents.numpy(), patch_size=2)])], pictures[1])
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_options_of_images_are_the_settings_of_the_python_interface() -> None:
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "train" / "sample.py"))
+
+    def settings(options: str) -> ImageSettings:
+        return script["_image_settings"](script["_parser"]().parse_args(["RUN", "--prompt", "one", *options.split()]))
+
+    options = "--steps 9 --sampler heun --eta 0.5 --guidance 2 --image-guidance 4 --guidance-interval 100 900"
+    expected = ImageSettings(9, 2.0, 0.5, "auto", (100.0, 900.0), 0.25, 4.0, "heun", 0.75)
+    assert settings(f"{options} --guidance-rescale 0.25 --strength 0.75") == expected
 
 
 def test_a_picture_to_caption_is_read_as_training_pictures_are(run: Path, tmp_path: Path, command) -> None:
@@ -178,6 +223,11 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
         ("sample RUN --prompt one --guidance nan", "guidance must be finite, got nan"),
+        ("sample RUN --text one --start config.yaml", "--start must come with --prompt, got none"),
+        ("sample RUN --prompt one --inpaint config.yaml", "--inpaint must come with --start, got none"),
+        ("sample RUN --prompt one --start config.yaml", "config.yaml must be a readable image"),
+        ("sample RUN --prompt one --edit nowhere.png", "nowhere.png"),
+        ("sample RUN --prompt one --strength 0", "strength must be in (0, 1], got 0.0"),
         ("sample RUN --prompt one --eta -1", "eta must be at least 0 and finite, got -1.0"),
         ("sample RUN --text one --temperature nan", "temperature must be in 0..inf, got nan"),
         ("sample RUN --text one --stop=", "--stop must be texts of at least one character"),
