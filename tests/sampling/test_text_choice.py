@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from chain_models import BOI, BOS, EOI, EOS, chain, produced_by
-from small_models import ids, seeded
+from small_models import ids
 
 from transfusion_fast.sampling.settings import TextSettings
 from transfusion_fast.sampling.text import choose
@@ -25,24 +25,36 @@ def test_temperature_draws_in_proportion_and_zero_takes_the_likeliest():
     ("settings", "expected"),
     [
         ({}, {0, 1, 2, 3}),
-        ({"top_k": 2}, {0, 1}),
-        ({"top_p": 0.5}, {0}),
-        ({"top_p": 0.75}, {0, 1}),
-        ({"min_p": 0.3}, {0, 1}),
-        ({"min_p": 0.1, "top_k": 3}, {0, 1, 2}),
+        ({"top_k": 2}, {0, 2}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"top_p": 0.5}, {2}),
+        ({"top_p": 0.75}, {0, 2}),
+        ({"min_p": 0.3}, {0, 2}),
+        ({"min_p": 0.1, "top_k": 3}, {0, 2, 3}),
+        ({"top_k": 2, "top_p": 0.7}, {2}),  # of the two that are left, the first has 0.706
     ],
 )
 def test_unlikely_ids_are_left_out(settings, expected):
-    logits, generator = torch.tensor([0.6, 0.25, 0.1, 0.05]).log(), seeded()
+    logits = torch.tensor([0.25, 0.05, 0.6, 0.1]).log().expand(300, -1)
     settings = TextSettings(temperature=1.0, **settings)
-    assert {choose(logits, settings, (), generator) for _ in range(300)} == expected
+    drawn = choose(logits, settings, None, torch.arange(300) / 300)
+    assert set(drawn.tolist()) == expected
+
+
+def test_ids_are_drawn_in_proportion_also_by_the_ends_of_the_random_numbers():
+    shares = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]])
+    uniform = torch.tensor([0.0, 0.5999, 0.6001, 0.8999, 0.9001, 1 - 2**-24])
+    settings = TextSettings(temperature=1.0)
+    drawn = [choose(row.log().expand(6, -1), settings, None, uniform).tolist() for row in shares]
+    assert drawn == [[1, 1, 2, 2, 0, 0], [0, 2, 2, 2, 2, 2]]
+    draws = choose(torch.zeros(2, 50_000), settings, None, torch.full((2,), 1 - 2**-24))
+    assert draws.max() < 50_000, "rounding leads past no id"
 
 
 def test_ids_that_were_used_become_less_likely_whatever_their_sign():
-    settings = TextSettings(repetition_penalty=2.0)
-    assert choose(torch.tensor([3.0, 2.0]), settings, [0], seeded()) == 1
-    assert choose(torch.tensor([-1.0, -1.5]), settings, [0], seeded()) == 1
-    assert choose(torch.tensor([5.0, 2.0]), settings, [0], seeded()) == 0
+    settings, used = TextSettings(repetition_penalty=2.0), torch.tensor([[True, False]] * 3)
+    logits = torch.tensor([[3.0, 2.0], [-1.0, -1.5], [5.0, 2.0]])
+    assert choose(logits, settings, used, torch.zeros(3)).tolist() == [1, 1, 0]
     assert produced_by(chain({BOS: 1, 1: {1: 1.0, 2: 0.6}, 2: EOS}), text=settings) == [[[1, 2]]]
 
 
@@ -55,11 +67,11 @@ def test_patches_are_no_ids_that_were_used():
 
 
 def test_the_lowest_temperatures_and_penalties_leave_the_likeliest_id():
-    logits = torch.tensor([-9.0, 2.0, 1.0])
+    logits, uniform = torch.tensor([[-9.0, 2.0, 1.0]]), torch.tensor([0.99])
     for temperature in (1e-30, 1e-40, 1e-300):
-        assert choose(logits, TextSettings(temperature=temperature), [], seeded()) == 1
+        assert choose(logits, TextSettings(temperature=temperature), None, uniform) == 1
     rewarding = TextSettings(temperature=1.0, repetition_penalty=1e-45)
-    assert choose(logits, rewarding, [2], seeded()) == 2
+    assert choose(logits, rewarding, torch.tensor([[False, False, True]]), uniform) == 2
 
 
 def test_a_continuation_is_told_token_by_token_and_ends_where_it_is_stopped():

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ class _Stream:
     number: int
     text_noise: torch.Generator
     context: Context
-    used: set[int]
     logits: Tensor
     text: list[int] = field(default_factory=list)
     written: int = 0
@@ -248,11 +246,11 @@ class _Decoding:
                 numbers[i],
                 text_generator(seed, numbers[i]),
                 contexts[i],
-                self._text_ids(contexts[i]),
                 logits[slot],
             )
             for slot, i in enumerate(order)
         ]
+        self.used = self._text_ids() if self.text.repetition_penalty != 1 else None
 
     def run(self, max_images: int) -> list[list[Piece]]:
         """Decode all streams to their ends."""
@@ -302,19 +300,22 @@ class _Decoding:
         return begun
 
     def _choose(self, streams: Sequence[_Stream]) -> list[int]:
-        """Return the next token of each stream; for greedy text, one number for each comes from the device."""
-        logits = torch.stack([stream.logits for stream in streams])
-        if logits.isnan().any():
+        """Return the next token of each stream; they come from the device together."""
+        logits, used, uniform = torch.stack([stream.logits for stream in streams]), None, torch.zeros(len(streams))
+        if self.text.temperature > 0:
+            uniform = torch.cat([torch.rand(1, generator=stream.text_noise) for stream in streams])
+        if self.used is not None:
+            used = self.used[torch.tensor([stream.slot for stream in streams], device=logits.device)]
+        tokens = choose(logits, self.text, used, uniform.to(logits.device)).tolist()
+        if -1 in tokens:
             raise InputError("logits must be numbers, got NaN; check the model's weights")
-        if self.text.is_greedy:
-            return logits.argmax(dim=1).tolist()
-        pairs = zip(logits.cpu(), streams, strict=True)
-        return [choose(own, self.text, stream.used, stream.text_noise) for own, stream in pairs]
+        return tokens
 
     def _add_text(self, stream: _Stream, token: int) -> None:
         stream.text.append(token)
-        stream.used.add(token)
         stream.written += 1
+        if self.used is not None:
+            self.used[stream.slot, token] = True
         stopped = self.text.stop is not None and self.text.stop(stream.text)
         stream.done = stopped or stream.written >= self.text.max_tokens
         if self.on_token is not None:
@@ -335,9 +336,13 @@ class _Decoding:
     def _branch(self, streams: Sequence[_Stream]) -> Branch:
         return self.cache, [stream.slot for stream in streams]
 
-    def _text_ids(self, context: Context) -> set[int]:
-        tokens = chain.from_iterable(context.text_between_images())
-        return {token for token in tokens if token < self.model.vocabulary.num_text_tokens}
+    def _text_ids(self) -> Tensor:
+        """Return the text ids in each stream's context, bool [S, V]."""
+        used = torch.zeros(len(self.streams), self.model.vocabulary.size, dtype=torch.bool)
+        for stream in self.streams:
+            used[stream.slot, [token for part in stream.context.text_between_images() for token in part]] = True
+        used[:, self.model.vocabulary.num_text_tokens :] = False
+        return used.to(self.model.device)
 
     def _context(self, prompt: Document, name: str) -> Context:
         vocabulary = self.model.vocabulary

@@ -60,11 +60,6 @@ class TextSettings:
         callable_or_none = self.stop is None or callable(self.stop)
         _check(callable_or_none, "stop must be a function of the ids of a text", repr(self.stop), "decode them in it")
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every id is the one with the largest logit of the model, without a repetition penalty."""
-        return self.temperature == 0 and self.repetition_penalty == 1
-
 
 @dataclass(frozen=True)
 class ImageSettings:
