@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_models import ids, small_model
 
 from transfusion_fast.model.inputs import flat_latents, place_images
@@ -44,6 +45,22 @@ def contexts():
     return beginnings
 
 
+def variable_length_attention(q, k, v, q_offsets, k_offsets, max_q, max_k, **given):
+    """Do what torch's kernel documents, one stream after another, on any device and in any precision."""
+    assert given["num_splits"] == 1 and q_offsets.dtype == k_offsets.dtype == given["seqused_k"].dtype == torch.int32
+    out = torch.full_like(q, torch.nan)
+    for i, used in enumerate(given["seqused_k"].tolist()):
+        rows, keys = slice(*q_offsets[i : i + 2]), slice(k_offsets[i], k_offsets[i] + used)
+        n = rows.stop - rows.start
+        assert used <= k_offsets[i + 1] - k_offsets[i] and n <= max_q and used <= max_k
+        seen = torch.ones(n, used, dtype=torch.bool)
+        seen = seen.tril(used - n) if given["window_size"] == (-1, 0) else seen
+        operands = (x.transpose(0, 1) for x in (q[rows], k[keys], v[keys]))
+        out[rows] = F.scaled_dot_product_attention(*operands, seen, enable_gqa=given["enable_gqa"]).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("kernel", ["scaled_dot_product", "variable_length"])
 @pytest.mark.parametrize(
     ("settings", "transformer"),
     [
@@ -58,7 +75,10 @@ def contexts():
     ],
 )
 @torch.no_grad()
-def test_passes_over_the_cache_give_what_whole_sequences_give(settings, transformer):
+def test_passes_over_the_cache_give_what_whole_sequences_give(settings, transformer, kernel, monkeypatch):
+    if kernel == "variable_length":
+        monkeypatch.setattr("transfusion_fast.sampling.engine.takes_lengths", lambda cache: True)
+        monkeypatch.setattr("transfusion_fast.sampling.cache.varlen_attn", variable_length_attention)
     transformer = {"dim": 32, "depth": 2, "heads": 4, "ffn_dim": 48, **transformer}
     settings = settings if "modalities" in settings else {"dim_latent": (4, 8), **settings}
     model = small_model(num_text_tokens=10, transformer=transformer, **settings)

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from transfusion_fast.kernels.layout import AttentionLayout
 from transfusion_fast.model import ops
+from transfusion_fast.model.sequence import ranges
 from transfusion_fast.model.transfusion import Transfusion
 
 
@@ -93,6 +96,8 @@ class CachedAttention:
     Each position sees all that its stream has in the cache and the n positions, or with `causal` those up to itself.
     The keys and values of the n positions are written behind those of the stream, where the next pass overwrites them
     unless the stream's length grows. Rows of the pass that belong to no stream are zero.
+
+    There is one call for neighbouring streams of the same length, which any device and precision can run.
     """
 
     rows: Sequence[Rows]
@@ -128,6 +133,87 @@ class CachedAttention:
         end, shared = rows.length + self.n, q.shape[1] // rows.cache.keys[0].shape[2]
         mask = torch.ones(self.n, end, dtype=torch.bool, device=q.device).tril(rows.length)
         return mask.repeat(shared, 1)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Streams of a cache in a pass, for a kernel that takes a length for each: rows [start, start + S * n) of the pass.
+
+    The cache is flattened over streams and positions. cache_rows: int64 [S * n], where the new positions are written;
+    query_offsets, key_offsets: int32 [S + 1], where each stream begins; used: int32 [S], positions that it has with
+    the new ones.
+    """
+
+    cache: KeyValueCache
+    start: int
+    cache_rows: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    used: Tensor
+    longest: int
+
+
+def lengths_of(parts: Sequence[tuple[KeyValueCache, Sequence[int]]], n: int) -> list[Lengths]:
+    """Return the streams of a pass over n positions of each of the streams (cache, numbers in ascending order)."""
+    found, start = [], 0
+    for cache, streams in parts:
+        first, lengths = (np.array(x) for x in (streams, [cache.lengths[stream] for stream in streams]))
+        first = first * cache.capacity
+        written = ranges(first + lengths, np.full(len(first), n))
+        offsets = n * np.arange(len(first) + 1), np.append(first, first[-1] + cache.capacity), lengths + n
+        # One copy to the device.
+        together = torch.from_numpy(np.concatenate([written, *offsets])).to(cache.keys[0].device, non_blocking=True)
+        cache_rows, rest = together[: len(written)], together[len(written) :].int()
+        queries, keys, used = rest.split([len(first) + 1, len(first) + 1, len(first)])
+        found.append(Lengths(cache, start, cache_rows, queries, keys, used, int(lengths.max()) + n))
+        start += len(written)
+    return found
+
+
+def takes_lengths(cache: KeyValueCache) -> bool:
+    """Return whether the kernel of `LengthsAttention` (FlashAttention's in PyTorch) takes a cache."""
+    keys = cache.keys[0]
+    fits = keys.dtype in (torch.float16, torch.bfloat16) and keys.shape[3] % 8 == 0 and keys.shape[3] <= 256
+    return keys.is_cuda and fits and torch.cuda.get_device_capability(keys.device) >= (8, 0)
+
+
+@dataclass(frozen=True)
+class LengthsAttention:
+    """`CachedAttention` by one call of `varlen_attn` for each cache, whatever the lengths of its streams.
+
+    The keys of a stream are not split among blocks of the GPU (`num_splits=1`), so that the order of its sums does not
+    depend on the other streams.
+    """
+
+    parts: Sequence[Lengths]
+    layer: int
+    n: int
+    causal: bool = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the output [T, H, D] for q [T, H, D] and k, v [T, G, D]."""
+        out = torch.zeros_like(q)
+        for own in self.parts:
+            part = slice(own.start, own.start + len(own.cache_rows))
+            keys, values = (cached[self.layer].flatten(0, 1) for cached in (own.cache.keys, own.cache.values))
+            for cached, new in ((keys, k), (values, v)):
+                cached.index_copy_(0, own.cache_rows, new[part].to(cached.dtype))
+            attended = varlen_attn(
+                q[part].to(keys.dtype),
+                keys,
+                values,
+                own.query_offsets,
+                own.key_offsets,
+                self.n,
+                own.longest,
+                window_size=(-1, 0 if self.causal else -1),
+                enable_gqa=q.shape[1] != k.shape[1],
+                seqused_k=own.used,
+                num_splits=1,
+            )
+            assert isinstance(attended, Tensor)
+            out[part] = attended
+        return out
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,15 @@ from transfusion_fast.model.inputs import place_images
 from transfusion_fast.model.packed_batch import CLEAN_TIMESTEP, ModalityBatch, PackedBatch
 from transfusion_fast.model.sequence import TokenSequence, documents_of_images, positions_of, ranges
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.sampling.cache import CachedAttention, KeyValueCache, PrefillAttention, rows_of
+from transfusion_fast.sampling.cache import (
+    CachedAttention,
+    KeyValueCache,
+    LengthsAttention,
+    PrefillAttention,
+    lengths_of,
+    rows_of,
+    takes_lengths,
+)
 
 ROWS = 8
 MIN_ROOM = 16  # positions beyond a context
@@ -177,7 +185,10 @@ class Engine:
         """
         return Drawing(self, branches, modality, grid)
 
-    def _attentions(self, branches: Sequence[Branch], n: int) -> list[CachedAttention]:
+    def _attentions(self, branches: Sequence[Branch], n: int) -> list[CachedAttention] | list[LengthsAttention]:
+        if all(takes_lengths(cache) for cache, _ in branches):
+            lengths = lengths_of(branches, n)
+            return [LengthsAttention(lengths, layer, n, self.causal_images) for layer in range(self.depth)]
         rows = rows_of(branches, n)
         return [CachedAttention(rows, layer, n, self.causal_images) for layer in range(self.depth)]
 
