@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import transfusion_fast
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "transfusion_fast"
 MAX_LINES = 400
@@ -173,3 +175,7 @@ def test_kernels_are_reached_by_a_committed_symlink_alone() -> None:
 def test_an_import_upwards_is_caught(module: str, source: str, wrong: int) -> None:
     name = f"{PACKAGE}.{module}"
     assert len(violations(name, imports_of(source, name.rpartition(".")[0]))) == wrong
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert [getattr(transfusion_fast, name).__name__ for name in transfusion_fast.__all__] == transfusion_fast.__all__

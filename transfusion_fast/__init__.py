@@ -20,7 +20,7 @@ _MODULES = {
     "ImageSettings": "sampling.settings",
     "Losses": "model.loss",
     "ModelConfig": "config",
-    "PackedBatch": "model.sequence",
+    "PackedBatch": "model.packed_batch",
     "TextSettings": "sampling.settings",
     "Transfusion": "sampling.decoder",
     "Vocabulary": "model.sequence",

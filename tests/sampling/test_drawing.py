@@ -80,7 +80,7 @@ def test_text_alone_begins_no_image_and_ends_where_text_ends():
     model = chain({BOS: {BOI: 1.0, 3: 0.9}, 3: {BOI1: 1.0, 4: 0.9}, 4: 5, 5: 11})
     texts = generate_text(model, [[], [ids(4)]], text=TextSettings(max_tokens=9))
     assert [text.tolist() for text in texts] == [[3, 4, 5], [5]]
-    [none] = generate_text(model, [[ids(5)]])
+    [none] = model.generate_text([[ids(5)]])
     assert none.dtype == torch.int64 and none.tolist() == []
 
 

@@ -85,8 +85,13 @@ class Transfusion(nn.Module):
         InputError: an unknown setting, or a value out of its range.
     """
 
+    # sampling/decoder.py, which builds on the model, binds these methods.
     sample: Callable[..., list[Any]]
-    """Continue prompts with text and images; `sampling/decoder.py`, which builds on the model, binds this method."""
+    """Continue prompts with text and images."""
+    generate_text: Callable[..., list[Tensor]]
+    """Continue prompts with text alone."""
+    generate_images: Callable[..., Tensor]
+    """Draw images after prompts."""
 
     def __init__(
         self,

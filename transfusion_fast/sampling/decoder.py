@@ -366,4 +366,4 @@ class _Decoding:
         return logits
 
 
-Transfusion.sample = sample
+Transfusion.sample, Transfusion.generate_text, Transfusion.generate_images = sample, generate_text, generate_images
