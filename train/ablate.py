@@ -6,8 +6,8 @@ A run is train/prepare.py, `deepspeed train/pretrain.py` and train/evaluate.py, 
 whose steps take more than 1.1 times the baseline's is run again with fewer steps, which take as long as the
 baseline's. The same command resumes after an interruption at any moment: it goes on with the runs in progress, and
 repeats none that has finished with the same settings. A run that failed does not stop the others, and is tried again
-by the next command. At its end, also when it is cut off, it writes OUT/ablations.md, .csv and .png; with --hours 0 it
-does nothing else.
+by the next command. At its end, also when it is cut off, it writes OUT/ablations.md, .csv and .png, of the named
+comparisons and the others that have been run; with --hours 0 it does nothing else.
 
 Exit status: 0 if all runs are finished, 1 if one failed, 2 for bad input, 5 if cut off.
 """
@@ -165,6 +165,11 @@ class Harness:
         variants = {label: variant for label, variant in comparison.variants.items() if kept(label, variant[1])}
         return replace(comparison, variants=variants)
 
+    def _has_variant(self, comparison: Comparison) -> bool:
+        """Return whether a run of a variant has begun, so that the comparison is shown though it was not chosen."""
+        variants = [settings for _, settings in comparison.variants.values()]
+        return any(run.state for settings in variants for run in self._seeds(comparison.data, settings))
+
     def _seeds(self, data: str, settings: str) -> list[Run]:
         return [self.run(data, settings, seed) for seed in range(self.seeds)]
 
@@ -203,7 +208,8 @@ class Harness:
             self._finish(equal_steps, lock)
             runs = self.runs([self.with_equal_time(comparison) for comparison in chosen])
             self._finish([run for run in runs if run not in equal_steps], lock)
-            compared = [self._begun(self.with_equal_time(comparison), comparison) for comparison in COMPARISONS]
+            shown = [comparison for comparison in COMPARISONS if comparison in chosen or self._has_variant(comparison)]
+            compared = [self._begun(self.with_equal_time(comparison), comparison) for comparison in shown]
             variants = [(c, label, settings) for c in compared for label, settings in c.settings.items()]
             rows = {(c.name, label): [run.row() for run in self._seeds(c.data, own)] for c, label, own in variants}
             write_tables(self.out, compared, rows)

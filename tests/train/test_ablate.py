@@ -171,6 +171,10 @@ def test_a_slow_variant_is_run_again_with_the_steps_that_take_the_time_of_its_ba
     assert ended(start("timesteps", "--seeds", "2", "--hours", "0"))[0] == 5
     page = (tmp_path / "out" / "ablations.md").read_text()
     assert "| adaLN-zero |" in page and "75 steps" not in page, "runs that have not begun are not in the table"
+    assert "| attention |" not in page and "| process |" not in page
+    assert ended(start("attention", "--seeds", "2", "--hours", "0"))[0] == 5
+    page = (tmp_path / "out" / "ablations.md").read_text()
+    assert "| attention | causal |" in page and "| adaLN-zero |" in page and "| process |" not in page
 
 
 @pytest.mark.parametrize(
