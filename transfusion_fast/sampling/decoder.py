@@ -165,9 +165,9 @@ def generate_images(
     given = check_given(shape, noise, start, keep)
     numbers = check_numbers(seed, range(len(prompts)) if prompt_numbers is None else prompt_numbers, len(prompts))
     repeated = [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
+    repeated_prompts, repeated_numbers = [prompts[i] for i in repeated], [numbers[i] for i in repeated]
     with _evaluating(model):
-        own = [prompts[i] for i in repeated], sizes, None, image, negative, seed, [numbers[i] for i in repeated]
-        decoding = _Decoding(model, *own)
+        decoding = _Decoding(model, repeated_prompts, sizes, None, image, negative, seed, repeated_numbers)
         decoding.on_images = on_images
         decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(repeated))
         for stream in decoding.streams:
@@ -240,14 +240,7 @@ class _Decoding:
         self.cache, hidden = self.engine.prefill([contexts[i] for i in order], 1 + self.text.max_tokens)
         logits = self._logits(hidden)
         self.streams = [
-            _Stream(
-                slot,
-                i,
-                numbers[i],
-                text_generator(seed, numbers[i]),
-                contexts[i],
-                logits[slot],
-            )
+            _Stream(slot, i, numbers[i], text_generator(seed, numbers[i]), contexts[i], logits[slot])
             for slot, i in enumerate(order)
         ]
         self.used = self._text_ids() if self.text.repetition_penalty != 1 else None
