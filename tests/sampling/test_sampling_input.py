@@ -1,6 +1,7 @@
 """Prompts and settings that do not fit are refused in one line."""
 
 import pytest
+import torch
 from chain_models import BOI1, GRIDS, chain, make
 from small_models import ids
 
@@ -20,6 +21,10 @@ from transfusion_fast.sampling.settings import ImageSettings, TextSettings
         ([[ids(2)]], {"grids": [(2, 2), (3,)]}, r"must be 2 integers of at least 1 for modality 1, got \(3,\)"),
         ([[ids(2)]], {"grids": [(2, 2), (1.5, 2)]}, r"must be 2 integers of at least 1 for modality 1, got \(1.5, 2\)"),
         ([[ids(2)]], {"grids": [(2, 2), 2]}, "must be 2 integers of at least 1 for modality 1, got 2"),
+        ([[]], {"begin": 2}, r"modality must be an integer in \[0, 2\), got 2"),
+        ([[]], {"begin": 0, "grids": None}, "size of what is drawn must be given for modality 0, which has no shape"),
+        ([[]], {"noise": [None]}, "noise must have a tensor or None for each of 2 modalities, got 1"),
+        ([[]], {"noise": [None, torch.zeros(3, 6)]}, r"noise must be .* of shape \(1, 3, 6\), got .* \(3, 6\)"),
         ([], {}, "prompts must be a list of one or more documents, got none"),
         (ids(1, 2), {}, "prompts must be a list of one or more documents, got Tensor"),
         ([ids(1, 2)], {}, "document 0 must be a list of pieces, got Tensor; give a list"),

@@ -18,6 +18,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Document, Piece, check_document
 from transfusion_fast.model.sequence import TEXT
 from transfusion_fast.model.transfusion import Transfusion
+from transfusion_fast.sampling.checks import check_prompts, drawn_size, for_each_modality, known_size
 from transfusion_fast.sampling.drawing import Drawer, Given, check_given
 from transfusion_fast.sampling.engine import ROWS, Branch, Context, Engine, Grid
 from transfusion_fast.sampling.generators import check_numbers, image_generator, text_generator
@@ -58,8 +59,10 @@ def sample(
     model: Transfusion,
     prompts: Sequence[Document],
     *,
-    grids: Sequence[Grid] | None = None,
+    grids: Sequence[Grid | None] | None = None,
     max_images: int = 1,
+    begin: int | None = None,
+    noise: Sequence[Tensor | None] | None = None,
     text: TextSettings | None = None,
     image: ImageSettings | None = None,
     negative: Document | None = None,
@@ -74,6 +77,9 @@ def sample(
         prompts: documents as for training, [ids, latents, (modality, latents), ...]; may be empty.
         grids: for each modality the size in patches of what is drawn, (rows, columns) of an image; default: its
             `shape`. The model does not begin what has neither, unless `max_images` is 0, which ends at any <boi>.
+        begin: the modality of an image that each continuation begins with, whether or not the model would.
+        noise: for each modality the noise, fp32 [rows, columns, C], that all its images begin with, in place of that of
+            the seed; None is that of the seed.
         text, image: how text is chosen, and images are drawn.
         negative: a document in place of the empty context of guidance.
         seed: of text and noise, together with the `prompt_numbers`; default: 0, 1, ... in the order of the prompts.
@@ -90,15 +96,18 @@ def sample(
     """
     if not is_integer(max_images) or max_images < 0:
         raise InputError(f"max_images must be an integer from 0 on, got {max_images!r}; 0 draws none")
-    given = [None] * len(model.codecs) if grids is None else grids
-    if len(given) != len(model.codecs):
-        raise InputError(f"grids must have a size for each of {len(model.codecs)} modalities, got {len(given)}")
-    sizes = [_size(model, modality, grid) for modality, grid in enumerate(given)]
+    sizes = [drawn_size(model, m, grid) for m, grid in enumerate(for_each_modality(model, grids, "grids", "a size"))]
+    if begin is not None:
+        known_size(model, begin, sizes[begin] if begin in range(len(sizes)) else None)
+    given = for_each_modality(model, noise, "noise", "a tensor or None")
+    for modality, (own, size) in enumerate(zip(given, sizes, strict=True)):
+        if own is not None:
+            check_given((*known_size(model, modality, size), model.config.dim_latent[modality]), own, None, None)
     with _evaluating(model):
         unavailable = [m for m, size in enumerate(sizes) if size is None and max_images > 0]
         decoding = _Decoding(model, prompts, sizes, text, image, negative, seed, prompt_numbers, unavailable)
-        decoding.on_token, decoding.on_images = on_token, on_images
-        return decoding.run(max_images)
+        decoding.on_token, decoding.on_images, decoding.noise = on_token, on_images, given
+        return decoding.run(max_images, begin)
 
 
 @torch.no_grad()
@@ -151,16 +160,12 @@ def generate_images(
             fit (inpainting).
         The others are those of `sample`. `noise`, `start` and `keep` have the shape that is returned.
     """
-    if not is_integer(modality) or not 0 <= modality < len(model.codecs):
-        raise InputError(f"the modality must be an integer in [0, {len(model.codecs)}), got {modality}; correct it")
+    size = known_size(model, modality, grid)
     if not is_integer(images_per_prompt) or images_per_prompt < 1:
         raise InputError(f"images_per_prompt must be an integer of at least 1, got {images_per_prompt!r}; correct it")
     sizes: list[Grid | None] = [None] * len(model.codecs)
-    sizes[modality] = size = _size(model, modality, grid)
-    if size is None:
-        rule = f"the size of what is drawn must be given for modality {modality}, which has no shape"
-        raise InputError(f"{rule}, got none; give grid")
-    _check_prompts(prompts)
+    sizes[modality] = size
+    check_prompts(prompts)
     shape = (images_per_prompt * len(prompts), *size, model.config.dim_latent[modality])
     given = check_given(shape, noise, start, keep)
     numbers = check_numbers(seed, range(len(prompts)) if prompt_numbers is None else prompt_numbers, len(prompts))
@@ -189,31 +194,12 @@ def _evaluating(model: Transfusion) -> Iterator[None]:
             module.training = True
 
 
-def _size(model: Transfusion, modality: int, grid: Grid | None) -> Grid | None:
-    """Return the size in patches that is drawn of a modality, None if none is known; refuse a wrong one."""
-    config = model.config.modalities[modality]
-    grid = config.shape if grid is None else grid
-    if grid is None:
-        return () if config.dims == 0 else None
-    fits = isinstance(grid, Sequence) and len(grid) == config.dims and all(is_integer(n) and n >= 1 for n in grid)
-    if not fits:
-        rule = f"the size of what is drawn must be {config.dims} integers of at least 1 for modality {modality}"
-        raise InputError(f"{rule}, got {grid}; correct it")
-    return tuple(grid)
-
-
-def _check_prompts(prompts: Sequence[Document]) -> None:
-    """Raise InputError unless there is a list of prompts."""
-    if not isinstance(prompts, Sequence) or not prompts:
-        got = "none" if isinstance(prompts, Sequence) else type(prompts).__name__
-        raise InputError(f"prompts must be a list of one or more documents, got {got}; [] is a document")
-
-
 class _Decoding:
     """The decoding of a batch of prompts."""
 
     on_token: OnToken | None = None
     on_images: OnImages | None = None
+    noise: Sequence[Tensor | None] | None = None
 
     def __init__(
         self,
@@ -227,7 +213,7 @@ class _Decoding:
         numbers: Sequence[int] | None,
         unavailable: Sequence[int] = (),  # modalities that text cannot begin
     ):
-        _check_prompts(prompts)
+        check_prompts(prompts)
         self.model, self.sizes, self.seed, self.unavailable = model, sizes, seed, unavailable
         self.text = text or TextSettings()
         self.engine = Engine(model)
@@ -245,23 +231,29 @@ class _Decoding:
         ]
         self.used = self._text_ids() if self.text.repetition_penalty != 1 else None
 
-    def run(self, max_images: int) -> list[list[Piece]]:
-        """Decode all streams to their ends."""
+    def run(self, max_images: int, begin: int | None = None) -> list[list[Piece]]:
+        """Decode all streams to their ends; each begins with an image of the modality `begin` if there is one."""
+        begun = {} if begin is None else {stream.slot: begin for stream in self.streams}
+        if begin is not None:
+            self.write(self.streams, [self.model.vocabulary.boi(begin)] * len(self.streams))
         while active := [s for s in self.streams if not s.done]:
-            begun = self._write_text(active)
+            begun = begun or self._write_text(active)
             for modality in sorted(set(begun.values())):
                 drawing = [s for s in active if begun.get(s.slot) == modality]
                 for stream in drawing:
                     stream.done = stream.num_drawn >= max_images
                 drawing = [s for s in drawing if not s.done]
                 if drawing:
-                    drawn = self.draw(drawing, modality, Given())
+                    noise = self.noise[modality] if self.noise else None
+                    given = Given(noise=None if noise is None else noise.expand(len(drawing), *noise.shape))
+                    drawn = self.draw(drawing, modality, given)
                     for stream, latents in zip(drawing, self.model.decoded(drawn, modality), strict=True):
                         stream.produced.append(latents if modality == 0 else (modality, latents))
                     self.engine.start_image([self._branch(drawing)], modality, drawn.shape[1:-1]).finish(drawn)
                     for stream, latents in zip(drawing, drawn, strict=True):
                         stream.context.append_image(modality, latents)
                     self.write(drawing, [self.model.vocabulary.eoi(modality)] * len(drawing))
+            begun = {}
         return [stream.produced for stream in sorted(self.streams, key=lambda stream: stream.index)]
 
     def write(self, streams: Sequence[_Stream], tokens: Sequence[int]) -> None:
