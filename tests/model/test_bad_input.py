@@ -79,8 +79,12 @@ REFUSED = {
         piece(ids(3, -1, 20)),
         f"{PIECE}: text ids must lie in [0, 16), got -1; special tokens are added, do not give them",
     ),
-    "NaN": (piece(X * torch.nan), f"{PIECE}: latents must be finite, got NaN or infinity; check the encoder"),
-    "infinity": (piece(X / 0), f"{PIECE}: latents must be finite, got NaN or infinity; check the encoder"),
+    "NaN": (piece(X * torch.nan), f"{PIECE}: latents must be finite in fp32, got NaN or infinity; check the encoder"),
+    "a value beyond fp32": (
+        piece(torch.full((2, 4), 1e300, dtype=torch.float64)),
+        f"{PIECE}: latents must be finite in fp32, got NaN or infinity; check the encoder",
+    ),
+    "infinity": (piece(X / 0), f"{PIECE}: latents must be finite in fp32, got NaN or infinity; check the encoder"),
     "integer latents": (
         piece((0, ids(1))),
         f"{PIECE}: a modality tensor must be floating point, got torch.int64; call its float()",
@@ -116,7 +120,17 @@ REFUSED = {
     ),
     "a weight around all": (
         call(Weighted([ids(1)], 2.0)),
-        "documents must be a list of documents, got one Weighted; put it into a list",
+        "documents must be a list of documents, got Weighted; give a list",
+    ),
+    "a document alone": (call([ids(1), X]), "document 0 must be a list of pieces, got Tensor; give a list"),
+    "a number": (call([5]), "document 0 must be a list of pieces, got int; give a list"),
+    "a text": (call(["one"]), "document 0 must be a list of pieces, got str; give a list"),
+    "no documents": (call(None), "documents must be a list of documents, got NoneType; give a list"),
+    "an iterator": (call(iter([[X]])), "documents must be a list of documents, got list_iterator; give a list"),
+    "a batch for another model": (
+        lambda: Transfusion(**SMALL, dim_latent=4)(batch()),
+        "a PackedBatch must have modalities of (4,) channels, as this model, got (4, 6); "
+        "make it with this model's config",
     ),
     "a row alone": (
         call(ROWS[0]),
@@ -201,7 +215,7 @@ REFUSED = {
     ),
     "NaN in a row": (
         rows(ROWS, [[], [X * torch.nan]], SPAN),
-        f"{SECOND}: latents must be finite, got NaN or infinity; check the encoder",
+        f"{SECOND}: latents must be finite in fp32, got NaN or infinity; check the encoder",
     ),
     "a doubtful shape in a row": (
         rows(ROWS.repeat(1, 2), [[], [latents(4, 3, 4)]], [[], [(0, 12)]]),

@@ -114,15 +114,29 @@ def test_the_share_of_images_without_context_is_that_of_the_setting():
     assert len(batch.layout.document_offsets) - 501 == pytest.approx(300, abs=45)  # three standard deviations
 
 
+def test_conditions_are_dropped_at_any_timestep():
+    documents = [[ids(1), latents(1, 4)]] * 400
+    kept, dropped = (packed(*documents, prob_uncond=p) for p in (0.0, 0.3))
+    assert torch.equal(kept.modalities[0].timesteps, dropped.modalities[0].timesteps)
+    alone = torch.isin(dropped.modalities[0].sequence_index - 1, dropped.layout.document_offsets)  # <boi> begins one
+    times = dropped.modalities[0].timesteps[alone]
+    assert 80 < len(times) < 160 and times.mean().item() == pytest.approx(500, abs=90)  # three standard deviations
+
+
+@pytest.mark.parametrize("copies", [0, 2])
 @pytest.mark.parametrize("diffusion", [{}, {"process": "flow"}, {"prediction": "v"}], ids=str)
-def test_gradients_reach_the_encoder_of_latents(diffusion):
-    """Through the noisy input, and through a target that holds the latents."""
+def test_gradients_reach_the_encoder_of_latents(diffusion, copies):
+    """Through the noisy input or the clean one beside copies, and through a target that holds the latents."""
     torch.manual_seed(0)
     model = Transfusion(**SMALL, dim_latent=4, diffusion=diffusion)
     given = A.double().requires_grad_()
-    [gradient] = torch.autograd.grad(model([[ids(1), given]], generator=seeded(), prob_uncond=0), given)
+
+    def loss(latents):
+        return model([[ids(1), latents, ids(2)]], generator=seeded(), prob_uncond=0, noised_copies=copies)
+
+    [gradient] = torch.autograd.grad(loss(given), given)
     step = 1e-2 * gradient / gradient.norm()
-    up, down = (model([[ids(1), given + sign * step]], generator=seeded(), prob_uncond=0) for sign in (1, -1))
+    up, down = (loss(given + sign * step) for sign in (1, -1))
     assert ((up - down) / 2e-2).item() == pytest.approx(gradient.norm().item(), rel=1e-2)
 
 

@@ -166,6 +166,9 @@ def test_the_first_copy_from_python_draws_what_an_image_noised_in_place_does(mod
     )
     assert one.modalities[0].timesteps.max() == 1 and copied.modalities[0].timesteps.max() > 900
     assert len(copied.modalities[0].timesteps) == 3 * 40 and copied.num_images == 80
+    times, noise = copied.modalities[0].timesteps[:80], copied.modalities[0].noise
+    assert times.unique().numel() > 60, "each copy has a timestep of its own"
+    assert noise.unique(dim=0).shape == noise.shape, "and noise of its own"
     total = model(documents, generator=seeded(), noised_copies=2)
     torch.testing.assert_close(
         total, model(pack_documents(documents, model.config, Randomness(seeded(), noised_copies=2))).total

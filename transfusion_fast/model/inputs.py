@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import index
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
+from transfusion_fast.model.loss import MAX_WEIGHT, check_weight
 from transfusion_fast.model.packed_batch import PackedBatch, build_batch
 from transfusion_fast.model.sequence import (
     TEXT,
@@ -32,9 +33,6 @@ from transfusion_fast.model.sequence import (
     patch_mask,
     without_context,
 )
-
-MAX_WEIGHT = 1e6
-"""Largest weight of a loss."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +83,20 @@ class Randomness:
             raise ValueError(f"noised_copies must be an integer from 0 on, got {copies!r}; 0 noises images in place")
 
 
-def check_weight(weight: object, what: str) -> float:
-    """Return a weight of a loss; raise ValueError naming `what` unless it is a number in its range."""
-    number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
-    if not number or not 0 <= cast(float, weight) <= MAX_WEIGHT:
-        raise ValueError(f"weight of {what} must be a number in 0..{MAX_WEIGHT:.0f}, got {weight!r:.60}; 0 is no loss")
-    return float(cast(float, weight))
-
-
 def check_document(document: object, config: ModelConfig, name: str = "document 0") -> list[Segment]:
     """Return the pieces of a document with their kinds.
 
     Raises:
         ValueError: naming the document by its `name`, and the piece whose type, dtype, shape or values do not fit.
     """
-    if isinstance(document, str) or not isinstance(document, Sequence):
-        raise ValueError(f"{name} must be a list of pieces, got {type(document).__name__}; give a list")
-    return [_check_piece(piece, f"{name}, piece {i}", config) for i, piece in enumerate(document)]
+    pieces = _a_list(document, f"{name} must be a list of pieces")
+    return [_check_piece(piece, f"{name}, piece {i}", config) for i, piece in enumerate(pieces)]
+
+
+def _a_list(value: object, rule: str) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{rule}, got {type(value).__name__}; give a list")
+    return value
 
 
 @torch.compiler.disable
@@ -163,13 +158,12 @@ def pack_documents(
 
 def _without_weights(documents: Sequence[TrainingDocument]) -> tuple[list[list[Any]], list[float]]:
     """Return the pieces of each document, and the weight of each piece of all documents, one after another."""
-    if isinstance(documents, Weighted):
-        raise ValueError("documents must be a list of documents, got one Weighted; put it into a list")
     plain, weights = [], []
-    for i, document in enumerate(documents):
+    for i, document in enumerate(_a_list(documents, "documents must be a list of documents")):
         around = 1.0
         if isinstance(document, Weighted):
             document, around = document.content, check_weight(document.weight, f"document {i}")
+        _a_list(document, f"document {i} must be a list of pieces")
         plain.append([piece.content if isinstance(piece, Weighted) else piece for piece in document])
         for j, piece in enumerate(document):
             own = check_weight(piece.weight, f"document {i}, piece {j}") if isinstance(piece, Weighted) else 1.0
@@ -360,8 +354,8 @@ def _check_image(latents: Tensor, modality: int, what: str, config: ModelConfig)
         rows = f"[patches, {width}] or " if settings.dims == 2 else ""
         rule = f"latents of modality {modality} must be {rows}[{grid}], not empty"
         raise ValueError(f"{what}: {rule}, got {shape}; reshape them")
-    if not latents.isfinite().all():
-        raise ValueError(f"{what}: latents must be finite, got NaN or infinity; check the encoder")
+    if not latents.float().isfinite().all():
+        raise ValueError(f"{what}: latents must be finite in fp32, got NaN or infinity; check the encoder")
     return channels_last
 
 

@@ -213,6 +213,9 @@ class Transfusion(nn.Module):
             if generator is not None or (noise_cap, prob_uncond, noised_copies) != (NOISE_CAP, PROB_UNCOND, 0):
                 rule = "generator, noise_cap, prob_uncond and noised_copies must come with documents or rows"
                 raise ValueError(f"{rule}, got a PackedBatch, which has its noise; leave them out")
+            if (widths := tuple(x.latents.shape[1] for x in batch.modalities)) != self.config.dim_latent:
+                rule = f"a PackedBatch must have modalities of {self.config.dim_latent} channels, as this model"
+                raise ValueError(f"{rule}, got {widths}; make it with this model's config")
             return super().__call__(batch, counts)
         if counts is not None:
             raise ValueError("counts must come with a PackedBatch, got documents or rows; leave them out")

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
-from transfusion_fast.model.inputs import Weighted, check_weight
+from transfusion_fast.model.inputs import Weighted
+from transfusion_fast.model.loss import check_weight
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, parse_json
 from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
