@@ -50,6 +50,8 @@ setup(
         "vae": ["diffusers>=0.30"],
         # Images as a vision encoder's features.
         "encoder": ["transformers>=4.45"],
+        # BLEU of captions.
+        "evaluation": ["sacrebleu>=2.4"],
         # The kernels. Nothing in it compiles while it is installed.
         "gpu": ["triton>=3.6"],
         # A baseline of the benchmarks, which compiles for long where there is no wheel for the machine.
@@ -71,6 +73,7 @@ setup(
             "matplotlib>=3.8",
             "pandas>=2.2",
             "pyarrow>=17.0",
+            "sacrebleu>=2.4",
             "scikit-learn>=1.4",
             "tensorboard>=2.17",
             "tokenizers>=0.20",

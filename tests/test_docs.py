@@ -129,6 +129,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., A
     (folder / "articles" / "a.jsonl").write_text(json.dumps({"content": ["a cat", {"image": "cat.png"}]}))
     for name in ("picture.png", "mask.png"):
         (folder / name).write_bytes(png)
+    (folder / "prompts.jsonl").write_text('{"prompt": "one", "tag": "digit"}')
+    (folder / "my_judge.py").write_text(blocks("docs/sampling.md", "python")[0])
     block = blocks("docs/train.md", "yaml")[0]
     (folder / "config.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +209,8 @@ def test_files_settings_options_and_functions_that_a_page_names_exist(page: str)
 def test_the_library_and_its_commands_need_no_optional_package(workspace: Path) -> None:
     script = f"""
 import runpy, sys
-for name in ("matplotlib", "sklearn", "pandas", "tokenizers", "pyarrow", "diffusers", "tensorboard", "triton"):
+for name in ("matplotlib", "sklearn", "pandas", "tokenizers", "pyarrow", "diffusers", "transformers",
+             "sacrebleu", "tensorboard", "triton"):
     sys.modules[name] = None
 import transfusion_fast
 transfusion_fast.Transfusion

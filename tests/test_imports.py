@@ -146,7 +146,7 @@ def test_setup_lists_every_package_and_what_only_some_users_need_in_extras() -> 
     packages = {group: {re.split("[>=<]", line)[0] for line in lines} for group, lines in groups.items()}
     assert packages["gpu"] == {"triton"}  # which has wheels: nothing compiles
     assert packages["flash-attn"] == {"flash-attn"}
-    for extra in ("examples", "data", "vae", "encoder", "bench", "tensorboard"):
+    for extra in ("examples", "data", "vae", "encoder", "evaluation", "bench", "tensorboard"):
         assert packages[extra] <= packages["test"], f"tests use the extra {extra}"
     needed = packages.pop("needed")
     assert not needed & set().union(*packages.values())

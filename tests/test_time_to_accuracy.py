@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transfusion_fast.errors import InputError
-from transfusion_fast.sampling.evaluation import Captioned
+from transfusion_fast.sampling.subject import Captioned
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ with a checkpoint of its own. Drawings that exist are not repeated.
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -44,7 +45,10 @@ def main() -> None:
 
 def _draw(options: argparse.Namespace, checkpoint: str) -> None:
     command = runpy.run_path("train/evaluate.py")
-    evaluation = sys.modules[command["evaluate"].__module__]
+    evaluation = vars(sys.modules[command["evaluate"].__module__])
+    if "generate_images" not in evaluation:  # revisions whose evaluation draws by another file
+        evaluation = vars(importlib.import_module("transfusion_fast.sampling.decoder"))
+    to_pixels = importlib.import_module("transfusion_fast.data.images").latents_to_pixels
     if "open_model" in command:
         model = command["open_model"](options.run, checkpoint)
     else:  # revisions without exports of runs
@@ -52,11 +56,11 @@ def _draw(options: argparse.Namespace, checkpoint: str) -> None:
     data = command["read_data_description"](options.run)
     image = command["ImageSettings"](steps=options.steps, eta=options.eta, clip=1.0)
     prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in WORDS for _ in range(options.each)]
-    draw = evaluation.generate_images
+    draw = evaluation["generate_images"]
     keyed = "seed" in inspect.signature(draw).parameters  # earlier revisions draw noise from a generator
     noise = {"seed": 0} if keyed else {"generator": torch.Generator().manual_seed(0)}
     latents = draw(model, prompts, data.grid(0), image=image, **noise)
-    pixels = evaluation.latents_to_pixels(latents.numpy(), data.modalities[0].patch_size)
+    pixels = to_pixels(latents.numpy(), data.modalities[0].patch_size)
     drawing = _drawing(options.out, checkpoint)
     staged = drawing.with_suffix(".tmp")
     with staged.open("wb") as file:

@@ -40,8 +40,8 @@ from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.files import write_atomically
 from transfusion_fast.prepare.examples.digits import DIGIT_WORDS
-from transfusion_fast.sampling.evaluation import Captioned, read_captioned
 from transfusion_fast.sampling.frechet import flat_pixels
+from transfusion_fast.sampling.subject import Captioned, read_captioned
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAW = ROOT / "tools" / "draw_digits.py"

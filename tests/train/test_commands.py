@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from image_files import png_with_header
-from launching import free_port, train, write_packs
+from launching import free_port, train
 from PIL import Image
 
 from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.data.loader import open_data
-from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
@@ -166,11 +165,12 @@ def test_a_text_stops_where_one_of_the_given_ones_has_just_appeared(stop, text, 
 def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run: Path, command, monkeypatch) -> None:
     measured, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **o: (measured.append((*a, o)), evaluate(*a, **o))[1])
-    options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--checkpoint", "step-00000001")
+    options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--sampler", "ddim")
+    options += ("--checkpoint", "step-00000001")
     assert command("evaluate", run, *options)[0] == 0
-    [(model, *_, settings)] = measured
-    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5)
-    assert torch.equal(model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
+    [(subject, *_, settings)] = measured
+    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5, sampler="ddim")
+    assert torch.equal(subject.model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
 
 
 def test_evaluate_prints_the_figures_that_it_writes(run: Path, command) -> None:
@@ -248,7 +248,15 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample damaged --prompt one --out x.png", "is damaged (rank-00000.safetensors: not as manifest.json says)"),
         ("evaluate nowhere", "nowhere: is not a run folder"),
         ("evaluate RUN --data nowhere", "evaluation needs a folder with train/ and heldout/"),
-        ("evaluate RUN --data stories", "documents of one image and its caption"),
+        ("evaluate RUN --data other", "modalities of other must be that of the run"),
+        ("evaluate RUN --prompts p.jsonl", "--prompts and --judge must be given together"),
+        ("evaluate RUN --prompts prompts.jsonl --judge builtins:len", "line 2 of prompts.jsonl must be a JSON object"),
+        (
+            "evaluate RUN --prompts good.jsonl --judge nowhere:judge",
+            "--judge must be MODULE:FUNCTION, got nowhere:judge",
+        ),
+        ("evaluate RUN --prompts good.jsonl --judge math:pi", "--judge must be a function, got math:pi, float"),
+        ("evaluate RUN --clip mine", "CLIP model mine must be readable"),
         ("evaluate RUN --each 0", "--each must be at least 1, got 0"),
         ("plot . --overview", "is not a run folder"),
         ("plot RUN nowhere --out x.png", "nowhere: is not a run folder with logged steps (no rows in metrics.jsonl)"),
@@ -302,8 +310,10 @@ def _write_bad_input(folder: Path, run: Path, data: Path) -> None:
         shutil.copytree(data, folder / name)
     index = json.loads((data / "index.json").read_text())
     (folder / "future" / "index.json").write_text(json.dumps({**index, "version": 99}))
+    (folder / "other").mkdir()
+    larger = [{**modality, "patch_size": 4} for modality in index["modalities"]]
+    (folder / "other" / "index.json").write_text(json.dumps({**index, "modalities": larger}))
     shard = folder / "cut" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-100])
-    text, image = TextSegment(ByteTokenizer().encode("one")), ImageSegment(np.zeros((8, 8, 1), np.uint8))
-    for split in ("train", "heldout"):
-        write_packs(folder / "stories" / split, [(text, image, text)], 128)
+    (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n["two"]\n')
+    (folder / "good.jsonl").write_text('{"prompt": "one"}\n')

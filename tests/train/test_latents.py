@@ -63,6 +63,24 @@ def test_a_run_on_latents_trains_draws_and_captions_through_its_autoencoder(fold
     assert code == 0 and out.startswith(f"{file}: ")
 
 
+def test_evaluation_of_latents_measures_pictures_through_the_autoencoder_and_captions_without_it(
+    folder, run, tmp_path, command
+):
+    options = ("--data", folder / "data", "--each", 1, "--steps", 1, "--out", tmp_path / "samples.png")
+    reports = []
+    for vae in ((), ("--vae", folder / "vae")):
+        code, out, _ = command("evaluate", run, *options, *vae, "--encoder", folder / "vit")
+        assert code == 0
+        reports.append(json.loads((run / "evaluation.json").read_text()))
+        assert ("latents need --vae" in out, (tmp_path / "samples.png").exists()) == (not vae, bool(vae))
+    without, drawn = reports
+    assert without["frechet_distance"] is None and "--vae" in without["not_measured"]["frechet_distance"]
+    assert (without["num_generated"], drawn["num_generated"], drawn["num_captioned"]) == (0, 24, 24)
+    assert without["caption_accuracy"] == drawn["caption_accuracy"] is not None
+    assert without["validation"] == drawn["validation"] and drawn["validation"]["diffusion_loss"] > 0
+    assert drawn["not_measured"]["frechet_distance"].startswith("it needs 32 images of each kind, got 24 drawn, 24")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -70,16 +88,14 @@ def test_a_run_on_latents_trains_draws_and_captions_through_its_autoencoder(fold
         ("sample RUN --caption a.png", "give the autoencoder of its data"),
         ("sample RUN --prompt a --vae OTHER", "other; give the folder that its data was prepared"),
         ("sample RUN --prompt a --vae nowhere", "nowhere must be a folder with config.json"),
-        ("evaluate RUN --data PARENT", "evaluation needs captioned pixel images of one size"),
+        ("evaluate RUN --data DATA --vae OTHER", "other; give the folder that its data was prepared"),
     ],
 )
 def test_a_missing_or_other_autoencoder_is_named_in_one_line(
     folder, run, tmp_path, monkeypatch, command, options, complaint
 ):
     monkeypatch.chdir(tmp_path)
-    for split in ("train", "heldout"):
-        (tmp_path / split).symlink_to(folder / "data")
-    named = {"RUN": run, "OTHER": folder / "other", "PARENT": tmp_path}
+    named = {"RUN": run, "OTHER": folder / "other", "DATA": folder / "data"}
     code, _, err = command(*(named.get(option, option) for option in options.split()))
     assert code == 2 and complaint in err and err.count("\n") == 1
 

@@ -154,8 +154,13 @@ def open_heldout(config: Config, mixture: Mixture) -> tuple[Mixture, list[int]]:
             raise InputError(f"data.heldout must be other data than data.path, got {heldout}; give another, or a share")
         if heldout.modalities and not mixture.modalities:
             raise InputError(f"data.heldout must be text alone, as {mixture} is, got images in {heldout}; give another")
-    count = min(config.train.validate_packs, len(packs))
-    return heldout, [packs[i * len(packs) // count] for i in range(count)]
+    return heldout, spread(packs, config.train.validate_packs)
+
+
+def spread(packs: Sequence[int], most: int) -> list[int]:
+    """Return at most that many of the packs, spread over all of them."""
+    count = min(most, len(packs))
+    return [packs[i * len(packs) // count] for i in range(count)]
 
 
 def _cache(config: Config) -> ShardCache:

@@ -1,181 +1,290 @@
-"""The quality of a model of captioned images, measured on data that training did not see.
+"""The quality of a model, measured on documents that training did not see, and on what it draws for their captions.
 
-Four figures: the fraction of generated images that a classifier, fitted to training images, assigns to their prompt;
-the Frechet distance between generated and held-out images; the fraction of held-out images that get exactly their
-caption; and the perplexity of held-out text.
+What cannot be measured is None in the report, which has the reason.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
-import torch
 
-from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
-from transfusion_fast.data.pack import ImageSegment, TextSegment
-from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.tokenizer import Tokenizer
+from transfusion_fast.data.vision_encoder import VisionEncoder
 from transfusion_fast.errors import InputError, optional_module
-from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.sampling.decoder import generate_images, sample
-from transfusion_fast.sampling.frechet import MIN_IMAGES, ImageFeatures, flat_pixels, frechet_distance
+from transfusion_fast.sampling.clip import Clip
+from transfusion_fast.sampling.frechet import (
+    FEATURES,
+    ImageFeatures,
+    encoder_features,
+    fixed_order,
+    flat_pixels,
+    frechet_distance,
+)
+from transfusion_fast.sampling.pictures import Images
 from transfusion_fast.sampling.settings import ImageSettings
+from transfusion_fast.sampling.subject import Captioned, Subject, Unmeasured, require
 
 MAX_FITTED = 10_000
 """Most training images that a classifier is fitted to, since its time grows with the square of their number."""
 MAX_CAPTIONED = 1_000
-"""Most held-out images that are captioned; packs hold images in random order."""
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """Images uint8 [n, height, width, channels] with n captions, and the texts of documents without an image."""
-
-    images: np.ndarray
-    captions: tuple[str, ...]
-    texts: tuple[str, ...]
+"""Most held-out images that are captioned, and most captions that are drawn; packs hold images in random order."""
+MAX_HELDOUT = 10_000
+"""Most held-out images that are compared with drawn ones."""
+MAX_TEXTS = 10_000
+"""Most held-out texts of which the perplexity is measured."""
+MAX_CLASSES = 100
+"""Most different captions of training images that count as classes."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of an evaluation; accuracies are in [0, 1]."""
+    """The results of an evaluation; accuracies are in [0, 1], and None is not measured."""
 
-    generated_accuracy: float
+    generated_accuracy: float | None
     """Fraction of the generated images that the classifier assigns to their prompt."""
-    caption_accuracy: float
+    caption_accuracy: float | None
     """Fraction of the captioned images that get exactly their caption."""
     text_perplexity: float | None
-    """Perplexity per token, <eos> included; None if no held-out document is text alone."""
-    classifier_accuracy: float
+    """Perplexity per token of documents of text alone, <eos> included."""
+    classifier_accuracy: float | None
     """Accuracy of the classifier on held-out real images, which a perfect generator would reach."""
     frechet_distance: float | None
-    """Frechet distance (frechet.py) between the generated and all held-out images; None if there are fewer than
-    MIN_IMAGES of either, or of training images."""
+    """Frechet distance (frechet.py) between the generated and the held-out images."""
     frechet_floor: float | None
     """The same of as many training images, which a perfect generator would reach on average."""
+    caption_bleu: float | None
+    """BLEU of the captions, 0 to 100, by sacrebleu; all captions of the same held-out image are its references."""
+    clip_score: float | None
+    """Mean CLIP score (clip.py) of the generated images with their prompts, 0 to 100."""
+    clip_score_heldout: float | None
+    """The same of the captioned held-out images with their captions."""
     num_generated: int
     num_heldout: int
     """Held-out images."""
     num_captioned: int
     num_texts: int
+    num_others: int
+    """Held-out documents that are neither text nor one image and its caption, of which only losses are measured."""
+    not_measured: Mapping[str, str]
+    """The reason for each figure that is None; CLIP scores that were not asked for are left out."""
     seconds: float
 
 
-def read_captioned(folder: Path, tokenizer: Tokenizer) -> Captioned:
-    """Read all packs of a data folder.
-
-    Raises:
-        InputError: a document is neither text nor one image and its caption, or images are not pixels of one size.
-    """
-    reader = PackReader(folder)
-    images: list[np.ndarray] = []
-    captions: list[str] = []
-    texts: list[str] = []
-    for number in range(len(reader)):
-        for document in reader.read(number).documents(reader.index.modalities):
-            text = "".join(tokenizer.decode(s.ids) for s in document if isinstance(s, TextSegment))
-            own = [s.values for s in document if isinstance(s, ImageSegment)]
-            if own and len(document) != 2:
-                raise InputError(
-                    f"{folder}: evaluation needs documents of one image and its caption, got one of {len(own)} "
-                    f"images in {len(document)} parts; give --data of captioned images"
-                )
-            images.extend(own)
-            (captions if own else texts).append(text)
-    if not images or len({image.shape for image in images}) > 1 or images[0].dtype != np.uint8:
-        raise InputError(f"{folder}: evaluation needs captioned pixel images of one size; give a folder of them")
-    return Captioned(np.stack(images), tuple(captions), tuple(texts))
-
-
 def evaluate(
-    model: Transfusion,
-    tokenizer: Tokenizer,
-    train: Captioned,
+    subject: Subject,
+    train: Captioned | None,
     heldout: Captioned,
     *,
     each: int,
     image: ImageSettings,
-    patch_size: int,
+    encoder: VisionEncoder | None = None,
+    clip: Clip | None = None,
     seed: int = 0,
 ) -> tuple[Report, dict[str, np.ndarray]]:
     """Measure a model.
 
     Args:
-        each: images drawn of every caption of `train`.
+        train: training documents, for the classifier; their captions are drawn if they are at most MAX_CLASSES, and
+            otherwise those of `heldout`.
+        each: images drawn of every caption.
         image: how they are drawn, with noise from `seed`.
+        encoder: its features take the place of those of the classifier in the Frechet distance.
 
     Returns:
         (report, the drawn images of each caption, uint8 [each, height, width, channels]).
     """
     start = time.perf_counter()
-    drawn = _draw_images(model, tokenizer, train, each, image, patch_size, seed)
-    svm = optional_module("sklearn.svm", "examples")
-    classifier = svm.SVC(gamma="scale").fit(flat_pixels(train.images[:MAX_FITTED]), train.captions[:MAX_FITTED])
-    hits = [classifier.predict(flat_pixels(images)) == caption for caption, images in drawn.items()]
-    captions = _caption_images(model, tokenizer, heldout.images[:MAX_CAPTIONED], patch_size)
-    distance, floor = _frechet(np.concatenate([*drawn.values()]), train, heldout.images)
+    heldout = heldout.first(MAX_HELDOUT)
+    if train is not None and subject.autoencoder is not None:
+        train = train.first(MAX_FITTED)  # decoding takes long
+    found = _Figures(subject, train, heldout, each, image, encoder, clip, seed)
+    measures: dict[str, Callable[[], float]] = {
+        "generated_accuracy": found.generated_accuracy,
+        "classifier_accuracy": found.classifier_accuracy,
+        "caption_accuracy": found.caption_accuracy,
+        "caption_bleu": found.caption_bleu,
+        "frechet_distance": found.frechet_distance,
+        "frechet_floor": found.frechet_floor,
+        "text_perplexity": found.text_perplexity,
+    }
+    if clip is not None:
+        measures |= {"clip_score": found.clip_score, "clip_score_heldout": found.clip_score_heldout}
+    figures: dict[str, float | None] = {"clip_score": None, "clip_score_heldout": None}
+    reasons: dict[str, str] = {}
+    for name, measure in measures.items():
+        try:
+            figures[name] = measure()
+        except Unmeasured as reason:
+            figures[name], reasons[name] = None, str(reason)
+    drawn = found.drawn if found.can_draw else {}
     report = Report(
-        generated_accuracy=float(np.mean(hits)),
-        caption_accuracy=float(np.mean([a == b for a, b in zip(captions, heldout.captions, strict=False)])),
-        text_perplexity=_perplexity(model, tokenizer, heldout.texts) if heldout.texts else None,
-        classifier_accuracy=float(classifier.score(flat_pixels(heldout.images), heldout.captions)),
-        frechet_distance=distance,
-        frechet_floor=floor,
+        **figures,
         num_generated=each * len(drawn),
         num_heldout=len(heldout.images),
-        num_captioned=len(captions),
-        num_texts=len(heldout.texts),
+        num_captioned=len(found.captioned),
+        num_texts=len(found.texts),
+        num_others=heldout.others,
+        not_measured=reasons,
         seconds=time.perf_counter() - start,
     )
     return report, drawn
 
 
-def _draw_images(
-    model: Transfusion,
-    tokenizer: Tokenizer,
-    train: Captioned,
-    each: int,
-    image: ImageSettings,
-    patch_size: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Draw `each` images of every caption of `train`, in the size of its images."""
-    captions = list(dict.fromkeys(train.captions))
-    prompts = [[_ids(tokenizer, caption)] for caption in captions for _ in range(each)]
-    height, width = train.images.shape[1:3]
-    grid = (height // patch_size, width // patch_size)
-    latents = generate_images(model, prompts, grid, image=image, seed=seed)
-    pixels = latents_to_pixels(latents.numpy(), patch_size)
-    return dict(zip(captions, pixels.reshape(len(captions), each, *pixels.shape[1:]), strict=True))
+class _Figures:
+    """The figures of an evaluation; each raises Unmeasured if it cannot be measured. They share what takes long."""
 
+    def __init__(
+        self,
+        subject: Subject,
+        train: Captioned | None,
+        heldout: Captioned,
+        each: int,
+        image: ImageSettings,
+        encoder: VisionEncoder | None,
+        clip: Clip | None,
+        seed: int,
+    ) -> None:
+        self.subject, self.train, self.heldout, self.encoder, self.clip = subject, train, heldout, encoder, clip
+        self.each, self.image, self.seed = each, image, seed
+        self.captioned, self.texts = heldout.images[:MAX_CAPTIONED], heldout.texts[:MAX_TEXTS]
 
-def _caption_images(model: Transfusion, tokenizer: Tokenizer, images: np.ndarray, patch_size: int) -> list[str]:
-    """Return greedy captions of images uint8 [n, height, width, channels]."""
-    latents = pixels_to_latents(images, patch_size)
-    rows, columns = latents.shape[1:3]
-    produced = sample(model, [[one] for one in latents], grids=[(rows, columns)], max_images=0)
-    return ["".join(tokenizer.decode(p.numpy()) for p in pieces if isinstance(p, torch.Tensor)) for pieces in produced]
+    def generated_accuracy(self) -> float:
+        classifier = self._classifier
+        hits = [classifier.predict(flat_pixels(images)) == caption for caption, images in self.drawn.items()]
+        return float(np.mean(hits))
 
+    def classifier_accuracy(self) -> float:
+        return float(self._classifier.score(flat_pixels(self._of_one_size(self._real)), self.heldout.captions))
 
-def _frechet(drawn: np.ndarray, train: Captioned, heldout: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the distances of the drawn images, and of as many training images, to the held-out ones."""
-    if min(map(len, (drawn, train.images, heldout))) < MIN_IMAGES:
-        return None, None
-    features = ImageFeatures(train.images, train.captions, MAX_FITTED)
-    real, as_many = features(heldout), features(train.images[features.chosen[: len(drawn)]])
-    return frechet_distance(features(drawn), real), frechet_distance(as_many, real)
+    def caption_accuracy(self) -> float:
+        return float(np.mean([a == b for a, b in zip(self._captions, self.heldout.captions, strict=False)]))
 
+    def caption_bleu(self) -> float:
+        try:
+            bleu = optional_module("sacrebleu", "evaluation")
+        except InputError as error:
+            raise Unmeasured(str(error)) from error
+        keys = [image.tobytes() for image in self.heldout.images]
+        references: dict[bytes, list[str]] = defaultdict(list)
+        for key, caption in zip(keys, self.heldout.captions, strict=True):
+            references[key].append(caption)
+        produced = dict(zip(keys, self._captions, strict=False))  # equal images get equal captions
+        most = max(len(references[key]) for key in produced)
+        padded = [[*references[key], *[None] * (most - len(references[key]))] for key in produced]
+        found = bleu.corpus_bleu([*produced.values()], [*zip(*padded, strict=True)])
+        require(found.totals[-1], "no caption that the model wrote has four words")
+        return float(found.score)
 
-@torch.no_grad()
-def _perplexity(model: Transfusion, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Return exp of the mean cross-entropy over all tokens of the texts, <eos> included."""
-    return math.exp(model([[_ids(tokenizer, text)] for text in texts]).item())  # without images, all loss is text loss
+    def frechet_distance(self) -> float:
+        drawn = [image for images in self.drawn.values() for image in images]
+        self._require_images(len(drawn), "drawn")
+        return frechet_distance(self._features(drawn), self._real_features)
 
+    def frechet_floor(self) -> float:
+        as_many, captions = self.each * len(self.drawn), self._require_train().captions
+        chosen = [self._fitted[number] for number in fixed_order(self._fitted, captions)[:as_many]]
+        self._require_images(min(len(chosen), as_many), "in training")
+        return frechet_distance(self._features(chosen), self._real_features)
 
-def _ids(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    return torch.from_numpy(tokenizer.encode(text)).long()
+    def clip_score(self) -> float:
+        prompts = [caption for caption in self.drawn for _ in range(self.each)]
+        return self._clip_score([image for images in self.drawn.values() for image in images], prompts)
+
+    def clip_score_heldout(self) -> float:
+        return self._clip_score(self._real[:MAX_CAPTIONED], self.heldout.captions[:MAX_CAPTIONED])
+
+    def text_perplexity(self) -> float:
+        require(self.texts, "no held-out document is text alone")
+        return math.exp(self.subject.nats(self.texts))
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether the model draws what the figures are about."""
+        try:
+            return bool(self.drawn)
+        except Unmeasured:
+            return False
+
+    @cached_property
+    def drawn(self) -> dict[str, np.ndarray]:
+        """The drawn images of each caption."""
+        self._require_captioned()
+        sizes = self.train.sizes() if self.train else {}
+        if not 0 < len(sizes) <= MAX_CLASSES:
+            sizes = dict([*self.heldout.sizes().items()][:MAX_CAPTIONED])
+        images = self.subject.draw([*sizes.items()], self.heldout.modality, self.each, self.image, self.seed)
+        return dict(zip(sizes, images, strict=True))
+
+    @cached_property
+    def _real(self) -> Images:
+        self._require_captioned()
+        return self.subject.pixels(self.heldout.images, self.heldout.modality)
+
+    @cached_property
+    def _fitted(self) -> Images:
+        train = self._require_train()
+        return self.subject.pixels(train.images, train.modality)
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        self._require_captioned()
+        return self.subject.caption(self.captioned, self.heldout.modality)
+
+    @cached_property
+    def _classifier(self) -> Any:
+        self._of_one_size(self.drawn.values())
+        images, captions = self._classes()
+        svm = optional_module("sklearn.svm", "examples")
+        return svm.SVC(gamma="scale").fit(flat_pixels(images[:MAX_FITTED]), captions[:MAX_FITTED])
+
+    @cached_property
+    def _features(self) -> Callable[[Images], np.ndarray]:
+        if self.encoder is not None:
+            return partial(encoder_features, self.encoder)
+        images, captions = self._classes()
+        self._require_images(len(images), "in training")
+        features = ImageFeatures(images, captions, MAX_FITTED)
+        return lambda images: features(self._of_one_size(images))
+
+    @cached_property
+    def _real_features(self) -> np.ndarray:
+        return self._features(self._real)
+
+    def _classes(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Return the training images and their captions, if these can be classes."""
+        train = self._require_train()
+        number = len(set(train.captions))
+        require(
+            2 <= number <= MAX_CLASSES,
+            f"a classifier needs 2 to {MAX_CLASSES} different captions of training images, got {number}",
+        )
+        return self._of_one_size(self._fitted), train.captions
+
+    def _of_one_size(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """Return images as one array that flattens to rows as long as those of the training images."""
+        shapes = {image.shape[-3:] for image in [*images, *self._fitted]}
+        require(len(shapes) == 1, "a classifier needs images of one size")
+        return np.asarray(images) if isinstance(images, Sequence | np.ndarray) else np.stack([*images])
+
+    def _clip_score(self, images: Images, captions: Sequence[str]) -> float:
+        assert self.clip is not None
+        return float(self.clip.scores(images, captions).mean())
+
+    def _require_train(self) -> Captioned:
+        if self.train is None or not self.train.captions:
+            raise Unmeasured("there are no captioned training images")
+        return self.train
+
+    def _require_captioned(self) -> None:
+        require(len(self.captioned), "no held-out document is one image and its caption")
+
+    def _require_images(self, first: int, kind: str) -> None:
+        least, real = 2 * (FEATURES if self.encoder is None else self.encoder.channels), len(self._real)
+        reason = f"it needs {least} images of each kind, got {first} {kind}, {real} held out"
+        require(min(first, real) >= least, reason)

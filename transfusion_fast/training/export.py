@@ -1,7 +1,7 @@
 """A trained model as a folder of its own, without the state of training, for `Transfusion.from_pretrained`.
 
 OUT/model.safetensors   weights, fp32; see model/weights.py for models of more than 5 GB
-OUT/config.json         settings of the model, the step, and which weights these are
+OUT/config.json         settings of the model and of the layout of its data, the step, and which weights these are
 OUT/data.json           tokenizer, modalities with their autoencoder and patch size, and image sizes, as in a run folder
 OUT/tokenizer.json      the tokenizer, unless it is that of bytes
 """
@@ -20,7 +20,7 @@ from transfusion_fast.files import sync
 from transfusion_fast.model.transfusion import MODEL_CONFIG
 from transfusion_fast.model.weights import MAX_FILE_BYTES, write_weights
 from transfusion_fast.training.checkpoint_files import open_weights, read_meta
-from transfusion_fast.training.run_folder import read_data_description, write_data_description
+from transfusion_fast.training.run_folder import LAYOUT, read_data_description, write_data_description
 
 
 def export_model(
@@ -41,6 +41,7 @@ def export_model(
     config = {
         "model_type": "transfusion_fast",
         "model": data.completed(meta.config.model).model_dump(mode="json"),
+        "data": meta.config.data.model_dump(mode="json", include=set(LAYOUT)),
         "weights": "average" if weights.averaged else "last step",
         "step": meta.step,
         "packs_consumed": meta.packs_consumed,

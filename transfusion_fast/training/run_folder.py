@@ -19,20 +19,22 @@ import torch
 import yaml
 
 from transfusion_fast.config import Config, ModelConfig
-from transfusion_fast.config_reading import changes
+from transfusion_fast.config_reading import changes, parse
 from transfusion_fast.data.folder import FetchError
 from transfusion_fast.data.mixture import Mixture
 from transfusion_fast.data.pack import KIND_TEXT, ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import write_atomically
+from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.model.transfusion import MODEL_CONFIG, Transfusion
 from transfusion_fast.model.weights import load_weights
 from transfusion_fast.training.checkpoint_files import CHECKPOINTS, find_checkpoint, open_weights, read_meta
 
 CONFIG = "config.yaml"
 DATA = "data.json"
+LAYOUT = ("caption_first", "prob_uncond", "noise_cap", "context", "copies")
+"""Settings of `DataConfig` that the losses of a model depend on, which exports keep."""
 _PACKS = 8
 
 
@@ -132,6 +134,22 @@ def read_data_description(run: Path) -> DataDescription:
 def write_config(run: Path, config: Config) -> None:
     """Write config.yaml to the run folder."""
     write_atomically(run / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def read_settings(folder: Path, checkpoint: str | None = None) -> Config | None:
+    """Return the settings that a run's checkpoint was trained with; of an export, those of its model and its `LAYOUT`.
+
+    None for an export that an earlier version wrote, without the layout.
+
+    Raises:
+        InputError: the folder has no model, or settings of another version.
+    """
+    if not is_export(folder):
+        return read_meta(find_checkpoint(folder, checkpoint)).config
+    found = read_json(folder / MODEL_CONFIG)
+    if not isinstance(found, dict) or "data" not in found:
+        return None
+    return parse(Config, {"model": found.get("model"), "data": found["data"]}, str(folder / MODEL_CONFIG))
 
 
 def changed_settings(run: Path, config: Config) -> list[str]:
