@@ -157,7 +157,7 @@ def test_a_position_of_an_absent_modality_and_a_size_of_other_dimensions_are_nam
     model = Transfusion(modalities=FOUR, transformer=TRANSFORMER)
     with pytest.raises(InputError, match=r"must be 2 integers of at least 1 for modality 2, got \(3,\)"):
         generate_images(model, [[]], (3,), modality=2)
-    with pytest.raises(InputError, match="must be given for modality 3, which has no shape, got none; give grid"):
+    with pytest.raises(InputError, match="must be given for modality 3, which has no shape, got none; give its grid"):
         generate_images(model, [[]], modality=3)
     with pytest.raises(ValueError, match=r"modalities in \[0, 4\), got 4"):
         Transfusion(modalities=FOUR, transformer=TRANSFORMER, encoders={4: nn.Identity()})
