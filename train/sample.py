@@ -110,7 +110,12 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
     add("--edit", type=Path, metavar="IMAGE", help="image before each --prompt, which is then an instruction")
     add("--start", type=Path, metavar="IMAGE", help="image to begin with, in place of noise alone")
     add("--strength", type=float, default=1.0, help="how much noise --start gets, as a fraction of the timesteps")
-    add("--inpaint", type=Path, metavar="MASK", help="image that is white where --start is drawn anew; the rest stays")
+    add(
+        "--inpaint",
+        type=Path,
+        metavar="MASK",
+        help="image; --start is redrawn where it is white, and kept where it is black",
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -143,6 +143,7 @@ BAD = [
     ({"keep": torch.ones(2, 2, 2, dtype=torch.bool)}, "keep must come with the images .* got none; give start"),
     ({"keep": torch.ones(2, 2, 2), "start": torch.zeros(SHAPE)}, "keep must be a bool tensor .* got torch.float32"),
     ({"keep": torch.ones(2, 2, dtype=torch.bool), "start": torch.zeros(SHAPE)}, "keep must be a bool tensor"),
+    ({"image": settings(strength=0.5)}, "strength must come with an image to start from, got 0.5; give one"),
     ({"images_per_prompt": 0}, "images_per_prompt must be an integer of at least 1, got 0"),
     ({"image": settings(image_guidance=2.0), "negative": [ids(1)]}, "image_guidance must be None with a negative"),
 ]

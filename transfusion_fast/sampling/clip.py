@@ -1,6 +1,6 @@
 """CLIP score (arXiv 2104.08718): how well images fit their captions, by a CLIP model from a local folder.
 
-100 max(cos(image embedding, caption embedding), 0)
+100 max(cos(image embedding, caption embedding), 0), where the paper has the factor 2.5
 """
 
 from __future__ import annotations

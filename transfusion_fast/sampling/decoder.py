@@ -150,7 +150,7 @@ def generate_images(
     """Draw images after each prompt, whether or not the model would begin one: fp32 [images, rows, columns, C].
 
     These are latents with channels last, also where the model has a decoder or takes channels first. The images of a
-    prompt follow each other; they are those that `sample` would draw first, second, ..., were the context the same.
+    prompt are neighbours, and begin with the noise of the first, second, ... image that `sample` draws after it.
 
     Args:
         grid: size in patches, (rows, columns) of an image; default: the modality's `shape`.

@@ -19,10 +19,10 @@ OnImages = Callable[[Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What is known of the images [S, *grid, C] before they are drawn.
+    """Tensors that images are drawn from, each [S, *grid, C].
 
-    noise: the noise that they begin with, in place of that of the seed; start: images that noise is added to; keep:
-    bool, where `start` is kept.
+    noise: the initial noise, in place of that of the seed; start: images that noise is added to; keep: bool, where
+    `start` is kept.
     """
 
     noise: Tensor | None = None
@@ -35,7 +35,7 @@ class Given:
 
 
 def check_given(shape: tuple[int, ...], noise: Tensor | None, start: Tensor | None, keep: Tensor | None) -> Given:
-    """Return what is known of images of `shape` [images, *grid, C]; `keep` may lack the last axis.
+    """Return the tensors for images of `shape` [images, *grid, C]; `keep` may lack the last axis.
 
     Raises:
         InputError: a tensor of another shape or type, or that is not finite; `keep` without `start`.
@@ -86,15 +86,17 @@ class Drawer:
         """Return an image for each stream of a branch, whose contexts end in <boi>: fp32 [S, *grid, C] on the CPU.
 
         Raises:
-            InputError: the images are not finite.
+            InputError: the images are not finite, or there is a strength but no image to start from.
         """
         settings, diffusion, config = self.settings, self.model.diffusion, self.model.config.modalities[modality]
+        if given.start is None and settings.strength != 1:
+            raise InputError(f"strength must come with an image to start from, got {settings.strength}; give one")
         clip = config.bound if settings.clip == "auto" else settings.clip
         shape = (*grid, config.dim_latent)
         start, keep = (None if x is None else x.to(self.model.device) for x in (given.start, given.keep))
         alone = self.engine.start_image([branch], modality, grid)
         intervals = num_intervals(self.sampler, settings.steps)
-        timesteps = diffusion.sampling_timesteps(intervals, alone.n, 1.0 if start is None else settings.strength)
+        timesteps = diffusion.sampling_timesteps(intervals, alone.n, settings.strength)
         if any(settings.guided(t) for t in timesteps[:-1]):
             together = self.engine.start_image([branch, *self._others(contexts, modality, alone.n)], modality, grid)
 
@@ -147,7 +149,7 @@ def guided(predictions: Tensor, settings: ImageSettings) -> Tensor:
     """Return one prediction for those of all branches, [branches, S, *grid, C], the one with the whole context first.
 
     With one weight the other is unconditional (arXiv 2207.12598). With two weights the others are without text and
-    without images, and are left behind in this order (arXiv 2505.14683, section 2.3).
+    without images; guidance leads away from the first and then from the second, as in BAGEL (arXiv 2505.14683).
     """
     conditional, *others = predictions
     weights = [settings.guidance, settings.image_guidance]

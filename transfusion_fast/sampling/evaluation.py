@@ -205,7 +205,7 @@ class _Figures:
 
     @property
     def can_draw(self) -> bool:
-        """Whether the model draws what the figures are about."""
+        """Whether images of the captions can be drawn."""
         try:
             return bool(self.drawn)
         except Unmeasured:

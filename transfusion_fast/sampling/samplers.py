@@ -3,9 +3,9 @@
 With levels alpha and sigma of x_t = alpha x_0 + sigma eps (model/diffusion.py), each sampler follows
 
     d(x / alpha) = eps d(sigma / alpha)     for ddpm        arXiv 2010.02502, equation 14
-    dx = (eps - x_0) d(sigma)               for flow        arXiv 2209.03003, equation 1
+    dx = (eps - x_0) d(sigma)               for flow        arXiv 2209.03003
 
-where x_0 and eps are those that the model predicts at x. They differ in how an interval from t to t_next is crossed:
+where x_0 and eps are the model's predictions at x. The samplers differ in how they step from t to t_next:
 
     ddim, euler  with the prediction at t. This is Euler's method for both equations, and DDIM for ddpm.
     ddpm         as ddim, but a part of the noise in x is replaced by new noise. It is there for ddpm alone.

@@ -1,4 +1,4 @@
-"""What an evaluation is of: a model that draws captions and captions images, and documents to compare it with."""
+"""The model of an evaluation, which draws and captions images, and the documents that it is compared with."""
 
 from __future__ import annotations
 

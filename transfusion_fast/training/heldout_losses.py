@@ -36,7 +36,7 @@ class HeldOutPacks:
         self.empty = KeyedPack(empty_pack(packed.modalities), _EPOCH, 0)
 
     def batch(self, numbers: Sequence[int]) -> PackedBatch:
-        """Return the micro-batch of at most `size` packs; empty ones take the place of those that it lacks."""
+        """Return the micro-batch of at most `size` packs, filled up with empty packs."""
         packs = [KeyedPack(self.reader.read(number), _EPOCH, number) for number in numbers]
         return self.builder([*packs, *[self.empty] * (self.size - len(packs))])
 
