@@ -177,6 +177,9 @@ def test_dropout_keeps_the_mean_of_what_attention_and_feed_forward_add() -> None
     added = layer(x, residual) - residual
     assert set(added.unique().tolist()) == {0.0, config.hidden_dim / 0.75}
     assert added.mean().item() == pytest.approx(config.hidden_dim, rel=0.02)
+    gated = layer(x, residual, torch.full_like(residual, 3.0)) - residual
+    assert set(gated.unique().tolist()) == {0.0, 3 * config.hidden_dim / 0.75}
+    assert gated.mean().item() == pytest.approx(3 * config.hidden_dim, rel=0.02)
 
 
 def test_capped_logits_are_those_of_sampling_too() -> None:

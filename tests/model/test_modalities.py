@@ -42,7 +42,7 @@ def test_any_number_of_dimensions_trains_and_is_drawn():
 
 def test_axes_of_positions_are_those_of_the_modality_and_equal_elsewhere():
     """Text at 1 and after each grid; the grids of a video and of an image, then audio, sequential."""
-    sequence = laid_out([[[5], (0, 3, 1, 2), (1, 1, 3), (2, 2)]], Vocabulary(10, 3))
+    sequence = laid_out([[[5], (0, 3, 1, 2), (1, 1, 3), (2, 2)]], Vocabulary(10, (0, 1, 2)))
     modalities = [{"dims": dims, "positions": "axial" if dims > 1 else "shared"} for dims in (3, 2, 1)]
     got = positions_of(sequence, ModelConfig(modalities=modalities).modalities).tolist()
     video = [[3 + f, 3, 3 + c] for f in range(3) for c in range(2)]  # the frames are its longest side
@@ -134,6 +134,15 @@ def test_raw_pieces_of_one_shape_and_type_are_encoded_as_a_batch_and_types_are_k
     assert seen == [(torch.uint8, 2), (torch.float32, 1)]
     [[(_, first), (_, second), text], [(_, last)]] = encoded
     assert [x.tolist() for x in (first, second, text, last)] == [[2, 2], [2.5, 2.5], [7], [3, 3]]
+
+
+def test_an_encoder_takes_the_pieces_of_its_own_modality_alone():
+    raw = torch.full((2,), 0.5)
+    pieces = [raw, (0, raw), (1, raw), (1, raw.double()), ids(7)]
+    [encoded] = encode_pieces([pieces], {1: lambda x: x + 1}, torch.device("cpu"))
+    assert all(got is given for got, given in zip(encoded[:2] + encoded[4:], pieces[:2] + pieces[4:], strict=True))
+    assert [modality for modality, _ in encoded[2:4]] == [1, 1]
+    assert [(x.dtype, x.tolist()) for _, x in encoded[2:4]] == [(torch.float32, [1.5] * 2), (torch.float64, [1.5] * 2)]
 
 
 @pytest.mark.parametrize(
