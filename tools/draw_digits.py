@@ -24,6 +24,11 @@ import numpy as np
 import torch
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MOVED_TO = {
+    "generate_images": "transfusion_fast.sampling.decoder",
+    "latents_to_pixels": "transfusion_fast.data.images",
+}
+"""Where revisions whose evaluation does not import these functions have them."""
 
 
 def main() -> None:
@@ -46,9 +51,10 @@ def main() -> None:
 def _draw(options: argparse.Namespace, checkpoint: str) -> None:
     command = runpy.run_path("train/evaluate.py")
     evaluation = vars(sys.modules[command["evaluate"].__module__])
-    if "generate_images" not in evaluation:  # revisions whose evaluation draws by another file
-        evaluation = vars(importlib.import_module("transfusion_fast.sampling.decoder"))
-    to_pixels = importlib.import_module("transfusion_fast.data.images").latents_to_pixels
+    draw, to_pixels = (
+        evaluation[name] if name in evaluation else getattr(importlib.import_module(later), name)
+        for name, later in MOVED_TO.items()
+    )
     if "open_model" in command:
         model = command["open_model"](options.run, checkpoint)
     else:  # revisions without exports of runs
@@ -56,7 +62,6 @@ def _draw(options: argparse.Namespace, checkpoint: str) -> None:
     data = command["read_data_description"](options.run)
     image = command["ImageSettings"](steps=options.steps, eta=options.eta, clip=1.0)
     prompts = [[torch.from_numpy(data.tokenizer.encode(word)).long()] for word in WORDS for _ in range(options.each)]
-    draw = evaluation["generate_images"]
     keyed = "seed" in inspect.signature(draw).parameters  # earlier revisions draw noise from a generator
     noise = {"seed": 0} if keyed else {"generator": torch.Generator().manual_seed(0)}
     latents = draw(model, prompts, data.grid(0), image=image, **noise)
