@@ -244,6 +244,8 @@ def _image_settings(options: argparse.Namespace) -> ImageSettings:
         raise InputError(f"{given[0]} must come with --prompt, got none; give what is drawn")
     if options.inpaint and not options.start:
         raise InputError("--inpaint must come with --start, got none; give the image that it keeps a part of")
+    if options.image_guidance is not None and options.prompt and not options.edit:
+        raise InputError("--image-guidance must come with --edit, got none; give the image, or --guidance alone")
     names = ("steps", "sampler", "eta", "guidance", "image_guidance", "guidance_rescale", "strength")
     interval = tuple(options.guidance_interval)
     return ImageSettings(**{name: getattr(options, name) for name in names}, guidance_interval=interval)

@@ -73,6 +73,7 @@ def test_weights_that_are_not_numbers_are_reported_rather_than_decoded():
         (lambda: ImageSettings(guidance_interval=None), "guidance_interval must be two timesteps .* got None"),
         (lambda: ImageSettings(steps=0), "diffusion steps must be an integer in 1..1000, got 0"),
         (lambda: ImageSettings(eta=-1), "eta must be at least 0 and finite, got -1"),
+        (lambda: ImageSettings(sampler="heun", eta=1.5), "eta must come with the sampler ddpm, got 1.5 with heun"),
         (lambda: ImageSettings(clip=-1), "clip must be above 0 and finite, got -1"),
         (lambda: ImageSettings(guidance=float("nan")), "guidance must be finite, got nan"),
         (lambda: ImageSettings(guidance_interval=(5, 1)), r"guidance_interval must be two timesteps .* got \(5, 1\)"),

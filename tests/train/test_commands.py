@@ -17,6 +17,7 @@ from transfusion_fast.config_reading import load_config
 from transfusion_fast.data.images import latents_to_pixels, pixels_to_latents
 from transfusion_fast.data.loader import open_data
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits
 from transfusion_fast.sampling import decoder, evaluation, overview
@@ -110,9 +111,12 @@ def test_options_of_images_are_the_settings_of_the_python_interface() -> None:
     def settings(options: str) -> ImageSettings:
         return script["_image_settings"](script["_parser"]().parse_args(["RUN", "--prompt", "one", *options.split()]))
 
-    options = "--steps 9 --sampler heun --eta 0.5 --guidance 2 --image-guidance 4 --guidance-interval 100 900"
-    expected = ImageSettings(9, 2.0, 0.5, "auto", (100.0, 900.0), 0.25, 4.0, "heun", 0.75)
-    assert settings(f"{options} --guidance-rescale 0.25 --strength 0.75") == expected
+    options = "--steps 9 --sampler ddpm --eta 0.5 --guidance 2 --guidance-interval 100 900"
+    expected = ImageSettings(9, 2.0, 0.5, "auto", (100.0, 900.0), 0.25, 4.0, "ddpm", 0.75)
+    given = f"{options} --guidance-rescale 0.25 --strength 0.75 --image-guidance 4"
+    assert settings(f"{given} --edit image.png") == expected
+    with pytest.raises(InputError, match="--image-guidance must come with --edit, got none; give the image"):
+        settings(given)
 
 
 def test_a_picture_to_caption_is_read_as_training_pictures_are(run: Path, tmp_path: Path, command) -> None:
@@ -165,11 +169,11 @@ def test_a_text_stops_where_one_of_the_given_ones_has_just_appeared(stop, text, 
 def test_evaluate_measures_the_checkpoint_asked_for_with_the_settings_given(run: Path, command, monkeypatch) -> None:
     measured, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **o: (measured.append((*a, o)), evaluate(*a, **o))[1])
-    options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--sampler", "ddim")
+    options = ("--each", 1, "--steps", 2, "--eta", 1.5, "--guidance", 9, "--sampler", "ddpm")
     options += ("--checkpoint", "step-00000001")
     assert command("evaluate", run, *options)[0] == 0
     [(subject, *_, settings)] = measured
-    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5, sampler="ddim")
+    assert settings["image"] == ImageSettings(steps=2, guidance=9.0, eta=1.5, sampler="ddpm")
     assert torch.equal(subject.model.head.weight, load_model(find_checkpoint(run, "step-00000001")).head.weight)
 
 

@@ -74,7 +74,7 @@ class ImageSettings:
     guidance_rescale: fraction of the way from the guided prediction to it with the standard deviation of the
     conditional one (arXiv 2305.08891, section 3.4).
     eta: for the sampler ddpm, how much of the noise each step replaces: 1 is DDPM sampling, 0 is DDIM, and more than 1
-    corrects more errors of earlier steps. The other samplers are deterministic.
+    corrects more errors of earlier steps. The other samplers are deterministic, and refuse another eta than 1.
     strength: where there are images to start from, how much noise they get, as a fraction of the timesteps
     (arXiv 2108.01073).
     clip: bound of the predicted clean latents; "auto" is that of the modality's `bound`, None is no bound.
@@ -105,6 +105,8 @@ class ImageSettings:
         )
         _check(0 < _number(self.strength) <= 1, "strength must be in (0, 1]", self.strength, "1 is noise alone")
         _check(0 <= _number(self.eta) < math.inf, "eta must be at least 0 and finite", self.eta, "1 is DDPM sampling")
+        stochastic, got = self.sampler in ("auto", "ddpm"), f"{self.eta} with {self.sampler}"
+        _check(stochastic or self.eta == 1, "eta must come with the sampler ddpm", got, "leave it out")
         bounded = clip is None or clip == "auto" or 0 < _number(clip) < math.inf
         _check(bounded, "clip must be above 0 and finite", clip, "None is no bound")
         rule = f"guidance_interval must be two timesteps in 0..{NUM_TIMESTEPS}, the lower first"
