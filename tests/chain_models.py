@@ -19,14 +19,14 @@ def make(**settings):
     return small_model(num_text_tokens=10, dim_latent=(4, 6), transformer=transformer, **settings)
 
 
-def chain(links):
+def chain(links, **settings):
     """Return a model that predicts by the last token alone: links[token] are its likely tokens, and how likely."""
-    model = make()
+    model = make(**settings)
     model.norm.weight.data.fill_(1.0)
     for block in model.blocks:
         block.attention.out.weight.data.zero_()
         block.mlp.down.weight.data.zero_()
-    model.embedding.weight.data = torch.eye(16, 32)
+    model.embedding.weight.data = torch.eye(model.vocabulary.size, 32)
     model.head.weight.data.zero_()
     for token, following in links.items():
         for likely, weight in (following if isinstance(following, dict) else {following: 1.0}).items():

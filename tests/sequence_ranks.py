@@ -32,7 +32,7 @@ def cut_batch(copies: int = 0) -> PackedBatch:
 
     With noised copies there are 24 more positions for each.
     """
-    vocabulary = Vocabulary(16, len(MODALITIES))
+    vocabulary = Vocabulary(16, (2,) * len(MODALITIES))
     documents = [[[1, 2, 3], (0, 2, 6), [4, 5]], [(1, 2, 5), [6, 7], (0, 1, 2), [8]]]
     sequence = laid_out(documents, vocabulary)
     weights = np.repeat(np.array([0, 2, 1, 1, 0.5, 3, 1], np.float32), [4, 14, 3, 13, 2, 4, 2])  # by segment

@@ -130,6 +130,10 @@ class ModelConfig(Settings):
     """Noise, prediction and loss of images."""
     diffusion_weight: NonNegativeFloat = 5.0
     """Lambda: total loss = text loss + lambda * diffusion loss."""
+    size_tokens: Count = 0
+    """Number of size tokens: as many as an image has dimensions stand between <boi> and its patches and say the size of
+    its grid, at most this along each dimension. The model learns to predict them, so that it chooses the size of what
+    it draws. 0 is none."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
     z_loss: NonNegativeFloat = 0.0

@@ -17,7 +17,7 @@ from transfusion_fast.model.sequence import Vocabulary
 GREY = ModalityInfo("grey", channels=1, patch_size=2, encoding="pixels")
 COLOUR = ModalityInfo("colour", channels=3, patch_size=1, encoding="pixels")
 MODALITIES = (GREY, COLOUR)
-VOCABULARY = Vocabulary(num_text_tokens=256, num_modalities=2)
+VOCABULARY = Vocabulary(num_text_tokens=256, dims=(2, 2))
 BOS, EOS, BOI, EOI = VOCABULARY.bos, VOCABULARY.eos, VOCABULARY.boi(0), VOCABULARY.eoi(0)
 
 
@@ -55,6 +55,17 @@ def test_a_pair_is_laid_out_caption_first_image_first_or_apart_in_the_same_lengt
     apart = builder(prob_uncond=1.0)([stored])
     assert used(apart) == [BOS, 5, 6, BOI, 0, 0, EOI, EOS]
     assert apart.layout.document_offsets.tolist() == [0, 3, 8]
+
+
+def test_size_tokens_lengthen_a_batch_by_whole_steps_and_precede_each_image() -> None:
+    sized = replace(builder(8), vocabulary=Vocabulary(num_text_tokens=256, dims=(2, 2), max_size=2))
+    batch = sized([keyed(PAIR)])
+    two, one = sized.vocabulary.first_size + 1, sized.vocabulary.first_size
+    assert used(batch) == [BOS, 5, 6, BOI, two, one, 0, 0, EOI, EOS] and len(batch.tokens) == 16
+    apart = replace(sized, settings=DataConfig(caption_first=0.0, prob_uncond=1.0))([keyed(PAIR)])
+    assert used(apart) == [BOS, BOI, two, one, 0, 0, EOI, 5, 6, EOS]
+    assert apart.layout.document_offsets.tolist() == [0, 1, 10]
+    assert apart.labels.tolist()[:10] == [-100, two, one, -100, -100, -100, 5, 6, EOS, -100]
 
 
 def test_only_pairs_are_rearranged() -> None:

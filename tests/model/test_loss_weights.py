@@ -29,7 +29,7 @@ def document(first=1.0, image=1.0, last=1.0, prompt=(1, 2, 3)):
 
 
 def test_a_token_has_the_weight_of_its_segment_boi_that_of_its_image_and_eos_that_of_the_last_segment(model):
-    batch, vocabulary = packed(model, document(2, 3, 5), document(0, 7, 11)), Vocabulary(16, 1)
+    batch, vocabulary = packed(model, document(2, 3, 5), document(0, 7, 11)), Vocabulary(16, (2,))
     found = [
         (label, weight)
         for label, weight in zip(batch.labels[batch.supervised].tolist(), batch.token_weights.tolist(), strict=True)

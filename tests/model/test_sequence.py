@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_models import laid_out
 
 from transfusion_fast.config import ModelConfig
+from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import place_images
 from transfusion_fast.model.packed_batch import build_batch
 from transfusion_fast.model.sequence import (
@@ -24,7 +25,7 @@ from transfusion_fast.model.sequence import (
     without_context,
 )
 
-VOCABULARY = Vocabulary(num_text_tokens=10, num_modalities=2)
+VOCABULARY = Vocabulary(num_text_tokens=10, dims=(2, 2))
 BOS, EOS, BOI, EOI, BOI1, EOI1 = 10, 11, 12, 13, 14, 15
 NONE = -100  # no label
 
@@ -65,6 +66,22 @@ def test_a_caption_before_its_image(scheme, expected):
     assert tokens == [BOS, 5, 6, BOI, 0, 0, 0, 0, 0, 0, EOI, EOS]
     assert labels == [5, 6, BOI, NONE, NONE, NONE, NONE, NONE, NONE, NONE, EOS, NONE]
     assert positions == expected
+
+
+def test_sizes_stand_before_the_patches_and_are_labels() -> None:
+    vocabulary = Vocabulary(10, (2, 1, 0), max_size=6)
+    documents = [[[5], (0, 1, 2)], [(1, 3), [6], (2,)]]
+    laid = laid_out(documents, vocabulary, [True, False, False])
+    one, two, three, boi2 = 18, 19, 20, 16
+    first, second = [BOI, one, two, 0, 0, EOI, EOS], [BOS, BOI1, three, 0, 0, 0, EOI1, 6, boi2, 0, boi2 + 1, EOS]
+    assert laid.tokens.tolist() == [BOS, 5, *first, *second]
+    assert laid.document_lengths.tolist() == [2, len(first), len(second)]
+    labels = [5, NONE, one, two, NONE, NONE, NONE, EOS, NONE]
+    labels += [BOI1, three, NONE, NONE, NONE, NONE, 6, boi2, NONE, NONE, EOS, NONE]
+    assert labels_of(laid, patch_mask(laid)).tolist() == labels
+    assert vocabulary.size == 24
+    with pytest.raises(InputError, match=r"at most model.size_tokens=6 patches along each dimension, got one of 7"):
+        laid_out([[(0, 7, 1)]], vocabulary)
 
 
 def test_an_image_without_context_begins_a_document_with_what_follows_it():

@@ -63,20 +63,21 @@ def planned(source: Transfusion, model: Transfusion) -> InitialWeights:
 @pytest.mark.parametrize("length", [7, 10**6])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_new_modality_and_more_vocabulary_keep_their_initial_values_and_are_named(length: int, tied: bool) -> None:
-    source = small_model(num_text_tokens=5, dim_latent=(4,), transformer=STACK, tie_embeddings=tied)
-    model = small_model(num_text_tokens=8, dim_latent=(4, 6), transformer=STACK | {"rope_theta": 5e5, "qk_norm": True})
+    source = small_model(num_text_tokens=5, dim_latent=(4,), size_tokens=2, transformer=STACK, tie_embeddings=tied)
+    blocks = STACK | {"rope_theta": 5e5, "qk_norm": True}
+    model = small_model(num_text_tokens=8, dim_latent=(4, 6), size_tokens=3, transformer=blocks)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     initial = planned(source, model)
     initialise(model, initial, length)
     old, new = source.state_dict(), model.state_dict()
     kept = {"codecs.1", *(f"blocks.{i}.attention.{one}_norm" for i in (0, 1) for one in "qk")}
-    rows = {f"rows {rows} of {table}.weight" for table in ("embedding", "head") for rows in ("5-7", "12-13")}
+    rows = {f"rows {rows} of {table}.weight" for table in ("embedding", "head") for rows in ("5-7", "12-13", "16-16")}
     assert set(initial.initialised) == kept | rows
     for name, tensor in new.items():
         if name in ("embedding.weight", "head.weight"):
-            was, now = Vocabulary(5, 1), Vocabulary(8, 2)
+            was, now = Vocabulary(5, (2,), 2), Vocabulary(8, (2, 2), 3)
             moved = {**{i: i for i in range(5)}, now.bos: was.bos, now.eos: was.eos, now.boi(): was.boi()}
-            moved[now.eoi()] = was.eoi()
+            moved |= {now.eoi(): was.eoi(), now.first_size: was.first_size, now.first_size + 1: was.first_size + 1}
             for row in range(now.size):
                 assert torch.equal(tensor[row], old[name][moved[row]] if row in moved else before[name][row]), row
         else:

@@ -252,7 +252,8 @@ def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) ->
         return
     # Tokens, labels, positions, the layout and indices, and at most a patch of latents and noise for each position.
     values = max((m.channels * m.patch_size**2 for m in mixture.modalities), default=0)
-    batch = packs * mixture.sequence_length * (1 + settings.added_copies) * (64 + 2 * 4 * values)
+    longest = 1 + settings.added_copies + (config.model.size_tokens > 0)  # in packs, with less than one of size tokens
+    batch = packs * mixture.sequence_length * longest * (64 + 2 * 4 * values)
     needed = ranks_on_node * settings.workers * (settings.prefetch + 1) * batch
     found = os.statvfs(_SHARED_MEMORY)
     free = found.f_bavail * found.f_frsize
@@ -273,14 +274,14 @@ def _ignore_signals(_: int) -> None:
 def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchBuilder:
     """Return the run's builder of batches of `packs` packs.
 
-    Batches have one length, unless noised copies are added: their number differs from pack to pack, and padding to the
-    most that is possible would double the work of text. Then lengths are multiples of an eighth.
+    Batches have one length, unless noised copies or size tokens are added: their number differs from pack to pack, and
+    padding to the most that is possible would double the work of text. Then lengths are multiples of an eighth.
     """
     length, ranks = packs * packed.sequence_length, config.train.sequence_parallel
-    step = -(-length // (8 * ranks)) * ranks if config.data.added_copies else length
+    step = -(-length // (8 * ranks)) * ranks if config.data.added_copies or config.model.size_tokens else length
     return BatchBuilder(
         modalities=packed.modalities,
-        vocabulary=Vocabulary(packed.num_text_tokens, len(packed.modalities)),
+        vocabulary=Vocabulary.of(config.model),
         diffusion=Diffusion(config.model.diffusion),
         settings=config.data,
         seed=config.train.seed,

@@ -151,7 +151,7 @@ def pack_documents(
     segments = Segments(number, kinds, lengths, np.stack(shape, axis=1), np.array(weights, np.float32))
     flat = [segment for document in checked for segment in document]
     ids = [x.cpu().numpy() for kind, x in flat if kind == TEXT]
-    vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
+    vocabulary = Vocabulary.of(config)
     sequence = lay_out(segments, np.concatenate([np.zeros(0, np.int64), *ids]), vocabulary)
     return _with_noise(sequence, [(kind - 1, x) for kind, x in flat if kind != TEXT], config, randomness)
 
@@ -222,7 +222,7 @@ def pack_rows(
         images += spanned
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
     sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
-    size, tokens = Vocabulary(config.num_text_tokens, len(config.modalities)).size, sequence.tokens
+    size, tokens = Vocabulary.of(config).size, sequence.tokens
     if len(wrong := np.flatnonzero((tokens < 0) | (tokens >= size))):
         where = "row {}, position {}".format(*divmod(wrong[0].item(), row_length))
         raise ValueError(f"{where}: text ids must lie in [0, {size}), got {tokens[wrong[0]]}; check the tokenizer")
@@ -286,7 +286,7 @@ def _with_noise(
     randomness: Randomness,
 ) -> PackedBatch:
     """Draw all that is random, in sequence order, and build the batch. `images` are (modality, latents)."""
-    vocabulary, generator = Vocabulary(config.num_text_tokens, len(config.modalities)), randomness.generator
+    vocabulary, generator = Vocabulary.of(config), randomness.generator
     copies, causal = randomness.noised_copies, config.image_attention == "causal"
     if copies and causal:
         rule = "noised_copies must be 0 with image_attention=causal, as attention within copies is bidirectional"

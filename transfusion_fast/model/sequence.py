@@ -7,9 +7,12 @@ A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The l
 it if both positions are text of one document. So text predicts <boi>, <boi> and the patches have no label, and <eoi>
 predicts what follows the image.
 
+With size tokens there are as many between <boi> and the patches as the image's grid has dimensions, the number of
+patches along each: `<boi> <6> <2> patches <eoi>`. <boi> then predicts the first of them, and the last has no label.
+
 A segment's loss may have a weight. It holds for the tokens of the segment, wherever they are predicted, and for the
-special tokens beside them: <boi> has the weight of its image, <eos> that of the last segment. A token of weight zero is
-no label. The segment is seen as context all the same.
+special tokens beside them: <boi> and sizes have the weight of their image, <eos> that of the last segment. A token of
+weight zero is no label. The segment is seen as context all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from transfusion_fast.config import ModelConfig
+from transfusion_fast.errors import InputError
 from transfusion_fast.modalities import ModalityConfig
 
 IGNORED_LABEL = -100
@@ -27,10 +32,23 @@ TEXT = 0  # the kind of a text segment; an image of modality m has kind 1 + m
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Text ids [0, num_text_tokens), then <bos>, <eos>, then <boi>, <eoi> of each modality."""
+    """Text ids [0, num_text_tokens), then <bos>, <eos>, then <boi>, <eoi> of each modality, then the size tokens.
+
+    dims: dimensions of the grids of each modality; max_size: the number of size tokens, <1> to <max_size>.
+    """
 
     num_text_tokens: int
-    num_modalities: int
+    dims: tuple[int, ...]
+    max_size: int = 0
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Vocabulary:
+        """Return the vocabulary of a model."""
+        return cls(config.num_text_tokens, tuple(one.dims for one in config.modalities), config.size_tokens)
+
+    @property
+    def num_modalities(self) -> int:
+        return len(self.dims)
 
     @property
     def bos(self) -> int:
@@ -47,8 +65,38 @@ class Vocabulary:
         return self.num_text_tokens + 3 + 2 * modality
 
     @property
-    def size(self) -> int:
+    def first_size(self) -> int:
+        """The id of the size token <1>; the others follow it."""
         return self.num_text_tokens + 2 + 2 * self.num_modalities
+
+    @property
+    def size(self) -> int:
+        return self.first_size + self.max_size
+
+    @property
+    def num_sizes(self) -> np.ndarray:
+        """Number of size tokens before the patches of an image of each modality, int64 [modalities]."""
+        return np.array(self.dims, dtype=np.int64) * (self.max_size > 0)
+
+    def opening(self, modality: int, grid: Sequence[int]) -> list[int]:
+        """Return the tokens before an image of the `grid`: <boi>, and its size tokens if the model has them.
+
+        Raises:
+            InputError: the image is larger than the size tokens can say.
+        """
+        sides = np.array((1, 1, 1, *grid))[len(grid) + 3 - self.num_sizes[modality] :]
+        return [self.boi(modality), *self.size_ids(sides).tolist()]
+
+    def side(self, token: int) -> int:
+        """Return the number of patches that a size token says."""
+        return token - self.first_size + 1
+
+    def size_ids(self, sides: np.ndarray) -> np.ndarray:
+        """Return the size tokens of numbers of patches, int64 of the same shape; InputError if one is too large."""
+        if sides.max(initial=0) > self.max_size:
+            rule = f"an image must have at most model.size_tokens={self.max_size} patches along each dimension"
+            raise InputError(f"{rule}, got one of {sides.max()}; raise size_tokens, or set it to 0")
+        return self.first_size - 1 + sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +134,15 @@ class TokenSequence:
 
 
 def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) -> TokenSequence:
-    """Lay segments out with their special tokens. `text_ids` are the ids of all text segments, in order."""
+    """Lay segments out with their special tokens. `text_ids` are the ids of all text segments, in order.
+
+    Raises:
+        InputError: an image is larger than the size tokens can say.
+    """
     is_image = segments.kind != TEXT
     first, last = _first_and_last(segments.document)
-    before = is_image.astype(np.int64) + first  # <bos> and <boi>
+    sizes = np.concatenate([[0], vocabulary.num_sizes])[segments.kind]
+    before = is_image.astype(np.int64) + first + sizes  # <bos>, <boi> and the size
     extent = before + segments.length + is_image + last  # ... <eoi> and <eos>
     end = np.cumsum(extent)
     start = end - extent + before
@@ -101,13 +154,15 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     tokens[(end - 1)[last]] = vocabulary.eos
     modality = segments.kind[is_image] - 1
     image_start, image_length = start[is_image], segments.length[is_image]
-    tokens[image_start - 1] = vocabulary.boi() + 2 * modality
+    shape, sizes = segments.shape[is_image], sizes[is_image]
+    tokens[image_start - 1 - sizes] = vocabulary.boi() + 2 * modality
     tokens[image_start + image_length] = vocabulary.eoi() + 2 * modality
+    for dimension in range(1, 1 + sizes.max(initial=0)):  # counted from the last one
+        sized = sizes >= dimension
+        tokens[image_start[sized] - dimension] = vocabulary.size_ids(shape[sized, -dimension])
     document_lengths = np.bincount(segments.document, weights=extent).astype(np.int64)
     weights = None if segments.weight is None else np.repeat(segments.weight, extent)
-    return TokenSequence(
-        tokens, document_lengths, image_start, image_length, segments.shape[is_image], modality, weights
-    )
+    return TokenSequence(tokens, document_lengths, image_start, image_length, shape, modality, weights)
 
 
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
@@ -182,8 +237,9 @@ def without_context(sequence: TokenSequence, chosen: np.ndarray, vocabulary: Voc
     precedes it. No token is added or removed.
     """
     document, bounds = documents_of_images(sequence)
-    opened = sequence.tokens[sequence.start - 1] == vocabulary.boi() + 2 * sequence.modality
-    cuts = sequence.start - (opened & (sequence.start > bounds[document]))
+    boi = sequence.start - 1 - vocabulary.num_sizes[sequence.modality]
+    opened = (boi >= bounds[document]) & (sequence.tokens[boi] == vocabulary.boi() + 2 * sequence.modality)
+    cuts = np.where(opened, boi, sequence.start)
     return replace(sequence, document_lengths=np.diff(np.union1d(bounds, cuts[chosen])))
 
 

@@ -106,7 +106,7 @@ class Transfusion(nn.Module):
             raise ValueError(f"give a ModelConfig or settings by name, not both, got {', '.join(settings)} as well")
         self.config = config = parse(ModelConfig, settings, "Transfusion(...)") if config is None else config
         transformer = config.transformer
-        self.vocabulary = Vocabulary(config.num_text_tokens, len(config.modalities))
+        self.vocabulary = Vocabulary.of(config)
         self.diffusion = Diffusion(config.diffusion)
         self.diffusion.warn_of_wide_patches(config.dim_latent)
         self.embedding = Embedding(self.vocabulary.size, transformer.dim)

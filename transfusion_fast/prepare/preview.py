@@ -110,6 +110,7 @@ def shown_documents(
     names = {vocabulary.bos: "bos", vocabulary.eos: "eos"}
     for modality in range(vocabulary.num_modalities):
         names |= {vocabulary.boi(modality): f"boi {modality}", vocabulary.eoi(modality): f"eoi {modality}"}
+    names |= {vocabulary.first_size + n: f"size {n + 1}" for n in range(vocabulary.max_size)}
     tokens, pictures = batch.tokens.tolist(), _pictures(keyed, builder, batch, decode)
     weights = np.zeros(len(tokens))  # of each token as a label
     weights[batch.supervised.numpy() + 1] = 1 if batch.token_weights is None else batch.token_weights.numpy()

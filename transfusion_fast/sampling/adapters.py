@@ -358,8 +358,9 @@ class SegmentAdapter(nn.Module):
             if _is_text(piece):
                 last = torch.cat([last, cast(Tensor, piece)])
             else:
-                patches = cast(Tensor, piece).reshape(-1, self.width)
-                tokens += [torch.cat([last, boi]), (patches, torch.zeros(1))]
+                latents = cast(Tensor, piece)
+                opening = torch.tensor(vocabulary.opening(0, latents.shape[:-1]))
+                tokens += [torch.cat([last, opening]), (latents.reshape(-1, self.width), torch.zeros(1))]
                 strings, last = [*strings, "image", "text"], eoi
         return [*tokens, last], strings
 

@@ -18,7 +18,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Document, Piece, check_document
 from transfusion_fast.model.sequence import TEXT
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.sampling.checks import check_prompts, drawn_size, for_each_modality, known_size
+from transfusion_fast.sampling.checks import check_prompts, drawn_sizes, for_each_modality, known_size
 from transfusion_fast.sampling.drawing import Drawer, Given, check_given
 from transfusion_fast.sampling.engine import ROWS, Branch, Context, Engine, Grid
 from transfusion_fast.sampling.generators import check_numbers, image_generator, text_generator
@@ -75,8 +75,9 @@ def sample(
 
     Args:
         prompts: documents as for training, [ids, latents, (modality, latents), ...]; may be empty.
-        grids: for each modality the size in patches of what is drawn, (rows, columns) of an image; default: its
-            `shape`. The model does not begin what has neither, unless `max_images` is 0, which ends at any <boi>.
+        grids: for each modality the size in patches of what is drawn, (rows, columns) of an image; default: the size
+            that the model chooses if it has size tokens, else the `shape` of the modality. The model does not begin
+            what has no size, unless `max_images` is 0, which ends at any <boi>.
         begin: the modality of an image that each continuation begins with, whether or not the model would.
         noise: for each modality the noise, fp32 [rows, columns, C], that all its images begin with, in place of that of
             the seed; None is that of the seed.
@@ -96,15 +97,14 @@ def sample(
     """
     if not is_integer(max_images) or max_images < 0:
         raise InputError(f"max_images must be an integer from 0 on, got {max_images!r}; 0 draws none")
-    sizes = [drawn_size(model, m, grid) for m, grid in enumerate(for_each_modality(model, grids, "grids", "a size"))]
-    if begin is not None:
-        known_size(model, begin, sizes[begin] if begin in range(len(sizes)) else None)
     given = for_each_modality(model, noise, "noise", "a tensor or None")
+    sizes = drawn_sizes(model, grids, given, begin)
     for modality, (own, size) in enumerate(zip(given, sizes, strict=True)):
-        if own is not None:
-            check_given((*known_size(model, modality, size), model.config.dim_latent[modality]), own, None, None)
+        if own is not None and size is not None:
+            check_given((*size, model.config.dim_latent[modality]), own, None, None)
     with _evaluating(model):
-        unavailable = [m for m, size in enumerate(sizes) if size is None and max_images > 0]
+        never = max_images > 0 and model.vocabulary.max_size == 0
+        unavailable = [modality for modality, size in enumerate(sizes) if size is None and never]
         decoding = _Decoding(model, prompts, sizes, text, image, negative, seed, prompt_numbers, unavailable)
         decoding.on_token, decoding.on_images, decoding.noise = on_token, on_images, given
         return decoding.run(max_images, begin)
@@ -175,10 +175,11 @@ def generate_images(
         decoding = _Decoding(model, repeated_prompts, sizes, None, image, negative, seed, repeated_numbers)
         decoding.on_images = on_images
         decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(repeated))
-        for stream in decoding.streams:
+        [(_, streams)] = decoding.sized(decoding.streams, modality)
+        for stream in streams:
             stream.num_drawn = stream.index % images_per_prompt
-        order = torch.tensor([stream.index for stream in decoding.streams])
-        drawn = decoding.draw(decoding.streams, modality, given.select(order))
+        order = torch.tensor([stream.index for stream in streams])
+        drawn = decoding.draw(streams, modality, size, given.select(order))
     return drawn[order.argsort()]
 
 
@@ -214,9 +215,10 @@ class _Decoding:
         unavailable: Sequence[int] = (),  # modalities that text cannot begin
     ):
         check_prompts(prompts)
-        self.model, self.sizes, self.seed, self.unavailable = model, sizes, seed, unavailable
+        self.model, self.sizes, self.seed = model, sizes, seed
         self.text = text or TextSettings()
         self.engine = Engine(model)
+        self.not_text, self.not_sizes = self._excluded(unavailable)
         numbers = check_numbers(seed, range(len(prompts)) if numbers is None else numbers, len(prompts))
         contexts = [self._context(prompt, f"document {i}") for i, prompt in enumerate(model.encoded(prompts))]
         unwanted = self._context(model.encoded([negative])[0], "negative") if negative else None
@@ -242,19 +244,40 @@ class _Decoding:
                 drawing = [s for s in active if begun.get(s.slot) == modality]
                 for stream in drawing:
                     stream.done = stream.num_drawn >= max_images
-                drawing = [s for s in drawing if not s.done]
-                if drawing:
-                    noise = self.noise[modality] if self.noise else None
-                    given = Given(noise=None if noise is None else noise.expand(len(drawing), *noise.shape))
-                    drawn = self.draw(drawing, modality, given)
-                    for stream, latents in zip(drawing, self.model.decoded(drawn, modality), strict=True):
-                        stream.produced.append(latents if modality == 0 else (modality, latents))
-                    self.engine.start_image([self._branch(drawing)], modality, drawn.shape[1:-1]).finish(drawn)
-                    for stream, latents in zip(drawing, drawn, strict=True):
-                        stream.context.append_image(modality, latents)
-                    self.write(drawing, [self.model.vocabulary.eoi(modality)] * len(drawing))
+                for grid, streams in self.sized([s for s in drawing if not s.done], modality):
+                    self._add_images(streams, modality, grid)
             begun = {}
         return [stream.produced for stream in sorted(self.streams, key=lambda stream: stream.index)]
+
+    def _add_images(self, streams: Sequence[_Stream], modality: int, grid: Grid) -> None:
+        """Draw an image at the end of each stream, append it, and close it."""
+        noise = self.noise[modality] if self.noise else None
+        given = Given(noise=None if noise is None else noise.expand(len(streams), *noise.shape))
+        drawn = self.draw(streams, modality, grid, given)
+        for stream, latents in zip(streams, self.model.decoded(drawn, modality), strict=True):
+            stream.produced.append(latents if modality == 0 else (modality, latents))
+        self.engine.start_image([self._branch(streams)], modality, grid).finish(drawn)
+        for stream, latents in zip(streams, drawn, strict=True):
+            stream.context.append_image(modality, latents)
+        self.write(streams, [self.model.vocabulary.eoi(modality)] * len(streams))
+
+    def sized(self, streams: Sequence[_Stream], modality: int) -> list[tuple[Grid, list[_Stream]]]:
+        """Append the size tokens of the images that begin, which the model chooses where no size is given.
+
+        Return the streams of each size.
+        """
+        vocabulary, given = self.model.vocabulary, self.sizes[modality]
+        forced = None if given is None else vocabulary.opening(modality, given)[1:]
+        grids: list[Grid] = [given or ()] * len(streams)
+        for i in range(vocabulary.num_sizes[modality] if streams else 0):
+            tokens = [forced[i]] * len(streams) if forced else self._choose(streams, self.not_sizes)
+            self.write(streams, tokens)
+            if not forced:
+                grids = [(*grid, vocabulary.side(token)) for grid, token in zip(grids, tokens, strict=True)]
+        sized: dict[Grid, list[_Stream]] = {}
+        for grid, stream in zip(grids, streams, strict=True):
+            sized.setdefault(grid, []).append(stream)
+        return [*sized.items()]
 
     def write(self, streams: Sequence[_Stream], tokens: Sequence[int]) -> None:
         """Append a token to each of the streams, and leave them the logits of the next one."""
@@ -269,7 +292,7 @@ class _Decoding:
         for stream in streams:
             stream.done = stream.written >= self.text.max_tokens
         while writing := [s for s in streams if not s.done and s.slot not in begun]:
-            tokens = self._choose(writing)
+            tokens = self._choose(writing, self.not_text)
             for stream, token in zip(writing, tokens, strict=True):
                 if token < vocabulary.num_text_tokens:
                     self._add_text(stream, token)
@@ -284,9 +307,10 @@ class _Decoding:
                 self.write(*zip(*continued, strict=True))
         return begun
 
-    def _choose(self, streams: Sequence[_Stream]) -> list[int]:
-        """Return the next token of each stream; they come from the device together."""
-        logits, used, uniform = torch.stack([stream.logits for stream in streams]), None, torch.zeros(len(streams))
+    def _choose(self, streams: Sequence[_Stream], excluded: Tensor) -> list[int]:
+        """Return the next token of each stream, none of those `excluded`; they come from the device together."""
+        used, uniform = None, torch.zeros(len(streams))
+        logits = torch.stack([stream.logits for stream in streams]).masked_fill(excluded, float("-inf"))
         if self.text.temperature > 0:
             uniform = torch.cat([torch.rand(1, generator=stream.text_noise) for stream in streams])
         if self.used is not None:
@@ -306,10 +330,8 @@ class _Decoding:
         if self.on_token is not None:
             self.on_token(stream.index, token)
 
-    def draw(self, streams: Sequence[_Stream], modality: int, given: Given) -> Tensor:
-        """Draw one image at the end of each stream, behind <boi>; return them, fp32 [streams, *grid, C]."""
-        grid = self.sizes[modality]
-        assert grid is not None
+    def draw(self, streams: Sequence[_Stream], modality: int, grid: Grid, given: Given) -> Tensor:
+        """Draw one image at the end of each stream, which opens it; return them, fp32 [streams, *grid, C]."""
         generators = [image_generator(self.seed, s.number, s.num_drawn) for s in streams]
         contexts = [stream.context for stream in streams]
         told = self.on_images and partial(self.on_images, [stream.index for stream in streams], modality)
@@ -336,19 +358,25 @@ class _Decoding:
             if kind == TEXT:
                 context.tokens.extend(tensor.tolist())
             else:
-                context.tokens.append(vocabulary.boi(kind - 1))
+                context.tokens.extend(vocabulary.opening(kind - 1, tensor.shape[:-1]))
                 context.append_image(kind - 1, tensor)
                 context.tokens.append(vocabulary.eoi(kind - 1))
         return context
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of the next tokens, fp32 [S, V]; -inf for tokens that cannot follow."""
-        vocabulary, count = self.model.vocabulary, len(hidden)
-        padded = torch.cat([hidden, hidden.new_zeros(-count % ROWS, hidden.shape[1])])
-        logits = self.model.head(padded)[:count].float()
+        """Return the logits of the next tokens, fp32 [S, V]."""
+        padded = torch.cat([hidden, hidden.new_zeros(-len(hidden) % ROWS, hidden.shape[1])])
+        return self.model.head(padded)[: len(hidden)].float()
+
+    def _excluded(self, unavailable: Sequence[int]) -> Tensor:
+        """Return the tokens that cannot follow text, and those that cannot be a size: bool [2, V]."""
+        vocabulary = self.model.vocabulary
+        excluded = torch.zeros(2, vocabulary.size, dtype=torch.bool)
         never = [vocabulary.bos, *(vocabulary.eoi(modality) for modality in range(vocabulary.num_modalities))]
-        logits[:, [*never, *(vocabulary.boi(modality) for modality in self.unavailable)]] = float("-inf")
-        return logits
+        excluded[0, [*never, *(vocabulary.boi(modality) for modality in unavailable)]] = True
+        excluded[0, vocabulary.first_size :] = True
+        excluded[1, : vocabulary.first_size] = True
+        return excluded.to(self.model.device)
 
 
 Transfusion.sample, Transfusion.generate_text, Transfusion.generate_images = sample, generate_text, generate_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,7 @@ class Drawer:
         intervals = num_intervals(self.sampler, settings.steps)
         timesteps = diffusion.sampling_timesteps(intervals, alone.n, settings.strength)
         if any(settings.guided(t) for t in timesteps[:-1]):
-            together = self.engine.start_image([branch, *self._others(contexts, modality, alone.n)], modality, grid)
+            together = self.engine.start_image([branch, *self._others(contexts, modality, grid)], modality, grid)
 
         def denoise(x: Tensor, t: float) -> Tensor:
             if settings.guided(t):
@@ -125,24 +126,24 @@ class Drawer:
             raise InputError(f"{rule}, got NaN or infinity; check the model's weights, or lower eta and guidance")
         return x.cpu()
 
-    def _others(self, contexts: Sequence[Context], modality: int, patches: int) -> list[Branch]:
+    def _others(self, contexts: Sequence[Context], modality: int, grid: Grid) -> list[Branch]:
         """Return the branches of guidance beside that of the whole contexts.
 
-        With one weight it is the image alone after <boi>, as in training, or after the negative document. With two, the
-        contexts without their text, and without their images.
+        With one weight it is the image alone after <boi> and its size, as in training, or after the negative document.
+        With two, the contexts without their text, and without their images.
         """
         vocabulary = self.model.vocabulary
-        boi = Context([vocabulary.boi(modality)])
+        opening = Context(vocabulary.opening(modality, grid))
         if self.settings.image_guidance is not None:
             text_and_bos = range(vocabulary.eos)
             without_text = [context.without_text(text_and_bos) for context in contexts]
-            without_images = [context.without_images() for context in contexts]
+            without_images = [context.without_images(vocabulary.num_sizes) for context in contexts]
             parts = [without_text, without_images]
         elif self.negative is not None:
-            parts = [[Context([*self.negative.tokens, *boi.tokens], self.negative.images)] * len(contexts)]
+            parts = [[Context([*self.negative.tokens, *opening.tokens], self.negative.images)] * len(contexts)]
         else:
-            parts = [[boi] * len(contexts)]
-        return [(self.engine.prefill(part, patches)[0], range(len(part))) for part in parts]
+            parts = [[opening] * len(contexts)]
+        return [(self.engine.prefill(part, math.prod(grid))[0], range(len(part))) for part in parts]
 
 
 def guided(predictions: Tensor, settings: ImageSettings) -> Tensor:

@@ -66,12 +66,11 @@ class Context:
         ends = [*(image.offset for image in self.images), len(self.tokens)]
         return [self.tokens[start:end] for start, end in zip(starts, ends, strict=True)]
 
-    def without_images(self) -> Context:
-        """Return the context without its images and their <boi> and <eoi>."""
-        first, *others = self.text_between_images()
-        tokens = first
-        for after_image in others:
-            tokens = tokens[:-1] + after_image[1:]
+    def without_images(self, num_sizes: Sequence[int] | np.ndarray) -> Context:
+        """Return the context without its images and the special tokens around them, `num_sizes` of each modality."""
+        tokens, *others = self.text_between_images()
+        for image, after_image in zip(self.images, others, strict=True):
+            tokens = tokens[: -1 - num_sizes[image.modality]] + after_image[1:]
         return Context(tokens)
 
     def without_text(self, text: Container[int]) -> Context:

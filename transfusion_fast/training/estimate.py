@@ -206,7 +206,7 @@ def kept_activations(
         positions: T, with padding. supervised: positions with a label. patches: those of each modality; trained: those
             but for clean images beside noised copies.
     """
-    vocabulary, dim = Vocabulary(model.num_text_tokens, len(model.modalities)).size, model.transformer.dim
+    vocabulary, dim = Vocabulary.of(model).size, model.transformer.dim
     rotary, norm = _FP32 * model.transformer.head_dim, itemsize * dim
     # Small vocabularies keep their logits in fp32; large ones are computed in chunks and again in backward.
     head = _FP32 * (dim + vocabulary) if vocabulary <= SMALL_VOCABULARY else itemsize * dim

@@ -49,7 +49,7 @@ def training_flops(
     attention_dim = t.num_heads * t.head_dim
     qkv_and_out = t.dim * (2 * attention_dim + 2 * t.num_kv_heads * t.head_dim)
     block = qkv_and_out + 3 * t.dim * t.hidden_dim
-    vocabulary = Vocabulary(model.num_text_tokens, len(model.modalities)).size
+    vocabulary = Vocabulary.of(model).size
     codecs = 0.0
     for one, encoded, trained in zip(model.modalities, patches, decoded or patches, strict=True):
         encode, decode = multiply_adds(one, t.dim)

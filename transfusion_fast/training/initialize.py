@@ -115,7 +115,7 @@ def plan_from_model(
         if value == getattr(source.transformer, name) != (got := getattr(model.transformer, name)):
             raise InputError(f"model.transformer.{name} must be {value}, as in {where}, got {got}; correct it")
     kept = min(len(source.modalities), len(model.modalities))
-    old_size = Vocabulary(source.num_text_tokens, len(source.modalities)).size
+    old_size = Vocabulary.of(source).size
     plan: Plan = {}
     wrong = []
     for name, shape in shapes.items():
@@ -144,8 +144,10 @@ def _dropped(stored: Mapping[str, Shape], model: ModelConfig) -> list[str]:
 
 
 def _vocabulary_spans(source: ModelConfig, model: ModelConfig, modalities: int, origin: str) -> Iterator[Span]:
-    """Yield the rows of text ids, of <bos> and <eos>, and of the special tokens of the modalities in common."""
+    """Yield the rows of text ids, of <bos> and <eos>, and of the special tokens and sizes in common."""
     width = model.transformer.dim
-    old, new = (Vocabulary(one.num_text_tokens, len(one.modalities)) for one in (source, model))
-    for start, source_start, rows in ((0, 0, old.num_text_tokens), (new.bos, old.bos, 2 + 2 * modalities)):
-        yield Span(start * width, rows * width, origin, source_start * width)
+    old, new = (Vocabulary.of(one) for one in (source, model))
+    sizes = (new.first_size, old.first_size, min(new.max_size, old.max_size))
+    for start, source_start, rows in ((0, 0, old.num_text_tokens), (new.bos, old.bos, 2 + 2 * modalities), sizes):
+        if rows:
+            yield Span(start * width, rows * width, origin, source_start * width)

@@ -85,7 +85,7 @@ class Llama(BaseModel):
         """Yield the rows of the text ids, and of <bos> and <eos>, which Llama has among its text ids."""
         rows, width = stored
         yield Span(0, min(rows, model.num_text_tokens) * width, origin)
-        vocabulary = Vocabulary(model.num_text_tokens, len(model.modalities))
+        vocabulary = Vocabulary.of(model)
         for token, ids in ((vocabulary.bos, self.bos_token_id), (vocabulary.eos, self.eos_token_id)):
             number = ids[0] if isinstance(ids, list) else ids
             if number is not None and 0 <= number < rows:
