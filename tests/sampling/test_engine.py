@@ -134,3 +134,21 @@ def test_images_of_any_number_of_dimensions_have_the_shape_asked_or_that_of_thei
     settings = ImageSettings(steps=2, clip=1.0)
     drawn = generate_images(model, [[], before], grid if given else None, image=settings)
     assert drawn.shape == (2, *grid, 4) and drawn.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_context_that_is_repeated_is_run_once_and_continued_by_each_of_its_streams(monkeypatch):
+    model = small_model(num_text_tokens=10, dim_latent=(4, 8), transformer={"dim": 32, "depth": 2, "heads": 2})
+    engine, (first, *_, image) = Engine(model), contexts()
+    given, rows = [first, image, first, image, first], []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda batch, *rest: (rows.append(len(batch.tokens)), hidden(batch, *rest))[1])
+    cache, last = engine.prefill(given)
+    alone, expected = engine.prefill([context.copy() for context in given])
+    assert rows[0] < rows[1] / 2
+    torch.testing.assert_close(last, expected)
+    tokens, streams = [1, 2, 3, 4, 5], range(5)
+    for _ in range(2):
+        steps = [engine.step(one, streams, tokens) for one in (cache, alone)]
+        torch.testing.assert_close(*steps)
+    assert (cache.lengths, cache.next_position) == (alone.lengths, alone.next_position)

@@ -6,6 +6,7 @@ Letters as in model/sequence.py, and S streams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -49,6 +50,16 @@ class KeyValueCache:
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    def select(self, streams: Sequence[int]) -> KeyValueCache:
+        """Return a cache whose streams are copies of the given ones, which may be repeated."""
+        selected = copy(self)
+        index = torch.tensor(streams, device=self.keys[0].device)
+        selected.keys, selected.values = ([x.index_select(0, index) for x in own] for own in (self.keys, self.values))
+        selected.lengths, selected.next_position = (
+            [own[stream] for stream in streams] for own in (self.lengths, self.next_position)
+        )
+        return selected
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions of each stream."""

@@ -168,13 +168,12 @@ def generate_images(
     check_prompts(prompts)
     shape = (images_per_prompt * len(prompts), *size, model.config.dim_latent[modality])
     given = check_given(shape, noise, start, keep)
-    numbers = check_numbers(seed, range(len(prompts)) if prompt_numbers is None else prompt_numbers, len(prompts))
-    repeated = [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
-    repeated_prompts, repeated_numbers = [prompts[i] for i in repeated], [numbers[i] for i in repeated]
     with _evaluating(model):
-        decoding = _Decoding(model, repeated_prompts, sizes, None, image, negative, seed, repeated_numbers)
+        decoding = _Decoding(
+            model, prompts, sizes, None, image, negative, seed, prompt_numbers, repeats=images_per_prompt
+        )
         decoding.on_images = on_images
-        decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(repeated))
+        decoding.write(decoding.streams, [model.vocabulary.boi(modality)] * len(decoding.streams))
         [(_, streams)] = decoding.sized(decoding.streams, modality)
         for stream in streams:
             stream.num_drawn = stream.index % images_per_prompt
@@ -213,6 +212,7 @@ class _Decoding:
         seed: int,
         numbers: Sequence[int] | None,
         unavailable: Sequence[int] = (),  # modalities that text cannot begin
+        repeats: int = 1,  # streams of each prompt
     ):
         check_prompts(prompts)
         self.model, self.sizes, self.seed = model, sizes, seed
@@ -220,15 +220,17 @@ class _Decoding:
         self.engine = Engine(model)
         self.not_text, self.not_sizes = self._excluded(unavailable)
         numbers = check_numbers(seed, range(len(prompts)) if numbers is None else numbers, len(prompts))
-        contexts = [self._context(prompt, f"document {i}") for i, prompt in enumerate(model.encoded(prompts))]
+        prompted = [self._context(prompt, f"document {i}") for i, prompt in enumerate(model.encoded(prompts))]
+        contexts = [context for context in prompted for _ in range(repeats)]
+        numbers = [number for number in numbers for _ in range(repeats)]
         unwanted = self._context(model.encoded([negative])[0], "negative") if negative else None
         self.drawer = Drawer(self.engine, image or ImageSettings(), unwanted)
         # Streams of one length are neighbours in the cache, so that attention takes them together.
-        order = sorted(range(len(prompts)), key=lambda i: len(contexts[i].tokens))
+        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].tokens))
         self.cache, hidden = self.engine.prefill([contexts[i] for i in order], 1 + self.text.max_tokens)
         logits = self._logits(hidden)
         self.streams = [
-            _Stream(slot, i, numbers[i], text_generator(seed, numbers[i]), contexts[i], logits[slot])
+            _Stream(slot, i, numbers[i], text_generator(seed, numbers[i]), contexts[i].copy(), logits[slot])
             for slot, i in enumerate(order)
         ]
         self.used = self._text_ids() if self.text.repetition_penalty != 1 else None

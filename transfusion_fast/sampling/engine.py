@@ -56,6 +56,9 @@ class Context:
     tokens: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
 
+    def copy(self) -> Context:
+        return Context([*self.tokens], [*self.images])
+
     def append_image(self, modality: int, latents: Tensor) -> None:
         self.images.append(Image(len(self.tokens), modality, latents))
         self.tokens.extend([0] * latents[..., 0].numel())
@@ -98,8 +101,15 @@ class Engine:
     def prefill(self, contexts: Sequence[Context], room: int = MIN_ROOM) -> tuple[KeyValueCache, Tensor]:
         """Return a cache that holds the contexts, none empty, and the hidden states of their last tokens, [S, E].
 
-        The streams of the cache are the contexts in their order; it has room for so many more positions of each.
+        The streams of the cache are the contexts in their order; it has room for so many more positions of each. A
+        context that is repeated is run once.
         """
+        distinct = list(dict.fromkeys(contexts))
+        if len(distinct) < len(contexts):
+            cache, hidden = self.prefill(distinct, room)
+            number = {context: i for i, context in enumerate(distinct)}
+            streams = [number[context] for context in contexts]
+            return cache.select(streams), hidden.index_select(0, self._tensor(np.array(streams)))
         lengths = np.array([len(context.tokens) for context in contexts])
         sequence, positions, after = self._laid_out(contexts, lengths)
         cache = KeyValueCache(self.model, len(contexts), int(lengths.max()) + room)
