@@ -5,6 +5,7 @@ Letters as in model/sequence.py, and S streams.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -231,13 +232,14 @@ class LengthsAttention:
 class PrefillAttention:
     """Attention of one layer over packed contexts, whose keys and values are written to an empty cache.
 
-    layouts: those of consecutive parts of the positions; the rest is padding; cache_rows: int64 [T'], the row of the
-    cache, flattened over streams and positions, for each of the T' positions that are not padding.
+    parts: layouts of consecutive parts of the positions, or (contexts, length) of texts of one length, which are
+    attended to together; the rest is padding. cache_rows: int64 [T'], the row of the cache, flattened over streams and
+    positions, for each of the T' positions that are not padding.
     """
 
     cache: KeyValueCache
     layer: int
-    layouts: Sequence[AttentionLayout]
+    parts: Sequence[AttentionLayout | tuple[int, int]]
     cache_rows: Tensor
     backend: ops.Backend
 
@@ -247,8 +249,15 @@ class PrefillAttention:
             written = new[: len(self.cache_rows)].to(cached[self.layer].dtype)  # autocast computes narrower ones
             cached[self.layer].flatten(0, 1).index_copy_(0, self.cache_rows, written)
         out, start = torch.zeros_like(q), 0
-        for layout in self.layouts:
-            part = slice(start, start + layout.total_length)
-            out[part] = ops.hybrid_attention(q[part], k[part], v[part], layout, backend=self.backend)
-            start = part.stop
+        for part in self.parts:
+            if isinstance(part, AttentionLayout):
+                own = slice(start, start + part.total_length)
+                out[own] = ops.hybrid_attention(q[own], k[own], v[own], part, backend=self.backend)
+            else:
+                own = slice(start, start + math.prod(part))
+                queries, keys, values = (x[own].unflatten(0, part).transpose(1, 2) for x in (q, k, v))
+                shared = q.shape[1] != k.shape[1]
+                attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=shared)
+                out[own] = attended.transpose(1, 2).flatten(0, 1)
+            start = own.stop
         return out

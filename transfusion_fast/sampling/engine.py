@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -115,9 +116,9 @@ class Engine:
         cache = KeyValueCache(self.model, len(contexts), int(lengths.max()) + room)
         cache_rows = ranges(np.arange(len(contexts)) * cache.capacity, lengths)
         batch, latents = self._prefill_batch(sequence, positions, [i.latents for c in contexts for i in c.images])
-        layouts = self._layouts(sequence)
+        parts = self._parts(sequence)
         attentions = [
-            PrefillAttention(cache, layer, layouts, self._tensor(cache_rows), self.model.config.backend)
+            PrefillAttention(cache, layer, parts, self._tensor(cache_rows), self.model.config.backend)
             for layer in range(self.depth)
         ]
         hidden, _ = self.model.hidden(batch, latents, attentions)
@@ -161,18 +162,29 @@ class Engine:
         )
         return self._batch(tokens, positions, groups), [images.latents for images in groups]
 
-    def _layouts(self, sequence: TokenSequence) -> list[AttentionLayout]:
-        """Return one layout of all contexts; on a CPU one of each, where the op takes short documents together and
-        would give a stream other bits in another batch."""
+    def _parts(self, sequence: TokenSequence) -> list[AttentionLayout | tuple[int, int]]:
+        """Return the parts of `PrefillAttention`: one layout of all contexts.
+
+        On a CPU the op takes short documents together and would give a stream other bits in another batch, so there
+        each context with images has a layout of its own, and neighbouring texts of one length are a part.
+        """
         spans = np.stack([sequence.start, sequence.length], axis=1)[: 0 if self.causal_images else None]
         if self.model.device.type != "cpu":
             return [AttentionLayout.from_spans(sequence.document_lengths, spans, device=self.model.device)]
         document, bounds = documents_of_images(sequence)
         document = document[: len(spans)]
-        return [
-            AttentionLayout.from_spans([length], spans[document == number] - [bounds[number], 0])
-            for number, length in enumerate(sequence.document_lengths.tolist())
-        ]
+        parts: list[AttentionLayout | tuple[int, int]] = []
+        with_images = set(document.tolist())
+        for (is_text, length), group in groupby(
+            enumerate(sequence.document_lengths.tolist()), key=lambda item: (item[0] not in with_images, item[1])
+        ):
+            numbers = [number for number, _ in group]
+            if is_text:
+                parts.append((len(numbers), length))
+            else:
+                own = (spans[document == number] - [bounds[number], 0] for number in numbers)
+                parts += [AttentionLayout.from_spans([length], one) for one in own]
+        return parts
 
     def step(self, cache: KeyValueCache, streams: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Append a token to each of the streams, in ascending order; return their hidden states [S, E]."""
