@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("images").add_argument
-    add("--steps", type=int, default=250, help="evaluations of the model for an image")
+    add("--steps", type=int, default=50, help="evaluations of the model for an image")
     add("--sampler", choices=get_args(Sampler), default="auto", help="auto is ddpm, and euler for flow matching")
     add("--eta", type=float, default=1.0, help="noise that a step of ddpm adds: 0 is DDIM, above 1 may remove speckle")
     add("--guidance", type=float, default=3.0, help="guidance weight; 1 turns guidance off")
