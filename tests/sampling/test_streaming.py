@@ -134,7 +134,7 @@ def test_a_stopped_request_ends_at_once_with_what_there_is(streamer, written, ta
         (Request("edit", "a", torch.zeros(2, 2, 5)), "piece 0: .*5"),
         (Request("change", "a", torch.full((2, 2, 4), torch.nan)), "start must be finite, got NaN"),
         (Request("draw", "a", num_images=17), "the number of images must be in 1..16, got 17"),
-        (Request("draw", "a", seed=None), "seed and prompt_numbers must be integers .* got None"),
+        (Request("draw", "a", seed=None), "the seed must be an integer in 0.*, got None"),
         (Request("write", "a", text=TextSettings(max_tokens=10**9)), "max_tokens must be at most 4096, got 1000000000"),
     ],
 )

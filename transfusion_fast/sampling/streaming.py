@@ -27,6 +27,7 @@ from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.pictures import images_to_pixels
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings, is_integer
 from transfusion_fast.sampling.subject import Subject
+from transfusion_fast.settings import MAX_SEED
 
 Task = Literal["draw", "change", "edit", "caption", "write"]
 MAX_TOKENS = 4096
@@ -163,6 +164,8 @@ class Streamer:
             raise InputError(f"an image must be given to {task}, got none; upload one")
         if not is_integer(images) or not 1 <= images <= MAX_IMAGES:
             raise InputError(f"the number of images must be in 1..{MAX_IMAGES}, got {images}; give another")
+        if not is_integer(request.seed) or not 0 <= request.seed <= MAX_SEED:
+            raise InputError(f"the seed must be an integer in 0..{MAX_SEED}, got {request.seed}; give another")
         if tokens > MAX_TOKENS:
             raise InputError(f"max_tokens must be at most {MAX_TOKENS}, got {tokens}; give fewer")
         ids = self.subject.ids(request.prompt)
