@@ -153,7 +153,7 @@ class Page:
         """Return the inputs for settings by the names that `_request` reads."""
         draws, whole, inputs = bool(self.data.modalities), {"step": 1, "precision": 0}, {}
         with gr.Group(visible=draws):
-            inputs["steps"] = gr.Slider(1, 250, 50, **whole, label="Steps", elem_id="steps")
+            inputs["steps"] = gr.Slider(1, 250, 50, **whole, label="Steps")
             guidance = "Guidance: how closely images follow the prompt"
             inputs["guidance"] = gr.Slider(1, 12, 3, step=0.1, label=guidance)
             changed = "Strength: how much of the image changes"
