@@ -50,6 +50,10 @@ setup(
         "vae": ["diffusers>=0.30"],
         # Images as a vision encoder's features.
         "encoder": ["transformers>=4.45"],
+        # The page of train/demo.py, and its test in a browser. Not part of "test": gradio needs an older pillow than
+        # constraints.txt pins.
+        "demo": ["gradio>=6.0"],
+        "demo-test": ["playwright>=1.50"],
         # BLEU of captions.
         "evaluation": ["sacrebleu>=2.4"],
         # The kernels. Nothing in it compiles while it is installed.

@@ -38,6 +38,7 @@ NOT_RUN = {
     "deepspeed ": "starts a launcher and ranks, as tests/training/test_launcher.py does",
     "torchrun ": "needs several hosts",
     "sbatch ": "needs SLURM",
+    "python train/demo.py ": "serves until it is interrupted, as in tests/train/test_demo.py",
     ". .venv/bin/activate": "needs the environment that make creates",
     "python train/prepare.py pairs laion/*.tar --out data/latents": "needs an autoencoder, as in tests/prepare",
     "python train/prepare.py pairs laion/*.tar --out data/features": "needs an encoder, as in tests/train",

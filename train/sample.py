@@ -19,15 +19,12 @@ from typing import get_args
 
 import numpy as np
 import torch
-from einops import reduce
-from PIL import Image
 
 from transfusion_fast.data.autoencoder import Autoencoder
-from transfusion_fast.data.images import pixels_to_latents, to_grid
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.prepare.images import decode_image, scaled_middle
+from transfusion_fast.prepare.given_images import read_image, read_mask
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.pictures import (
@@ -159,13 +156,12 @@ def _draw(
     image: ImageSettings,
 ) -> None:
     """Draw a row of images for each --prompt."""
-    before = [_read_image(options.edit, data, vae)] if options.edit else []
+    given = data.modalities[0], data.image_sizes[0], vae
+    before = [read_image(options.edit, *given)] if options.edit else []
     prompts = [[*before, _ids(data, prompt)] for prompt in options.prompt]
     count = options.each * len(prompts)
-    start = _read_image(options.start, data, vae).expand(count, -1, -1, -1) if options.start else None
-    keep = None
-    if options.inpaint:
-        keep = _read_mask(options.inpaint, data, vae).expand(count, -1, -1, -1)
+    start = read_image(options.start, *given).expand(count, -1, -1, -1) if options.start else None
+    keep = read_mask(options.inpaint, *given).expand(count, -1, -1, -1) if options.inpaint else None
     latents = generate_images(
         model,
         prompts,
@@ -194,7 +190,7 @@ def _continue(
 ) -> None:
     """Print, and write if there are images, the continuation of each --caption or --text."""
     if options.caption:
-        prompts = [[_read_image(path, data, vae)] for path in options.caption]
+        prompts = [[read_image(path, data.modalities[0], data.image_sizes[0], vae)] for path in options.caption]
     else:
         prompts = [[_ids(data, one)] for one in options.text]
     produced = sample(
@@ -264,39 +260,6 @@ def _piece(piece: Piece, data: DataDescription, vae: Autoencoder | None) -> str 
 
 def _ids(data: DataDescription, text: str) -> torch.Tensor:
     return torch.from_numpy(data.tokenizer.encode(text)).long()
-
-
-def _read_image(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
-    """Read an image file as the model's input, [rows, columns, C], in the size of the training images."""
-    info, (height, width) = data.modalities[0], data.image_sizes[0]
-    if vae is not None:
-        pixels = _read_pixels(path, (height * vae.stride, width * vae.stride), channels=3)
-        return to_grid(vae.encode(pixels), info.patch_size)[0]
-    if info.channels not in (1, 3):
-        raise InputError(f"pixels must be grey or colour to read an image, got {info.channels} channels")
-    return pixels_to_latents(_read_pixels(path, (height, width), info.channels), info.patch_size)[0]
-
-
-def _read_mask(path: Path, data: DataDescription, vae: Autoencoder | None) -> torch.Tensor:
-    """Read an image as a mask, bool [rows, columns, C]: true where it is darker than grey."""
-    info, (height, width) = data.modalities[0], data.image_sizes[0]
-    stride = 1 if vae is None else vae.stride
-    dark = _read_pixels(path, (height * stride, width * stride), channels=1) < 128
-    dark = reduce(dark, "n (h p) (w q) 1 -> n h w 1", "min", p=stride, q=stride)  # latents of no white pixel
-    return to_grid(np.repeat(dark, info.channels, axis=3), info.patch_size)[0] > 0
-
-
-def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Read an image as `prepare.py` does: uint8 [1, height, width, channels], grey or colour."""
-    height, width = size
-    try:
-        pixels = decode_image(path.read_bytes())
-    except Rejected as error:
-        raise InputError(f"{path} must be a readable image ({error}); give another") from error
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    middle = scaled_middle(pixels, height, width, scale)
-    shown = Image.fromarray(middle).convert("L" if channels == 1 else "RGB")
-    return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)
 
 
 if __name__ == "__main__":

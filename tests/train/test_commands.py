@@ -225,6 +225,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --prompt one --checkpoint ../x", "has no checkpoint '../x'"),
         ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
+        ("sample RUN --caption huge.png", "huge.png must have at most 67108864 bytes, got more"),
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
         ("sample RUN --prompt one --guidance nan", "guidance must be finite, got nan"),
         ("sample RUN --text one --start config.yaml", "--start must come with --prompt, got none"),
@@ -310,6 +311,8 @@ def _write_bad_input(folder: Path, run: Path, data: Path) -> None:
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 0xFF]))
     (folder / "bomb.png").write_bytes(png_with_header(60000, 60000))
+    with (folder / "huge.png").open("wb") as file:
+        file.truncate((64 << 20) + 1)
     for name in ("future", "cut"):
         shutil.copytree(data, folder / name)
     index = json.loads((data / "index.json").read_text())

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launching import MODALITY, OneRank, small_config, text, write_packs
+from launching import MODALITY, OneRank, picture, small_config, text, write_packs
 
 from transfusion_fast.config import Config, ModelConfig, OptimizerConfig
 from transfusion_fast.config_reading import load_config
@@ -224,6 +224,21 @@ def test_a_run_folder_remembers_height_and_width_of_the_first_image(tmp_path: Pa
     write_data_description(tmp_path, describe_data(data))
     read = read_data_description(tmp_path)
     assert read.image_sizes == ((8, 4),) and read.grid(0) == (4, 2) and read.modalities == data.modalities
+
+
+@pytest.mark.parametrize(
+    ("documents", "edits"),
+    [
+        (["it", "iti"], True),
+        (["titi", "it", "it"], False),  # images with captions before or behind them
+        (["iit", "ti"], False),
+    ],
+)
+def test_a_run_folder_remembers_if_documents_are_edits(tmp_path: Path, documents: list[str], edits: bool) -> None:
+    parts = {"i": picture(0), "t": text(9, seed=0)}
+    folder = write_packs(tmp_path / "data", [tuple(parts[kind] for kind in kinds) for kinds in documents], 128)
+    write_data_description(tmp_path, describe_data(open_data(small_config(folder))))
+    assert read_data_description(tmp_path).edits is edits
 
 
 def test_a_run_folder_remembers_the_largest_absolute_value_of_latents(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,17 @@ Decoder = Callable[[np.ndarray], np.ndarray]
 
 def page(title: str, documents: Sequence[Sequence[Shown]]) -> str:
     """Return the HTML page of some documents. Markup in them is shown as text."""
-    sections = "\n".join(f"<section>{''.join(map(_html, pieces))}</section>" for pieces in documents)
+    sections = "\n".join(f"<section>{fragment(pieces)}</section>" for pieces in documents)
     name = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
         f"</head><body>\n<h1>{name}</h1>\n{sections}\n</body></html>\n"
     )
+
+
+def fragment(pieces: Iterable[Shown]) -> str:
+    """Return the HTML of a document's pieces. Markup in them is shown as text."""
+    return "".join(map(_html, pieces))
 
 
 def _html(piece: Shown) -> str:

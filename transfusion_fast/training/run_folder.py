@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -49,6 +50,8 @@ class DataDescription:
     bounds: tuple[float | None, ...] = ()
     """Largest absolute value of each modality's images: 1 for pixels, that of some packs for latents; None or nothing
     where it is not known."""
+    edits: bool = False
+    """Whether some packs hold a document that begins with an image, a text and another image, as edits do."""
 
     def grid(self, modality: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image of the default size."""
@@ -74,6 +77,7 @@ def describe_data(data: Mixture, skip_unreadable: bool = False) -> DataDescripti
     """
     sizes: dict[int, tuple[int, int]] = {}
     bounds: dict[int, float] = {}
+    edits = False
     readers = [PackReader(d.folder, d.index) for d in data.datasets if d.index.modalities]
     for reader, number in ((r, n) for r in readers for n in range(len(r))):
         if number >= _PACKS and len(sizes) == len(data.modalities):
@@ -84,6 +88,7 @@ def describe_data(data: Mixture, skip_unreadable: bool = False) -> DataDescripti
             if isinstance(error, FetchError) or not skip_unreadable:
                 raise
             continue
+        edits = edits or _has_edit(pack.segments)
         for _, kind, offset, _, height, width in pack.segments[pack.segments[:, 1] != KIND_TEXT].tolist():
             info = data.modalities[kind - 1]
             sizes.setdefault(kind - 1, (height, width))
@@ -98,7 +103,15 @@ def describe_data(data: Mixture, skip_unreadable: bool = False) -> DataDescripti
         bounds=tuple(
             1.0 if info.encoding == "pixels" else bounds.get(m) or None for m, info in enumerate(data.modalities)
         ),
+        edits=edits,
     )
+
+
+def _has_edit(segments: np.ndarray) -> bool:
+    document, image = segments[:, 0], segments[:, 1] != KIND_TEXT
+    first = np.diff(document, prepend=-1) > 0
+    pattern = first[:-2] & image[:-2] & ~image[1:-1] & image[2:]
+    return bool((pattern & (document[:-2] == document[2:])).any())
 
 
 def write_data_description(run: Path, data: DataDescription) -> None:
@@ -109,6 +122,7 @@ def write_data_description(run: Path, data: DataDescription) -> None:
         "modalities": [m.describe() for m in data.modalities],
         "image_sizes": data.image_sizes,
         "bounds": data.bounds,
+        "edits": data.edits,
     }
     write_atomically(run / DATA, json.dumps(record, indent=1))
 
@@ -124,7 +138,9 @@ def read_data_description(run: Path) -> DataDescription:
             raise ValueError(f"{len(sizes)} image_sizes and {len(bounds)} bounds for {len(modalities)} modalities")
         if any(bound is not None and not 0 < bound < math.inf for bound in bounds):
             raise ValueError(f"bounds {bounds} must be above 0 and finite")
-        return DataDescription(load_tokenizer(record["tokenizer"], run), modalities, sizes, bounds)
+        return DataDescription(
+            load_tokenizer(record["tokenizer"], run), modalities, sizes, bounds, record.get("edits") is True
+        )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{run}: is not a run folder (no {DATA}); train first: deepspeed train/pretrain.py") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
