@@ -131,7 +131,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., A
     for name in ("picture.png", "mask.png"):
         (folder / name).write_bytes(png)
     (folder / "prompts.jsonl").write_text('{"prompt": "one", "tag": "digit"}')
-    (folder / "my_judge.py").write_text(blocks("docs/sampling.md", "python")[0])
+    [judge] = (block for block in blocks("docs/sampling.md", "python") if block.startswith("def judge("))
+    (folder / "my_judge.py").write_text(judge)
     block = blocks("docs/train.md", "yaml")[0]
     (folder / "config.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patch:
