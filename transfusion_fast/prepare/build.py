@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from transfusion_fast.data.index import INDEX_NAME, Index, file_sha256, read_index, write_index
 from transfusion_fast.data.order import keyed_permutation
-from transfusion_fast.data.pack import Pack, make_pack, validate_pack
+from transfusion_fast.data.pack import Pack, tokens_dtype, validate_pack
 from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, ShardInfo, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from transfusion_fast.data.vision_encoder import VisionEncoder
@@ -38,15 +38,15 @@ from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
 from transfusion_fast.prepare.sources.base import Source, Unit
-from transfusion_fast.prepare.spool import Counts, Spool
+from transfusion_fast.prepare.spool import Counts, Spool, read_pack
 from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, first_changes, output_and_staging
 
 LEFT_OUT = "left_out.jsonl"
-_VERSION = 4
+_VERSION = 5
 """Version of spooled units and of the packing: work begun by another version is refused."""
 MEASURED = 256
 """Images by which a vision encoder's features are normalised."""
-_OPEN_UNITS = 32  # of four files each, that a process has open at once
+_OPEN_UNITS = 32  # of three files each, that a process has open at once
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 
@@ -231,7 +231,8 @@ class _Work:
 
     def spool(self, unit: int) -> Spool:
         """Return the encoded documents of a unit."""
-        return Spool(self.partial / UNITS, unit, self.recipe.encoder.modalities)
+        encoder = self.recipe.encoder
+        return Spool(self.partial / UNITS, unit, encoder.modalities, encoder.tokenizer.num_text_tokens)
 
     def encode(self, task: tuple[int, Unit]) -> tuple[int, Counts]:
         """Spool the documents of a unit, or find that they are there."""
@@ -264,13 +265,14 @@ class _Work:
         found = read_shard(folder / f"shard-{number:06d}.tar", settings)
         if found.info and not found.findings:
             return number, found.info
-        return number, write_shard(self.packs(located), folder, number, settings.schema)
+        dtype = tokens_dtype(settings.num_text_tokens)
+        return number, write_shard(self.packs(located), folder, number, settings.schema, dtype)
 
     def packs(self, located: list[np.ndarray]) -> Iterator[Pack]:
         """Yield the packs of a shard."""
         spool, encoder = functools.lru_cache(maxsize=_OPEN_UNITS)(self.spool), self.recipe.encoder
         for chosen in located:
-            pack = make_pack([spool(unit)[document] for unit, document in chosen.tolist()], encoder.modalities)
+            pack = read_pack(chosen, spool, encoder.modalities)
             validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
             yield pack
 

@@ -5,6 +5,8 @@ Entries that cannot be used are yielded as `Rejected`, to be counted; reading co
 
 from __future__ import annotations
 
+import codecs
+import functools
 import json
 import os
 from abc import ABC, abstractmethod
@@ -19,8 +21,33 @@ from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Weighted
 
-Part = str | bytes | np.ndarray | Segment
-"""A text, the bytes of an image file, its pixels uint8 [height, width, 3], or a segment that is encoded already."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TextRange:
+    """A text that is too long to hold in memory: bytes [start, end) of a file, in UTF-8."""
+
+    path: Path
+    start: int
+    end: int
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in order; raise Rejected where it is not UTF-8. A byte order mark at byte 0 is dropped."""
+        decoder = codecs.getincrementaldecoder("utf-8" if self.start else "utf-8-sig")()
+        with self.path.open("rb") as file:
+            at = file.seek(self.start)
+            while block := file.read(min(_BLOCK, self.end - at)):
+                at += len(block)
+                try:
+                    yield decoder.decode(block, final=at == self.end)
+                except UnicodeDecodeError as error:
+                    raise Rejected("not UTF-8", f"{error.reason} before byte {at}") from error
+
+
+Part = str | TextRange | bytes | np.ndarray | Segment
+"""A text, one that is read in pieces, the bytes of an image file, its pixels uint8 [height, width, 3], or an encoded
+segment."""
 MAX_BYTES = 64 << 20
 """The largest line, and the largest file in an archive, that is read."""
 COMPRESSIONS = (".gz", ".zst")
@@ -90,15 +117,19 @@ class Source(ABC):
             try:
                 if isinstance(entry, Rejected):
                     raise entry
-                parts = list(self.parts(entry, unit))
-                weights = tuple(part.weight if isinstance(part, Weighted) else 1.0 for part in parts)
-                plain = tuple(part.content if isinstance(part, Weighted) else part for part in parts)
-                found = SourceDocument(where, plain, weights if set(weights) - {1.0} else ())
+                found = _document(where, tuple(self.parts(entry, unit)))
             except Rejected as rejected:
                 found = rejected.at(where)
             yield found
 
 
+def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
+    plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
+    weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
+    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else ())
+
+
+@functools.lru_cache  # asked for every document, and slow
 def kind_of(path: Path) -> str:
     """Return the suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
