@@ -48,6 +48,8 @@ class Counts:
     """Number of source documents that were longer than a pack and became several."""
     tokens: int
     """Positions that the documents take."""
+    source: int = 0
+    """Checksum of the bytes that were read."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Spool:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[Iterable[Document] | Rejected]) -> Counts:
-        """Write documents and rejections in order, keeping few in memory.
+    def write(self, outcomes: Iterable[Iterable[Document] | Rejected], source: Callable[[], int] = lambda: 0) -> Counts:
+        """Write documents and rejections in order, keeping few in memory, and then the checksum of their source.
 
         An outcome that raises Rejected counts as rejected, whatever it yielded before.
         """
@@ -79,16 +81,18 @@ class Spool:
                 else:
                     writer.add_all_or_none(outcome)
             writer.flush()
-        write_atomically(self.path("json"), json.dumps([writer.documents, writer.cut, writer.checksums]))
-        return Counts(writer.documents, writer.cut, int(self.lengths.sum()))
+        written = Counts(writer.documents, writer.cut, int(self.lengths.sum()), source())
+        record = [written.documents, written.cut, written.source, writer.checksums]
+        write_atomically(self.path("json"), json.dumps(record))
+        return written
 
     def read_counts(self) -> Counts | None:
         """Return what `write` returned; None if it did not end, or the files are not as they were written."""
         match read_json(self.path("json")):
-            case [int(documents), int(cut), dict(checksums)]:
+            case [int(documents), int(cut), int(source), dict(checksums)]:
                 with suppress(FileNotFoundError):
                     if all(zlib.crc32(self._mapped(kind, np.uint8).data) == checksums.get(kind) for kind in _KINDS):
-                        return Counts(documents, cut, int(self.lengths.sum()))
+                        return Counts(documents, cut, int(self.lengths.sum()), source)
         return None
 
     @property

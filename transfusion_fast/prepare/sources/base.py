@@ -9,6 +9,7 @@ import codecs
 import functools
 import json
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,20 @@ class Source(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the settings except for the files as JSON; equal settings and files give equal documents."""
+
+    def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
+        """Return bytes [start, end) of files such that those of all units together are those of all files."""
+        return [(unit.path, unit.start, unit.end)]
+
+    def checksum(self, unit: Unit) -> int:
+        """Return the crc32 of the bytes of a unit, by which a file that was only touched is recognized."""
+        found = 0
+        for path, start, end in self.spans(unit):
+            with path.open("rb") as file:
+                at = file.seek(start)
+                while block := file.read(min(_BLOCK, end - at)):
+                    at, found = at + len(block), zlib.crc32(block, found)
+        return found
 
     def documents(self, unit: Unit) -> Iterator[SourceDocument | Rejected]:
         """Yield each document of a unit, or why it cannot be used and where it is, in order."""
