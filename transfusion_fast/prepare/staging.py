@@ -68,7 +68,8 @@ def locked(partial: Path) -> Iterator[None]:
     The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
 
     Raises:
-        InputError: another process holds it, or the folder holds files of somebody else, which would be deleted.
+        InputError: another process holds it, its file system has no locks, or the folder holds files of somebody else,
+            which would be deleted.
     """
     _check_ours(partial)
     while True:
