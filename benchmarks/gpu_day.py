@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transfusion_fast.cpus import usable_cpus
+
 ROOT = Path(__file__).resolve().parents[1]
 HERE = "benchmarks"
 SECONDS_A_COMPILATION = 1.4  # of one core
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU")
     parser.add_argument("--test", metavar="WHAT", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    jobs = options.jobs or (TESTERS if options.rehearse else min(TESTERS, os.cpu_count() or 1))
+    jobs = options.jobs or (TESTERS if options.rehearse else min(TESTERS, usable_cpus()))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.test:
@@ -251,7 +253,7 @@ def describe_environment() -> str:
     if smi:
         query = [smi, "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
         gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() or gpu
-    return f"{gpu}; {os.cpu_count()} cores; Python {platform.python_version()}; {', '.join(_versions())}; {revision()}"
+    return f"{gpu}; {usable_cpus()} cores; Python {platform.python_version()}; {', '.join(_versions())}; {revision()}"
 
 
 def _versions() -> Iterator[str]:

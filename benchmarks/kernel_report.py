@@ -44,6 +44,7 @@ from matplotlib import pyplot as plt
 from tables import Row
 from triton.backends.nvidia.compiler import get_ptxas_version
 
+from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.kernels import attention_kernels, hybrid_attention
 from transfusion_fast.kernels.attention_configs import ARCHITECTURES, KERNELS, Config, config, padded_head_dim
 
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=ALL_HEAD_DIMS, choices=ALL_HEAD_DIMS)
     parser.add_argument("--rules-only", action="store_true", help="compile and read a sample that shows broken rules")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
+    parser.add_argument("--jobs", type=int, default=usable_cpus(), help="compilers at once")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     with get_context("fork").Pool(options.jobs) as pool:

@@ -21,6 +21,7 @@ MAX_LINES = 400
 BASE = {
     "errors",
     "files",
+    "cpus",
     "plain_settings",
     "settings",
     "diffusion_config",
@@ -33,6 +34,7 @@ DATA = MODEL | {"data"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "cpus": set(),
     "plain_settings": set(),
     "settings": {"plain_settings"},
     "diffusion_config": {"settings"},

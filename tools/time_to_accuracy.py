@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.files import write_atomically
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"time_to_accuracy: {error}", file=sys.stderr)
         return 2
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    machine = {"cpu": cpu[1] if cpu else platform.machine(), "cores": usable_cpus()}
     machine |= {package: version(package) for package in ("torch", "deepspeed")}
     record = {"machine": machine, "bound": BOUND, "results": results}
     write_atomically(out / "time_to_accuracy.json", json.dumps(record, indent=1) + "\n")

@@ -35,6 +35,7 @@ from typing import IO
 
 import psutil
 
+from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.errors import EXIT_STOPPED, InputError, optional_module
 from transfusion_fast.training.ablation import Comparison, Run, mean_seconds, write_tables
 
@@ -96,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each variant (default: %(default)s)")
     parser.add_argument("--hours", type=float, default=5.0, help="stop after this time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="steps of a run (default: %(default)s)")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: one per core)")
+    parser.add_argument("--jobs", type=int, default=usable_cpus(), help="runs at a time (default: one per core)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ModalityInfo
@@ -79,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "pairs reject; for repack the setting of FOLDER)",
     },
     "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
-    "--processes": {"type": int, "default": os.cpu_count() or 1, "help": "(default: every core)"},
+    "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
     "--source": {
         "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
         "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
@@ -88,6 +89,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
+    "--separator": {
+        "type": os.fsencode, "default": b"", "metavar": "TEXT",
+        "help": "what stands between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one "
+        "document)",
+    },
     "--image-size": {
         "type": int, "help": "side of an image in pixels (default: 256, with --encoder the size it was made for)",
     },
@@ -166,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
     help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
-    add("text", _text, help, *SOURCE, "--field")
+    add("text", _text, help, *SOURCE, "--field", "--separator")
     help = "captioned images: WebDataset tars of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption"
     pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
     add("pairs", pairs, help, *SOURCE, *IMAGES)
@@ -192,7 +198,7 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 
 def _text(options: argparse.Namespace) -> None:
-    source = TextSource.of(options.files, field=options.field)
+    source = TextSource.of(options.files, field=options.field, separator=options.separator)
     _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split"))
 
 

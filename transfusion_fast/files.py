@@ -1,11 +1,12 @@
-"""Files that are complete whenever they exist under their names, and strict JSON."""
+"""Files that are complete whenever they exist under their names, locks, and strict JSON."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from transfusion_fast.errors import InputError
 
@@ -18,8 +19,12 @@ _T = TypeVar("_T")
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that has its old or its new contents whenever the process ends."""
     partial = partial_path(path)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
 
 
 def partial_path(path: Path) -> Path:
@@ -34,6 +39,23 @@ def write_durably(path: Path, content: str | bytes) -> None:
     sync(durable)
     durable.replace(path)
     sync(path.parent)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed or the process ends; return False if another process has locked it.
+
+    Raises:
+        InputError: its file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # of some network file systems
+        raise InputError(
+            f"file system of {file.name} must have locks (flock), got {error.strerror}; choose a folder on another one"
+        ) from error
+    return True
 
 
 def sync(*paths: Path) -> None:

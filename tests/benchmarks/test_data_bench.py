@@ -49,6 +49,13 @@ def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
     assert all(f"| {row['stage']} |" in text for row in rows)
 
 
+def test_all_that_is_timed_of_texts_is_their_whole_tokenization(tmp_path):
+    for batch, tokenizing, *_ in data_bench.tokenizing_stages(tmp_path, captions=400, vocabulary=600):
+        found = tokenizing.run()
+        ids = [np.concatenate([s.ids for document in outcome for s in document]).tolist() for outcome in found]
+        assert ids == [encoded.ids for encoded in batch.run()] and len(ids) == batch.count
+
+
 def test_packing_is_timed_with_its_waste():
     stages = data_bench.packing_stages(documents=20_000)
     assert [stage.name for stage in stages] == [

@@ -128,6 +128,16 @@ def test_pickled_weights_are_refused_and_never_read(tmp_path, suffix):
     assert written.exists()  # it is one
 
 
+def test_weights_of_half_precision_alone_are_read_once_they_have_the_name(tmp_path):
+    save_autoencoder(tmp_path)
+    variant = (tmp_path / WEIGHTS).rename(tmp_path / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    save_file({name: value.half() for name, value in load_file(variant).items()}, variant)
+    with pytest.raises(InputError, match=rf"must be in {WEIGHTS}, got only the variant {variant.name}; copy"):
+        read_autoencoder(tmp_path)
+    variant.rename(tmp_path / WEIGHTS)
+    assert read_autoencoder(tmp_path).encode(PIXELS).dtype == np.float16
+
+
 def remove_a_weight(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.bias"]

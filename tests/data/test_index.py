@@ -174,7 +174,7 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
     [
         *((field, [...], "must be given, got nothing") for field in FIELDS),
         ("format", [None, "safetensors"], "must be 'transfusion_fast.packs', got "),
-        ("version", [1, 4, "3", True], "must be 3, got "),
+        ("version", [1, 5, "4", True], "must be 3 or 4, got "),
         ("sequence_length", [None, True, 16.0, "16"], "must be a valid integer, got "),
         ("sequence_length", [0, -1], "must be greater than or equal to 1, got "),
         ("sequence_length", [2**24 + 1], "must be less than or equal to 16777216, got 16777217"),
@@ -228,6 +228,12 @@ def test_a_table_outside_of_its_shard_and_a_name_that_could_forge_lines_are_refu
     set_field(folder, path, value)
     message = refusal(read_index, folder)
     assert message.startswith(f"{folder / INDEX_NAME}: ") and rule in message
+
+
+def test_a_folder_of_the_version_before_is_read(folder, intact):
+    """Its ids are int32, as `write_shard` stores them by default."""
+    set_field(folder, "version", 3)
+    assert_same_pack(PackReader(folder).read(4), PackReader(intact).read(4))
 
 
 def test_unknown_fields_of_an_index_are_ignored(folder, intact):

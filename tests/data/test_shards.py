@@ -14,7 +14,7 @@ from recording import record_durability
 from remote_cases import refusal
 from shard_damage import GREY, assert_same_pack, small_pack, tar_members
 
-from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack
+from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack, tokens_dtype
 from transfusion_fast.data.shards import decode_pack, read_table, write_shard
 from transfusion_fast.errors import InputError
 
@@ -100,6 +100,18 @@ def test_a_pack_is_decoded_into_arrays_of_its_own(pack):
     assert all(getattr(decoded, field).flags.writeable for field in FIELDS)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")]
+)
+def test_text_ids_take_as_few_bytes_as_the_vocabulary_needs(tmp_path, vocabulary, dtype):
+    pack = make_pack([(TextSegment(np.array([0, vocabulary - 1], np.int32)),)], (GREY,))
+    path = tmp_path / write_shard([pack], tmp_path, 0, SCHEMA, tokens_dtype(vocabulary)).file
+    [sample] = wds.WebDataset(str(path), shardshuffle=False)
+    assert sample["tokens.npy"] == npy(pack.tokens.astype(dtype)) and "latents.npy" not in sample
+    table = read_table(path)
+    assert_same_pack(table.decode(0, path.read_bytes()[slice(*table.span(0))]), pack)
+
+
 def claiming(shape, body=b""):
     """Return an npy file of int32 that claims any shape."""
     header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}"
@@ -125,7 +137,9 @@ def claiming(shape, body=b""):
     ],
 )
 def test_a_malformed_npy_is_refused(tokens):
-    assert "tokens.npy must hold <i4 of shape (-1,)" in refusal(decode_pack, payload(PACKS[0], tokens=tokens))
+    assert "tokens.npy must hold |u1 or <u2 or <i4 of shape (-1,)" in refusal(
+        decode_pack, payload(PACKS[0], tokens=tokens)
+    )
 
 
 FILES = [(f"k.{field}.npy", npy(getattr(PACKS[0], field))) for field in FIELDS]
@@ -148,8 +162,10 @@ OTHER_KEY, EXTRA = ("j.tokens.npy", FILES[2][1]), ("k.extra.npy", FILES[0][1])
 
 
 @pytest.mark.parametrize("files", [[], FILES[:2], [*FILES, FILES[2]], [*FILES, EXTRA], [*FILES[:2], OTHER_KEY]])
-def test_other_files_than_the_three_of_one_key_are_refused(files):
-    assert "must be .npy for latents, segments, tokens of one key, got" in refusal(decode_pack, tar_members(files))
+def test_other_files_than_those_of_one_key_are_refused(files):
+    assert "must be .npy for latents, segments, tokens, weights of one key, got" in refusal(
+        decode_pack, tar_members(files)
+    )
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.DIRTYPE])

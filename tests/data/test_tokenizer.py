@@ -17,6 +17,7 @@ from transfusion_fast.data.tokenizer import (
     read_tokenizer,
     train_bpe,
 )
+from transfusion_fast.data.tokenizer import Tokenizer as Base
 from transfusion_fast.errors import InputError, Rejected
 
 TEXTS = ["the cat sat on the mat. " * 5, "once upon a time there was a cat\n" * 4, "日本語 and français " * 3]
@@ -197,17 +198,25 @@ def test_text_never_becomes_a_special_token():
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_byte_fallback_encodes_any_text_unless_its_byte_tokens_are_special(special):
+def test_byte_fallback_encodes_any_text_even_if_the_file_calls_its_byte_tokens_special(special):
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     model = models.BPE(numbered("<unk>", *bytes_, "a", "b"), [], unk_token="<unk>", byte_fallback=True)
     tokenizer = built(model, special=bytes_ if special else [])
-    assert tokenizer.encode("ab").tolist() == [257, 258]
-    if special:
-        with pytest.raises(Rejected, match=r"^special token: 'é' would become one"):
-            tokenizer.encode_with_starts("aéb")
-    else:
-        ids, starts = tokenizer.encode_with_starts("aéb")
-        assert ids.tolist() == [257, 1 + 0xC3, 1 + 0xA9, 258] and starts.tolist() == [0, 1, 1, 2]
+    ids, starts = tokenizer.encode_with_starts("aéb")
+    assert ids.tolist() == [257, 1 + 0xC3, 1 + 0xA9, 258] and starts.tolist() == [0, 1, 1, 2]
+    assert [own.tolist() for own in tokenizer.encode_batch(["aéb", "ab"])] == [ids.tolist(), [257, 258]]
+
+
+def outcome(encoded):
+    return str(encoded) if isinstance(encoded, Rejected) else encoded.tolist()
+
+
+@given(texts=st.lists(WORDS | st.sampled_from(["abab", "a b</s>", "cd  ab", "\ud800"]), max_size=5))
+def test_a_batch_gives_each_text_what_it_gets_alone(texts):
+    special = built(models.Unigram([("</s>", 0.0), *((letter, -9.0) for letter in "ab</s>")]), special=["</s>"])
+    for tokenizer in (*TOKENIZERS, special, *(case[0] for case in UNKNOWING.values())):
+        alone = [Base.encode_batch(tokenizer, [text]) for text in texts]
+        assert list(map(outcome, tokenizer.encode_batch(texts))) == [outcome(own) for [own] in alone], tokenizer
 
 
 def test_a_process_builds_a_tokenizer_once_however_often_it_is_unpickled():

@@ -69,8 +69,9 @@ def test_a_space_stays_with_the_word_that_its_token_holds():
 
 @given(text=st.text(st.sampled_from("ab é.\n"), max_size=60), size=st.integers(1, 20))
 def test_blocks_fit_and_are_the_text(text, size):
-    found = list(split_blocks(text, size))
+    found = list(split_blocks([text], size))
     assert "".join(found) == text
+    assert list(split_blocks(iter(text), size)) == found, "however the text is divided"
     assert all(0 < len(block) <= size for block in found) or not text
 
 
@@ -85,4 +86,4 @@ def test_blocks_fit_and_are_the_text(text, size):
     ],
 )
 def test_blocks_end_at_the_best_pause_of_their_second_half(text, expected):
-    assert list(split_blocks(text, 12)) == expected
+    assert list(split_blocks([text], 12)) == expected

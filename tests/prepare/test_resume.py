@@ -1,12 +1,28 @@
 """A data folder that was cut off, finished or begun with other settings: nothing is made twice, mixed up or lost."""
 
+import fcntl
 import os
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from build_cases import IMAGES, RGB, Stop, content, cut_off, pairs_recipe, path_of, stop, texts, words
+from build_cases import (
+    IMAGES,
+    RGB,
+    Stop,
+    content,
+    cut_off,
+    pairs_recipe,
+    path_of,
+    stop,
+    text_recipe,
+    texts,
+    words,
+)  # fmt: skip
 from recording import record_durability
 
 from transfusion_fast.data.tokenizer import ByteTokenizer
@@ -177,7 +193,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, recipe, s
 
 def test_a_lock_of_a_folder_that_another_run_has_removed_is_not_used(tmp_path, old, monkeypatch):
     """Another run may finish between opening the lock and taking it."""
-    flock, done = staging.fcntl.flock, []
+    flock, done = fcntl.flock, []
 
     def overtaken(lock, how):
         if not done:
@@ -186,7 +202,7 @@ def test_a_lock_of_a_folder_that_another_run_has_removed_is_not_used(tmp_path, o
             build(old, tmp_path / "out")
         flock(lock, how)
 
-    monkeypatch.setattr(staging.fcntl, "flock", overtaken)
+    monkeypatch.setattr("fcntl.flock", overtaken)
     assert build(old, tmp_path / "out").reused
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
@@ -251,6 +267,28 @@ def test_a_finished_folder_is_recognized_and_not_made_again(tmp_path):
         build(recipe, tmp_path / "out")
     with pytest.raises(InputError, match=r"settings: files.*jsonl.bytes 940 -> 1040 and index "):
         build(texts(*recipe.source.files, "newer"), tmp_path / "out")
+
+
+def test_source_files_that_were_only_touched_make_no_difference(tmp_path, tars):
+    """Of every kind, and cut into several units or not."""
+    texts(tmp_path / "a.jsonl", "old")
+    (tmp_path / "b.txt").write_text("a text")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "c.parquet", row_group_size=1)
+    shutil.copy(tars / "00000.tar", tmp_path / "d.tar")
+    kinds = {"text": text_recipe(tmp_path), "separated": text_recipe(tmp_path), "pairs": pairs_recipe(tmp_path)}
+    source = TextSource.of([tmp_path], separator=b" ")
+    kinds["separated"] = replace(kinds["separated"], source=source)
+    for name, recipe in kinds.items():
+        build(recipe, tmp_path / "made" / name)
+        for file in recipe.source.files:
+            os.utime(file, (1, 1))
+        assert build(recipe, tmp_path / "made" / name).reused
+        for file in recipe.source.files:
+            data = file.read_bytes()
+            file.write_bytes(data[:5] + bytes([data[5] ^ 1]) + data[6:])
+            with pytest.raises(InputError, match=r"made with other settings: files\..*modified"):
+                build(recipe, tmp_path / "made" / name)
+            file.write_bytes(data)
 
 
 class Deadly(ByteTokenizer):

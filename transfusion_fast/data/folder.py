@@ -13,7 +13,6 @@ for each of its packs. A shard that becomes corrupt in the cache is fetched agai
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import heapq
 import os
@@ -31,6 +30,7 @@ from filelock import FileLock
 
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
+from transfusion_fast.files import lock
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 SILENCE_TIMEOUT = 60.0
@@ -250,7 +250,7 @@ class ShardCache:
         free = self.max_bytes
         for other in self.folder.glob(".*.partial"):
             with other.open("r+b") as stream:  # network file systems lock only what may be written
-                if _lock(stream):
+                if lock(stream):
                     other.unlink()  # its process has died
                 elif other == path:
                     return None
@@ -264,18 +264,9 @@ class ShardCache:
             free += shards[-1].stat().st_size
             shards.pop().unlink()
         reserved = path.open("w+b")
-        _lock(reserved)
+        lock(reserved)
         reserved.truncate(size)
         return reserved
-
-
-def _lock(stream: BinaryIO) -> bool:
-    """Lock an open file until it is closed or the process ends; return False if another process has locked it."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _sha256(descriptor: int) -> str:

@@ -32,10 +32,10 @@ _Count = Annotated[PositiveInt, Field(lt=1 << 63)]
 @dataclass(frozen=True)
 class _Header:
     format: Literal["transfusion_fast.packs"]
-    version: Literal[3]
+    version: Literal[3, 4]  # up to 3, all text ids were stored as int32
 
 
-_HEADER = _Header("transfusion_fast.packs", 3)
+_HEADER = _Header("transfusion_fast.packs", 4)
 _REMEDY = "prepare the data again"
 
 
@@ -148,7 +148,7 @@ def parse_index(folder: Folder | Path | str) -> Index:
 
 
 def decode_index(content: bytes, where: str) -> Index:
-    """Return the index in these bytes of version 3; raise InputError naming `where` and the field that is wrong."""
+    """Return the index in these bytes; raise InputError naming `where` and the field that is wrong."""
     parse_json(_HEADERS, content, where, _REMEDY)
     index = parse_json(_INDEXES, content, where, _REMEDY)
     check_different(index.shards, where)

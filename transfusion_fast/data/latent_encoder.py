@@ -99,6 +99,12 @@ def fingerprint_of(encoder: type[LatentEncoder], folder: Path) -> str:
             raise InputError(f"{encoder.kind} {folder} must be a folder with {name}, got none; {remedy}")
         settings.append(parse_json(_SETTINGS, path.read_bytes(), str(path), f"give another {encoder.kind}"))
     names = sorted(path.name for path in folder.iterdir())
+    variants = sorted(path.name for path in folder.glob(f"{Path(encoder.weights).stem}.*.safetensors"))
+    if variants and encoder.weights not in names:
+        raise InputError(
+            f"weights of {folder} must be in {encoder.weights}, got only the variant {variants[0]}; copy it to that "
+            "name"
+        )
     if encoder.weights not in names or f"{encoder.weights}.index.json" in names:
         raise InputError(
             f"weights of {folder} must be one file {encoder.weights}, never a pickle, got {', '.join(names):.200}; "

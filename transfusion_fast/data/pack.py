@@ -125,6 +125,11 @@ class Pack:
         return [tuple(segments) for segments in documents]
 
 
+def tokens_dtype(num_text_tokens: int) -> np.dtype:
+    """Return the dtype in which text ids are stored: uint8 or uint16 if the vocabulary allows, else int32."""
+    return np.dtype(np.uint8 if num_text_tokens <= 1 << 8 else np.uint16 if num_text_tokens <= 1 << 16 else np.int32)
+
+
 def latents_dtype(modalities: Sequence[ModalityInfo]) -> np.dtype:
     """Return the dtype of a pack's latents; InputError if pixels and latents would share one array."""
     encodings = sorted({modality.encoding for modality in modalities}) or ["pixels"]

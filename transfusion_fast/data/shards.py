@@ -1,4 +1,4 @@
-"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, three or four npy files a sample, no pickles.
+"""Packs as WebDataset shards: plain uncompressed tars, one sample a pack, two to four npy files a sample, no pickles.
 
 The last file of a shard is its table, which gives the location and checksum of every pack, and a digest of the
 tokenizer, modalities and pack length. The index of a folder therefore has one line a shard, however many packs
@@ -14,12 +14,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import webdataset as wds
+from numpy.typing import DTypeLike
 from pydantic import Field
 
 from transfusion_fast.data.pack import SEGMENT_COLUMNS, Pack
@@ -32,11 +33,11 @@ PLAIN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 """File names that an index may contain: none leads out of its folder or has a special meaning to a reader of tars."""
 TABLE = "__packs__"
 SCHEMA_BYTES, _ROW_BYTES = 32, 16  # the table is the schema digest, then a row for each pack
-_FIELDS = ("latents", "segments", "tokens")  # files of a pack, in the order of a shard
-_WEIGHTS = "weights"  # the last file of a pack in which a segment's loss has another weight than 1
-_DTYPES = {"latents": ("|u1", "<f2"), "segments": ("<i4",), "tokens": ("<i4",), _WEIGHTS: ("<f4",)}
+_FIELDS = ("latents", "segments", "tokens", "weights")  # files of a pack, in the order of a shard
+_REQUIRED = ("segments", "tokens")  # weights are left out if all are 1, and latents if they are empty and uint8
+_DTYPES = {"latents": ("|u1", "<f2"), "segments": ("<i4",), "tokens": ("|u1", "<u2", "<i4"), "weights": ("<f4",)}
 _NPY_HEADER_BYTES = 128
-_MIN_PACK_BYTES = len(_FIELDS) * 2 * tarfile.BLOCKSIZE  # a header and at least one block of data each
+_MIN_PACK_BYTES = len(_REQUIRED) * 2 * tarfile.BLOCKSIZE  # a header and at least one block of data each
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +95,13 @@ class ShardInfo:
         return self.table, self.table + tarfile.BLOCKSIZE + padded(SCHEMA_BYTES + self.packs * _ROW_BYTES)
 
 
-def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes) -> ShardInfo:
+def write_shard(
+    packs: Iterable[Pack], folder: Path, number: int, schema: bytes, tokens: DTypeLike = np.int32
+) -> ShardInfo:
     """Write the shard of that number, and return its entry of the index; it gets its name once it is on disk.
 
-    Equal packs give equal bytes. `schema` is a digest of `SCHEMA_BYTES` bytes.
+    Equal packs give equal bytes. `schema` is a digest of `SCHEMA_BYTES` bytes. `tokens` is the dtype in which text ids
+    are stored, which must hold all of them.
     """
     name = f"shard-{number:06d}.tar"
     partial = folder / f".{name}.partial"
@@ -105,7 +109,8 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes)
     rows: list[tuple[int, int]] = []
     with partial.open("wb") as stream:
         for i, pack in enumerate(packs):
-            data = _encode_pack(f"{number:06d}-{i:06d}", pack)
+            stored = replace(pack, tokens=pack.tokens.astype(tokens))
+            data = _encode_pack(f"{number:06d}-{i:06d}", stored)
             stream.write(data)
             sha256.update(data)
             rows.append((stream.tell(), zlib.crc32(data)))
@@ -124,9 +129,10 @@ def write_shard(packs: Iterable[Pack], folder: Path, number: int, schema: bytes)
 def _encode_pack(key: str, pack: Pack) -> bytes:
     """Return the tar members of a pack, headers included."""
     sample: dict[str, str | bytes] = {"__key__": key}
-    for field in _FIELDS if pack.weights is None else (*_FIELDS, _WEIGHTS):
+    for field in _FIELDS:
         array = getattr(pack, field)
-        sample[f"{field}.npy"] = _npy_header(array) + array.tobytes()
+        if field in _REQUIRED or (array is not None and (array.size or array.dtype != np.uint8)):
+            sample[f"{field}.npy"] = _npy_header(array) + array.tobytes()
     stream = io.BytesIO()
     with wds.TarWriter(stream, encoder=False, mtime=0, user="root", group="root", mode=0o644) as writer:
         writer.write(sample)
@@ -186,10 +192,11 @@ def decode_pack(payload: bytes) -> Pack:
         names.append(member.name)
         files.append(view[start : start + member.size])
     key = names[0].partition(".")[0] if names else ""
-    fields = (*_FIELDS, _WEIGHTS)[: max(len(names), len(_FIELDS))]
+    fields = [field for field in _FIELDS if field in _REQUIRED or f"{key}.{field}.npy" in names]
     if names != [f"{key}.{field}.npy" for field in fields]:
         raise InputError(f"files of a pack must be .npy for {', '.join(_FIELDS)} of one key, got {names!r:.80}")
-    return Pack(**{field: _read_npy(field, data) for field, data in zip(fields, files, strict=True)})
+    arrays = {field: _read_npy(field, data) for field, data in zip(fields, files, strict=True)}
+    return Pack(**{"latents": np.empty(0, np.uint8), **arrays})
 
 
 def _parse_header(header: bytes, start: int, limit: int) -> tuple[tarfile.TarInfo, int]:
@@ -215,7 +222,7 @@ def _read_npy(field: str, data: memoryview) -> np.ndarray:
         if len(body) % (dtype.itemsize * abs(math.prod(shape))) == 0:
             array = np.frombuffer(body, dtype).reshape(shape)
             if data[:_NPY_HEADER_BYTES] == _npy_header(array):
-                return array.copy()
+                return array.astype(np.int32) if field == "tokens" else array.copy()
     expected = " or ".join(_DTYPES[field])
     raise InputError(
         f"{field}.npy must hold {expected} of shape {shape} as numpy.save writes them, got {bytes(data[:80])!r:.80}"
@@ -236,7 +243,7 @@ def read_table(shard: Path) -> PackTable:
                 start = stream.seek(end)
                 member, end = _parse_header(stream.read(tarfile.BLOCKSIZE), start, size)
                 name = member.name
-                packs += name.endswith(f".{_FIELDS[0]}.npy")
+                packs += name.endswith(".tokens.npy")
             stream.seek(start)
             table = decode_table(stream.read(end - start), packs, start)
             rest = stream.read(tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE)

@@ -8,6 +8,7 @@ import json
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ TOKENIZER_NAME = "tokenizer.json"
 _MAX_TOKENS = 1 << 30  # leaves room for special tokens in int32
 # Categories of characters that a tokenizer's rules may remove: control characters, unassigned ones, and accents.
 _REMOVABLE = ("Cc", "Cf", "Co", "Cn", "Mn")
+# Steps of a tokenizer.json that remove nothing but such characters and white space. Of models, none removes anything:
+# they replace what they do not know or raise an error.
+_KEEPING = frozenset((
+    "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Strip", "StripAccents", "BertNormalizer",
+    "ByteLevel", "Metaspace", "Digits", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts",
+))  # fmt: skip
+_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 class TokenizerDescription(TypedDict):
@@ -52,6 +60,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids, and the ascending index of each's first character, int64 [n]; Rejected if text is lost."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Rejected]:
+        """Return for each text its ids, int32 [n], or why it is rejected."""
+        found: list[np.ndarray | Rejected] = []
+        for text in texts:
+            try:
+                found.append(self.encode_with_starts(text)[0])
+            except Rejected as rejected:
+                found.append(rejected)
+        return found
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -88,6 +106,11 @@ class ByteTokenizer(Tokenizer):
         begins_character = (ids & 0xC0) != 0x80
         return ids, np.cumsum(begins_character) - 1
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Rejected]:
+        encoded = [_utf8(text) for text in texts]
+        ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int32)
+        return [*_split(ids, map(len, encoded))]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._checked(ids).astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -97,7 +120,8 @@ class FileTokenizer(Tokenizer):
 
     Its special tokens are never added, and no text becomes one. A text is encoded completely or rejected: a character
     that no token covers is an error, except for white space, control characters and accents that the tokenizer's own
-    rules remove. The file's unknown token counts as an ordinary token.
+    rules remove. The file's unknown token and the tokens of single bytes, <0x00> to <0xFF>, count as ordinary tokens,
+    even if the file calls them special.
     """
 
     name = TOKENIZER_NAME
@@ -127,11 +151,14 @@ class FileTokenizer(Tokenizer):
                 # By default BPE drops unknown characters. With an unknown token that it does not know, it raises.
                 model.unk_token = max(vocabulary, key=len, default="") + "?"
         special = {number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        settings = json.loads(content)
         if isinstance(model, library.models.Unigram):
-            unknown = json.loads(content)["model"].get("unk_id")
+            unknown = settings["model"].get("unk_id")
         else:
             unknown = self._tokenizer.token_to_id(model.unk_token)
-        self._special = np.array(sorted(special - {unknown}), dtype=np.int32)
+        ordinary = {unknown, *map(vocabulary.get, _BYTE_TOKENS)}
+        self._special = np.array(sorted(special - ordinary), dtype=np.int32)
+        self._keeps_text = all(_keeps_text(settings.get(step)) for step in ("normalizer", "pre_tokenizer"))
         self._has_words = isinstance(model, (library.models.WordLevel, library.models.WordPiece))
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,9 +167,30 @@ class FileTokenizer(Tokenizer):
         if (special := np.isin(ids, self._special)).any():
             start, end = spans[special][0].tolist()
             raise Rejected("special token", f"{text[start:end]!r:.60} would become one")
-        if (missing := _uncovered(text, spans)) and not self._has_rewritten(missing, text):
+        missing = [] if self._keeps_text else _uncovered(text, spans)
+        if missing and not self._has_rewritten(missing, text):
             raise Rejected("not in the vocabulary", f"{missing[0]!r:.60}")
         return ids, np.maximum.accumulate(spans[:, 0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Rejected]:
+        if not self._keeps_text:
+            return super().encode_batch(texts)
+        texts = [_utf8(text).decode() for text in texts]
+        try:
+            lists = [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if not _is_refusal(error):
+                raise
+            return super().encode_batch(texts)  # which finds out which of them
+        ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32)
+        split = _split(ids, map(len, lists))
+        if not np.isin(ids, self._special).any():
+            return [*split]
+        special = [np.isin(own, self._special).any() for own in split]
+        return [  # encoded again, as the rejection says where
+            super(FileTokenizer, self).encode_batch([text])[0] if has_special else own
+            for text, own, has_special in zip(texts, split, special, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(self._checked(ids).tolist(), skip_special_tokens=False)
@@ -155,10 +203,10 @@ class FileTokenizer(Tokenizer):
         try:
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
         except BaseException as error:
-            if type(error).__name__ == "PanicException":  # raised by the library's Rust, and not an Exception
-                raise InputError(f"{self.name} must encode any text, got an error ({error}); give another") from error
-            if type(error) is not Exception:  # the class that the library raises for unknown characters
+            if not _is_refusal(error):
                 raise
+            if type(error) is not Exception:
+                raise InputError(f"{self.name} must encode any text, got an error ({error}); give another") from error
             for piece in dict.fromkeys(text.split() if self._has_words else text):
                 if piece != text:
                     self._encode(piece)  # rejects the first word or character that cannot be encoded alone
@@ -245,6 +293,33 @@ def _library() -> Any:
 def _utf8(text: str) -> bytes:
     """Encode text, with question marks for lone surrogates, which JSON can hold and UTF-8 cannot."""
     return text.encode(errors="replace")
+
+
+def _split(ids: np.ndarray, lengths: Iterable[int]) -> list[np.ndarray]:
+    """Return the parts of these lengths, which are views."""
+    ends = [0, *accumulate(lengths)]
+    return [ids[start:end] for start, end in pairwise(ends)]
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return True for what the library raises: Exception for unknown characters, or a panic, which is no Exception."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
+def _keeps_text(step: Any) -> bool:
+    """Return True for a normalizer or pre-tokenizer of a tokenizer.json that loses no text, whatever the text."""
+    match step:
+        case None:
+            return True
+        case {"type": "Sequence", "normalizers": list(steps)} | {"type": "Sequence", "pretokenizers": list(steps)}:
+            return all(map(_keeps_text, steps))
+        case {"type": "Replace", "content": str(content)}:
+            return content != ""
+        case {"type": "Split" | "Punctuation", "behavior": str(behavior)}:
+            return behavior != "Removed"
+        case {"type": kind}:
+            return kind in _KEEPING
+    return False
 
 
 def _uncovered(text: str, spans: np.ndarray) -> list[str]:

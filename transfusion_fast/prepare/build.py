@@ -8,6 +8,7 @@ folder was made of, so that the same command recognizes it, and left_out.jsonl w
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from transfusion_fast.data.index import INDEX_NAME, Index, file_sha256, read_index, write_index
 from transfusion_fast.data.order import keyed_permutation
-from transfusion_fast.data.pack import Pack, make_pack, validate_pack
+from transfusion_fast.data.pack import Pack, tokens_dtype, validate_pack
 from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD, ShardInfo, write_shard
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from transfusion_fast.data.vision_encoder import VisionEncoder
@@ -37,16 +38,17 @@ from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
-from transfusion_fast.prepare.sources.base import Source, Unit
-from transfusion_fast.prepare.spool import Counts, Spool
+from transfusion_fast.prepare.sources.base import Part, Source, TextRange, Unit
+from transfusion_fast.prepare.spool import Counts, Spool, read_pack
 from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, first_changes, output_and_staging
 
 LEFT_OUT = "left_out.jsonl"
-_VERSION = 4
+_VERSION = 5
 """Version of spooled units and of the packing: work begun by another version is refused."""
 MEASURED = 256
 """Images by which a vision encoder's features are normalised."""
-_OPEN_UNITS = 32  # of four files each, that a process has open at once
+_OPEN_UNITS = 32  # of three files each, that a process has open at once
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 
@@ -118,21 +120,26 @@ def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
 
     Raises:
         InputError: `folder` holds anything else; work in the staging folder has another recipe, or another process is
-            using it; the source holds no document that can be used.
+            using it; the source holds no document that can be used; the disk is full, and what was finished stays.
     """
     folder, partial = output_and_staging(folder)
     described = json.loads(json.dumps(recipe.describe()))
-    if not partial.exists() and (index := _finished(folder, described)):
+    if not partial.exists() and (index := _finished(folder, described, recipe.source)):
         return Built(index, reused=True)
     with staging.locked(partial):
-        if index := _finished(folder, described):  # perhaps by another process before the lock was free
+        if index := _finished(folder, described, recipe.source):  # perhaps by another process before the lock was free
             if read_json(partial / RECIPE) in (None, described):  # left by a run that was killed while it cleaned up
                 discard(partial)
             return Built(index, reused=True)
-        staging.begin_or_resume(partial, described, recipe.encoder.tokenizer)
         try:
+            staging.begin_or_resume(partial, described, recipe.encoder.tokenizer)
             built = _Work(recipe, partial).carry_out(folder, processes)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise InputError(
+                    f"file system of {partial} must have room, got {error.strerror}; make room and run it again: it "
+                    "resumes"
+                ) from error
             if not staging.has_units(partial):  # there is nothing to resume, and settings may be what was wrong
                 discard(partial)
             raise
@@ -149,7 +156,15 @@ def train_tokenizer(source: Source, vocabulary: int, folder: Path) -> Tokenizer:
                     return load_tokenizer(described, path)
     documents = (found for unit in source.units() for found in source.documents(unit))
     parts = (part for found in documents if not isinstance(found, Rejected) for part in found.parts)
-    return train_bpe((part for part in parts if isinstance(part, str)), vocabulary)
+    return train_bpe((text for part in parts for text in _texts(part)), vocabulary)
+
+
+def _texts(part: Part) -> Iterator[str]:
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, TextRange):
+        with suppress(Rejected):  # which is counted when the text is encoded
+            yield from part.pieces()
 
 
 def measure_features(encoder: Encoder, source: Source, train_bpe: int | None, folder: Path) -> VisionEncoder:
@@ -183,20 +198,35 @@ def _begun(source: Source, train_bpe: int | None, folder: Path) -> Iterator[tupl
                 yield path, settings
 
 
-def _finished(folder: Path, recipe: dict[str, Any]) -> Index | None:
-    """Return the index of an unchanged folder of this recipe; None if the folder is free, else InputError."""
+def _finished(folder: Path, recipe: dict[str, Any], source: Source) -> Index | None:
+    """Return the index of an unchanged folder of this recipe; None if the folder is free, else InputError.
+
+    Source files with other times than in its recipe are read, to see whether they are still the same.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         if (made_of := read_json(folder / RECIPE)) is None:
             raise InputError(f"it has no {RECIPE}")
-        if change := first_changes(made_of, {**recipe, "index": file_sha256(folder / INDEX_NAME)}):
+        now = {**recipe, "index": file_sha256(folder / INDEX_NAME)}
+        if (change := first_changes(made_of, now)) and not _only_touched(made_of, now, source):
             raise InputError(f"it was made with other settings: {change}")
         return read_index(folder)
     except (OSError, InputError) as error:
         raise InputError(
             f"output folder must be new or empty, got {str(folder)!r} ({error}); choose another, or remove this one"
         ) from error
+
+
+def _only_touched(made_of: Any, recipe: dict[str, Any], source: Source) -> bool:
+    """Return True if the times of the source files are the only difference; only then is the source read for that."""
+    match made_of:
+        case {"files": dict(files), "contents": list(contents)}:
+            sizes = [{name: file["bytes"] for name, file in own.items()} for own in (files, recipe["files"])]
+            others = {**recipe, "files": made_of["files"]}
+            same = sizes[0] == sizes[1] and not first_changes(made_of, others)
+            return same and contents == [source.checksum(unit) for unit in source.units()]
+    return False
 
 
 @dataclass(frozen=True)
@@ -226,12 +256,13 @@ class _Work:
             tokens=sum(own.tokens for own in counts),
             shards=tuple(written[number] for number in range(len(written))),
         )
-        self.finish(folder, index)
+        self.finish(folder, index, [own.source for own in counts])
         return Built(index, rejected, examples, sum(own.cut for own in counts))
 
     def spool(self, unit: int) -> Spool:
         """Return the encoded documents of a unit."""
-        return Spool(self.partial / UNITS, unit, self.recipe.encoder.modalities)
+        encoder = self.recipe.encoder
+        return Spool(self.partial / UNITS, unit, encoder.modalities, encoder.tokenizer.num_text_tokens)
 
     def encode(self, task: tuple[int, Unit]) -> tuple[int, Counts]:
         """Spool the documents of a unit, or find that they are there."""
@@ -239,7 +270,9 @@ class _Work:
         spool = self.spool(number)
         counts = spool.read_counts()
         if counts is None:
-            counts = spool.write(self.recipe.encoder.encode(self.recipe.source.documents(unit)))
+            source = self.recipe.source
+            documents = self.recipe.encoder.encode(source.documents(unit))
+            counts = spool.write(documents, functools.partial(source.checksum, unit))
         return number, counts
 
     def located_packs(self, documents: np.ndarray) -> Iterator[list[np.ndarray]]:
@@ -264,13 +297,14 @@ class _Work:
         found = read_shard(folder / f"shard-{number:06d}.tar", settings)
         if found.info and not found.findings:
             return number, found.info
-        return number, write_shard(self.packs(located), folder, number, settings.schema)
+        dtype = tokens_dtype(settings.num_text_tokens)
+        return number, write_shard(self.packs(located), folder, number, settings.schema, dtype)
 
     def packs(self, located: list[np.ndarray]) -> Iterator[Pack]:
         """Yield the packs of a shard."""
         spool, encoder = functools.lru_cache(maxsize=_OPEN_UNITS)(self.spool), self.recipe.encoder
         for chosen in located:
-            pack = make_pack([spool(unit)[document] for unit, document in chosen.tolist()], encoder.modalities)
+            pack = read_pack(chosen, spool, encoder.modalities)
             validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
             yield pack
 
@@ -290,12 +324,12 @@ class _Work:
             Path(whole.name).unlink()
         return rejected, examples
 
-    def finish(self, folder: Path, index: Index) -> None:
+    def finish(self, folder: Path, index: Index, checksums: list[int]) -> None:
         """Write the files beside the shards, and give the folder its name once all of it is on disk."""
         shards = self.partial / SHARDS
         self.recipe.encoder.tokenizer.write(shards)
         write_index(shards, index)
-        recipe = {**read_json(self.partial / RECIPE), "index": file_sha256(shards / INDEX_NAME)}
+        recipe = {**read_json(self.partial / RECIPE), "index": file_sha256(shards / INDEX_NAME), "contents": checksums}
         write_atomically(shards / RECIPE, json.dumps(recipe, indent=1))
         sync(*(path for path in shards.iterdir() if path.suffix != ".tar"), shards)  # `write_shard` synced each tar
         try:

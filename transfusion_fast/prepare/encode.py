@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -22,16 +22,20 @@ from transfusion_fast.data.pack import (
 )
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces
+from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces, first_limit
 from transfusion_fast.prepare.images import ImageRule, LatentRule, decode_image
-from transfusion_fast.prepare.sources.base import Part, SourceDocument
+from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
 
 Long = Literal["split", "reject"]
 """The treatment of documents that are longer than a pack: split into several, or rejected."""
 
+_TEXTS_TOGETHER, _TEXT_BYTES_TOGETHER = 1024, 1 << 20  # each call of a tokenizer has a cost of its own
+_SHORT = 2  # a text of up to two characters for each position of a pack is short: it hardly ever has to be cut
 _BATCHES_TOGETHER = 16  # images have several shapes; the more wait, the fuller the batch of each shape
 _BYTES_TOGETHER = 64 << 20
 _MAX_PIXEL_BYTES = 1 << 30  # in one document: many small files may become as many large images
+_Encoded = Part | Rejected | tuple[str, np.ndarray | Rejected]
+"""A part whose image is latents, or a short text with its ids; or why it has none."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,22 @@ class Encoder:
             "latents": None if self.latents is None else self.latents.describe(),
         }
 
-    def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+    def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[Iterable[Document] | Rejected]:
         """Yield for each source document, in order, the documents that it becomes, or its rejection.
 
-        Images become latents in batches: documents wait for later ones, up to a limit of their number and size.
+        A text that is read in pieces becomes an iterator, which may raise Rejected: then none of its documents counts.
+        Texts become ids and images latents in batches: documents wait for later ones, up to a limit of their number
+        and size.
         """
-        together = 1 if self.latents is None else _BATCHES_TOGETHER * self.latents.batch
+        together, most = _TEXTS_TOGETHER, _TEXT_BYTES_TOGETHER
+        if self.latents is not None:
+            together, most = _BATCHES_TOGETHER * self.latents.batch, _BYTES_TOGETHER
         waiting: list[SourceDocument | Rejected] = []
         size = 0
         for document in documents:
             waiting.append(document if isinstance(document, Rejected) else self._decoded(document))
             size += _bytes(waiting[-1])
-            if len(waiting) >= together or size >= _BYTES_TOGETHER:
+            if len(waiting) >= together or size >= most:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
         yield from self._encoded(waiting)
@@ -104,6 +112,8 @@ class Encoder:
 
     def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
         """Return the document with its image files as pixels."""
+        if not any(isinstance(part, bytes) for part in document.parts):
+            return document
         parts: list[Part] = []
         left = _MAX_PIXEL_BYTES
         try:
@@ -133,49 +143,73 @@ class Encoder:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return length
 
-    def _encoded(self, documents: Sequence[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
-        parts = (part for document in documents if isinstance(document, SourceDocument) for part in document.parts)
+    def _encoded(self, documents: Sequence[SourceDocument | Rejected]) -> Iterator[Iterable[Document] | Rejected]:
+        parts = [part for document in documents if isinstance(document, SourceDocument) for part in document.parts]
         images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
+        texts = [part for part in parts if self._is_short(part)]
+        short = zip(texts, self.tokenizer.encode_batch(texts), strict=True)
         for document in documents:
             if isinstance(document, Rejected):
                 yield document
                 continue
-            encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
-            found: list[Document] | Rejected
-            try:
-                found = self._fitted(encoded, document.weights or (1.0,) * len(encoded))
-            except Rejected as rejected:
-                found = rejected.at(document.where)
-            yield found
+            encoded = [
+                next(short) if self._is_short(part) else next(values) if isinstance(part, np.ndarray) else part
+                for part in document.parts
+            ]
+            match encoded:
+                case [(str(), np.ndarray() as ids)] if 0 < len(ids) <= self._capacity:
+                    yield [(TextSegment(ids, *document.weights),)]
+                case _:
+                    yield self._outcome(encoded, document)
 
-    def _fitted(self, parts: Iterable[Part | Rejected], weights: Iterable[float]) -> list[Document]:
-        """Return one document of the parts, or several; Rejected for none, or for several if `long` says so."""
-        documents: list[list[Segment]] = [[]]
+    def _is_short(self, part: Part) -> TypeGuard[str]:
+        return isinstance(part, str) and len(part) <= _SHORT * self._capacity
+
+    def _outcome(self, parts: Sequence[_Encoded], document: SourceDocument) -> Iterable[Document] | Rejected:
+        fitted = self._fitted(parts, document)
+        if any(isinstance(part, TextRange) for part in parts):
+            return fitted
+        try:
+            return list(fitted)
+        except Rejected as rejected:
+            return rejected
+
+    def _fitted(self, parts: Sequence[_Encoded], document: SourceDocument) -> Iterator[Document]:
+        """Yield one document of the parts, or several; raise Rejected for none, or for several if `long` says so."""
+        segments: list[Segment] = []
         free = self._capacity
-        for part, weight in zip(parts, weights, strict=True):
-            for number, segment in enumerate(self._segments(part, free)):
-                length = segment_length(segment, self.modalities)
-                if isinstance(segment, ImageSegment):
-                    length = self._image_length(length)
-                if number or length > free:
-                    documents.append([])
-                    free = self._capacity
-                documents[-1].append(segment if weight == 1 else replace(segment, weight=weight * segment.weight))
-                free -= length
-        found = [tuple(segments) for segments in documents if segments]
-        if not found:
-            raise Rejected("empty document", "nothing is left of it")
-        if len(found) > 1 and self.long == "reject":
-            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
-        return found
+        try:
+            for part, weight in zip(parts, document.weights or (1.0,) * len(parts), strict=True):
+                for number, segment in enumerate(self._segments(part, free)):
+                    length = segment_length(segment, self.modalities)
+                    if isinstance(segment, ImageSegment):
+                        length = self._image_length(length)
+                    if segments and (number or length > free):
+                        if self.long == "reject":
+                            raise Rejected("too long", f"it takes more than {self.sequence_length} positions")
+                        yield tuple(segments)
+                        segments, free = [], self._capacity
+                    segments.append(segment if weight == 1 else replace(segment, weight=weight * segment.weight))
+                    free -= length
+            if not segments:
+                raise Rejected("empty document", "nothing is left of it")
+            yield tuple(segments)
+        except Rejected as rejected:
+            raise rejected.at(document.where) from rejected
 
-    def _segments(self, part: Part | Rejected, free: int) -> Sequence[Segment]:
+    def _segments(self, part: _Encoded, free: int) -> Iterable[Segment]:
         match part:
-            case Rejected():
-                raise part
-            case str(text):
-                return encode_in_pieces(self.tokenizer, text, free, self._capacity)
+            case Rejected() as rejected:
+                raise rejected
+            case (str(), Rejected() as rejected):
+                raise rejected
+            case (str(), np.ndarray() as ids) if len(ids) <= first_limit(free, self._capacity):
+                return [TextSegment(ids)] if len(ids) else []
+            case str(text) | (str(text), _):
+                return encode_in_pieces(self.tokenizer, [text], free, self._capacity)
+            case TextRange():
+                return encode_in_pieces(self.tokenizer, part.pieces(), free, self._capacity)
             case np.ndarray():
                 return [ImageSegment(part)]
             case TextSegment():

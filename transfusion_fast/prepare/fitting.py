@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,16 +19,19 @@ _PARAGRAPH, _LINE, _SENTENCE, _WORD = range(4)  # kinds of pauses, from the best
 _NEAR_END = (32, 8, 2)  # a pause is looked for in the last 32nd of what fits, then in the last eighth and the last half
 
 
-def encode_in_pieces(tokenizer: Tokenizer, text: str, free: int, capacity: int) -> list[TextSegment]:
-    """Return the ids of a text in pieces of at most `capacity` ids; the first may go where `free` are left.
+def encode_in_pieces(tokenizer: Tokenizer, text: Iterable[str], free: int, capacity: int) -> Iterator[TextSegment]:
+    """Yield the ids of a text in pieces of at most `capacity` ids; the first may go where `free` are left.
 
     A text that is far longer than a pack is encoded in blocks, as its ids take many times its memory.
+
+    Args:
+        text: the strings that together are the text.
     """
-    pieces: list[TextSegment] = []
     for block in split_blocks(text, max(_BLOCK, _BLOCK_PACKS * capacity)):
         ids, starts = tokenizer.encode_with_starts(block)
-        pieces += _cut(block, ids, starts, capacity if pieces else free, capacity)
-    return pieces
+        for piece in _cut(block, ids, starts, free, capacity):
+            yield piece
+            free = capacity
 
 
 def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int) -> list[TextSegment]:
@@ -37,7 +40,7 @@ def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int
     A text that must be cut is encoded again, perhaps to other ids of the same text. A text that holds part of a
     character, because an earlier cut fell inside it, has no such ids and is Rejected.
     """
-    if len(segment.ids) <= _first_limit(free, capacity):
+    if len(segment.ids) <= first_limit(free, capacity):
         return [segment]
     text = tokenizer.decode(segment.ids)
     ids, starts = tokenizer.encode_with_starts(text)
@@ -47,11 +50,11 @@ def cut_ids(tokenizer: Tokenizer, segment: TextSegment, free: int, capacity: int
 
 
 def _cut(text: str, ids: np.ndarray, starts: np.ndarray, free: int, capacity: int) -> list[TextSegment]:
-    lengths = list(piece_lengths(text, starts, _first_limit(free, capacity), capacity))
+    lengths = list(piece_lengths(text, starts, first_limit(free, capacity), capacity))
     return [TextSegment(piece) for piece in np.split(ids, np.cumsum(lengths)[:-1]) if len(piece)]
 
 
-def _first_limit(free: int, capacity: int) -> int:
+def first_limit(free: int, capacity: int) -> int:
     """Return how many ids the first piece may have: what is free in a pack if that is half of it, else all of one."""
     return free if 2 * free >= capacity else capacity
 
@@ -94,19 +97,30 @@ def _possible_cuts(text: str, starts: np.ndarray) -> list[np.ndarray]:
     return [*(token[kind == k] for k in range(4)), np.flatnonzero(np.diff(starts, prepend=-1))]
 
 
-def split_blocks(text: str, size: int) -> Iterator[str]:
-    """Yield the text in blocks of at most `size` characters, which end at the best pause of their second half."""
-    begin = 0
-    while len(text) - begin > size:
-        most = begin + size
-        kind, end = _WORD, most
-        for pause in _PAUSE.finditer(text, begin + (size + 1) // 2, most):
-            if (better := _kind(pause)) <= kind:
-                # Within a line the space goes with the word behind it.
-                kind, end = better, pause.end() if better in (_PARAGRAPH, _LINE) else pause.start("space")
-        yield text[begin:end]
-        begin = end
+def split_blocks(strings: Iterable[str], size: int) -> Iterator[str]:
+    """Yield a text in blocks of at most `size` characters, which end at the best pause of their second half.
+
+    Args:
+        strings: the text, however divided; no more of them than one block needs are in memory.
+    """
+    text, begin = "", 0
+    for string in strings:
+        text, begin = text[begin:] + string, 0
+        while len(text) - begin > size:
+            end = _block_end(text, begin, size)
+            yield text[begin:end]
+            begin = end
     yield text[begin:]
+
+
+def _block_end(text: str, begin: int, size: int) -> int:
+    most = begin + size
+    kind, end = _WORD, most
+    for pause in _PAUSE.finditer(text, begin + (size + 1) // 2, most):
+        if (better := _kind(pause)) <= kind:
+            # Within a line the space goes with the word behind it.
+            kind, end = better, pause.end() if better in (_PARAGRAPH, _LINE) else pause.start("space")
+    return end
 
 
 def _kind(pause: re.Match[str]) -> int:

@@ -200,7 +200,7 @@ class Statistics:
             weights = np.ones(len(length)) if pack.weights is None else pack.weights
             counts[:3] += length[~is_image].sum(), length[is_image].sum(), is_image.sum()
             counts[3:] += length[weights == 0].sum(), length[(weights != 0) & (weights != 1)].sum()
-            lengths.append(document_lengths(pack.segments))
+            lengths.append(document_lengths(*pack.segments.T[[0, 1, 3]]))
         text, patches, images, ignored, weighted = counts.tolist()
         return cls(text, patches, images, np.concatenate(lengths), ignored, weighted)
 

@@ -29,9 +29,8 @@ _OPEN, _BEYOND = 128, 64  # the last 128 documents of a bin are chosen again, fr
 _DOCUMENT_STREAM, _PACK_STREAM = 0, 1
 
 
-def document_lengths(segments: np.ndarray) -> np.ndarray:
-    """Return the positions, int64 [documents], that each document of rows of `SEGMENT_COLUMNS` takes."""
-    document, kind, _, length, _, _ = segments.astype(np.int64, copy=False).T
+def document_lengths(document: np.ndarray, kind: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Return the positions, int64 [documents], that each document takes, from these columns of its segments."""
     return DOCUMENT_TOKENS + np.bincount(document, length + IMAGE_TOKENS * (kind != KIND_TEXT)).astype(np.int64)
 
 

@@ -31,6 +31,7 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
     """
     if processes < 1:
         raise InputError(f"processes must be 1 or more, got {processes}; give a larger number")
+    _use_one_thread()
     if processes == 1:
         yield lambda function, tasks: (function(job, task) for task in tasks)
         return
@@ -81,6 +82,7 @@ class _Worker:
 
     @classmethod
     def begin(cls, job: object, begun: Synchronized[int]) -> None:
+        _use_one_thread()
         threading.Thread(target=_end_with_parent, daemon=True).start()
         with begun.get_lock():
             cls.job, cls.number = job, begun.value
@@ -89,6 +91,11 @@ class _Worker:
     @classmethod
     def run(cls, function: Callable[[Any, Task], Result], task: Task) -> Result:
         return function(cls.job, task)
+
+
+def _use_one_thread() -> None:
+    """Keep tokenizers, which have threads for every core, to the cores that `processes` asks for."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _end_with_parent() -> None:

@@ -1,37 +1,42 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is four files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
-each file: after a power failure it may be there and they may not.
+A unit is three files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
+each file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes,
+as there are as many of them as captions.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from transfusion_fast.data.pack import (
+    KIND_TEXT,
     SEGMENT_COLUMNS,
     Document,
     ModalityInfo,
-    Segment,
+    Pack,
     TextSegment,
     latents_dtype,
-    segment_at,
     segment_row,
+    tokens_dtype,
 )
 from transfusion_fast.errors import Rejected
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "weights", "rejected")
+_KINDS = ("tokens", "latents", "segments", "rejected")
+_ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
+_ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Counts:
     """Number of source documents that were longer than a pack and became several."""
     tokens: int
     """Positions that the documents take."""
+    source: int = 0
+    """Checksum of the bytes that were read."""
 
 
 @dataclass(frozen=True)
@@ -52,79 +59,163 @@ class Spool:
     folder: Path
     number: int
     modalities: tuple[ModalityInfo, ...]
+    num_text_tokens: int
 
     def path(self, kind: str) -> Path:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[list[Document] | Rejected]) -> Counts:
-        """Write documents and rejections in order, keeping none in memory."""
-        documents = cut = ids = values = 0
-        checksums = dict.fromkeys(_KINDS, 0)
+    def write(self, outcomes: Iterable[Iterable[Document] | Rejected], source: Callable[[], int] = lambda: 0) -> Counts:
+        """Write documents and rejections in order, keeping few in memory, and then the checksum of their source.
+
+        An outcome that raises Rejected counts as rejected, whatever it yielded before.
+        """
         with ExitStack() as stack:
-            files = {kind: stack.enter_context(self.path(kind).open("wb")) for kind in _KINDS}
-
-            def append(kind: str, data: bytes) -> None:
-                files[kind].write(data)
-                checksums[kind] = zlib.crc32(data, checksums[kind])
-
+            files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
+            writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
             for outcome in outcomes:
                 if isinstance(outcome, Rejected):
-                    line = json.dumps({"reason": outcome.reason, "detail": outcome.detail})
-                    append("rejected", f"{line}\n".encode())
-                    continue
-                cut += len(outcome) > 1
-                for document in outcome:
-                    for segment in document:
-                        row = segment_row(segment, documents, ids, values, self.modalities)
-                        append("segments", np.array(row, np.int64).tobytes())
-                        append("weights", np.float32(segment.weight).tobytes())
-                        if isinstance(segment, TextSegment):
-                            append("tokens", segment.ids.tobytes())
-                            ids += segment.ids.size
-                        else:
-                            append("latents", segment.values.tobytes())
-                            values += segment.values.size
-                    documents += 1
-        write_atomically(self.path("json"), json.dumps([documents, cut, checksums]))
-        return Counts(documents, cut, int(self.lengths.sum()))
+                    writer.reject(outcome)
+                elif isinstance(outcome, list):
+                    writer.add(outcome)
+                else:
+                    writer.add_all_or_none(outcome)
+            writer.flush()
+        written = Counts(writer.documents, writer.cut, int(self.lengths.sum()), source())
+        record = [written.documents, written.cut, written.source, writer.checksums]
+        write_atomically(self.path("json"), json.dumps(record))
+        return written
 
     def read_counts(self) -> Counts | None:
         """Return what `write` returned; None if it did not end, or the files are not as they were written."""
         match read_json(self.path("json")):
-            case [int(documents), int(cut), dict(checksums)]:
+            case [int(documents), int(cut), int(source), dict(checksums)]:
                 with suppress(FileNotFoundError):
                     if all(zlib.crc32(self._mapped(kind, np.uint8).data) == checksums.get(kind) for kind in _KINDS):
-                        return Counts(documents, cut, int(self.lengths.sum()))
+                        return Counts(documents, cut, int(self.lengths.sum()), source)
         return None
 
     @property
     def lengths(self) -> np.ndarray:
         """Positions that each document takes, int64."""
-        return document_lengths(self._rows)
+        return document_lengths(*(self._rows[name] for name in ("document", "kind", "length")))
 
-    def __getitem__(self, document: int) -> Document:
-        """Return copies: views would keep the unit's files open."""
-        first, end = np.searchsorted(self._rows[:, 0], (document, document + 1))
-        segments: list[Segment] = []
-        weights = self._mapped("weights", np.float32)
-        for row, weight in zip(self._rows[first:end].tolist(), weights[first:end].tolist(), strict=True):
-            segment = segment_at(row, weight, *self._values, self.modalities)
-            if isinstance(segment, TextSegment):
-                segments.append(replace(segment, ids=np.array(segment.ids)))
+    def read(self, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return rows, [n] of `_ROW`, and values, flat views, of the segments of documents in the given order.
+
+        Args:
+            numbers: the documents' numbers in the rows that are returned.
+        """
+        column, documents = self._rows["document"], documents.astype(np.int32)  # another dtype would copy the column
+        first, end = (np.searchsorted(column, documents, side) for side in ("left", "right"))
+        counts = end - first
+        rows = self._rows[np.repeat(end - np.cumsum(counts), counts) + np.arange(counts.sum())]
+        rows["document"] = np.repeat(numbers, counts)
+        tokens, latents = self._values
+        values = []
+        for kind, offset, length, height, width in rows[["kind", "offset", "length", "height", "width"]].tolist():
+            if kind == KIND_TEXT:
+                values.append(tokens[offset : offset + length])
             else:
-                segments.append(replace(segment, values=np.array(segment.values)))
-        return tuple(segments)
+                values.append(latents[offset : offset + height * width * self.modalities[kind - 1].channels])
+        return rows, values
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        return self._mapped("segments", np.int64).reshape(-1, len(SEGMENT_COLUMNS))
+        return self._mapped("segments", _ROW)
 
     @cached_property
     def _values(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._mapped("tokens", np.int32), self._mapped("latents", latents_dtype(self.modalities))
+        dtypes = tokens_dtype(self.num_text_tokens), latents_dtype(self.modalities)
+        return self._mapped("tokens", dtypes[0]), self._mapped("latents", dtypes[1])
 
     def _mapped(self, kind: str, dtype: DTypeLike) -> np.ndarray:
         """Return the numbers of a file, mapped into memory; an empty file cannot be mapped."""
         path = self.path(kind)
-        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        return np.memmap(path, dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.empty(0, dtype)
+
+
+def read_pack(located: np.ndarray, spool: Callable[[int], Spool], modalities: Sequence[ModalityInfo]) -> Pack:
+    """Return the pack of documents that lie in several units; equal to that of `make_pack`.
+
+    Args:
+        located: int64 [documents, 2], the unit and the number of each document.
+    """
+    found = []
+    for unit in np.unique(located[:, 0]).tolist():
+        own = np.flatnonzero(located[:, 0] == unit)
+        found.append(spool(unit).read(located[own, 1], own))
+    rows = np.concatenate([rows for rows, _ in found])
+    order = np.argsort(rows["document"], kind="stable")
+    rows, arrays = rows[order], [array for _, values in found for array in values]
+    is_text = rows["kind"] == KIND_TEXT
+    sizes = np.array([arrays[i].size for i in order.tolist()])
+    for own in (is_text, ~is_text):
+        rows["offset"][own] = np.cumsum(sizes[own]) - sizes[own]
+    texts, images = ([arrays[i] for i in order[own].tolist()] for own in (is_text, ~is_text))
+    return Pack(
+        np.concatenate(texts).astype(np.int32) if texts else np.empty(0, np.int32),
+        np.stack([rows[name].astype(np.int32) for name in SEGMENT_COLUMNS], axis=1),
+        np.concatenate(images) if images else np.empty(0, latents_dtype(modalities)),
+        rows["weight"].copy() if (rows["weight"] != 1).any() else None,
+    )
+
+
+class _Writer:
+    """Appends documents to the files of a unit, many at a time."""
+
+    def __init__(self, files: dict[str, IO[bytes]], modalities: Sequence[ModalityInfo], tokens: np.dtype) -> None:
+        self._files, self._modalities, self._dtype = files, modalities, tokens
+        self.checksums = dict.fromkeys(files, 0)
+        self.documents = self.cut = self._ids = self._values = self._flushed = 0
+        self._rows: list[tuple[float, ...]] = []
+        self._tokens: list[np.ndarray] = []
+
+    def add(self, documents: Iterable[Document]) -> None:
+        """Add what a source document became."""
+        before = self.documents
+        for document in documents:
+            for segment in document:
+                row = segment_row(segment, self.documents, self._ids, self._values, self._modalities)
+                self._rows.append((*row, segment.weight))
+                if isinstance(segment, TextSegment):
+                    self._tokens.append(segment.ids)
+                    self._ids += segment.ids.size
+                else:
+                    self._append("latents", segment.values.tobytes())
+                    self._values += segment.values.size
+            self.documents += 1
+            if len(self._rows) >= _ROWS_TOGETHER or self._ids - self._flushed >= _IDS_TOGETHER:
+                self.flush()
+        self.cut += self.documents - before > 1
+
+    def add_all_or_none(self, documents: Iterable[Document]) -> None:
+        """Add what a source document became, or take all of it back and add its rejection if that is raised."""
+        self.flush()
+        ends = {kind: file.tell() for kind, file in self._files.items()}
+        before = vars(self) | {"checksums": dict(self.checksums)}
+        try:
+            self.add(documents)
+        except Rejected as rejected:
+            for kind, file in self._files.items():
+                file.truncate(file.seek(ends[kind]))
+            vars(self).update(before, _rows=[], _tokens=[])
+            self.reject(rejected)
+
+    def reject(self, rejected: Rejected) -> None:
+        """Add why a source document was left out."""
+        line = json.dumps({"reason": rejected.reason, "detail": rejected.detail})
+        self._append("rejected", f"{line}\n".encode())
+
+    def flush(self) -> None:
+        """Write what is in memory to the files."""
+        ids = np.concatenate([np.empty(0, np.int32), *self._tokens])
+        stored = ids.astype(self._dtype)
+        assert np.array_equal(stored, ids), "ids of a tokenizer are below its num_text_tokens"
+        self._append("tokens", stored.tobytes())
+        self._append("segments", np.array(self._rows, _ROW).tobytes())
+        self._rows, self._tokens, self._flushed = [], [], self._ids
+
+    def _append(self, kind: str, data: bytes) -> None:
+        self._files[kind].write(data)
+        self.checksums[kind] = zlib.crc32(data, self.checksums[kind])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,18 +13,37 @@ from typing import Any
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import partial_path, read_json, write_atomically
+from transfusion_fast.files import lock, partial_path, read_json, write_atomically
 
 RECIPE = "recipe.json"
+_MOUNTS = Path("/proc/self/mountinfo")
 LOCK, UNITS, SHARDS = ".lock", "units", "shards"
 
 
 def output_and_staging(folder: Path) -> tuple[Path, Path]:
-    """Return the absolute paths of a data folder and of its staging folder; InputError if it has no name."""
+    """Return the absolute paths of a data folder and of its staging folder.
+
+    Raises:
+        InputError: it has no name, or is a mount point, to which no folder can be renamed, and no finished folder.
+    """
     folder = Path(folder).resolve()
     if not folder.name:
         raise InputError(f"output folder must have a name, got {str(folder)!r}; choose another")
+    if _is_mount_point(folder) and read_json(folder / RECIPE) is None:
+        raise InputError(
+            f"output folder must not be a mount point, got {str(folder)!r}; choose a folder inside of it, such as "
+            f"{str(folder / 'data')!r}"
+        )
     return folder, folder.with_name(f"{folder.name}.partial")
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Return True also for a folder that is mounted from the same file system, for which os.path.ismount is False."""
+    mounts: list[bytes] = []
+    with suppress(OSError):
+        mounts = [line.split()[4] for line in _MOUNTS.read_bytes().splitlines()]
+    names = (name.decode("unicode_escape").encode("latin-1") for name in mounts)  # a space is \040
+    return os.path.ismount(folder) or os.fsencode(folder) in names
 
 
 def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> None:
@@ -50,25 +68,31 @@ def locked(partial: Path) -> Iterator[None]:
     The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
 
     Raises:
-        InputError: another process holds it, or the folder holds files of somebody else, which would be deleted.
+        InputError: another process holds it, its file system has no locks, or the folder holds files of somebody else,
+            which would be deleted.
     """
     _check_ours(partial)
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            lock = (partial / LOCK).open("w")
+            file = (partial / LOCK).open("w")
         except FileNotFoundError:
             continue
-        with lock:
+        with file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                free = lock(file)
+            except InputError:  # without locks nobody else can be using it
+                (partial / LOCK).unlink()
+                with suppress(OSError):
+                    partial.rmdir()
+                raise
+            if not free:
                 raise InputError(
                     f"{partial} must be used by one process at a time, got another one using it; wait for it to end"
-                ) from error
+                )
             held = False
             with suppress(FileNotFoundError):
-                held = os.path.samestat(os.fstat(lock.fileno()), (partial / LOCK).stat())
+                held = os.path.samestat(os.fstat(file.fileno()), (partial / LOCK).stat())
             if held:
                 yield
                 return

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from transfusion_fast.config import TrainConfig
+from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.errors import InputError
 from transfusion_fast.training.launch import check_network, read_launch
 
@@ -133,8 +134,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
         # A launcher may show each process the one GPU that it is to use.
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(config.cpu_threads or max(1, cores // launch.local_size))
+        torch.set_num_threads(config.cpu_threads or max(1, usable_cpus() // launch.local_size))
         keep_freed_memory()
     _init_process_group("nccl" if cuda else "gloo")
     return Ranks(

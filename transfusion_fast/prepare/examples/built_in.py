@@ -51,6 +51,9 @@ class _DocumentsSource(Source):
     def units(self) -> list[Unit]:
         return [Unit(Path(self.name), 0, 1)]
 
+    def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
+        return []  # it has no files
+
     def entries(self, unit: Unit) -> Iterator[tuple[str, Document]]:
         return ((f"document {number} of {self.name}", document) for number, document in enumerate(self.make()))
 

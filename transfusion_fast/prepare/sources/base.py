@@ -5,8 +5,11 @@ Entries that cannot be used are yielded as `Rejected`, to be counted; reading co
 
 from __future__ import annotations
 
+import codecs
+import functools
 import json
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +22,33 @@ from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Weighted
 
-Part = str | bytes | np.ndarray | Segment
-"""A text, the bytes of an image file, its pixels uint8 [height, width, 3], or a segment that is encoded already."""
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TextRange:
+    """A text that is too long to hold in memory: bytes [start, end) of a file, in UTF-8."""
+
+    path: Path
+    start: int
+    end: int
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in order; raise Rejected where it is not UTF-8. A byte order mark at byte 0 is dropped."""
+        decoder = codecs.getincrementaldecoder("utf-8" if self.start else "utf-8-sig")()
+        with self.path.open("rb") as file:
+            at = file.seek(self.start)
+            while block := file.read(min(_BLOCK, self.end - at)):
+                at += len(block)
+                try:
+                    yield decoder.decode(block, final=at == self.end)
+                except UnicodeDecodeError as error:
+                    raise Rejected("not UTF-8", f"{error.reason} before byte {at}") from error
+
+
+Part = str | TextRange | bytes | np.ndarray | Segment
+"""A text, one that is read in pieces, the bytes of an image file, its pixels uint8 [height, width, 3], or an encoded
+segment."""
 MAX_BYTES = 64 << 20
 """The largest line, and the largest file in an archive, that is read."""
 COMPRESSIONS = (".gz", ".zst")
@@ -83,6 +111,20 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the settings except for the files as JSON; equal settings and files give equal documents."""
 
+    def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
+        """Return bytes [start, end) of files such that those of all units together are those of all files."""
+        return [(unit.path, unit.start, unit.end)]
+
+    def checksum(self, unit: Unit) -> int:
+        """Return the crc32 of the bytes of a unit, by which a file that was only touched is recognized."""
+        found = 0
+        for path, start, end in self.spans(unit):
+            with path.open("rb") as file:
+                at = file.seek(start)
+                while block := file.read(min(_BLOCK, end - at)):
+                    at, found = at + len(block), zlib.crc32(block, found)
+        return found
+
     def documents(self, unit: Unit) -> Iterator[SourceDocument | Rejected]:
         """Yield each document of a unit, or why it cannot be used and where it is, in order."""
         for where, entry in self.entries(unit):
@@ -90,15 +132,19 @@ class Source(ABC):
             try:
                 if isinstance(entry, Rejected):
                     raise entry
-                parts = list(self.parts(entry, unit))
-                weights = tuple(part.weight if isinstance(part, Weighted) else 1.0 for part in parts)
-                plain = tuple(part.content if isinstance(part, Weighted) else part for part in parts)
-                found = SourceDocument(where, plain, weights if set(weights) - {1.0} else ())
+                found = _document(where, tuple(self.parts(entry, unit)))
             except Rejected as rejected:
                 found = rejected.at(where)
             yield found
 
 
+def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
+    plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
+    weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
+    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else ())
+
+
+@functools.lru_cache  # asked for every document, and slow
 def kind_of(path: Path) -> str:
     """Return the suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]

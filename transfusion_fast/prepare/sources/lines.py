@@ -1,4 +1,4 @@
-"""Lines of text files, compressed or not, in units that several processes can read."""
+"""Lines of text files, compressed or not, and texts between separators, in units that several processes can read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transfusion_fast.errors import InputError, Rejected, optional_module
-from transfusion_fast.prepare.sources.base import COMPRESSIONS, MAX_BYTES, Unit
+from transfusion_fast.prepare.sources.base import COMPRESSIONS, MAX_BYTES, TextRange, Unit
 
 JSON_LINES = (".jsonl", *(f"{kind}{compression}" for kind in (".jsonl", ".json") for compression in COMPRESSIONS))
 """Kinds of files. Plain .json is not among them: it is often one value on many lines."""
 UNIT_BYTES = 64 << 20
+LONG_BYTES = 8 << 20
+"""The longest text of a .txt file that is held in memory; a longer one is read in pieces."""
 _BLOCK = 1 << 20
 
 
@@ -66,6 +68,49 @@ def _skip_line(file: Any, most: int) -> int:
         if rest.endswith(b"\n"):
             break
     return count
+
+
+def separated_units(path: Path, separator: bytes, size: int = UNIT_BYTES) -> list[Unit]:
+    """Return a file in units of about `size` bytes, each of which ends behind a separator or with the file."""
+    units: list[Unit] = []
+    start, total = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while start < total:
+            end = min(_find(file, start + size, separator) + len(separator), total)
+            units.append(Unit(path, start, end))
+            start = end
+    return units
+
+
+def read_separated(unit: Unit, separator: bytes) -> Iterator[tuple[str, bytes | TextRange]]:
+    """Yield (location, content) of each text between the separators in the unit that is not blank."""
+    with unit.path.open("rb") as file:
+        begin, held, more = file.seek(unit.start), b"", True
+        while more:
+            block = file.read(min(_BLOCK, max(unit.end - begin - len(held), 0)))
+            more = bool(block)
+            *texts, held = (held + block).split(separator)
+            for text in texts if more else [*texts, held]:
+                if text.strip():
+                    yield f"byte {begin} of {unit.path}", text
+                begin += len(text) + len(separator)
+            if more and len(held) > LONG_BYTES:
+                end = min(_find(file, begin + len(held) - len(separator) + 1, separator), unit.end)
+                yield f"byte {begin} of {unit.path}", TextRange(unit.path, begin, end)
+                begin, held = file.seek(min(end + len(separator), unit.end)), b""
+
+
+def _find(file: IO[bytes], offset: int, separator: bytes) -> int:
+    """Return the offset of the first separator from `offset` on, or an offset at or behind the end of the file."""
+    file.seek(offset)
+    held = b""
+    while block := file.read(_BLOCK):
+        held += block
+        if (found := held.find(separator)) >= 0:
+            return offset + found
+        searched = max(len(held) - len(separator) + 1, 0)
+        offset, held = offset + searched, held[searched:]
+    return offset + len(held)
 
 
 def _damage(path: Path, most: int = sys.maxsize) -> str:

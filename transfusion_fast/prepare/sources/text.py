@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import InputError, Rejected, optional_module
-from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, kind_of, parse_json
-from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
+from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, TextRange, Unit, decode_utf8, kind_of, parse_json
+from transfusion_fast.prepare.sources.lines import (
+    JSON_LINES,
+    LONG_BYTES,
+    line_units,
+    read_lines,
+    read_separated,
+    separated_units,
+)
 
 FILES_TOGETHER = 256
 """Most .txt files in a unit."""
@@ -26,6 +35,8 @@ class TextSource(Source):
     """The texts of files: one per line of JSON lines and per row of .parquet, under `field`, and one per .txt."""
 
     field: str = "text"
+    separator: bytes = b""
+    """What stands between the texts of a .txt that holds several."""
 
     suffixes = (*JSON_LINES, ".txt", ".parquet")
 
@@ -36,6 +47,8 @@ class TextSource(Source):
             match kind_of(file):
                 case ".parquet":
                     units += _row_groups(file, self.field)
+                case ".txt" if self.separator:
+                    units += separated_units(file, self.separator)
                 case ".txt":
                     if last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
                         units[-1] = replace(last, end=number + 1)
@@ -45,19 +58,31 @@ class TextSource(Source):
                     units += line_units(file)
         return units
 
-    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | Rejected | None]]:
+    def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
         match kind_of(unit.path):
+            case ".txt" if not self.separator:
+                return [(file, 0, sys.maxsize) for file in self.files[unit.start : unit.end]]
+            case ".parquet":  # its units are row groups
+                return [(unit.path, 0, sys.maxsize)] if unit.start == 0 else []
+            case _:
+                return super().spans(unit)
+
+    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | Rejected | None]]:
+        match kind_of(unit.path):
+            case ".txt" if self.separator:
+                yield from read_separated(unit, self.separator)
             case ".txt":
                 for file in self.files[unit.start : unit.end]:
-                    too_large = file.stat().st_size > MAX_BYTES
-                    rejected = Rejected("file too large", f"more than {MAX_BYTES} bytes")
-                    yield str(file), rejected if too_large else file.read_bytes()
+                    size = file.stat().st_size
+                    yield str(file), file.read_bytes() if size <= LONG_BYTES else TextRange(file, 0, size)
             case ".parquet":
                 yield from _read_rows(unit, self.field)
             case _:
                 yield from read_lines(unit)
 
-    def parts(self, entry: bytes | None, unit: Unit) -> tuple[str]:
+    def parts(self, entry: bytes | TextRange | None, unit: Unit) -> tuple[str | TextRange]:
+        if isinstance(entry, TextRange):
+            return (entry,)
         value: Any = entry
         if entry is not None:
             match kind_of(unit.path):
@@ -79,7 +104,7 @@ class TextSource(Source):
         return (value,)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "text", "field": self.field}
+        return {"kind": "text", "field": self.field, "separator": os.fsdecode(self.separator)}
 
 
 def _row_groups(path: Path, column: str) -> list[Unit]:
