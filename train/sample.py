@@ -27,7 +27,8 @@ from transfusion_fast.data.images import pixels_to_latents, to_grid
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.model.inputs import Piece
 from transfusion_fast.model.transfusion import Transfusion
-from transfusion_fast.prepare.images import decode_image, scaled_middle
+from transfusion_fast.prepare.decoding import decode_image
+from transfusion_fast.prepare.images import scaled_middle
 from transfusion_fast.prepare.preview import Picture, page
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.pictures import (
@@ -288,11 +289,11 @@ def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray
     """Read an image as `prepare.py` does: uint8 [1, height, width, channels], grey or colour."""
     height, width = size
     try:
-        pixels = decode_image(path.read_bytes())
+        image = decode_image(path.read_bytes())
     except Rejected as error:
         raise InputError(f"{path} must be a readable image ({error}); give another") from error
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    middle = scaled_middle(pixels, height, width, scale)
+    scale = max(height / image.size[0], width / image.size[1])
+    middle = scaled_middle(image, height, width, scale)
     shown = Image.fromarray(middle).convert("L" if channels == 1 else "RGB")
     return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)
 

@@ -21,9 +21,10 @@ from transfusion_fast.data.pack import (
     segment_length,
 )
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
+from transfusion_fast.prepare.decoding import decode_image
 from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces
-from transfusion_fast.prepare.images import ImageRule, LatentRule, decode_image
+from transfusion_fast.prepare.images import ImageRule, LatentRule
 from transfusion_fast.prepare.sources.base import Part, SourceDocument
 
 Long = Literal["split", "reject"]
@@ -79,52 +80,55 @@ class Encoder:
             "latents": None if self.latents is None else self.latents.describe(),
         }
 
-    def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
-        """Yield for each source document, in order, the documents that it becomes, or its rejection.
+    def encode(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[list[Document] | Remark]:
+        """Yield for each source document, in order, its repairs and the documents that it becomes, or its rejection.
 
         Images become latents in batches: documents wait for later ones, up to a limit of their number and size.
         """
         together = 1 if self.latents is None else _BATCHES_TOGETHER * self.latents.batch
-        waiting: list[SourceDocument | Rejected] = []
+        waiting: list[SourceDocument | Remark] = []
         size = 0
         for document in documents:
-            waiting.append(document if isinstance(document, Rejected) else self._decoded(document))
+            waiting += self._decoded(document) if isinstance(document, SourceDocument) else [document]
             size += _bytes(waiting[-1])
             if len(waiting) >= together or size >= _BYTES_TOGETHER:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
-    def pixels(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[np.ndarray]:
+    def pixels(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[np.ndarray]:
         """Yield the pixels, uint8 [height, width, 3], of the images that `encode` would encode."""
         for document in documents:
-            decoded = document if isinstance(document, Rejected) else self._decoded(document)
+            decoded = self._decoded(document)[-1] if isinstance(document, SourceDocument) else document
             if isinstance(decoded, SourceDocument):
                 yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
 
-    def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
-        """Return the document with its image files as pixels."""
+    def _decoded(self, document: SourceDocument) -> list[SourceDocument | Remark]:
+        """Return what was repaired, and last the document with its image files as pixels."""
         parts: list[Part] = []
+        found: list[SourceDocument | Remark] = []
         left = _MAX_PIXEL_BYTES
         try:
             for part in document.parts:
                 if isinstance(part, bytes):
-                    part = self._pixels(part)
+                    part, repairs = self._pixels(part)
+                    found += [repaired.at(document.where) for repaired in repairs]
                     left -= part.nbytes
                 if left < 0:
                     raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
                 parts.append(part)
         except Rejected as rejected:
-            return rejected.at(document.where)
-        return replace(document, parts=tuple(parts))
+            return [rejected.at(document.where)]
+        return [*found, replace(document, parts=tuple(parts))]
 
-    def _pixels(self, file: bytes) -> np.ndarray:
+    def _pixels(self, file: bytes) -> tuple[np.ndarray, tuple[Repaired, ...]]:
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
-        pixels = np.ascontiguousarray(self.image(decode_image(file)))
+        decoded = decode_image(file, self.image.scale)
+        pixels = np.ascontiguousarray(self.image(decoded))
         patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time
-        return pixels
+        return pixels, decoded.repairs
 
     def _image_length(self, patches: int) -> int:
         """Return the positions that an image takes; Rejected if no pack has so many."""
@@ -133,12 +137,12 @@ class Encoder:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return length
 
-    def _encoded(self, documents: Sequence[SourceDocument | Rejected]) -> Iterator[list[Document] | Rejected]:
+    def _encoded(self, documents: Sequence[SourceDocument | Remark]) -> Iterator[list[Document] | Remark]:
         parts = (part for document in documents if isinstance(document, SourceDocument) for part in document.parts)
         images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
         for document in documents:
-            if isinstance(document, Rejected):
+            if isinstance(document, Remark):
                 yield document
                 continue
             encoded = [next(values) if isinstance(part, np.ndarray) else part for part in document.parts]
@@ -185,7 +189,7 @@ class Encoder:
         raise TypeError(f"image files are decoded before, got {type(part).__name__}")
 
 
-def _bytes(document: SourceDocument | Rejected) -> int:
+def _bytes(document: SourceDocument | Remark) -> int:
     """Return the size of a document's texts and pixels."""
     parts = document.parts if isinstance(document, SourceDocument) else ()
     return sum(getattr(part, "nbytes", 0) or len(part) for part in parts if isinstance(part, str | np.ndarray))

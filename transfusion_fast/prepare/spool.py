@@ -1,6 +1,6 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is four files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
+A unit is four files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of
 each file: after a power failure it may be there and they may not.
 """
 
@@ -27,11 +27,16 @@ from transfusion_fast.data.pack import (
     segment_at,
     segment_row,
 )
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import Remark, Repaired
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "weights", "rejected")
+_KINDS = ("tokens", "latents", "segments", "weights", "rejected", "repaired")
+
+
+def remark_line(remark: Remark) -> bytes:
+    """Return a remark as a line of JSON."""
+    return f"{json.dumps({'reason': remark.reason, 'detail': remark.detail})}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Spool:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[list[Document] | Rejected]) -> Counts:
-        """Write documents and rejections in order, keeping none in memory."""
+    def write(self, outcomes: Iterable[list[Document] | Remark]) -> Counts:
+        """Write documents and remarks in order, keeping none in memory."""
         documents = cut = ids = values = 0
         checksums = dict.fromkeys(_KINDS, 0)
         with ExitStack() as stack:
@@ -69,9 +74,8 @@ class Spool:
                 checksums[kind] = zlib.crc32(data, checksums[kind])
 
             for outcome in outcomes:
-                if isinstance(outcome, Rejected):
-                    line = json.dumps({"reason": outcome.reason, "detail": outcome.detail})
-                    append("rejected", f"{line}\n".encode())
+                if isinstance(outcome, Remark):
+                    append("repaired" if isinstance(outcome, Repaired) else "rejected", remark_line(outcome))
                     continue
                 cut += len(outcome) > 1
                 for document in outcome:
