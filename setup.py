@@ -33,7 +33,7 @@ setup(
         "filelock>=4.2",
         "fsspec>=2024.2",
         "numpy>=1.26",
-        "pillow>=10.3",
+        "pillow>=11.3",
         "psutil>=5.9",
         "pydantic>=2.8",
         "pyyaml>=6.0",

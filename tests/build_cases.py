@@ -16,7 +16,7 @@ from PIL import Image
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import Remark
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
@@ -73,15 +73,15 @@ def text_recipe(path, length=64, **settings):
 def found_in(source):
     """Every document and rejection."""
     found = [entry for unit in source.units() for entry in source.documents(unit)]
-    assert all("\n" not in str(entry) for entry in found if isinstance(entry, Rejected))
+    assert all("\n" not in str(entry) for entry in found if isinstance(entry, Remark))
     return found
 
 
 def read(source):
-    """(parts of every document, reasons of what was rejected)."""
+    """(parts of every document, reasons of what was rejected or repaired)."""
     found = found_in(source)
-    documents = [entry.parts for entry in found if not isinstance(entry, Rejected)]
-    return documents, Counter(entry.reason for entry in found if isinstance(entry, Rejected))
+    documents = [entry.parts for entry in found if not isinstance(entry, Remark)]
+    return documents, Counter(entry.reason for entry in found if isinstance(entry, Remark))
 
 
 def texts_of(paths, **options):

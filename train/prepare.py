@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
     help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
     add("text", _text, help, *SOURCE, "--field", "--separator")
-    help = "captioned images: WebDataset tars of KEY.jpg, .png or .webp beside KEY.txt or KEY.json with a caption"
+    help = "captioned images: WebDataset tars of KEY.jpg (.png, .avif, ..) beside KEY.txt or KEY.json with a caption"
     pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
     add("pairs", pairs, help, *SOURCE, *IMAGES)
     content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 EXIT_STOPPED = 5
 """Exit code of a training run that was asked to stop before its end, and can be resumed."""
@@ -33,17 +33,28 @@ class NodeError(InputError):
     """A node that is not set up for the run; the others may be."""
 
 
-class Rejected(ValueError):
-    """A document that cannot be used. `reason` is one of a few, for counting; the message is for people."""
+class Remark(ValueError):
+    """What is counted and reported of a source. `reason` is one of a few, for counting; the message is for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
         # File names in archives and messages of libraries reach the terminal, and must not forge lines there.
         self.reason, self.detail = reason, _escape(detail)
         super().__init__(f"{reason}: {self.detail}")
 
-    def at(self, where: str) -> Rejected:
-        """Return the same rejection with the document's location added."""
-        return Rejected(self.reason, f"{self.detail}, {where}" if self.detail else where)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+    def at(self, where: str) -> Self:
+        """Return the same remark with the document's location added."""
+        return type(self)(self.reason, f"{self.detail}, {where}" if self.detail else where)
+
+
+class Rejected(Remark):
+    """A document or a file that cannot be used."""
+
+
+class Repaired(Remark):
+    """A fault that was mended, or ignored, to use what it is in. It is passed on and never raised."""
 
 
 def _escape(text: str) -> str:

@@ -11,7 +11,7 @@ from build_cases import found_in
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, Repaired
 from transfusion_fast.prepare.sources import lines as reading
 from transfusion_fast.prepare.sources.lines import UNIT_BYTES, line_units, read_lines
 from transfusion_fast.prepare.sources.text import TextSource
@@ -79,14 +79,26 @@ def test_compressed_lines_equal_plain_ones(tmp_path, compression, cuts):
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", ["cut", "followed by something else", "something else", "nothing"])
+@pytest.mark.parametrize("damage", ["cut", "next is cut", "something else", "nothing"])
 def test_nothing_is_read_of_a_compressed_file_that_is_damaged(tmp_path, compression, damage):
     path = tmp_path / f"a.jsonl{compression}"
     whole = COMPRESS[compression](CONTENT)
-    damaged = {"cut": whole[: len(whole) // 2], "followed by something else": whole + b"something else", "nothing": b""}
+    half = whole[: len(whole) // 2]
+    damaged = {"cut": half, "next is cut": whole + half, "nothing": b""}
     path.write_bytes(damaged.get(damage, b"something else"))
     [found] = found_in(TextSource.of([path]))
     assert isinstance(found, Rejected) and found.reason == "file damaged" and str(path) in str(found)
+
+
+@pytest.mark.parametrize("trailing", [b"something else", bytes(600) + b"x", b"\x1f"])
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_bytes_behind_the_data_of_a_gzip_file_are_ignored_and_counted(tmp_path, trailing, ending):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(CONTENT) + gzip.compress(b'"the last"' + ending) + trailing)
+    *lines, remark = [entry for _, entry in read_lines(line_units(path)[0])]
+    assert lines == [*LINES, b'"the last"'] and isinstance(remark, Repaired)
+    path.write_bytes(gzip.compress(CONTENT) + bytes(600))  # which pads tapes
+    assert lines_in(path) == LINES
 
 
 def test_a_failing_disk_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch):
@@ -96,7 +108,7 @@ def test_a_failing_disk_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch)
     def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(gzip.GzipFile, "read", fail)
+    monkeypatch.setattr(gzip.GzipFile, "read1", fail)
     with pytest.raises(OSError, match="Input/output error"):
         lines_in(path)
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -46,10 +47,14 @@ def test_strings_of_every_kind_are_read(path, kind):
     assert texts_of([write_column(path, values)]) == (["one", "日本"], {"no text": 1})
 
 
-@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [{"x": "y"}]], ids=str)
-def test_a_column_of_no_strings_is_refused_in_one_line(path, values):
-    with pytest.raises(InputError, match=r"column 'text' of .*a.parquet must be of strings, got .*--field$"):
-        texts_of([write_column(path, pyarrow.array(values))])
+@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [{"x": "y"}], None], ids=str)
+def test_a_file_without_a_column_of_strings_is_named_and_others_read(path, tmp_path, values):
+    write_column(tmp_path / "b.parquet", ["b"])
+    table = pyarrow.table({"other": ["a", "a"]} if values is None else {"text": values})
+    pyarrow.parquet.write_table(table, path, row_group_size=1)
+    rejected, good = found_in(TextSource.of([tmp_path]))
+    assert good.parts == ("b",)
+    assert re.fullmatch(rf"no text: .*column 'text' .* with --field, row group 0 of {path}", str(rejected))
 
 
 def test_rows_and_row_groups_that_are_too_large_are_rejected(path, monkeypatch):

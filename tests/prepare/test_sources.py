@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -13,9 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset as wds
-from build_cases import found_in, make_tar, read, texts_of
+from build_cases import found_in, make_tar, read, text_recipe, texts_of
 
 from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.sources import interleaved, pairs
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
@@ -50,9 +52,7 @@ def test_another_field_can_be_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "x"}\n', encoding="utf-8")
     assert texts_of([tmp_path], field="content")[0] == ["x"]
     pyarrow.parquet.write_table(pyarrow.table({"content": ["y"]}), tmp_path / "b.parquet")
-    refusal = r"column of .*b.parquet must be of content, got 'text'; name one with --field"
-    with pytest.raises(InputError, match=refusal):
-        texts_of([tmp_path / "b.parquet"])
+    assert texts_of([tmp_path], field="content") == (["x", "y"], {})
 
 
 def test_missing_files_and_other_kinds_are_refused_in_one_line(tmp_path):
@@ -66,7 +66,7 @@ def test_missing_files_and_other_kinds_are_refused_in_one_line(tmp_path):
             TextSource.of([tmp_path / name])
 
 
-def test_links_in_folders_are_followed_once_and_broken_ones_named(tmp_path):
+def test_links_in_folders_are_followed_once_and_broken_ones_passed_over_and_named(tmp_path):
     corpus, disk = tmp_path / "corpus", tmp_path / "disk"
     for folder, name, text in ((disk, "b.txt", "two"), (corpus, "a.txt", "one")):
         folder.mkdir()
@@ -78,9 +78,15 @@ def test_links_in_folders_are_followed_once_and_broken_ones_named(tmp_path):
     assert texts_of([corpus])[0] == ["one", "two"]
     for name in ("c.txt", "part"):
         (corpus / name).symlink_to(tmp_path / "gone")
-        with pytest.raises(InputError, match=rf"source .*{name} must be a file, got something else or a broken link"):
-            TextSource.of([corpus])
-        (corpus / name).unlink()
+    os.mkfifo(corpus / "pipe.txt")
+    source = TextSource.of([corpus])
+    assert read(source)[0] == [("one",), ("two",)]
+    names = sorted(re.match("not a file: (.*) is a broken link", str(stray))[1] for stray in source.strays)
+    assert names == [str(corpus / name) for name in ("c.txt", "part", "pipe.txt")]
+    built = build(text_recipe(corpus), tmp_path / "out", processes=2)  # others get a copy of the source
+    assert built.rejected == {"not a file": 3} and built.index.documents == 2
+    with pytest.raises(InputError, match=r"must exist, got no such file"):
+        TextSource.of([corpus / "c.txt"])
 
 
 @pytest.mark.parametrize("again", ["a.txt", ".", "link.txt"])
@@ -139,7 +145,7 @@ def test_names_that_lead_elsewhere_and_links_and_devices_are_not_followed(tmp_pa
             member.type, member.linkname = kind, "/etc/passwd"
             archive.addfile(member)
     before = sorted(tmp_path.rglob("*"))
-    assert pairs_in(folder) == ([("l.txt", b"l.jpg"), ("b.txt", b"b.jpg")], {})
+    assert pairs_in(folder) == ([("l.txt", b"l.jpg"), ("b.txt", b"b.jpg")], {"broken link": 2})
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -268,12 +274,12 @@ def test_texts_and_images_alternate_as_written(tmp_path):
 
 def test_entries_without_content_are_counted_and_others_read(tmp_path):
     bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
-           [" ", ""], [{"base64": "?"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
+           [" ", ""], [{"base64": "?"}], [{"base64": "data:image/png,x"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
            [{"text": "", "image": "a.png"}], [{"image": "a.png", "base64": ""}]]  # fmt: skip
     documents, rejected = interleaved_in(tmp_path, *bad, ["good"])
     assert documents == [("good",)]
     assert rejected == {
-        "no content": 3, "empty document": 2, "unknown part": 4, "image missing": 1, "not base64": 1,
+        "no content": 3, "empty document": 2, "unknown part": 4, "image missing": 1, "not base64": 2,
         "image unreadable": 2,
     }  # fmt: skip
 
@@ -292,13 +298,13 @@ def test_a_document_of_many_large_images_is_rejected(tmp_path, monkeypatch):
     assert rejected == {"document too large": 1}
 
 
-def test_no_path_leads_out_of_the_folder(tmp_path):
+def test_no_written_path_leads_out_of_the_folder(tmp_path):
     inside, secret = tmp_path / "inside", tmp_path / "secret.png"
-    inside.mkdir()
+    (inside / "sub").mkdir(parents=True)
     secret.write_bytes(b"secret")
-    (inside / "link.png").symlink_to(secret)
     (inside / "circle.png").symlink_to(inside / "circle.png")
-    names = ["../secret.png", str(secret), "link.png", "sub/../../secret.png", "circle.png"]
+    (inside / "parent").symlink_to(tmp_path)
+    names = ["../secret.png", str(secret), "sub/../../secret.png", "parent/../../secret.png", "circle.png"]
     documents, rejected = interleaved_in(inside, *([{"image": name}] for name in names))
     assert not documents
     assert rejected["path leads out"] == 4 and rejected.total() == 5

@@ -3,7 +3,8 @@
 Processes encode the units of the source and spool their documents; documents are assigned to packs by their lengths
 alone; processes write packs shard by shard. All of it happens in the staging folder OUT.partial, which keeps finished
 work if the run is cut off; its folder of shards becomes OUT in one step at the end. There, recipe.json says what the
-folder was made of, so that the same command recognizes it, and left_out.jsonl which documents were left out, and why.
+folder was made of, so that the same command recognizes it; left_out.jsonl names the documents that were left out, and
+repaired.jsonl the faults that were mended.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import BUFFER, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
-from transfusion_fast.prepare.sources.base import Part, Source, TextRange, Unit
-from transfusion_fast.prepare.spool import Counts, Spool, read_pack
+from transfusion_fast.prepare.sources.base import Part, Source, SourceDocument, TextRange, Unit
+from transfusion_fast.prepare.spool import Counts, Spool, read_pack, remark_line
 from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, first_changes, output_and_staging
 
-LEFT_OUT = "left_out.jsonl"
+LEFT_OUT, REPAIRED = "left_out.jsonl", "repaired.jsonl"
 _VERSION = 5
 """Version of spooled units and of the packing: work begun by another version is refused."""
 MEASURED = 256
@@ -98,19 +99,22 @@ class Built:
     index: Index
     rejected: Counter[str] = field(default_factory=Counter)
     """Number of documents that were left out by reason."""
+    repaired: Counter[str] = field(default_factory=Counter)
+    """Number of faults that were mended, or ignored, by reason."""
     examples: dict[str, str] = field(default_factory=dict)
-    """The first document that was left out for each reason."""
+    """The first document that was left out, or mended, for each reason."""
     cut: int = 0
     """Number of documents that were longer than a pack and became several."""
     reused: bool = False
     """True if the folder was there already, of the same recipe; then nothing is counted."""
 
     def remarks(self, folder: Path) -> Iterator[str]:
-        """Yield a line for each reason why documents were left out, and one if any were split."""
-        for reason, count in sorted(self.rejected.items()):
-            yield f"left out {count}: {self.examples[reason]}"
-        if self.rejected.total() > len(self.rejected):
-            yield f"{folder / LEFT_OUT} names all that was left out"
+        """Yield a line for each reason why documents were left out or repaired, and one if any were split."""
+        for done, counts, file in (("left out", self.rejected, LEFT_OUT), ("repaired", self.repaired, REPAIRED)):
+            for reason, count in sorted(counts.items()):
+                yield f"{done} {count}: {self.examples[reason]}"
+            if counts.total() > len(counts):
+                yield f"{folder / file} names all that was {done}"
         if self.cut:
             yield f"split {self.cut} documents that are longer than a pack"
 
@@ -155,7 +159,7 @@ def train_tokenizer(source: Source, vocabulary: int, folder: Path) -> Tokenizer:
                 with suppress(InputError):
                     return load_tokenizer(described, path)
     documents = (found for unit in source.units() for found in source.documents(unit))
-    parts = (part for found in documents if not isinstance(found, Rejected) for part in found.parts)
+    parts = (part for found in documents if isinstance(found, SourceDocument) for part in found.parts)
     return train_bpe((text for part in parts for text in _texts(part)), vocabulary)
 
 
@@ -244,7 +248,9 @@ class _Work:
             counts = [found[number] for number in range(len(units))]
             tasks = enumerate(self.located_packs(np.array([own.documents for own in counts], np.int64)))
             written = dict(tqdm(each(_Work.write, tasks), "writing", unit="shard", disable=None))
-        rejected, examples = self.list_rejections(len(units))
+        examples: dict[str, str] = {}
+        rejected = self.list_remarks("rejected", LEFT_OUT, len(units), examples)
+        repaired = self.list_remarks("repaired", REPAIRED, len(units), examples)
         if not written:
             shutil.rmtree(self.partial / UNITS)
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(rejected.items())) or "it is empty"
@@ -257,7 +263,7 @@ class _Work:
             shards=tuple(written[number] for number in range(len(written))),
         )
         self.finish(folder, index, [own.source for own in counts])
-        return Built(index, rejected, examples, sum(own.cut for own in counts))
+        return Built(index, rejected, repaired, examples, sum(own.cut for own in counts))
 
     def spool(self, unit: int) -> Spool:
         """Return the encoded documents of a unit."""
@@ -308,21 +314,26 @@ class _Work:
             validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
             yield pack
 
-    def list_rejections(self, units: int) -> tuple[Counter[str], dict[str, str]]:
-        """Write why documents were left out; return their number, and the first of them, by reason."""
-        rejected: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        with (self.partial / SHARDS / LEFT_OUT).open("wb") as whole:
-            for number in range(units):
-                with self.spool(number).path("rejected").open("rb") as lines:
-                    for line in lines:
-                        whole.write(line)
-                        entry = json.loads(line)
-                        rejected[entry["reason"]] += 1
-                        examples.setdefault(entry["reason"], f"{entry['reason']}: {entry['detail']}")
-        if not rejected:
+    def list_remarks(self, kind: str, name: str, units: int, examples: dict[str, str]) -> Counter[str]:
+        """Write a file of all units' remarks of one kind; return their number by reason, and add to `examples`."""
+        found: Counter[str] = Counter()
+        with (self.partial / SHARDS / name).open("wb") as whole:
+            for line in self.remarks(kind, units):
+                whole.write(line)
+                entry = json.loads(line)
+                found[entry["reason"]] += 1
+                examples.setdefault(entry["reason"], f"{entry['reason']}: {entry['detail']}")
+        if not found:
             Path(whole.name).unlink()
-        return rejected, examples
+        return found
+
+    def remarks(self, kind: str, units: int) -> Iterator[bytes]:
+        """Yield the remarks of one kind as lines: files that are passed over, then those of each unit."""
+        if kind == "rejected":
+            yield from map(remark_line, self.recipe.source.strays)
+        for number in range(units):
+            with self.spool(number).path(kind).open("rb") as lines:
+                yield from lines
 
     def finish(self, folder: Path, index: Index, checksums: list[int]) -> None:
         """Write the files beside the shards, and give the folder its name once all of it is on disk."""

@@ -21,9 +21,10 @@ from transfusion_fast.data.pack import (
     segment_length,
 )
 from transfusion_fast.data.tokenizer import Tokenizer
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
+from transfusion_fast.prepare.decoding import decode_image
 from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces, first_limit
-from transfusion_fast.prepare.images import ImageRule, LatentRule, decode_image
+from transfusion_fast.prepare.images import ImageRule, LatentRule
 from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
 
 Long = Literal["split", "reject"]
@@ -83,8 +84,8 @@ class Encoder:
             "latents": None if self.latents is None else self.latents.describe(),
         }
 
-    def encode(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[Iterable[Document] | Rejected]:
-        """Yield for each source document, in order, the documents that it becomes, or its rejection.
+    def encode(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:
+        """Yield for each source document, in order, its repairs and the documents that it becomes, or its rejection.
 
         A text that is read in pieces becomes an iterator, which may raise Rejected: then none of its documents counts.
         Texts become ids and images latents in batches: documents wait for later ones, up to a limit of their number
@@ -93,48 +94,51 @@ class Encoder:
         together, most = _TEXTS_TOGETHER, _TEXT_BYTES_TOGETHER
         if self.latents is not None:
             together, most = _BATCHES_TOGETHER * self.latents.batch, _BYTES_TOGETHER
-        waiting: list[SourceDocument | Rejected] = []
+        waiting: list[SourceDocument | Remark] = []
         size = 0
         for document in documents:
-            waiting.append(document if isinstance(document, Rejected) else self._decoded(document))
+            waiting += self._decoded(document) if isinstance(document, SourceDocument) else [document]
             size += _bytes(waiting[-1])
             if len(waiting) >= together or size >= most:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
         yield from self._encoded(waiting)
 
-    def pixels(self, documents: Iterable[SourceDocument | Rejected]) -> Iterator[np.ndarray]:
+    def pixels(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[np.ndarray]:
         """Yield the pixels, uint8 [height, width, 3], of the images that `encode` would encode."""
         for document in documents:
-            decoded = document if isinstance(document, Rejected) else self._decoded(document)
+            decoded = self._decoded(document)[-1] if isinstance(document, SourceDocument) else document
             if isinstance(decoded, SourceDocument):
                 yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
 
-    def _decoded(self, document: SourceDocument) -> SourceDocument | Rejected:
-        """Return the document with its image files as pixels."""
+    def _decoded(self, document: SourceDocument) -> list[SourceDocument | Remark]:
+        """Return what was repaired, and last the document with its image files as pixels."""
         if not any(isinstance(part, bytes) for part in document.parts):
-            return document
+            return [document]
         parts: list[Part] = []
+        found: list[SourceDocument | Remark] = []
         left = _MAX_PIXEL_BYTES
         try:
             for part in document.parts:
                 if isinstance(part, bytes):
-                    part = self._pixels(part)
+                    part, repairs = self._pixels(part)
+                    found += [repaired.at(document.where) for repaired in repairs]
                     left -= part.nbytes
                 if left < 0:
                     raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
                 parts.append(part)
         except Rejected as rejected:
-            return rejected.at(document.where)
-        return replace(document, parts=tuple(parts))
+            return [rejected.at(document.where)]
+        return [*found, replace(document, parts=tuple(parts))]
 
-    def _pixels(self, file: bytes) -> np.ndarray:
+    def _pixels(self, file: bytes) -> tuple[np.ndarray, tuple[Repaired, ...]]:
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
-        pixels = np.ascontiguousarray(self.image(decode_image(file)))
+        decoded = decode_image(file, self.image.scale)
+        pixels = np.ascontiguousarray(self.image(decoded))
         patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time
-        return pixels
+        return pixels, decoded.repairs
 
     def _image_length(self, patches: int) -> int:
         """Return the positions that an image takes; Rejected if no pack has so many."""
@@ -143,14 +147,14 @@ class Encoder:
             raise Rejected("image too long", f"its {length} positions do not fit a pack")
         return length
 
-    def _encoded(self, documents: Sequence[SourceDocument | Rejected]) -> Iterator[Iterable[Document] | Rejected]:
+    def _encoded(self, documents: Sequence[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:
         parts = [part for document in documents if isinstance(document, SourceDocument) for part in document.parts]
         images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
         texts = [part for part in parts if self._is_short(part)]
         short = zip(texts, self.tokenizer.encode_batch(texts), strict=True)
         for document in documents:
-            if isinstance(document, Rejected):
+            if isinstance(document, Remark):
                 yield document
                 continue
             encoded = [
@@ -219,7 +223,7 @@ class Encoder:
         raise TypeError(f"image files are decoded before, got {type(part).__name__}")
 
 
-def _bytes(document: SourceDocument | Rejected) -> int:
+def _bytes(document: SourceDocument | Remark) -> int:
     """Return the size of a document's texts and pixels."""
     parts = document.parts if isinstance(document, SourceDocument) else ()
     return sum(getattr(part, "nbytes", 0) or len(part) for part in parts if isinstance(part, str | np.ndarray))

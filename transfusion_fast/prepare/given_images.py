@@ -13,7 +13,8 @@ from transfusion_fast.data.autoencoder import Autoencoder
 from transfusion_fast.data.images import pixels_to_latents, to_grid
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.prepare.images import decode_image, scaled_middle
+from transfusion_fast.prepare.decoding import decode_image
+from transfusion_fast.prepare.images import scaled_middle
 from transfusion_fast.prepare.sources.base import MAX_BYTES
 
 
@@ -55,10 +56,10 @@ def _read_pixels(path: Path, size: tuple[int, int], channels: int) -> np.ndarray
     if len(content) > MAX_BYTES:
         raise InputError(f"{path} must have at most {MAX_BYTES} bytes, got more; give a smaller image")
     try:
-        pixels = decode_image(content)
+        image = decode_image(content)
     except Rejected as error:
         raise InputError(f"{path} must be a readable image ({error}); give another") from error
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    middle = scaled_middle(pixels, height, width, scale)
+    scale = max(height / image.size[0], width / image.size[1])
+    middle = scaled_middle(image, height, width, scale)
     shown = Image.fromarray(middle).convert("L" if channels == 1 else "RGB")
     return np.asarray(shown, dtype=np.uint8).reshape(1, height, width, channels)

@@ -1,11 +1,8 @@
-"""Conversion of image files to upright RGB pixels of the stored size, and of pixels to latents."""
+"""Conversion of decoded images to pixels of the stored size, and of pixels to latents."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,82 +10,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from transfusion_fast.data.latent_encoder import LatentEncoder
 from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.prepare.decoding import DecodedImage
 from transfusion_fast.prepare.pool import worker_number
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 64 * 1024 * 1024
 BATCH = 16
 """Images that are encoded together by default."""
 
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
-_ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""The transposition that undoes each orientation (CIPA DC-008, Exif 2.32, 4.6.4)."""
 _OVERFLOW = "the encoder gives values that float16 cannot hold"
-# Decoders raise about anything on damaged data.
-_DAMAGE = (
-    OSError, ValueError, TypeError, SyntaxError, ArithmeticError, LookupError, EOFError, MemoryError, AttributeError,
-    struct.error,
-)  # fmt: skip
-
-
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return uint8 [height, width, 3], upright by its EXIF, transparent parts over white, 16 bits cut to 8.
-
-    Raises:
-        Rejected: not an image of `FORMATS`, more than `max_pixels` pixels by its header, or damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images, which are checked below, and odd metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise Rejected("image too large", f"{width} x {height} pixels are more than {max_pixels}")
-                image.load()
-                return _rgb(_upright(image))
-    except Rejected:
-        raise
-    except Image.DecompressionBombError as error:
-        raise Rejected("image too large", str(error)) from error
-    except UnidentifiedImageError as error:
-        raise Rejected("not an image", f"must be {', '.join(FORMATS)}") from error
-    except _DAMAGE as error:
-        raise Rejected("image damaged", str(error) or type(error).__name__) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Undo the orientation that the EXIF names. No other tag is read: it may be malformed without harm."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except _DAMAGE:
-        return image
-    transposition = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if transposition is None else image.transpose(transposition)
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode in _SIXTEEN_BIT:
-        # Pillow would clip what is above 255 instead.
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in _TRANSPARENT or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -109,29 +41,35 @@ class ImageRule:
                 f"image size must be a positive multiple of {self.multiple}, got {self.size}; give such a size"
             )
 
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Return uint8 [height, width, 3]; Rejected if a native image is too thin for one patch."""
-        height, width = pixels.shape[:2]
+    def scale(self, height: int, width: int) -> float:
+        """Return the factor by which an image is scaled before it is cut."""
         if self.shape == "crop":
-            return scaled_middle(pixels, self.size, self.size, self.size / min(height, width))
-        scale = min(1.0, self.size / (height * width) ** 0.5)
+            return self.size / min(height, width)
+        return min(1.0, self.size / (height * width) ** 0.5)
+
+    def __call__(self, image: DecodedImage) -> np.ndarray:
+        """Return uint8 [height, width, 3]; Rejected if a native image is too thin for one patch."""
+        height, width = image.size
+        scale = self.scale(height, width)
+        if self.shape == "crop":
+            return scaled_middle(image, self.size, self.size, scale)
         rows, columns = (int(side * scale + 1e-9) // self.multiple * self.multiple for side in (height, width))
         if not rows or not columns:
             raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
-        return scaled_middle(pixels, rows, columns, scale)
+        return scaled_middle(image, rows, columns, scale)
 
 
-def scaled_middle(pixels: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
+def scaled_middle(image: DecodedImage, height: int, width: int, scale: float) -> np.ndarray:
     """Return the middle height x width, uint8 [height, width, 3], of an image that is scaled.
 
     The middle is cut out before it is scaled: a thin image, scaled as a whole, could become arbitrarily large.
     """
-    sides = pixels.shape[:2]
+    pixels, sides, reduction = image.pixels, image.size, image.reduction
     kept = [min(float(length), side / scale) for length, side in zip(sides, (height, width), strict=True)]
     top, left = ((length - side) // 2 for length, side in zip(sides, kept, strict=True))
     if kept == [height, width]:
         return pixels[int(top) : int(top) + height, int(left) : int(left) + width]
-    box = (left, top, left + kept[1], top + kept[0])
+    box = (left / reduction, top / reduction, (left + kept[1]) / reduction, (top + kept[0]) / reduction)
     resample = Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box, reducing_gap=3.0))
 

@@ -1,8 +1,8 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is three files of numbers, a file of rejections, and a JSON that is written last. The JSON holds a checksum of
-each file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes,
-as there are as many of them as captions.
+A unit is three files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of each
+file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes, as
+there are as many of them as captions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ from transfusion_fast.data.pack import (
     segment_row,
     tokens_dtype,
 )
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import Rejected, Remark, Repaired
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "rejected")
+_KINDS = ("tokens", "latents", "segments", "rejected", "repaired")
 _ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
 _ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
+
+
+def remark_line(remark: Remark) -> bytes:
+    """Return a remark as a line of JSON."""
+    return f"{json.dumps({'reason': remark.reason, 'detail': remark.detail})}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Spool:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[Iterable[Document] | Rejected], source: Callable[[], int] = lambda: 0) -> Counts:
-        """Write documents and rejections in order, keeping few in memory, and then the checksum of their source.
+    def write(self, outcomes: Iterable[Iterable[Document] | Remark], source: Callable[[], int] = lambda: 0) -> Counts:
+        """Write documents and remarks in order, keeping few in memory, and then the checksum of their source.
 
         An outcome that raises Rejected counts as rejected, whatever it yielded before.
         """
@@ -74,8 +79,8 @@ class Spool:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
             writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
             for outcome in outcomes:
-                if isinstance(outcome, Rejected):
-                    writer.reject(outcome)
+                if isinstance(outcome, Remark):
+                    writer.remark(outcome)
                 elif isinstance(outcome, list):
                     writer.add(outcome)
                 else:
@@ -200,12 +205,11 @@ class _Writer:
             for kind, file in self._files.items():
                 file.truncate(file.seek(ends[kind]))
             vars(self).update(before, _rows=[], _tokens=[])
-            self.reject(rejected)
+            self.remark(rejected)
 
-    def reject(self, rejected: Rejected) -> None:
-        """Add why a source document was left out."""
-        line = json.dumps({"reason": rejected.reason, "detail": rejected.detail})
-        self._append("rejected", f"{line}\n".encode())
+    def remark(self, remark: Remark) -> None:
+        """Add why a source document was left out, or what was repaired."""
+        self._append("repaired" if isinstance(remark, Repaired) else "rejected", remark_line(remark))
 
     def flush(self) -> None:
         """Write what is in memory to the files."""

@@ -1,6 +1,7 @@
 """The interface of a source of documents: files cut into units, which any process may read in any order.
 
-Entries that cannot be used are yielded as `Rejected`, to be counted; reading continues behind them.
+Entries that cannot be used are yielded as `Rejected`, to be counted; reading continues behind them. Faults that were
+mended are yielded as `Repaired`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import operator
 import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from transfusion_fast.data.pack import Segment
-from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
 from transfusion_fast.model.inputs import Weighted
 
 _BLOCK = 1 << 20
@@ -52,6 +54,7 @@ segment."""
 MAX_BYTES = 64 << 20
 """The largest line, and the largest file in an archive, that is read."""
 COMPRESSIONS = (".gz", ".zst")
+_SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Source(ABC):
     """All files of documents that a run reads. Picklable."""
 
     files: tuple[Path, ...]
+    strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
+    """What was passed over in folders."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 
@@ -86,14 +91,14 @@ class Source(ABC):
         """Return the source of these files, and of the files of `suffixes` below these folders, by name.
 
         Raises:
-            InputError: a path or a link leads nowhere, a folder holds no such file, a file is of another kind or was
-                given twice.
+            InputError: a path leads nowhere, a folder holds no such file, a file is of another kind or was given twice.
         """
         names: dict[Path, Path] = {}
-        for file in (file for path in paths for file in _files_at(path, cls.suffixes)):
+        strays: list[Rejected] = []
+        for file in (file for path in paths for file in _files_at(path, cls.suffixes, strays)):
             if (other := names.setdefault(file.resolve(), file)) is not file:
                 raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
-        return cls(tuple(names.values()), **settings)
+        return cls(tuple(names.values()), strays=tuple(strays), **settings)
 
     @abstractmethod
     def units(self) -> list[Unit]:
@@ -101,7 +106,7 @@ class Source(ABC):
 
     @abstractmethod
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        """Yield the place and the content of each document of a unit; the content may be Rejected."""
+        """Yield the place and the content of each document of a unit; the content may be a Remark instead."""
 
     def parts(self, entry: Any, unit: Unit) -> Iterable[Part | Weighted]:
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
@@ -125,17 +130,22 @@ class Source(ABC):
                     at, found = at + len(block), zlib.crc32(block, found)
         return found
 
-    def documents(self, unit: Unit) -> Iterator[SourceDocument | Rejected]:
-        """Yield each document of a unit, or why it cannot be used and where it is, in order."""
+    def documents(self, unit: Unit) -> Iterator[SourceDocument | Remark]:
+        """Yield each document of a unit, or why it cannot be used and where it is, in order; repairs come before it."""
         for where, entry in self.entries(unit):
-            found: SourceDocument | Rejected
+            if isinstance(entry, Remark):
+                yield entry.at(where)
+                continue
             try:
-                if isinstance(entry, Rejected):
-                    raise entry
                 found = _document(where, tuple(self.parts(entry, unit)))
             except Rejected as rejected:
-                found = rejected.at(where)
-            yield found
+                yield rejected.at(where)
+                continue
+            joined = tuple([_join_surrogates(part) if isinstance(part, str) else part for part in found.parts])
+            repairs = sum(map(operator.is_not, joined, found.parts))
+            for _ in range(repairs):
+                yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
+            yield replace(found, parts=joined) if repairs else found
 
 
 def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
@@ -151,8 +161,20 @@ def kind_of(path: Path) -> str:
     return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
 
 
-def _files_at(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Return a file, or the files below a folder by name. Links are followed, and no folder is entered twice."""
+def system_file(name: str) -> bool:
+    """Return whether a file, by its name in an archive or folder, is one that macOS or Windows adds to those of users.
+
+    AppleDouble files `._NAME`, alone or in `__MACOSX`, have the suffix of the file that they accompany.
+    """
+    *folders, base = name.split("/")
+    return base.startswith("._") or base.lower() in _SYSTEM_FILES or "__MACOSX" in folders
+
+
+def _files_at(path: Path, suffixes: Sequence[str], strays: list[Rejected]) -> list[Path]:
+    """Return a file, or the files below a folder by name. Links are followed, and no folder is entered twice.
+
+    Files that are passed over are added to `strays`; files of other suffixes are not mentioned.
+    """
     if not path.is_dir():
         if not path.is_file():
             raise InputError(f"source {path} must exist, got no such file; give files or folders of files")
@@ -170,17 +192,34 @@ def _files_at(path: Path, suffixes: Sequence[str]) -> list[Path]:
         folders.sort(reverse=True)  # so that a folder with several names is entered by the same one each time
         for file in (Path(current, name) for name in names):
             wanted = kind_of(file) in suffixes
-            if wanted and file.is_file():
+            if wanted and system_file(str(file.relative_to(path))):
+                strays.append(Rejected("system file", str(file)))
+            elif wanted and file.is_file():
                 found.append(file)
             elif wanted or (not file.suffix and file.is_symlink() and not file.exists()):  # perhaps to a folder
-                raise InputError(f"source {file} must be a file, got something else or a broken link; remove it")
+                strays.append(Rejected("not a file", f"{file} is a broken link or something else"))
     if not found:
-        raise InputError(f"folder {path} must hold files of {', '.join(suffixes)}, got none; give another")
+        passed_over = f" ({len(strays)} were passed over, as {strays[0]})" if strays else ""
+        kinds = ", ".join(suffixes)
+        raise InputError(f"folder {path} must hold files of {kinds}, got none{passed_over}; give another")
     return sorted(found)
 
 
 def _fail(error: OSError) -> None:
     raise error
+
+
+def _join_surrogates(text: str) -> str:
+    """Return the same object if a text is good, else the text with each pair of surrogates as one character.
+
+    CESU-8, which Java and databases write, encodes the pair and not the character. Tokenizers replace single ones.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    return text
 
 
 def parse_json(line: bytes) -> Any:
@@ -192,8 +231,8 @@ def parse_json(line: bytes) -> Any:
 
 
 def decode_utf8(content: bytes, encoding: Literal["utf-8", "utf-8-sig"] = "utf-8") -> str:
-    """Return a text; Rejected if it is not UTF-8. `utf-8-sig` drops the byte order mark."""
+    """Return a text; Rejected if it is not UTF-8 nor CESU-8. `utf-8-sig` drops the byte order mark."""
     try:
-        return content.decode(encoding)
+        return content.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
         raise Rejected("not UTF-8", f"{error.reason} at byte {error.start}") from error

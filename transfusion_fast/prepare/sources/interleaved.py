@@ -1,7 +1,8 @@
 """Documents that alternate texts and images: JSON lines beside the folder of their images.
 
 A line is `{"content": [..]}` or the list alone. Its parts are a text, `"some words"` or `{"text": ..}`, or an image,
-`{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`. No path leads out of the folder that holds the file.
+`{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`, also as a data URI. No written path leads out of the
+folder that holds the file; links on disk may.
 A line and a part that is an object may have `"weight": 2.5`, the weight of its loss, or `"loss": false` for none.
 A preparation that is resumed detects a changed JSON file, but not a changed image.
 """
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from transfusion_fast.errors import Rejected
 from transfusion_fast.model.inputs import Weighted
@@ -21,6 +24,7 @@ from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, parse
 from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
 
 CONTENT_FIELD = "content"
+_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 
 
 class InterleavedSource(Source):
@@ -43,7 +47,7 @@ class InterleavedSource(Source):
         size, blank = 0, True
         for number, part in enumerate(content):
             weight, part = _weight(part, f"part {number}")
-            found = _part(part, number, unit.path.parent.resolve())
+            found = _part(part, number, unit.path.parent)
             size += len(found)
             if size > MAX_BYTES:
                 raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
@@ -80,18 +84,31 @@ def _part(part: Any, number: int, folder: Path) -> str | bytes:
         case {"image": str(path)}, 1:
             return _image_file(path, folder)
         case {"base64": str(data)}, 1:
-            try:
-                return base64.b64decode(data, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise Rejected("not base64", f"part {number} ({error})") from error
+            return _decode_base64(data, number)
     raise Rejected("unknown part", f"part {number} must be a text, an image or base64, got {part!r:.60}")
 
 
-def _image_file(name: str, folder: Path) -> bytes:
-    """Return the bytes of a file below `folder`, links followed."""
+def _decode_base64(data: str, number: int) -> bytes:
+    """Return the bytes of base64 (RFC 4648) in either alphabet, padded or not, in lines, alone or as a data URI."""
+    head, comma, content = data.partition(",")
+    if not comma:
+        content = data
+    elif not (head.startswith("data:") and head.endswith(";base64")):
+        raise Rejected("not base64", f"part {number} begins with {head!r:.40}")
     try:
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
+        letters = b"".join(unquote_to_bytes(content).split()).rstrip(b"=").translate(_TO_STANDARD)
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("not base64", f"part {number} ({error})") from error
+
+
+def _image_file(name: str, folder: Path) -> bytes:
+    """Return the bytes of a file whose written path lies below `folder`; links there are the owner's and followed."""
+    try:
+        if "\0" in name:
+            raise ValueError("it has a zero byte")  # where normpath may stop
+        path = Path(os.path.normpath(folder.resolve() / name))
+        if not any(path.is_relative_to(known) for known in (folder.resolve(), os.path.abspath(folder))):
             raise Rejected("path leads out", f"image {name!r:.80} must lie below {folder}")
         if not path.is_file():
             raise Rejected("image missing", f"{name!r:.80} below {folder}")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from transfusion_fast.errors import InputError, Rejected, optional_module
+from transfusion_fast.errors import InputError, Rejected, Remark, Repaired, optional_module
 from transfusion_fast.prepare.sources.base import COMPRESSIONS, MAX_BYTES, TextRange, Unit
 
 JSON_LINES = (".jsonl", *(f"{kind}{compression}" for kind in (".jsonl", ".json") for compression in COMPRESSIONS))
@@ -29,35 +29,39 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
         InputError: a .zst needs a larger window than pyarrow decompresses.
     """
     if path.suffix.lower() in COMPRESSIONS:
-        if "too much memory" in _damage(path, most=1):
+        if "too much memory" in _damage(path, most=1)[0]:
             raise InputError(f"{path} must be compressed without --long, got a larger window; compress it again")
         return [Unit(path, 0, sys.maxsize)]
     total = path.stat().st_size
     return [Unit(path, start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Rejected]]:
+def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Remark]]:
     """Yield (location, content) of each line that begins in the unit and is not blank, without its line end.
 
     A damaged compressed file is Rejected as a whole, and a line of more than MAX_BYTES is Rejected without being held
-    in memory.
+    in memory. Bytes behind the compressed data of a .gz are ignored, as `gzip` does.
     """
-    if damage := _damage(unit.path):
+    damage, size = _damage(unit.path)
+    end = min(unit.end, size)
+    if damage:
         yield f"byte 0 of {unit.path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
     with _opened(unit.path) as file:
         offset = unit.start
         if offset:  # a line across the start belongs to the unit before
             file.seek(offset - 1)
-            offset += _skip_line(file, unit.end - offset + 1) - 1
-        while offset < unit.end and (line := file.readline(MAX_BYTES)):
+            offset += _skip_line(file, end - offset + 1) - 1
+        while offset < end and (line := file.readline(min(MAX_BYTES, size - offset))):
             where = f"byte {offset} of {unit.path}"
             offset += len(line)
             if len(line) == MAX_BYTES and not line.endswith(b"\n"):
-                offset += _skip_line(file, unit.end - offset)
+                offset += _skip_line(file, end - offset)
                 yield where, Rejected("line too long", f"more than {MAX_BYTES} bytes")
             elif line.strip():
                 yield where, line.rstrip(b"\r\n")
+    if size < sys.maxsize:
+        yield f"byte {size} of {unit.path}", Repaired("trailing bytes", "what follows the compressed data is ignored")
 
 
 def _skip_line(file: Any, most: int) -> int:
@@ -113,24 +117,29 @@ def _find(file: IO[bytes], offset: int, separator: bytes) -> int:
     return offset + len(held)
 
 
-def _damage(path: Path, most: int = sys.maxsize) -> str:
+def _damage(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
     """Return what is wrong with the first `most` bytes of a compressed file, before any of it is used; else "".
 
-    The checksum stands behind the data. Every .gz has one; a .zst may lack it.
+    The checksum stands behind the data. Every .gz has one; a .zst may lack it. The second value is the size of the
+    content if it ends before the file does, else sys.maxsize.
     """
     if path.suffix.lower() not in COMPRESSIONS:
-        return ""
+        return "", sys.maxsize
     if not path.stat().st_size:
-        return "it is empty"
+        return "it is empty", sys.maxsize
+    size = 0
     try:
         with _opened(path) as file:
-            while most > 0 and (block := file.read(min(most, _BLOCK))):
-                most -= len(block)
+            # `read` would lose what it has read before an error.
+            while size < most and (block := file.read1(min(most - size, _BLOCK))):
+                size += len(block)
     except (OSError, EOFError, zlib.error) as error:
         if getattr(error, "errno", None):  # the disk's fault, not the file's
             raise
-        return str(error)
-    return ""
+        if size and "Not a gzipped file" in str(error):  # what follows a member is none
+            return "", size
+        return str(error), sys.maxsize
+    return "", sys.maxsize
 
 
 @contextmanager

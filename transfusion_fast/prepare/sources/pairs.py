@@ -1,18 +1,23 @@
 """Image-text pairs in WebDataset tars, as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
 
-Members are read one after another and never written anywhere, so no member's name can lead out of a folder.
+Members are read one after another and never written anywhere, so no member's name can lead out of a folder. Links are
+followed within their tar.
 """
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
-from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, parse_json
+from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, parse_json, system_file
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
 CAPTION_FIELD = "caption"
 _BLOCK = 1 << 16
 
@@ -32,6 +37,7 @@ class PairsSource(Source):
         return [Unit(file, 0, file.stat().st_size) for file in self.files]
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, _Sample]]:
+        links = _Links(unit.path)
         key: str | None = None
         sample: _Sample = {}
         damage, in_content = "", False
@@ -41,12 +47,15 @@ class PairsSource(Source):
                 archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
                 for member in _members(archive):
                     begun, extension = _split(member.name)
+                    if passed_over := _passed_over(member.name, begun, extension):
+                        yield f"{member.name} in {unit.path}", passed_over
+                        continue
                     if begun != key:
                         if key is not None:
                             yield f"{key} in {unit.path}", sample
                         key, sample = begun, {}
                     in_content = True
-                    sample = _with_member(sample, extension, member, archive)
+                    sample = _with_member(sample, extension, member, archive, links)
                     in_content = False
                 _check_end(archive)
             except _DAMAGED as error:
@@ -75,7 +84,7 @@ class PairsSource(Source):
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar."""
+    """Yield the regular files and the links of a tar."""
     begin = -1
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # an index for random access that grows without end
@@ -83,8 +92,39 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             archive.offset = member.offset
             raise tarfile.TarError(f"{member.name} must have a size, got {member.size}")
         begin = archive.offset
-        if member.isfile():
+        if member.isfile() or member.islnk() or member.issym():
             yield member
+
+
+class _Links:
+    """The files that the links of a tar lead to. They are listed when the first one is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        """Return the file that a link leads to, None if the tar has none of its name."""
+        target = tarfile.TarInfo(link.name)
+        target.offset_data, target.size = self._files.get(_linked_name(link), (-1, 0))
+        return target if target.offset_data >= 0 else None
+
+    @cached_property
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """The offset and the size of each file by name."""
+        found: dict[str, tuple[int, int]] = {}
+        with self._path.open("rb") as file, suppress(*_DAMAGED):  # damage is reported by who reads the members
+            for member in _members(tarfile.open(fileobj=file, mode="r:")):  # noqa: SIM115
+                name = posixpath.normpath(member.name)
+                if member.isfile() and not member.issparse():
+                    found[name] = member.offset_data, member.size
+                elif member.islnk() and (target := _linked_name(member)) in found:
+                    found[name] = found[target]
+        return found
+
+
+def _linked_name(link: tarfile.TarInfo) -> str:
+    """Return the name that a hard link gives, or a symbolic link gives relative to its folder."""
+    return posixpath.normpath(posixpath.join("" if link.islnk() else posixpath.dirname(link.name), link.linkname))
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
@@ -105,12 +145,28 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _with_member(sample: _Sample, extension: str, member: tarfile.TarInfo, archive: tarfile.TarFile) -> _Sample:
+def _passed_over(name: str, key: str, extension: str) -> Rejected | None:
+    """Return why a file belongs to no sample: between the files of one, it does not end it. None for all others."""
+    if system_file(name):
+        return Rejected("system file", "")
+    if not extension or key.endswith("/") or not key:
+        return Rejected("no key", "its name must be KEY.EXTENSION")
+    return None
+
+
+def _with_member(
+    sample: _Sample, extension: str, member: tarfile.TarInfo, archive: tarfile.TarFile, links: _Links
+) -> _Sample:
     """Return the sample with one more file."""
     if isinstance(sample, Rejected) or extension not in (*IMAGES, "txt", "json"):
         return sample
     if extension in sample:
         return Rejected("duplicate key", f"two files .{extension}")
+    if not member.isfile():
+        linked, link = links.target(member), member.linkname
+        if linked is None:
+            return Rejected("broken link", f".{extension} leads to {link!r:.80}, which is no file of the tar")
+        member = linked
     if member.size > MAX_BYTES:
         return Rejected("file too large", f"{member.size} bytes of .{extension}")
     file = archive.extractfile(member)

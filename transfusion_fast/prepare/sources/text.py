@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.errors import InputError, Rejected, optional_module
+from transfusion_fast.errors import InputError, Rejected, Remark, optional_module
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, TextRange, Unit, decode_utf8, kind_of, parse_json
 from transfusion_fast.prepare.sources.lines import (
     JSON_LINES,
@@ -67,7 +67,7 @@ class TextSource(Source):
             case _:
                 return super().spans(unit)
 
-    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | Rejected | None]]:
+    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | Remark | None]]:
         match kind_of(unit.path):
             case ".txt" if self.separator:
                 yield from read_separated(unit, self.separator)
@@ -108,14 +108,15 @@ class TextSource(Source):
 
 
 def _row_groups(path: Path, column: str) -> list[Unit]:
-    """Return the row groups of a file; one for a damaged file, whose damage is reported when it is read.
+    """Return the row groups of a file; one for a file that cannot be used, which is reported when it is read.
 
     Raises:
-        InputError: the column is missing, holds no strings, or a row group is larger than a process should read.
+        InputError: a row group is larger than a process should read.
     """
     try:
         with _parquet(path) as table:
-            _check_column(table, path, column)
+            _check_column(table, column)
+            _check_groups(table, path)
             return [Unit(path, group, group + 1) for group in range(table.num_row_groups)]
     except Rejected:
         return [Unit(path, 0, 1)]
@@ -126,6 +127,7 @@ def _read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected 
     group = f"row group {unit.start} of {unit.path}"
     try:
         with _parquet(unit.path) as table:
+            _check_column(table, column)
             info = table.metadata.row_group(unit.start)
             if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
                 raise Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows")
@@ -148,15 +150,18 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise Rejected("file damaged", f"it cannot be read as Parquet ({' '.join(str(error).split()):.200})") from error
 
 
-def _check_column(table: Any, path: Path, name: str) -> None:
+def _check_column(table: Any, name: str) -> None:
     schema = table.schema_arrow
     if name not in schema.names:
         names = ", ".join(schema.names)
-        raise InputError(f"column of {path} must be of {names}, got {name!r}; name one with --field")
+        raise Rejected("no text", f"no column {name!r} among {names!r:.200}; name one with --field")
     kind = schema.types[schema.names.index(name)]
     values = kind.value_type if str(kind).startswith("dictionary") else kind
     if str(values).partition("[")[0] not in _STRINGS:
-        raise InputError(f"column {name!r} of {path} must be of strings, got {kind}; name another with --field")
+        raise Rejected("no text", f"column {name!r} is of {kind!s:.80}; name one of strings with --field")
+
+
+def _check_groups(table: Any, path: Path) -> None:
     for group in range(table.num_row_groups):
         # The size of all columns: to ask a damaged file for the size of one can end the process.
         if (size := table.metadata.row_group(group).total_byte_size) > _MAX_GROUP_BYTES:
