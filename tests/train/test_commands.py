@@ -223,7 +223,7 @@ def test_plot_draws_a_column_for_the_noise_and_each_checkpoint(run: Path, tmp_pa
         ("sample RUN --prompt one --steps 0", "diffusion steps must be an integer in 1..1000, got 0"),
         ("plot RUN --overview --steps 1000000000", "diffusion steps must be an integer in 1..1000, got 1000000000"),
         ("sample RUN --prompt one --checkpoint ../x", "has no checkpoint '../x'"),
-        ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP)"),
+        ("sample RUN --caption config.yaml", "(not an image: must be JPEG, PNG, WEBP, AVIF, GIF, BMP, TIFF)"),
         ("sample RUN --caption bomb.png", "bomb.png"),  # an image of 60,000 x 60,000 pixels, by its header
         ("sample RUN --caption huge.png", "huge.png must have at most 67108864 bytes, got more"),
         ("sample RUN --prompt one --size 4 13", "--size must be multiples of 2 up to 8192, got 4 13"),
