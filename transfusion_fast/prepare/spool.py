@@ -106,7 +106,9 @@ class Spool:
         return document_lengths(*(self._rows[name] for name in ("document", "kind", "length")))
 
     def read(self, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return rows, [n] of `_ROW`, and values, flat views, of the segments of documents in the given order.
+        """Return rows, [n] of `_ROW`, and values, flat, of the segments of documents in the given order.
+
+        Values are copies: views would keep the files of all units of a pack open.
 
         Args:
             numbers: the documents' numbers in the rows that are returned.
@@ -120,9 +122,10 @@ class Spool:
         values = []
         for kind, offset, length, height, width in rows[["kind", "offset", "length", "height", "width"]].tolist():
             if kind == KIND_TEXT:
-                values.append(tokens[offset : offset + length])
+                values.append(tokens[offset : offset + length].copy())
             else:
-                values.append(latents[offset : offset + height * width * self.modalities[kind - 1].channels])
+                end = offset + height * width * self.modalities[kind - 1].channels
+                values.append(latents[offset:end].copy())
         return rows, values
 
     @cached_property
