@@ -35,6 +35,7 @@ def main() -> int:
                     _take(playwright, chromium, line.split()[1], options)
             finally:
                 served.send_signal(signal.SIGINT)
+                served.communicate()  # what it still prints needs a reader
     except InputError as error:
         print(f"screenshot: {error}", file=sys.stderr)
         return 2
