@@ -9,6 +9,7 @@ from small_models import ids, seeded, small_model
 
 from transfusion_fast import Transfusion
 from transfusion_fast.errors import InputError
+from transfusion_fast.sampling.adapters import TransfusionAdapter
 from transfusion_fast.sampling.cache import KeyValueCache
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.engine import Context, Engine
@@ -85,3 +86,17 @@ def test_guidance_compares_with_the_image_alone_in_its_size(monkeypatch: pytest.
     begun.clear()
     sample(model, [prompt], begin=0, image=ImageSettings(1, clip=1.0, image_guidance=2.0))
     assert begun == [[[BOS, 3, *image]], [[*image, *opened]], [[BOS, 3, *opened]]]
+
+
+def test_sample_many_of_the_earlier_system_lets_the_model_choose_and_counts_its_patches() -> None:
+    model, quick = chain(LINKS, size_tokens=6), {"text_temperature": 0.0, "modality_steps": 1, "cfg_scale": 1.0}
+    shapes = {
+        n: [(kind, tuple(x.shape)) for kind, x in TransfusionAdapter(model).sample(max_length=n, **quick)]
+        for n in (12, 13)
+    }
+    assert shapes == {12: [(0, (6, 2, 4))], 13: [(0, (6, 2, 4)), (1, (2, 2, 6))]}
+    with pytest.raises(InputError, match="size of what is drawn must be given for modality 0"):
+        TransfusionAdapter(model).sample(init_modality_noise=torch.zeros(12, 6), **quick)
+    model.decoders["1"] = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"fixed_modality_shape must be given .* with size tokens and decoders"):
+        TransfusionAdapter(model).sample(**quick)
