@@ -177,7 +177,7 @@ def complete_config(config: Config, mixture: Mixture) -> Config:
         )
     update = {"num_text_tokens": known, "modalities": _complete_modalities(model.modalities, mixture)}
     config = config.model_copy(update={"model": model.model_copy(update=update)})
-    most = _MAX_POSITIONS // (mixture.sequence_length * (1 + config.data.added_copies))
+    most = _MAX_POSITIONS // (mixture.sequence_length * _longest(config))
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
@@ -211,6 +211,11 @@ def _complete_modalities(given: tuple[ModalityConfig, ...], mixture: Mixture) ->
         source = f"model.modalities.{number} for {mixture}"
         completed.append(parse(ModalityConfig, one.model_dump(exclude_unset=True) | known, source))
     return tuple(completed)
+
+
+def _longest(config: Config) -> int:
+    """Return the most positions that training makes of a pack, in lengths of the pack."""
+    return 1 + config.data.added_copies + (config.model.size_tokens > 0)  # size tokens are fewer than other positions
 
 
 def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
@@ -252,8 +257,7 @@ def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) ->
         return
     # Tokens, labels, positions, the layout and indices, and at most a patch of latents and noise for each position.
     values = max((m.channels * m.patch_size**2 for m in mixture.modalities), default=0)
-    longest = 1 + settings.added_copies + (config.model.size_tokens > 0)  # in packs, with less than one of size tokens
-    batch = packs * mixture.sequence_length * longest * (64 + 2 * 4 * values)
+    batch = packs * mixture.sequence_length * _longest(config) * (64 + 2 * 4 * values)
     needed = ranks_on_node * settings.workers * (settings.prefetch + 1) * batch
     found = os.statvfs(_SHARED_MEMORY)
     free = found.f_bavail * found.f_frsize
@@ -278,7 +282,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
     padding to the most that is possible would double the work of text. Then lengths are multiples of an eighth.
     """
     length, ranks = packs * packed.sequence_length, config.train.sequence_parallel
-    step = -(-length // (8 * ranks)) * ranks if config.data.added_copies or config.model.size_tokens else length
+    step = -(-length // (8 * ranks)) * ranks if config.lengths_vary else length
     return BatchBuilder(
         modalities=packed.modalities,
         vocabulary=Vocabulary.of(config.model),
