@@ -290,7 +290,7 @@ def _pairs(segments: Sequence[Any], strings: Sequence[Any]) -> list[tuple[Any, A
 
 
 class SegmentAdapter(nn.Module):
-    """A `Transfusion` of one modality, called with samples of segments that are laid out already.
+    """A `Transfusion` of one modality and no size tokens, called with samples of segments that are laid out already.
 
         outputs, _ = SegmentAdapter(model)([[ids, (patches, timestep), ids]], [["text", "image", "text"]])
 
