@@ -260,6 +260,12 @@ def test_batches_follow_the_attention_of_the_config_and_ranks_can_share_those_wi
         complete_config(sized, open_data(sized))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_beyond_the_size_tokens_end_the_batches_in_one_line(folder: Path, workers: int) -> None:
+    with pytest.raises(InputError, match=r"^an image must have at most model.size_tokens=1 patches .* set it to 0$"):
+        batches(folder, 0, 1, 8, 0, 1, "model.size_tokens=1", f"data.workers={workers}")
+
+
 def test_settings_of_one_modality_hold_for_all_of_the_data(folder: Path, texts: Path) -> None:
     unet = config_of(folder, "model.codec=unet", "model.positions=axial", "train.sequence_parallel=2")
     with pytest.raises(InputError, match=r"train.sequence_parallel must be 1 with codec=unet, .* got 2"):

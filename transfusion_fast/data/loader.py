@@ -117,11 +117,14 @@ class _PackDataset(data.Dataset):
 
 def _collate(
     builder: BatchBuilder, split: BatchSplit, items: Sequence[tuple[KeyedPack, InputError | None]]
-) -> LoadedBatch:
+) -> LoadedBatch | InputError:
     errors = [error for _, error in items if error]
     unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
     unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-    return LoadedBatch(split.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
+    try:
+        return LoadedBatch(split.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
+    except InputError as error:  # raised here, it would reach the user with the traceback of the worker
+        return error
 
 
 def open_data(config: Config) -> Mixture:
@@ -235,8 +238,11 @@ def training_batches(
     """Yield this rank's micro-batches endlessly, from the global batch after `packs_consumed` packs on.
 
     A pack that cannot be read is left out of its micro-batch and named with shard and reason; no other pack changes.
+
+    Raises:
+        InputError: an image is larger than the model's size tokens can say.
     """
-    yield from data.DataLoader(
+    loader = data.DataLoader(
         _PackDataset(mixture, config.train.seed, config.data.shuffle_window),
         batch_sampler=split.micro_batches(packs_consumed),
         collate_fn=partial(_collate, batch_builder(config, mixture, split.micro_batch), split),
@@ -245,6 +251,10 @@ def training_batches(
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
+    for loaded in loader:
+        if isinstance(loaded, InputError):
+            raise loaded
+        yield loaded
 
 
 def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) -> None:
