@@ -12,7 +12,7 @@ from small_models import ids, seeded, small_model
 from transfusion_fast.model.inputs import Randomness, pack_rows
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.engine import Drawing
-from transfusion_fast.sampling.generators import image_generator
+from transfusion_fast.sampling.generators import image_generator, text_generator
 from transfusion_fast.sampling.samplers import step
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
@@ -125,9 +125,10 @@ def test_there_is_guidance_at_both_ends_of_its_interval():
     assert [ImageSettings(guidance=w, image_guidance=i).guided(500.0) for w, i in weights] == [False, True, True]
 
 
-def test_seeds_and_numbers_that_differ_in_their_high_bits_alone_give_other_noise():
+def test_seeds_and_numbers_that_differ_in_their_high_bits_alone_give_other_noise_and_text_has_its_own():
     keys = ((1, 2), (1 + 2**32, 2), (1, 2 + 2**32), (2, 1))
-    assert len({image_generator(*key).initial_seed() for key in keys}) == len(keys)
+    seeds = {image_generator(*key).initial_seed() for key in keys} | {text_generator(1, 2).initial_seed()}
+    assert len(seeds) == 5
 
 
 def test_a_rescaled_prediction_has_the_deviation_of_the_conditional_one(tolerance):

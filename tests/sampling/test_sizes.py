@@ -64,7 +64,7 @@ def test_what_is_larger_than_the_size_tokens_can_say_is_refused() -> None:
     with pytest.raises(InputError, match=rule):
         generate_images(model, [[]], (1, 7))
     with pytest.raises(InputError, match=rule):
-        sample(model, [[]], grids=[(7, 1), (1, 1)], max_images=0)
+        sample(chain({BOS: EOS}, size_tokens=6), [[]], grids=[(7, 1), (1, 1)])
     with pytest.raises(InputError, match=rule):
         sample(model, [[torch.zeros(7, 1, 4)]])
     with pytest.raises(InputError, match=rule):
