@@ -85,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", nargs="+", action="extend", metavar="TEXT", help="end a continuation where one of these appears")
     add("--max-images", type=int, default=1, help="most images in the continuation of a --text")
     add("--max-tokens", type=int, default=64, help="most new tokens of text")
-    size_help = "size of images in pixels (default: the size of the first image of the training data)"
+    size_help = (
+        "size of images in pixels (default: that of the first image of the training data; in the continuation of a "
+        "--text, models with size tokens choose it)"
+    )
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size_help)
     add("--seed", type=int, default=0, help="seed of text and noise")
     add("--vae", type=Path, metavar="FOLDER", help="autoencoder of the data, for a run on latents")

@@ -131,9 +131,9 @@ class ModelConfig(Settings):
     diffusion_weight: NonNegativeFloat = 5.0
     """Lambda: total loss = text loss + lambda * diffusion loss."""
     size_tokens: Count = 0
-    """Number of size tokens: as many as an image has dimensions stand between <boi> and its patches and say the size of
-    its grid, at most this along each dimension. The model learns to predict them, so that it chooses the size of what
-    it draws. 0 is none."""
+    """Number of size tokens, and so the most patches that an image may have along a dimension; 0 for no size tokens.
+    Between <boi> and the patches of an image stands one for each dimension of its grid. The model learns to predict
+    them, so that it chooses the size of what it draws."""
     tie_embeddings: bool = False
     """Use the token embedding as the weight of the language head."""
     z_loss: NonNegativeFloat = 0.0
@@ -370,6 +370,11 @@ class Config(Settings):
     deepspeed: dict[str, Any] = {}  # noqa: RUF012
     """Raw DeepSpeed settings beyond those derived from this config. A key that DeepSpeed does not read is an error, and
     so is contradicting a derived setting."""
+
+    @property
+    def lengths_vary(self) -> bool:
+        """Whether batches have several lengths: packs differ in the noised copies and size tokens that are added."""
+        return self.data.added_copies > 0 or self.model.size_tokens > 0
 
     @model_validator(mode="after")
     def _check_groups_together(self) -> Config:

@@ -254,6 +254,16 @@ def test_batches_follow_the_attention_of_the_config_and_ranks_can_share_those_wi
     assert len(usual[0].layout.image_spans) > 0 == len(causal[0].layout.image_spans)
     config = config_of(folder, "data.context=clean", "train.sequence_parallel=3")
     assert batch_builder(config, open_data(config), packs=1).length_step == 9  # an eighth of 64, for 3 ranks
+    sized = config_of(folder, "model.size_tokens=8", "train.micro_batch=16777216")
+    assert sized.lengths_vary and batch_builder(sized, open_data(sized), packs=1).length_step == 8
+    with pytest.raises(InputError, match=r"train.micro_batch must be at most 16777215 for packs of 64 positions"):
+        complete_config(sized, open_data(sized))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_beyond_the_size_tokens_end_the_batches_in_one_line(folder: Path, workers: int) -> None:
+    with pytest.raises(InputError, match=r"^an image must have at most model.size_tokens=1 patches .* set it to 0$"):
+        batches(folder, 0, 1, 8, 0, 1, "model.size_tokens=1", f"data.workers={workers}")
 
 
 def test_settings_of_one_modality_hold_for_all_of_the_data(folder: Path, texts: Path) -> None:

@@ -84,6 +84,11 @@ def test_sizes_stand_before_the_patches_and_are_labels() -> None:
         laid_out([[(0, 7, 1)]], vocabulary)
 
 
+def test_a_document_that_begins_with_boi_is_not_cut_behind_it():
+    sequence = place_images(np.array([BOI, 0, 0, EOI]), np.array([4]), [(1, 0, torch.zeros(1, 2, 4))])
+    assert without_context(sequence, np.array([True]), VOCABULARY).document_lengths.tolist() == [4]
+
+
 def test_an_image_without_context_begins_a_document_with_what_follows_it():
     """Nothing predicts its <boi>."""
     documents = [[[5], (0, 1, 2), [6], (0, 1, 1)], [(0, 1, 1), [7]]]

@@ -23,10 +23,10 @@ GRADIENT = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
 CAT = TextSegment(TOKENIZER.encode("cat"))
 
 
-def preview(folder, document, modality=PIXELS, epoch=0, decode=None, **data):
+def preview(folder, document, modality=PIXELS, epoch=0, decode=None, size_tokens=0, **data):
     prepare([document], folder, sequence_length=128, tokenizer=TOKENIZER, modalities=(modality,))
     reader = PackReader(folder)
-    model = {"num_text_tokens": 256, "dim_latent": modality.channels * 4}
+    model = {"num_text_tokens": 256, "dim_latent": modality.channels * 4, "size_tokens": size_tokens}
     config = Config.model_validate({"model": model, "data": data})
     keyed = KeyedPack(reader.read(0), epoch, 0)
     return shown_documents(keyed, batch_builder(config, reader.index, packs=1), TOKENIZER, decode)
@@ -47,6 +47,10 @@ def picture(*arguments, **settings):
         ({"caption_first": 1.0, "prob_uncond": 0.0}, [["<bos>", "cat", "<boi 0>", "IMAGE", "<eoi 0>", "<eos>"]]),
         ({"caption_first": 0.0, "prob_uncond": 0.0}, [["<bos>", "<boi 0>", "IMAGE", "<eoi 0>", "cat", "<eos>"]]),
         ({"caption_first": 1.0, "prob_uncond": 1.0}, [["<bos>", "cat"], ["<boi 0>", "IMAGE", "<eoi 0>", "<eos>"]]),
+        (
+            {"caption_first": 1.0, "prob_uncond": 1.0, "size_tokens": 3},
+            [["<bos>", "cat"], ["<boi 0>", "<size 2>", "<size 3>", "IMAGE", "<eoi 0>", "<eos>"]],
+        ),
     ],
 )
 def test_order_and_drop_are_those_that_the_run_draws(tmp_path, settings, expected):

@@ -290,5 +290,7 @@ def test_samples_that_cannot_be_continued_are_refused(segments, settings, messag
 def test_models_and_arguments_that_the_adapters_do_not_serve_are_refused():
     with pytest.raises(InputError, match="the model must have one modality"):
         SegmentAdapter(make())
+    with pytest.raises(InputError, match="no encoder, decoder or size tokens"):
+        SegmentAdapter(small_model(**SIZES, dim_latent=4, size_tokens=2))
     with pytest.raises(InputError, match="cache_kv must be left out, got False; use the cache"):
         adapter().sample(cache_kv=False)

@@ -12,7 +12,7 @@ from small_models import ids, seeded, small_model
 from transfusion_fast.model.inputs import Randomness, pack_rows
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.engine import Drawing
-from transfusion_fast.sampling.generators import image_generator
+from transfusion_fast.sampling.generators import image_generator, text_generator
 from transfusion_fast.sampling.samplers import step
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
@@ -90,12 +90,12 @@ def test_each_image_of_a_prompt_begins_from_noise_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("positions", ["sequential", "axial"])
-@pytest.mark.parametrize("negative", [None, [ids(5)]])
+@pytest.mark.parametrize("negative", [None, [], [ids(5)]])
 def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional(guidance, positions, negative, tolerance):
     """Flow matching in one step: the image is the noise minus the prediction. Weights 0 and 1 are one of the two."""
     model = make(diffusion={"process": "flow"}, positions=positions)
     x = torch.randn((2, 2, 4), generator=image_generator(3, 5))
-    before = [BOI] if negative is None else [BOS, 5, BOI]
+    before = [BOI] if negative is None else [BOS, *([5] if negative else []), BOI]
     conditional, unconditional = predict(model, [BOS, 1, 2, BOI], x, 1000.0), predict(model, before, x, 1000.0)
     settings = ImageSettings(steps=1, guidance=guidance)
     given = {"image": settings, "negative": negative, "seed": 3, "prompt_numbers": [5]}
@@ -121,6 +121,14 @@ def test_without_guidance_weight_the_negative_document_is_the_prompt(modality):
 def test_there_is_guidance_at_both_ends_of_its_interval():
     settings = ImageSettings(guidance_interval=(300.0, 800.0))
     assert [settings.guided(t) for t in (299.9, 300.0, 800.0, 800.1)] == [False, True, True, False]
+    weights = ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0))
+    assert [ImageSettings(guidance=w, image_guidance=i).guided(500.0) for w, i in weights] == [False, True, True]
+
+
+def test_seeds_and_numbers_that_differ_in_their_high_bits_alone_give_other_noise_and_text_has_its_own():
+    keys = ((1, 2), (1 + 2**32, 2), (1, 2 + 2**32), (2, 1))
+    seeds = {image_generator(*key).initial_seed() for key in keys} | {text_generator(1, 2).initial_seed()}
+    assert len(seeds) == 5
 
 
 def test_a_rescaled_prediction_has_the_deviation_of_the_conditional_one(tolerance):

@@ -52,10 +52,11 @@ def test_what_is_kept_stays_and_is_noised_as_an_image_of_its_timestep_on_the_way
     monkeypatch.setattr(Drawing, "predict", lambda self, x, t: calls.append((x, t)) or predict(self, x, t))
     start, keep = images().clamp(-1, 1), torch.tensor([[[True, False], [False, False]], [[False, False], [True, True]]])
     everywhere = keep.unsqueeze(-1).expand(SHAPE)
+    told, given = [], {"start": start, "keep": everywhere if by_value else keep}
     drawn = generate_images(
-        model, PROMPTS, GRID, image=settings(sampler=sampler), start=start, keep=everywhere if by_value else keep
+        model, PROMPTS, GRID, image=settings(sampler=sampler), on_images=lambda *step: told.append(step[2]), **given
     )
-    assert torch.equal(drawn[keep], start[keep])
+    assert torch.equal(drawn[keep], start[keep]) and torch.equal(told[0].flip(0)[keep], start[keep])
     assert (drawn[~keep] - start[~keep]).abs().min(1).values.max() > 0.01, "the rest is drawn"
     for x, t in calls:
         alpha, sigma = model.diffusion.levels(t)
@@ -74,6 +75,13 @@ def test_images_of_a_prompt_are_those_that_it_would_draw_one_after_another(monke
     alone = generate_images(model, [[ids(1)]], GRID, images_per_prompt=2, image=settings(), seed=3, prompt_numbers=[1])
     assert torch.equal(drawn[2:], alone)
     assert len({x.sum().item() for x in drawn}) == 4
+
+
+def test_images_of_a_prompt_have_contexts_of_their_own_under_two_weights():
+    model, prompt = make(), [ids(2), images()[0]]
+    given = {"image": settings(guidance=4.0, image_guidance=1.5, eta=0.0), "noise": images(1)}
+    drawn = generate_images(model, [prompt], GRID, images_per_prompt=2, **given)
+    torch.testing.assert_close(drawn, generate_images(model, [prompt, prompt], GRID, **given))
 
 
 def test_text_alone_begins_no_image_and_ends_where_text_ends():

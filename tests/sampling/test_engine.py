@@ -138,7 +138,8 @@ def test_images_of_any_number_of_dimensions_have_the_shape_asked_or_that_of_thei
 
 @torch.no_grad()
 def test_a_context_that_is_repeated_is_run_once_and_continued_by_each_of_its_streams(monkeypatch):
-    model = small_model(num_text_tokens=10, dim_latent=(4, 8), transformer={"dim": 32, "depth": 2, "heads": 2})
+    transformer = {"dim": 32, "depth": 2, "heads": 2}
+    model = small_model(num_text_tokens=10, dim_latent=(4, 8), positions="shared", transformer=transformer)
     engine, (first, *_, image) = Engine(model), contexts()
     given, rows = [first, image, first, image, first], []
     hidden = model.hidden

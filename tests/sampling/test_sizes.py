@@ -9,6 +9,7 @@ from small_models import ids, seeded, small_model
 
 from transfusion_fast import Transfusion
 from transfusion_fast.errors import InputError
+from transfusion_fast.sampling.adapters import TransfusionAdapter
 from transfusion_fast.sampling.cache import KeyValueCache
 from transfusion_fast.sampling.decoder import generate_images, sample
 from transfusion_fast.sampling.engine import Context, Engine
@@ -63,6 +64,8 @@ def test_what_is_larger_than_the_size_tokens_can_say_is_refused() -> None:
     with pytest.raises(InputError, match=rule):
         generate_images(model, [[]], (1, 7))
     with pytest.raises(InputError, match=rule):
+        sample(chain({BOS: EOS}, size_tokens=6), [[]], grids=[(7, 1), (1, 1)])
+    with pytest.raises(InputError, match=rule):
         sample(model, [[torch.zeros(7, 1, 4)]])
     with pytest.raises(InputError, match=rule):
         model([[torch.zeros(7, 1, 4)]])
@@ -83,3 +86,38 @@ def test_guidance_compares_with_the_image_alone_in_its_size(monkeypatch: pytest.
     begun.clear()
     sample(model, [prompt], begin=0, image=ImageSettings(1, clip=1.0, image_guidance=2.0))
     assert begun == [[[BOS, 3, *image]], [[*image, *opened]], [[BOS, 3, *opened]]]
+
+
+def test_sizes_are_no_text_and_text_is_no_size() -> None:
+    links = {BOS: {SIX: 1.0, 3: 0.9}, 3: {TWO: 1.0, BOI: 0.9}, BOI: {4: 1.0, TWO: 0.9}, TWO: {EOS: 1.0, TWO: 0.9}}
+    model = chain(links | {EOI: EOS}, size_tokens=6)
+    assert produced_by(model, [[]], grids=None) == [[[3], (0, (2, 2, 4))]]
+
+
+def test_given_noise_fixes_the_size() -> None:
+    model = chain(LINKS, size_tokens=6, modalities=[{"shape": (1, 3)}, {}])
+    assert produced_by(model, [[]], grids=None) == [[(0, (6, 2, 4))]]
+    assert produced_by(model, [[]], grids=None, noise=[torch.zeros(1, 3, 4), None]) == [[(0, (1, 3, 4))]]
+
+
+def test_a_context_without_images_lacks_the_sizes_of_each_modality_too() -> None:
+    context = Context([BOS, 1, BOI, TWO, ONE])
+    context.append_image(0, torch.ones(2, 1, 4))
+    context.tokens += [EOI, 2, BOI1, SIX]
+    context.append_image(1, torch.ones(6, 6))
+    context.tokens += [EOI1, BOI, ONE, TWO]
+    assert context.without_images([2, 1]).tokens == [BOS, 1, 2, BOI, ONE, TWO]
+
+
+def test_sample_many_of_the_earlier_system_lets_the_model_choose_and_counts_its_patches() -> None:
+    model, quick = chain(LINKS, size_tokens=6), {"text_temperature": 0.0, "modality_steps": 1, "cfg_scale": 1.0}
+    shapes = {
+        n: [(kind, tuple(x.shape)) for kind, x in TransfusionAdapter(model).sample(max_length=n, **quick)]
+        for n in (12, 13)
+    }
+    assert shapes == {12: [(0, (6, 2, 4))], 13: [(0, (6, 2, 4)), (1, (2, 2, 6))]}
+    with pytest.raises(InputError, match="size of what is drawn must be given for modality 0"):
+        TransfusionAdapter(model).sample(init_modality_noise=torch.zeros(12, 6), **quick)
+    model.decoders["1"] = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"fixed_modality_shape must be given .* with size tokens and decoders"):
+        TransfusionAdapter(model).sample(**quick)

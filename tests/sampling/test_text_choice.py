@@ -41,6 +41,11 @@ def test_unlikely_ids_are_left_out(settings, expected):
     assert set(drawn.tolist()) == expected
 
 
+def test_the_likeliest_ids_end_where_they_reach_top_p():
+    settings = TextSettings(temperature=1.0, top_p=0.5)
+    assert set(choose(torch.zeros(8, 4), settings, None, torch.arange(8) / 8).tolist()) == {0, 1}
+
+
 def test_ids_are_drawn_in_proportion_also_by_the_ends_of_the_random_numbers():
     shares = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.0, 0.5]])
     uniform = torch.tensor([0.0, 0.5999, 0.6001, 0.8999, 0.9001, 1 - 2**-24])

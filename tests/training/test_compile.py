@@ -43,7 +43,7 @@ def test_blocks_are_compiled_once_for_all_blocks_and_batches_and_not_for_evaluat
     config = complete_config(config, data)
     model, eager = Transfusion(config.model), Transfusion(config.model)
     eager.load_state_dict(model.state_dict())
-    compile_blocks(model, lengths_vary=copies > 0)
+    compile_blocks(model, lengths_vary=config.lengths_vary)
     torch._dynamo.reset()
     counters.clear()
     stream = training_batches(config, data, BatchSplit(0, 1, 1, 1), 0)

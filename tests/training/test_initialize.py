@@ -102,6 +102,14 @@ def test_other_changes_of_a_shape_are_refused_by_name(change: dict[str, Any], to
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_fewer_size_tokens_keep_those_in_common() -> None:
+    source, model = (small_model(num_text_tokens=5, dim_latent=4, size_tokens=n, transformer=STACK) for n in (3, 2))
+    source.embedding.weight.data += 1
+    initial = planned(source, model)
+    initialise(model, initial, 10**6)
+    assert torch.equal(model.embedding.weight, source.embedding.weight[:-1]) and not initial.initialised
+
+
 def test_separate_weights_begin_from_shared_ones_and_new_modalities_from_text() -> None:
     settings = {"num_text_tokens": 5, "dim_latent": (4,)}
     shared = small_model(transformer=STACK, **settings)
@@ -150,6 +158,7 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
         update={
             "modalities": (*config.model.modalities, ModalityConfig(dim_latent=6)),
             "diffusion": DiffusionConfig(process="flow"),
+            "size_tokens": 3,
         }
     )
     write_weights(tmp_path, ModelWeights(Transfusion(wider)))
@@ -158,6 +167,7 @@ def test_another_tokenizer_other_settings_and_what_is_left_out_are_named(
     initial = open_initial_weights(config, data, list)
     assert initial is not None and "warning" not in initial.report
     assert "model.diffusion.process flow -> ddpm, model.diffusion.schedule None -> cosine" in initial.report
+    assert "model.size_tokens 3 -> 0" in initial.report
     assert "left out: codecs.1." in initial.report and "codecs.0" not in initial.report
     monkeypatch.setattr(initialize, "_tokenizer", lambda data: {"name": "tokenizer.json"})
     other = open_initial_weights(config, data, list)

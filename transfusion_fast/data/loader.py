@@ -117,11 +117,14 @@ class _PackDataset(data.Dataset):
 
 def _collate(
     builder: BatchBuilder, split: BatchSplit, items: Sequence[tuple[KeyedPack, InputError | None]]
-) -> LoadedBatch:
+) -> LoadedBatch | InputError:
     errors = [error for _, error in items if error]
     unfetched = tuple(str(error) for error in errors if isinstance(error, FetchError))
     unreadable = tuple(str(error) for error in errors if not isinstance(error, FetchError))
-    return LoadedBatch(split.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
+    try:
+        return LoadedBatch(split.part_of(builder([pack for pack, _ in items])), unreadable, unfetched)
+    except InputError as error:  # raised here, it would reach the user with the traceback of the worker
+        return error
 
 
 def open_data(config: Config) -> Mixture:
@@ -177,7 +180,7 @@ def complete_config(config: Config, mixture: Mixture) -> Config:
         )
     update = {"num_text_tokens": known, "modalities": _complete_modalities(model.modalities, mixture)}
     config = config.model_copy(update={"model": model.model_copy(update=update)})
-    most = _MAX_POSITIONS // (mixture.sequence_length * (1 + config.data.added_copies))
+    most = _MAX_POSITIONS // (mixture.sequence_length * _longest(config))
     if config.train.micro_batch > most:
         raise InputError(
             f"train.micro_batch must be at most {most} for packs of {mixture.sequence_length} positions, "
@@ -213,6 +216,11 @@ def _complete_modalities(given: tuple[ModalityConfig, ...], mixture: Mixture) ->
     return tuple(completed)
 
 
+def _longest(config: Config) -> int:
+    """Return the most positions that training makes of a pack, in lengths of the pack."""
+    return 1 + config.data.added_copies + (config.model.size_tokens > 0)  # size tokens are fewer than other positions
+
+
 def _check_sequence_parallel(config: Config, mixture: Mixture) -> None:
     """Raise InputError if positions or heads cannot be divided among the ranks that share a pack."""
     parts = config.train.sequence_parallel
@@ -230,8 +238,11 @@ def training_batches(
     """Yield this rank's micro-batches endlessly, from the global batch after `packs_consumed` packs on.
 
     A pack that cannot be read is left out of its micro-batch and named with shard and reason; no other pack changes.
+
+    Raises:
+        InputError: an image is larger than the model's size tokens can say.
     """
-    yield from data.DataLoader(
+    loader = data.DataLoader(
         _PackDataset(mixture, config.train.seed, config.data.shuffle_window),
         batch_sampler=split.micro_batches(packs_consumed),
         collate_fn=partial(_collate, batch_builder(config, mixture, split.micro_batch), split),
@@ -240,6 +251,10 @@ def training_batches(
         prefetch_factor=config.data.prefetch if config.data.workers else None,
         pin_memory=pin_memory,
     )
+    for loaded in loader:
+        if isinstance(loaded, InputError):
+            raise loaded
+        yield loaded
 
 
 def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) -> None:
@@ -252,8 +267,7 @@ def check_shared_memory(config: Config, mixture: Mixture, ranks_on_node: int) ->
         return
     # Tokens, labels, positions, the layout and indices, and at most a patch of latents and noise for each position.
     values = max((m.channels * m.patch_size**2 for m in mixture.modalities), default=0)
-    longest = 1 + settings.added_copies + (config.model.size_tokens > 0)  # in packs, with less than one of size tokens
-    batch = packs * mixture.sequence_length * longest * (64 + 2 * 4 * values)
+    batch = packs * mixture.sequence_length * _longest(config) * (64 + 2 * 4 * values)
     needed = ranks_on_node * settings.workers * (settings.prefetch + 1) * batch
     found = os.statvfs(_SHARED_MEMORY)
     free = found.f_bavail * found.f_frsize
@@ -278,7 +292,7 @@ def batch_builder(config: Config, packed: Mixture | Index, packs: int) -> BatchB
     padding to the most that is possible would double the work of text. Then lengths are multiples of an eighth.
     """
     length, ranks = packs * packed.sequence_length, config.train.sequence_parallel
-    step = -(-length // (8 * ranks)) * ranks if config.data.added_copies or config.model.size_tokens else length
+    step = -(-length // (8 * ranks)) * ranks if config.lengths_vary else length
     return BatchBuilder(
         modalities=packed.modalities,
         vocabulary=Vocabulary.of(config.model),

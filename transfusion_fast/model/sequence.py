@@ -7,8 +7,8 @@ A document is laid out as `<bos> text <boi> patches <eoi> text ... <eos>`. The l
 it if both positions are text of one document. So text predicts <boi>, <boi> and the patches have no label, and <eoi>
 predicts what follows the image.
 
-With size tokens there are as many between <boi> and the patches as the image's grid has dimensions, the number of
-patches along each: `<boi> <6> <2> patches <eoi>`. <boi> then predicts the first of them, and the last has no label.
+With size tokens, one for each dimension of the image's grid stands between <boi> and the patches, and gives the number
+of patches along it: `<boi> <6> <2> patches <eoi>`. <boi> then predicts the first of them, and the last has no label.
 
 A segment's loss may have a weight. It holds for the tokens of the segment, wherever they are predicted, and for the
 special tokens beside them: <boi> and sizes have the weight of their image, <eos> that of the last segment. A token of

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transfusion_fast.errors import InputError
 from transfusion_fast.model.inputs import Document, Piece, place_images
 from transfusion_fast.model.packed_batch import CLEAN_TIMESTEP, PackedBatch, build_batch
-from transfusion_fast.sampling.checks import drawn_size, known_size
+from transfusion_fast.sampling.checks import check_modality, drawn_sizes, known_size
 from transfusion_fast.sampling.decoder import Transfusion, generate_images, generate_text, sample
 from transfusion_fast.sampling.engine import Grid
 from transfusion_fast.sampling.settings import ImageSettings, TextSettings
@@ -33,8 +33,8 @@ _REPLACED = {
     "model_output_clean": "diffusion={'process': 'flow', 'prediction': 'x0', 'loss': 'velocity'}",
     "add_pos_emb": "positions='axial'",
     "pre_post_transformer_enc_dec": "codec='unet'",
-    "fallback_to_default_shape_if_invalid": "modality_default_shape, as the model writes no sizes",
-    "to_modality_shape_fn": "modality_default_shape, as the model writes no sizes",
+    "fallback_to_default_shape_if_invalid": "size_tokens, with which no size that the model chooses is invalid",
+    "to_modality_shape_fn": "size_tokens, with which the model chooses sizes by tokens of their own",
     "modality_num_dim": "modality_default_shape, which has as many numbers",
     "ignore_index": "Weighted(piece, 0) in documents, or text_weights of rows",
     "flow_loss_weight": "diffusion_weight",
@@ -173,35 +173,34 @@ class TransfusionAdapter(nn.Module):
             _refuse("return_unprocessed_modalities", True, "generate_modality_only, or a model without decoders")
         given = [None] if prompts is None else prompts
         documents: list[Any] = [[] if one is None else one if isinstance(one, list) else [one] for one in given]
-        begin, count = force_modality_at_start, len(self.model.codecs)
-        sizes = [drawn_size(self.model, modality, fixed_modality_shape) for modality in range(count)]
+        begin, chooses = force_modality_at_start, self.model.vocabulary.max_size > 0
+        grids = [fixed_modality_shape] * len(self.model.codecs)
         if isinstance(begin, tuple):
-            begin, grid = begin
-            sizes[begin] = known_size(self.model, begin, grid)
+            check_modality(self.model, begin[0])
+            grids[begin[0]], begin = begin[1], begin[0]
+        sizes = drawn_sizes(self.model, grids, [init_modality_noise if chooses else None] * len(grids), begin)
+        if chooses and any(sizes[int(number)] is None for number in self.model.decoders):
+            rule = "fixed_modality_shape must be given for a model with size tokens and decoders"
+            raise InputError(f"{rule}, got None, and patches cannot be counted up to max_length; use model.sample")
+        least = min((math.prod(size or ()) for size in sizes if chooses or size is not None), default=1)
         produced = sample(
             self.model,
             documents,
             grids=sizes,
             begin=begin,
             noise=None if init_modality_noise is None else self._noise(init_modality_noise, sizes),
-            max_images=1 + max_length // min((math.prod(size) for size in sizes if size is not None), default=1),
+            max_images=1 + max_length // least,
             text=TextSettings(max_tokens=max_length, temperature=text_temperature, min_p=text_min_p),
             image=ImageSettings(steps=modality_steps, guidance=cfg_scale),
             seed=_seed(seed),
         )
-        continuations = [_within(_joined(pieces), sizes, max_length) for pieces in produced]
+        continuations = [_within(_joined(one), sizes, self.model.config.dim_latent, max_length) for one in produced]
         if return_without_prompt:
             return [[piece for piece in pieces if not _is_text(piece)] for pieces in continuations]
         return [_joined([*before, *pieces]) for before, pieces in zip(documents, continuations, strict=True)]
 
     def generate_text_only(
-        self,
-        prompt: Tensor,
-        seq_len: int,
-        temperature: float = 1.0,
-        min_p: float = 0.1,
-        *,
-        seed: int | None = None,
+        self, prompt: Tensor, seq_len: int, temperature: float = 1.0, min_p: float = 0.1, *, seed: int | None = None
     ) -> Tensor:
         """Continue rows of ids [B, T] with text alone: int64 [B, seq_len - T], filled with <eos> after its end."""
         text = TextSettings(max_tokens=max(0, seq_len - prompt.shape[1]), temperature=temperature, min_p=min_p)
@@ -271,14 +270,15 @@ class AveragedAdapter(TransfusionAdapter):
             average.copy_(own)
 
 
-def _within(pieces: Sequence[Any], sizes: Sequence[Grid | None], max_length: int) -> list[Any]:
+def _within(pieces: Sequence[Any], sizes: Sequence[Grid | None], widths: Sequence[int], max_length: int) -> list[Any]:
     """Return the pieces of a continuation up to a number of ids and patches; an image is never cut."""
     kept: list[Any] = []
     for piece in pieces:
         if max_length <= 0:
             break
         kept.append(piece[:max_length] if _is_text(piece) else piece)
-        max_length -= len(piece) if _is_text(piece) else math.prod(cast(Grid, sizes[piece[0]]))
+        size = (len(piece),) if _is_text(piece) else sizes[piece[0]]
+        max_length -= piece[1].numel() // widths[piece[0]] if size is None else math.prod(size)
     return kept
 
 
@@ -290,7 +290,7 @@ def _pairs(segments: Sequence[Any], strings: Sequence[Any]) -> list[tuple[Any, A
 
 
 class SegmentAdapter(nn.Module):
-    """A `Transfusion` of one modality, called with samples of segments that are laid out already.
+    """A `Transfusion` of one modality and no size tokens, called with samples of segments that are laid out already.
 
         outputs, _ = SegmentAdapter(model)([[ids, (patches, timestep), ids]], [["text", "image", "text"]])
 
@@ -301,8 +301,9 @@ class SegmentAdapter(nn.Module):
 
     def __init__(self, model: Transfusion):
         super().__init__()
-        if len(model.codecs) != 1 or model.encoders or model.decoders or model.config.modalities[0].channel_first:
-            rule = "the model must have one modality, with channels last, and no encoder or decoder"
+        others = model.encoders or model.decoders or model.config.size_tokens
+        if len(model.codecs) != 1 or others or model.config.modalities[0].channel_first:
+            rule = "the model must have one modality, with channels last, and no encoder, decoder or size tokens"
             raise InputError(f"{rule}, got another model; call it with documents")
         self.model, [self.width] = model, model.config.dim_latent
 
@@ -358,9 +359,8 @@ class SegmentAdapter(nn.Module):
             if _is_text(piece):
                 last = torch.cat([last, cast(Tensor, piece)])
             else:
-                latents = cast(Tensor, piece)
-                opening = torch.tensor(vocabulary.opening(0, latents.shape[:-1]))
-                tokens += [torch.cat([last, opening]), (latents.reshape(-1, self.width), torch.zeros(1))]
+                patches = cast(Tensor, piece).reshape(-1, self.width)
+                tokens += [torch.cat([last, boi]), (patches, torch.zeros(1))]
                 strings, last = [*strings, "image", "text"], eoi
         return [*tokens, last], strings
 

@@ -26,6 +26,7 @@ def drawn_size(model: Transfusion, modality: int, grid: Grid | None) -> Grid | N
     if not fits:
         rule = f"the size of what is drawn must be {config.dims} integers of at least 1 for modality {modality}"
         raise InputError(f"{rule}, got {grid}; correct it")
+    model.vocabulary.opening(modality, grid)  # refuses what the size tokens cannot say
     return tuple(grid)
 
 
@@ -68,9 +69,12 @@ def drawn_sizes(
 def for_each_modality(model: Transfusion, values: Sequence[T | None] | None, name: str, one: str) -> Sequence[T | None]:
     """Return a value for each modality, None by default; refuse another number of values."""
     count = len(model.codecs)
-    if values is not None and len(values) != count:
-        raise InputError(f"{name} must have {one} for each of {count} modalities, got {len(values)}")
-    return [None] * count if values is None else values
+    if values is None:
+        return [None] * count
+    got = len(values) if isinstance(values, Sequence | Tensor) else type(values).__name__
+    if got != count:
+        raise InputError(f"{name} must have {one} for each of {count} modalities, got {got}")
+    return values
 
 
 def check_prompts(prompts: Sequence[Document]) -> None:

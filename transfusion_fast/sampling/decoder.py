@@ -223,7 +223,7 @@ class _Decoding:
         prompted = [self._context(prompt, f"document {i}") for i, prompt in enumerate(model.encoded(prompts))]
         contexts = [context for context in prompted for _ in range(repeats)]
         numbers = [number for number in numbers for _ in range(repeats)]
-        unwanted = self._context(model.encoded([negative])[0], "negative") if negative else None
+        unwanted = self._context(model.encoded([negative])[0], "negative") if negative is not None else None
         self.drawer = Drawer(self.engine, image or ImageSettings(), unwanted)
         # Streams of one length are neighbours in the cache, so that attention takes them together.
         order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].tokens))

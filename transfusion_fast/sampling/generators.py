@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ def _keyed(*key: int) -> torch.Generator:
 
 def check_numbers(seed: int, numbers: Sequence[int], count: int) -> list[int]:
     """Return the numbers of the prompts; raise InputError if they or the seed cannot key random numbers."""
-    whole = all(is_integer(x) and 0 <= x <= MAX_SEED for x in (seed, *numbers))
-    if not whole or len(numbers) != count:
+    listed = [*numbers] if isinstance(numbers, Iterable) else []
+    whole = all(is_integer(x) and 0 <= x <= MAX_SEED for x in (seed, *listed))
+    if not whole or len(listed) != count:
         rule = f"seed and prompt_numbers must be integers in 0..{MAX_SEED}, with a number for each of {count} prompts"
-        raise InputError(f"{rule}, got {seed} and {list(numbers)!s:.60}; correct them")
-    return [int(number) for number in numbers]
+        raise InputError(f"{rule}, got {seed} and {listed or numbers!s:.60}; correct them")
+    return [int(number) for number in listed]

@@ -74,7 +74,7 @@ class ImageSettings:
     guidance_rescale: fraction of the way from the guided prediction to it with the standard deviation of the
     conditional one (arXiv 2305.08891, section 3.4).
     eta: for the sampler ddpm, how much of the noise each step replaces: 1 is DDPM sampling, 0 is DDIM, and more than 1
-    corrects more errors of earlier steps. The other samplers are deterministic, and refuse another eta than 1.
+    corrects more errors of earlier steps. The other samplers are deterministic, and refuse any eta but 1.
     strength: where there are images to start from, how much noise they get, as a fraction of the timesteps
     (arXiv 2108.01073).
     clip: bound of the predicted clean latents; "auto" is that of the modality's `bound`, None is no bound.

@@ -43,7 +43,7 @@ def make_engine(config: Config, ranks: Ranks, split: BatchSplit) -> Any:
     if config.train.freeze == "text":
         freeze_text(model)
     if config.train.compile == "blocks":
-        compile_blocks(model, lengths_vary=config.data.added_copies > 0)
+        compile_blocks(model, lengths_vary=config.lengths_vary)
     optimizer = make_optimizer(model, config.optimizer)
     with contextlib.redirect_stdout(io.StringIO()):  # at stage 1 DeepSpeed prints what memory it uses
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)

@@ -85,7 +85,7 @@ def _tokenizer(data: Mixture) -> Any:
 
 def _comparable(model: ModelConfig) -> dict[str, Any]:
     """Return the settings that say what a model computes, with their defaults written out."""
-    names = ("tie_embeddings", "logit_cap", "num_text_tokens")
+    names = ("tie_embeddings", "logit_cap", "num_text_tokens", "size_tokens")
     own = {name: getattr(model.transformer, name) for name in ("modality_weights", "conditioning")}
     diffusion = {name: model.diffusion.with_defaults()[name] for name in ("process", "schedule", "prediction")}
     modalities = model.model_dump(mode="json")["modalities"]
