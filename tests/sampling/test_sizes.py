@@ -71,6 +71,21 @@ def test_what_is_larger_than_the_size_tokens_can_say_is_refused() -> None:
         model([[torch.zeros(7, 1, 4)]])
 
 
+def test_rows_must_say_the_size_of_their_images() -> None:
+    model, image = chain(LINKS, size_tokens=6), torch.zeros(2, 1, 4)
+    row, positions = ids(BOS, BOI, TWO, ONE, 0, 0, EOI, EOS)[None], [[(4, 2)]]
+    loss, _ = model(row, [[image]], positions, generator=seeded(), prob_uncond=0.0)
+    torch.testing.assert_close(loss, model([[image]], generator=seeded(), prob_uncond=0.0))
+    for wrong in ((BOI, ONE, TWO), (BOI, BOI, ONE), (TWO, BOI, TWO)):
+        row[0, 1:4] = ids(*wrong)
+        with pytest.raises(
+            ValueError, match="row 0, position 4: an image must follow the size tokens of its grid, got"
+        ):
+            model(row, [[image]], positions)
+    with pytest.raises(ValueError, match="row 0, position 0: an image must follow the size tokens"):
+        model(row, [[image]], [[(0, 2)]])
+
+
 def test_guidance_compares_with_the_image_alone_in_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, prefill = [], Engine.prefill
 

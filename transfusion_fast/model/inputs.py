@@ -32,6 +32,7 @@ from transfusion_fast.model.sequence import (
     lay_out,
     patch_mask,
     without_context,
+    wrongly_sized,
 )
 
 
@@ -222,10 +223,14 @@ def pack_rows(
         images += spanned
     lengths = np.full(rows if row_length else 0, row_length, dtype=np.int64)
     sequence = place_images(text_ids.cpu().numpy().astype(np.int64).reshape(-1), lengths, images)
-    size, tokens = Vocabulary.of(config).size, sequence.tokens
+    vocabulary, tokens = Vocabulary.of(config), sequence.tokens
+    size = vocabulary.size
     if len(wrong := np.flatnonzero((tokens < 0) | (tokens >= size))):
         where = "row {}, position {}".format(*divmod(wrong[0].item(), row_length))
         raise ValueError(f"{where}: text ids must lie in [0, {size}), got {tokens[wrong[0]]}; check the tokenizer")
+    for image in wrongly_sized(sequence, vocabulary)[:1].tolist():
+        where = "row {}, position {}".format(*divmod(sequence.start[image].item(), row_length))
+        raise ValueError(f"{where}: an image must follow the size tokens of its grid, got others; put them before it")
     if text_weights is not None:
         weights = np.where(patch_mask(sequence), np.float32(1), _row_weights(text_weights, text_ids))
         sequence = replace(sequence, weights=weights)

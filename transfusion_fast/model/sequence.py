@@ -165,6 +165,15 @@ def lay_out(segments: Segments, text_ids: np.ndarray, vocabulary: Vocabulary) ->
     return TokenSequence(tokens, document_lengths, image_start, image_length, shape, modality, weights)
 
 
+def wrongly_sized(sequence: TokenSequence, vocabulary: Vocabulary) -> np.ndarray:
+    """Return the numbers of the images that do not follow the size tokens of their size, int64."""
+    sizes, wrong = vocabulary.num_sizes[sequence.modality], np.zeros(len(sequence.start), dtype=bool)
+    for dimension in range(1, 1 + sizes.max(initial=0)):  # counted from the last one
+        place, token = sequence.start - dimension, vocabulary.first_size - 1 + sequence.shape[:, -dimension]
+        wrong |= (sizes >= dimension) & ((place < 0) | (sequence.tokens[place] != token))
+    return np.flatnonzero(wrong)
+
+
 def patch_mask(sequence: TokenSequence) -> np.ndarray:
     """Return bool [T], True at the positions of patches."""
     is_patch = np.zeros(len(sequence.tokens), dtype=bool)
