@@ -141,15 +141,16 @@ def test_a_context_that_is_repeated_is_run_once_and_continued_by_each_of_its_str
     transformer = {"dim": 32, "depth": 2, "heads": 2}
     model = small_model(num_text_tokens=10, dim_latent=(4, 8), positions="shared", transformer=transformer)
     engine, (first, *_, image) = Engine(model), contexts()
-    given, rows = [first, image, first, image, first], []
+    given, rows = [first, image, first.copy(), image.copy(), first], []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda batch, *rest: (rows.append(len(batch.tokens)), hidden(batch, *rest))[1])
     cache, last = engine.prefill(given)
-    alone, expected = engine.prefill([context.copy() for context in given])
-    assert rows[0] < rows[1] / 2
-    torch.testing.assert_close(last, expected)
-    tokens, streams = [1, 2, 3, 4, 5], range(5)
+    engine.prefill([first, image])
+    assert rows[0] == rows[1]
+    alone = [engine.prefill([context]) for context in given]
+    torch.testing.assert_close(last, torch.cat([hidden for _, hidden in alone]))
     for _ in range(2):
-        steps = [engine.step(one, streams, tokens) for one in (cache, alone)]
-        torch.testing.assert_close(*steps)
-    assert (cache.lengths, cache.next_position) == (alone.lengths, alone.next_position)
+        steps = [engine.step(own, [0], [token]) for token, (own, _) in enumerate(alone, start=1)]
+        torch.testing.assert_close(engine.step(cache, range(5), [1, 2, 3, 4, 5]), torch.cat(steps))
+    assert cache.lengths == [own.lengths[0] for own, _ in alone]
+    assert cache.next_position == [own.next_position[0] for own, _ in alone]

@@ -8,7 +8,7 @@ one CPU. A U-Net is not padded, and on GPUs the size of a product can change the
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -56,6 +56,12 @@ class Context:
 
     tokens: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+
+    @property
+    def content(self) -> Hashable:
+        """What is equal for contexts of the same tokens and the same tensors of images."""
+        images = ((image.offset, image.modality, id(image.latents)) for image in self.images)
+        return (*self.tokens, *images)
 
     def copy(self) -> Context:
         return Context([*self.tokens], [*self.images])
@@ -105,11 +111,12 @@ class Engine:
         The streams of the cache are the contexts in their order; it has room for so many more positions of each. A
         context that is repeated is run once.
         """
-        distinct = list(dict.fromkeys(contexts))
+        contents = [context.content for context in contexts]
+        distinct = dict(zip(contents, contexts, strict=True))
         if len(distinct) < len(contexts):
-            cache, hidden = self.prefill(distinct, room)
-            number = {context: i for i, context in enumerate(distinct)}
-            streams = [number[context] for context in contexts]
+            cache, hidden = self.prefill([*distinct.values()], room)
+            number = {content: i for i, content in enumerate(distinct)}
+            streams = [number[content] for content in contents]
             return cache.select(streams), hidden.index_select(0, self._tensor(np.array(streams)))
         lengths = np.array([len(context.tokens) for context in contexts])
         sequence, positions, after = self._laid_out(contexts, lengths)
