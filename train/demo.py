@@ -45,6 +45,8 @@ TASKS: dict[Task, tuple[str, str]] = {
 }
 """The name of each task, and what its prompt is."""
 GIVEN = ("caption", "change", "edit")  # tasks that begin with an image
+MAX_WAITING = 16
+"""Most requests that have reached the streamer, where Stop finds them: each takes one of gradio's 40 threads."""
 
 
 def main() -> int:
@@ -134,15 +136,17 @@ class Page:
                     prompt = gr.Textbox(label=TASKS[first][1], max_lines=8, autofocus=True, elem_id="prompt")
                     kinds = "An image: JPEG, PNG or WebP"
                     image = gr.File(label=kinds, type="filepath", visible=False, height=120, elem_id="image")
-                    if self.examples:
-                        gr.Examples([[one] for one in self.examples], prompt, label="Prompts of its training")
+                    with gr.Column(visible=bool(self.examples)) as examples:
+                        if self.examples:
+                            gr.Examples([[one] for one in self.examples], prompt, label="Prompts of its training")
                     with gr.Row():
                         run = gr.Button("Run", variant="primary")
                         stop = gr.Button("Stop")
                     settings = self._settings(gr)
                 with gr.Column(scale=3):
                     shown = gr.HTML(elem_id="answer")
-            self._connect(gr, page, {"task": task, "prompt": prompt, "image": image, **settings}, run, stop, shown)
+            form = {"task": task, "prompt": prompt, "image": image, **settings}
+            self._connect(gr, page, form, examples, run, stop, shown)
         return page
 
     def _described(self) -> str:
@@ -160,7 +164,7 @@ class Page:
             inputs["strength"] = gr.Slider(0.05, 1, 0.6, step=0.05, label=changed, visible=False)
         with gr.Accordion("More", open=False):
             with gr.Row():
-                inputs["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
+                inputs["seed"] = gr.Number(0, label="Seed", precision=0)
                 inputs["fresh"] = gr.Checkbox(True, label="New seed each time")
             with gr.Group(visible=draws):
                 inputs["sampler"] = gr.Dropdown(self._samplers(), value="auto", label="Sampler")
@@ -170,7 +174,9 @@ class Page:
             inputs["max_tokens"] = gr.Slider(1, 1024, 64, **whole, label="Most new tokens of text")
         return inputs
 
-    def _connect(self, gr: Any, page: Any, form: dict[str, Any], run: Any, stop: Any, shown: Any) -> None:
+    def _connect(
+        self, gr: Any, page: Any, form: dict[str, Any], examples: Any, run: Any, stop: Any, shown: Any
+    ) -> None:
         # By the annotation with its own class, gradio knows that it has to give the request.
         def answer(request: gr.Request, *inputs: Any) -> Iterator[tuple[str, int]]:
             yield from self.answer(request.session_hash, dict(zip(form, inputs, strict=True)))
@@ -180,13 +186,14 @@ class Page:
 
         def choose(task: Task) -> list[Any]:
             prompt = gr.update(visible=task != "caption", label=TASKS[task][1])
-            return [prompt, gr.update(visible=task in GIVEN), gr.update(visible=task == "change")]
+            shown_examples = gr.update(visible=task != "caption" and bool(self.examples))
+            return [prompt, gr.update(visible=task in GIVEN), gr.update(visible=task == "change"), shown_examples]
 
         triggers, outputs = [run.click, form["prompt"].submit], [shown, form["seed"]]
-        gr.on(triggers, answer, [*form.values()], outputs, show_progress="hidden", concurrency_limit=1)
+        gr.on(triggers, answer, [*form.values()], outputs, show_progress="hidden", concurrency_limit=MAX_WAITING)
         stop.click(end, queue=False)
         page.unload(end)  # when the browser leaves the page
-        chosen = [form[name] for name in ("prompt", "image", "strength")]
+        chosen = [*(form[name] for name in ("prompt", "image", "strength")), examples]
         form["task"].change(choose, form["task"], chosen, show_progress="hidden", queue=False)
         form["image"].change(self.preview, form["image"], shown, show_progress="hidden")
 
@@ -197,14 +204,19 @@ class Page:
     def answer(self, session: str, form: dict[str, Any]) -> Iterator[tuple[str, int]]:
         """Yield the HTML of an answer while it is made, and its seed."""
         seed, begun = secrets.randbelow(1 << 31) if form["fresh"] else form["seed"], time.monotonic()
+        stream = None
         try:
             stream = self.streams[session] = self.streamer.start(self._request(form | {"seed": seed}))
+            yield '<p class="status">waiting</p>', seed
             for answer in stream:
                 yield _shown(answer, time.monotonic() - begun), seed
         except (InputError, OSError) as error:
             yield _failed(error, form["image"]), seed
         finally:
-            self.stop(session)
+            if stream is not None:
+                stream.stop()
+            if self.streams.get(session) is stream:
+                self.streams.pop(session, None)
 
     def _request(self, form: dict[str, Any]) -> Request:
         task = form["task"]

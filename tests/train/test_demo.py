@@ -74,8 +74,8 @@ def shown(text: str) -> list[list[int]]:
 
 
 def test_the_page_shows_states_of_the_images_that_the_python_interface_draws(page: Any, export: Path) -> None:
-    *states, (last, seed) = page.answer("session", FORM)
-    assert len(states) > 5 and "step 2 of 20" in states[1][0] and "done" in last and seed == 7
+    (waiting, _), *states, (last, seed) = page.answer("session", FORM)
+    assert len(states) > 5 and "step 2 of 20" in states[1][0] and "done" in last and seed == 7 and "waiting" in waiting
     assert shown(last) == drawn(export, "two", seed=7)
     (_, first), (_, second) = ([*page.answer("session", FORM | {"fresh": True})][-1] for _ in range(2))
     assert len({7, first, second}) == 3
@@ -87,24 +87,33 @@ def test_one_line_is_shown_for_what_cannot_be_answered_and_the_next_is_answered(
     for wrong, line in (
         ({"prompt": ""}, "the prompt must have 1 to 4096 tokens, got none; write one"),
         ({"seed": None}, "the seed must be an integer in"),
+        ({"seed": -3}, "the seed must be an integer in 0..9223372036854775807, got -3; give another"),
         ({"guidance": float("nan")}, "guidance must be finite, got nan"),
         ({"task": "edit"}, "an image must be given to edit, got none"),
         (broken, "&gt;&lt;i&gt;.png must be a readable image (not an image: must be JPEG, PNG, WEBP, AVIF, "),
     ):
-        [(text, _)] = page.answer("session", FORM | wrong)
+        *_, (text, _) = page.answer("session", FORM | wrong)
         assert line.removeprefix("&gt;") in text and str(tmp_path) not in text and "\n" not in text
     assert page.preview(broken["image"]) == text
     assert "done" in [*page.answer("session", FORM)][-1][0]
 
 
 def test_stop_ends_the_answer_of_its_own_session(page: Any) -> None:
-    answers = page.answer("session", FORM | {"steps": 1000, "count": 16})
-    next(answers)
+    answers, waiting = (page.answer(name, FORM | {"steps": 1000, "count": 16}) for name in ("session", "waiting"))
+    assert "waiting" in next(answers)[0] and "step" in next(answers)[0] and "waiting" in next(waiting)[0]
     page.stop("another")
+    page.stop("waiting")
     assert "step" in next(answers)[0]
     page.stop("session")
-    [(last, _)] = answers
-    assert "stopped" in last and page.streams == {}
+    for last, _ in ([*answers][-1], *waiting):
+        assert "stopped" in last
+    assert page.streams == {}
+
+
+def test_answers_of_one_session_at_once_do_not_stop_each_other(page: Any) -> None:
+    first, second = (page.answer("session", FORM) for _ in range(2))
+    next(first), next(second)
+    assert ["done" in [*answers][-1][0] for answers in (first, second)] == [True, True]
 
 
 def test_edits_are_offered_for_runs_on_edits_alone_and_text_alone_writes(page: Any) -> None:
@@ -189,10 +198,24 @@ def test_the_page_in_a_browser(chromium: str, address: str, export: Path, tmp_pa
             tab.get_by_label(f"number input for {setting}").fill(most)
         tab.get_by_role("button", name="Run").click()
         expect(answer).to_contain_text("step ")
-        tab.get_by_role("button", name="Stop").click()
-        expect(answer).to_contain_text("stopped")
+        other = browser.new_page()
+        other.goto(address)
+        other.locator("#prompt textarea").fill("two")
+        other.get_by_role("button", name="Run").click()
+        expect(other.locator("#answer")).to_contain_text("waiting")
+        for one in (other, tab):
+            one.get_by_role("button", name="Stop").click()
+        for one in (answer, other.locator("#answer")):
+            expect(one).to_contain_text("stopped")
+
+        tab.get_by_label("New seed each time").uncheck()
+        tab.get_by_label("Seed", exact=True).fill("-3")
+        tab.get_by_role("button", name="Run").click()
+        expect(answer).to_have_text("the seed must be an integer in 0..9223372036854775807, got -3; give another")
+        tab.get_by_label("Seed", exact=True).fill("3")
 
         tab.get_by_label("Caption an image").check()
+        expect(tab.locator("#prompt")).to_be_hidden()
         tab.locator("#image input[type=file]").set_input_files(tmp_path / "bad.png")
         expect(answer).to_contain_text("bad.png must be a readable image")
         tab.get_by_label("Clear").click()
