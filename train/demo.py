@@ -28,7 +28,7 @@ from transfusion_fast.sampling.subject import Subject
 from transfusion_fast.training.run_folder import DataDescription, open_model, read_data_description, read_settings
 
 STYLE = """
-.gradio-container { max-width: 1100px !important; margin: auto !important }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: auto !important }
 #answer { min-height: 26rem; padding: 1rem; border: 1px solid var(--border-color-primary); border-radius: 8px }
 #answer .text { white-space: pre-wrap; font-size: 1.1rem; line-height: 1.7; overflow-wrap: anywhere }
 figure { display: inline-block; margin: .3rem; vertical-align: middle }

@@ -34,6 +34,7 @@ from transfusion_fast.sampling.settings import ImageSettings, TextSettings
         (["red"], {}, "document 0 must be a list of pieces, got str"),
         ([None], {}, "document 0 must be a list of pieces, got NoneType"),
         ([[]], {"max_images": -1}, "max_images must be an integer from 0 on, got -1; 0 draws none"),
+        ([[]], {"max_images": 0, "begin": 0}, "max_images must be at least 1 for .* begin with an image"),
         ([[]], {"seed": -1}, "integers in 0.*with a number for each of 1 prompts, got -1"),
         ([[]], {"seed": 1.5}, "seed and prompt_numbers must be integers in 0.*got 1.5"),
         ([[]], {"prompt_numbers": [1, 2]}, r"a number for each of 1 prompts, got 0 and \[1, 2\]"),

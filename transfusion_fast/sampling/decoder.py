@@ -97,6 +97,8 @@ def sample(
     """
     if not is_integer(max_images) or max_images < 0:
         raise InputError(f"max_images must be an integer from 0 on, got {max_images!r}; 0 draws none")
+    if begin is not None and max_images == 0:
+        raise InputError("max_images must be at least 1 for continuations that begin with an image, got 0; omit begin")
     given = for_each_modality(model, noise, "noise", "a tensor or None")
     sizes = drawn_sizes(model, grids, given, begin)
     for modality, (own, size) in enumerate(zip(given, sizes, strict=True)):
