@@ -8,9 +8,9 @@ from small_models import ids, small_model
 
 from transfusion_fast.model.inputs import flat_latents, place_images
 from transfusion_fast.model.packed_batch import build_batch
-from transfusion_fast.sampling.decoder import generate_images
+from transfusion_fast.sampling.decoder import generate_images, generate_text
 from transfusion_fast.sampling.engine import Context, Engine
-from transfusion_fast.sampling.settings import ImageSettings
+from transfusion_fast.sampling.settings import ImageSettings, TextSettings
 
 BOS, BOI, EOI, BOI1, EOI1 = 10, 12, 13, 14, 15
 UNETS = [{"codec": "unet", "patch_size": 2, "dim_latent": width} for width in (4, 8)]
@@ -60,8 +60,7 @@ def variable_length_attention(q, k, v, q_offsets, k_offsets, max_q, max_k, **giv
     return out
 
 
-@pytest.mark.parametrize("kernel", ["scaled_dot_product", "variable_length"])
-@pytest.mark.parametrize(
+KINDS_OF_MODELS = pytest.mark.parametrize(
     ("settings", "transformer"),
     [
         pytest.param({}, {}, id="default"),
@@ -74,14 +73,43 @@ def variable_length_attention(q, k, v, q_offsets, k_offsets, max_q, max_k, **giv
         pytest.param({"modalities": UNETS}, {}, id="unet"),
     ],
 )
+
+
+def make(settings, transformer):
+    transformer = {"dim": 32, "depth": 2, "heads": 4, "ffn_dim": 48, **transformer}
+    settings = settings if "modalities" in settings else {"dim_latent": (4, 8), **settings}
+    return small_model(num_text_tokens=10, transformer=transformer, **settings)
+
+
+@KINDS_OF_MODELS
+@torch.no_grad()
+def test_greedy_text_after_an_image_is_that_of_whole_sequences(settings, transformer):
+    model, image = make(settings, transformer), torch.randn(2, 3, 4)
+    prompts = [[ids(4), image, ids(5)], [ids(1, 2, 3)]]
+    opened = [Context([BOS, 4, BOI]), Context([BOS, 1, 2, 3])]
+    opened[0].append_image(0, image)
+    opened[0].tokens += [EOI, 5]
+    for context, text in zip(opened, generate_text(model, prompts, text=TextSettings(max_tokens=8)), strict=True):
+        expected = []
+        while len(expected) < 8:
+            logits = model.head(uncached(model, [context])[0])[0]
+            logits[[BOS, *range(BOI, model.vocabulary.size)]] = -torch.inf
+            token = int(logits.argmax())
+            if token == model.vocabulary.eos:
+                break
+            expected.append(token)
+            context.tokens.append(token)
+        assert text.tolist() == expected
+
+
+@pytest.mark.parametrize("kernel", ["scaled_dot_product", "variable_length"])
+@KINDS_OF_MODELS
 @torch.no_grad()
 def test_passes_over_the_cache_give_what_whole_sequences_give(settings, transformer, kernel, monkeypatch):
     if kernel == "variable_length":
         monkeypatch.setattr("transfusion_fast.sampling.engine.takes_lengths", lambda cache: True)
         monkeypatch.setattr("transfusion_fast.sampling.cache.varlen_attn", variable_length_attention)
-    transformer = {"dim": 32, "depth": 2, "heads": 4, "ffn_dim": 48, **transformer}
-    settings = settings if "modalities" in settings else {"dim_latent": (4, 8), **settings}
-    model = small_model(num_text_tokens=10, transformer=transformer, **settings)
+    model = make(settings, transformer)
     streams, close = contexts(), {"rtol": 1e-4, "atol": 1e-5}
     engine = Engine(model)
     cache, hidden = engine.prefill(streams)
