@@ -13,9 +13,11 @@ from typing import Any
 import tables
 import timing
 import torch
+import torch.nn.functional as F
 from tables import Row
 
 from transfusion_fast import ImageSettings, Transfusion
+from transfusion_fast.sampling.cache import KeyValueCache
 from transfusion_fast.sampling.decoder import generate_images
 from transfusion_fast.sampling.engine import Context, Engine
 
@@ -67,7 +69,26 @@ def text_ways(model: Transfusion) -> Ways:
         for _ in range(TOKENS):
             context.tokens.append(int(model.head(engine.prefill([context])[1]).argmax()))
 
-    return {"cache": cached, "whole sequences": whole, **peer_text(ids, model.device)}
+    least = {"its products and attention": products_and_attention(model, begun)}
+    return {"cache": cached, "whole sequences": whole, **least, **peer_text(ids, model.device)}
+
+
+def products_and_attention(model: Transfusion, cache: KeyValueCache) -> Callable[[], None]:
+    """Return the matrix products and the attention of tokens after a context, without any other op."""
+    parts = [(b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down) for b in model.blocks]
+    weights = [[layer.weight for layer in layers] for layers in parts]
+    inputs = [[torch.randn(1, weight.shape[1], device=model.device) for weight in own] for own in weights]
+    seen = [[x[:, :CONTEXT].transpose(1, 2) for x in pair] for pair in zip(cache.keys, cache.values, strict=True)]
+    query = torch.randn(1, HEADS, 1, WIDTH // HEADS, device=model.device)
+
+    def run() -> None:
+        for _ in range(TOKENS):
+            for own, given, (keys, values) in zip(weights, inputs, seen, strict=True):
+                F.scaled_dot_product_attention(query, keys, values)
+                for weight, x in zip(own, given, strict=True):
+                    F.linear(x, weight)
+
+    return run
 
 
 def peer_text(ids: list[int], device: torch.device) -> Ways:
@@ -140,7 +161,8 @@ COLUMNS = {
 NOTES = f"""\
 Times are medians (20th to 80th percentile) in fp32. The model has width {WIDTH}, depth {DEPTH} and {HEADS} heads of
 {WIDTH // HEADS}. Whole sequences are run again for each token or step, by the pass that fills the cache. Digits take 4
-diffusion steps; their times are per digit. {_PEER} is measured where it is installed."""
+diffusion steps; their times are per digit. The products and attention are those of one row in the blocks, without any
+other op. {_PEER} is measured where it is installed."""
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ MOVED_TO = {
     "generate_images": "transfusion_fast.sampling.decoder",
     "latents_to_pixels": "transfusion_fast.data.images",
 }
-"""Where revisions whose evaluation does not import these functions have them."""
+"""The modules that hold these functions in revisions whose evaluation does not import them."""
 
 
 def main() -> None:

@@ -134,8 +134,7 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=2):
                     prompt = gr.Textbox(label=TASKS[first][1], max_lines=8, autofocus=True, elem_id="prompt")
-                    kinds = "An image: JPEG, PNG or WebP"
-                    image = gr.File(label=kinds, type="filepath", visible=False, height=120, elem_id="image")
+                    image = gr.File(label="An image", type="filepath", visible=False, height=120, elem_id="image")
                     with gr.Column(visible=bool(self.examples)) as examples:
                         if self.examples:
                             gr.Examples([[one] for one in self.examples], prompt, label="Prompts of its training")

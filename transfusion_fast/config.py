@@ -373,7 +373,7 @@ class Config(Settings):
 
     @property
     def lengths_vary(self) -> bool:
-        """Whether batches have several lengths: packs differ in the noised copies and size tokens that are added."""
+        """Whether batches differ in length, because different numbers of copies or size tokens are added to packs."""
         return self.data.added_copies > 0 or self.model.size_tokens > 0
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ class NodeError(InputError):
 
 
 class Remark(ValueError):
-    """What is counted and reported of a source. `reason` is one of a few, for counting; the message is for people."""
+    """A remark on a part of a source. Reports count remarks by their `reason`; the message is for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
         # File names in archives and messages of libraries reach the terminal, and must not forge lines there.
@@ -54,7 +54,7 @@ class Rejected(Remark):
 
 
 class Repaired(Remark):
-    """A fault that was mended, or ignored, to use what it is in. It is passed on and never raised."""
+    """A fault in a document that is used all the same. It is passed on and never raised."""
 
 
 def _escape(text: str) -> str:

@@ -270,7 +270,7 @@ def test_a_finished_folder_is_recognized_and_not_made_again(tmp_path):
 
 
 def test_source_files_that_were_only_touched_make_no_difference(tmp_path, tars):
-    """Of every kind, and cut into several units or not."""
+    """The sources are of every kind, and some are cut into several units."""
     texts(tmp_path / "a.jsonl", "old")
     (tmp_path / "b.txt").write_text("a text")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "c.parquet", row_group_size=1)

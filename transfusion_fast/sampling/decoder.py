@@ -373,7 +373,7 @@ class _Decoding:
         return self.model.head(padded)[: len(hidden)].float()
 
     def _excluded(self, unavailable: Sequence[int]) -> Tensor:
-        """Return the tokens that cannot follow text, and those that cannot be a size: bool [2, V]."""
+        """Return masks of the tokens that are never chosen as text, and never as a size: bool [2, V]."""
         vocabulary = self.model.vocabulary
         excluded = torch.zeros(2, vocabulary.size, dtype=torch.bool)
         never = [vocabulary.bos, *(vocabulary.eoi(modality) for modality in range(vocabulary.num_modalities))]

@@ -59,7 +59,7 @@ class Context:
 
     @property
     def content(self) -> Hashable:
-        """What is equal for contexts of the same tokens and the same tensors of images."""
+        """A key that is equal for contexts of the same tokens and the same image tensors."""
         images = ((image.offset, image.modality, id(image.latents)) for image in self.images)
         return (*self.tokens, *images)
 

@@ -205,7 +205,7 @@ class _Figures:
 
     @property
     def can_draw(self) -> bool:
-        """Whether images of the captions can be drawn."""
+        """Whether the model can draw images for the captions."""
         try:
             return bool(self.drawn)
         except Unmeasured:

@@ -60,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What has been made for a request so far.
+    """The state of the answer to a request.
 
     pieces: texts, and images uint8 [height, width, channels], in their order; while the state is "running", the last
     text or the images drawn together at the end are unfinished.
@@ -191,7 +191,7 @@ class _Stopped(Exception):
 
 
 class _Progress:
-    """What has been made for a request, from the decoder's callbacks."""
+    """Collects the pieces of an answer in the decoder's callbacks, and puts each state of it into the stream."""
 
     def __init__(self, subject: Subject, stream: Stream):
         self.subject, self.stream = subject, stream

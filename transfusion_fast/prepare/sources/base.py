@@ -82,7 +82,7 @@ class Source(ABC):
 
     files: tuple[Path, ...]
     strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
-    """What was passed over in folders."""
+    """Why files in folders were passed over, one remark for each."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 

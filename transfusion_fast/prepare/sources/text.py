@@ -36,7 +36,7 @@ class TextSource(Source):
 
     field: str = "text"
     separator: bytes = b""
-    """What stands between the texts of a .txt that holds several."""
+    """Bytes between the texts of a .txt file; empty if each file is one text."""
 
     suffixes = (*JSON_LINES, ".txt", ".parquet")
 
