@@ -24,7 +24,7 @@ from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
+from transfusion_fast.prepare.build import Built, build
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
@@ -33,7 +33,9 @@ from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.preview import Decoder, page, preview
+from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
+from transfusion_fast.prepare.selection import SIDES, Selection
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
@@ -87,6 +89,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "of the files, or a .deb (default here: %(default)s)",
     },
     "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
+    "--heldout": {
+        "type": float, "default": 0.0, "metavar": "SHARE",
+        "help": "share of the documents to hold out for validation, such as 0.01, by a hash of their content; OUT gets "
+        "train/ and heldout/ (default: none)",
+    },
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
     "--separator": {
@@ -143,7 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe")
+SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
 )  # fmt: skip
@@ -180,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
     add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
-    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
+    add("repack", _repack, help, "folder", *PACKING, train_bpe=None, heldout=0.0)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
     add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
     help = "rebuild index.json for the shards that are in a folder"
@@ -214,7 +221,7 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
     tokenizer = _tokenizer(options, source)
     encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
-        vision = measure_features(encoder, source, options.train_bpe, options.out)
+        vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
         encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
     _build(options, source, encoder)
@@ -256,19 +263,28 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
-        return train_tokenizer(source, options.train_bpe, options.out)
+        return train_tokenizer(source, options.train_bpe, options.out, _selection(options))
     return ByteTokenizer()
 
 
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(options.heldout)
+
+
 def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
-    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe)
+    selection = _selection(options)
+    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
     _print_built(options.out, build(recipe, options.out, options.processes))
 
 
 def _print_built(folder: Path, built: Built) -> None:
     for line in built.remarks(folder):
         print(f"{folder}: {line}", file=sys.stderr)
-    print(f"{folder}: {'already there' if built.reused else 'written'}: {summary(built.index)}")
+    indices = {folder: built.index}
+    if built.heldout is not None:
+        indices = dict(zip((folder / side for side in SIDES), (built.index, built.heldout), strict=True))
+    for path, index in indices.items():
+        print(f"{path}: {'already there' if built.reused else 'written'}: {summary(index)}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,20 +1,21 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is three files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of each
+A unit is four files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of each
 file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes, as
-there are as many of them as captions.
+there are as many of them as captions. Source documents have rows of their own only if some are to be chosen.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -34,14 +35,21 @@ from transfusion_fast.errors import Rejected, Remark, Repaired
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "rejected", "repaired")
+_KINDS = ("tokens", "latents", "segments", "sources", "rejected", "repaired")
 _ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
+_SOURCE = np.dtype([("end", "<i4"), ("heldout", "?")])  # end: the number behind its last document
 _ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
 
 
 def remark_line(remark: Remark) -> bytes:
     """Return a remark as a line of JSON."""
     return f"{json.dumps({'reason': remark.reason, 'detail': remark.detail})}\n".encode()
+
+
+class Mark(NamedTuple):
+    """A fact about a source document by which it is chosen."""
+
+    heldout: bool
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,35 @@ class Spool:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[Iterable[Document] | Remark], source: Callable[[], int] = lambda: 0) -> Counts:
+    def write(
+        self,
+        outcomes: Iterable[Iterable[Document] | Remark],
+        source: Callable[[], int] = lambda: 0,
+        marks: deque[Mark | None] | None = None,
+    ) -> Counts:
         """Write documents and remarks in order, keeping few in memory, and then the checksum of their source.
 
         An outcome that raises Rejected counts as rejected, whatever it yielded before.
+
+        Args:
+            marks: receives, before each outcome that is not Repaired, the mark of its source document.
         """
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
             writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
             for outcome in outcomes:
+                before = writer.documents
                 if isinstance(outcome, Remark):
                     writer.remark(outcome)
                 elif isinstance(outcome, list):
                     writer.add(outcome)
                 else:
                     writer.add_all_or_none(outcome)
+                if marks is not None and not isinstance(outcome, Repaired):
+                    mark = marks.popleft()
+                    if writer.documents > before:
+                        assert mark is not None, "what is rejected by its source becomes no document"
+                        writer.mark(mark)
             writer.flush()
         written = Counts(writer.documents, writer.cut, int(self.lengths.sum()), source())
         record = [written.documents, written.cut, written.source, writer.checksums]
@@ -99,6 +121,11 @@ class Spool:
                     if all(zlib.crc32(self._mapped(kind, np.uint8).data) == checksums.get(kind) for kind in _KINDS):
                         return Counts(documents, cut, int(self.lengths.sum()), source)
         return None
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Rows of `_SOURCE`, one for each source document that was used; none if documents had no marks."""
+        return self._mapped("sources", _SOURCE)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -177,6 +204,7 @@ class _Writer:
         self.checksums = dict.fromkeys(files, 0)
         self.documents = self.cut = self._ids = self._values = self._flushed = 0
         self._rows: list[tuple[float, ...]] = []
+        self._sources: list[tuple[int, ...]] = []
         self._tokens: list[np.ndarray] = []
 
     def add(self, documents: Iterable[Document]) -> None:
@@ -210,6 +238,10 @@ class _Writer:
             vars(self).update(before, _rows=[], _tokens=[])
             self.remark(rejected)
 
+    def mark(self, mark: Mark) -> None:
+        """Add the row of the source document that was added last."""
+        self._sources.append((self.documents, mark.heldout))
+
     def remark(self, remark: Remark) -> None:
         """Add why a source document was left out, or what was repaired."""
         self._append("repaired" if isinstance(remark, Repaired) else "rejected", remark_line(remark))
@@ -221,7 +253,8 @@ class _Writer:
         assert np.array_equal(stored, ids), "ids of a tokenizer are below its num_text_tokens"
         self._append("tokens", stored.tobytes())
         self._append("segments", np.array(self._rows, _ROW).tobytes())
-        self._rows, self._tokens, self._flushed = [], [], self._ids
+        self._append("sources", np.array(self._sources, _SOURCE).tobytes())
+        self._rows, self._sources, self._tokens, self._flushed = [], [], [], self._ids
 
     def _append(self, kind: str, data: bytes) -> None:
         self._files[kind].write(data)
