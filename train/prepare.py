@@ -35,7 +35,7 @@ from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_i
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
-from transfusion_fast.prepare.selection import SIDES, Selection
+from transfusion_fast.prepare.selection import ALL, SIDES, Selection
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
@@ -94,6 +94,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "share of the documents to hold out for validation, such as 0.01, by a hash of their content; OUT gets "
         "train/ and heldout/ (default: none)",
     },
+    "--limit": {
+        "type": int, "metavar": "N",
+        "help": "use the first N documents alone, before long ones are split, and read no further (default: all)",
+    },
+    "--limit-tokens": {
+        "type": int, "metavar": "N",
+        "help": "use the first documents that take at most N tokens together, and read no further (default: all)",
+    },
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
     "--separator": {
@@ -150,7 +158,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout")
+SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout", "--limit", "--limit-tokens")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
 )  # fmt: skip
@@ -187,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
     add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
-    add("repack", _repack, help, "folder", *PACKING, train_bpe=None, heldout=0.0)
+    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
     add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
     help = "rebuild index.json for the shards that are in a folder"
@@ -206,7 +214,8 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 def _text(options: argparse.Namespace) -> None:
     source = TextSource.of(options.files, field=options.field, separator=options.separator)
-    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split"))
+    encoder = Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split")
+    _build(options, source, encoder, _selection(options))
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
@@ -224,7 +233,7 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
         encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
-    _build(options, source, encoder)
+    _build(options, source, encoder, _selection(options))
 
 
 def _latents(options: argparse.Namespace) -> LatentRule | None:
@@ -253,7 +262,7 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
 
 def _repack(options: argparse.Namespace) -> None:
     source = PacksSource.open(options.folder)
-    _build(options, source, source.encoder(options.seq_len, options.long))
+    _build(options, source, source.encoder(options.seq_len, options.long), ALL)
 
 
 def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
@@ -263,16 +272,17 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
+        if options.limit_tokens is not None:
+            raise InputError("--limit-tokens must be given without --train-bpe, got both; give --limit instead")
         return train_tokenizer(source, options.train_bpe, options.out, _selection(options))
     return ByteTokenizer()
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(options.heldout)
+    return Selection(options.heldout, options.limit, options.limit_tokens)
 
 
-def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
-    selection = _selection(options)
+def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:
     recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
     _print_built(options.out, build(recipe, options.out, options.processes))
 

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transfusion_fast.data.shards import ShardInfo, write_shard
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json, sync, write_atomically
 from transfusion_fast.prepare import staging
-from transfusion_fast.prepare.chosen import Chosen, located
+from transfusion_fast.prepare.chosen import Chosen, Front, located
 from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import pack_named
 from transfusion_fast.prepare.pool import worker_pool
@@ -60,16 +60,20 @@ class Built:
     """The first document that was left out, or mended, for each reason."""
     cut: int = 0
     """Number of documents that were longer than a pack and became several."""
+    first: tuple[int, int] | None = None
+    """Number of the source documents up to the limit, and of their tokens, if it was reached."""
     reused: bool = False
     """True if the folder was there already, of the same recipe; then nothing is counted."""
 
     def remarks(self, folder: Path) -> Iterator[str]:
-        """Yield a line for each reason why documents were left out or repaired, and one if any were split."""
+        """Yield a line for each reason why documents were left out or repaired, for a limit and for split documents."""
         for done, counts, file in (("left out", self.rejected, LEFT_OUT), ("repaired", self.repaired, REPAIRED)):
             for reason, count in sorted(counts.items()):
                 yield f"{done} {count}: {self.examples[reason]}"
             if counts.total() > len(counts):
                 yield f"{folder / file} names all that was {done}"
+        if self.first:
+            yield "stopped at the limit: the first {} documents of the source, {} tokens".format(*self.first)
         if self.cut:
             yield f"split {self.cut} documents that are longer than a pack"
 
@@ -142,7 +146,8 @@ def _only_touched(made_of: Any, recipe: dict[str, Any], source: Source) -> bool:
             sizes = [{name: file["bytes"] for name, file in own.items()} for own in (files, recipe["files"])]
             others = {**recipe, "files": made_of["files"]}
             same = sizes[0] == sizes[1] and not first_changes(made_of, others)
-            return same and contents == [source.checksum(unit) for unit in source.units()]
+            units = source.units()[: len(contents)]  # no more were read, if there was a limit
+            return same and None not in contents and contents == [source.checksum(unit) for unit in units]
     return False
 
 
@@ -157,8 +162,11 @@ class _Work:
         """Encode all units, write all shards, and give the folder its name."""
         units = self.recipe.source.units()
         with worker_pool(self, processes) as each:
-            found = dict(tqdm(each(_Work.encode, enumerate(units)), "reading", len(units), unit="unit", disable=None))
-            chosen = Chosen(self.recipe.selection, self.spool, [found[number] for number in range(len(units))])
+            front = Front(self.recipe.selection)
+            unread = takewhile(lambda _: not front.has_enough, enumerate(units))
+            for number, counts in tqdm(each(_Work.encode, unread), "reading", len(units), unit="unit", disable=None):
+                front.add(number, counts)
+            chosen = Chosen(self.recipe.selection, self.spool, front.counts)
             examples: dict[str, str] = {}
             rejected = self.list_remarks("rejected", LEFT_OUT, chosen, examples)
             repaired = self.list_remarks("repaired", REPAIRED, chosen, examples)
@@ -170,9 +178,9 @@ class _Work:
             side: replace(empty, documents=own[0], tokens=own[1], shards=_in_order(written, side))
             for side, own in totals.items()
         }
-        self.finish(folder, indices, [own.source for own in chosen.counts])
-        cut = sum(own.cut for own in chosen.counts)
-        return Built(*_first_two([*indices.values()]), rejected, repaired, examples, cut)
+        self.finish(folder, indices, [own.checksum for own in chosen.counts])
+        first = None if chosen.stopped_at is None else (chosen.sources, sum(tokens for _, tokens in totals.values()))
+        return Built(*_first_two([*indices.values()]), rejected, repaired, examples, chosen.cut, first)
 
     def totals(self, chosen: Chosen, rejected: Counter[str], examples: dict[str, str]) -> dict[str, tuple[int, int]]:
         """Return the number of documents and of tokens by side; InputError if a side has none.
@@ -183,6 +191,9 @@ class _Work:
         if all(documents for documents, _ in totals.values()):
             return totals
         shutil.rmtree(self.partial / UNITS)
+        if chosen.stopped_at == 0 and len(chosen.counts) == 1:
+            most = self.recipe.selection.limit_tokens
+            raise InputError(f"--limit-tokens must leave the first document, got {most}; give a larger number")
         if count := sum(documents for documents, _ in totals.values()):
             side = next(side for side, own in totals.items() if not own[0])
             raise InputError(
@@ -210,7 +221,7 @@ class _Work:
                 marks = deque[Mark | None]()
                 documents = selection.marked(documents, marks)
             encoded = self.recipe.encoder.encode(documents)
-            counts = spool.write(encoded, functools.partial(source.checksum, unit), marks)
+            counts = spool.write(encoded, functools.partial(source.checksum, unit), marks, selection.is_enough)
         return number, counts
 
     def tasks(self, chosen: Chosen, side: str) -> Iterator[tuple[tuple[str, int], list[np.ndarray]]]:
@@ -261,7 +272,7 @@ class _Work:
             Path(whole.name).unlink()
         return found
 
-    def finish(self, folder: Path, indices: dict[str, Index], checksums: list[int]) -> None:
+    def finish(self, folder: Path, indices: dict[str, Index], checksums: list[int | None]) -> None:
         """Write the files beside the shards, and give the folder its name once all of it is on disk."""
         shards = self.partial / SHARDS
         recipe = {**read_json(self.partial / RECIPE), "contents": checksums}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -11,6 +13,27 @@ from transfusion_fast.prepare.selection import Selection
 from transfusion_fast.prepare.spool import Counts, Spool
 
 _NUMBER_BITS = 32  # a name is the unit's number, and in the lower bits the document's
+
+
+class Front:
+    """The counts of the units that are finished without a gap, from the first one on, up to the limit."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.counts: list[Counts] = []
+        self._selection, self._others = selection, dict[int, Counts]()
+        self._documents = self._tokens = 0
+
+    def add(self, unit: int, counts: Counts) -> None:
+        """Add a unit that is finished."""
+        self._others[unit] = counts
+        while not self.has_enough and (own := self._others.pop(len(self.counts), None)):
+            self.counts.append(own)
+            self._documents, self._tokens = self._documents + own.sources, self._tokens + own.tokens
+
+    @property
+    def has_enough(self) -> bool:
+        """True if no further unit is needed."""
+        return self._selection.is_enough(self._documents, self._tokens)
 
 
 @dataclass(frozen=True)
@@ -22,13 +45,49 @@ class Chosen:
     counts: Sequence[Counts]
     """Those of each unit."""
 
+    @cached_property
+    def stopped_at(self) -> int | None:
+        """Number of source documents of the last unit up to the limit; None if no limit was reached."""
+        selection, last = self.selection, len(self.counts) - 1
+        totals = [sum(own.sources for own in self.counts), sum(own.tokens for own in self.counts)]
+        if not selection.is_enough(*totals):
+            return None
+        ends = self.spool(last).sources["end"]
+        tokens = np.cumsum(self.spool(last).lengths)[ends - 1] + totals[1] - self.counts[last].tokens
+        fitting = ends.size
+        if selection.limit is not None:
+            fitting = min(fitting, selection.limit - totals[0] + self.counts[last].sources)
+        if selection.limit_tokens is not None:
+            fitting = min(fitting, int(np.searchsorted(tokens, selection.limit_tokens, "right")))
+        return fitting
+
+    def _taken(self, unit: int) -> np.ndarray:
+        """Return for each source document of a unit whether it is used."""
+        taken = np.ones(self.counts[unit].sources, bool)
+        if unit == len(self.counts) - 1 and self.stopped_at is not None:
+            taken[self.stopped_at :] = False
+        return taken
+
     def documents(self, unit: int, side: str) -> np.ndarray:
         """Return the numbers of a unit's documents for one side, int64."""
         if self.selection.takes_all:
             return np.arange(self.counts[unit].documents)
         sources = self.spool(unit).sources
-        taken = sources["heldout"] == (side == "heldout")
+        taken = self._taken(unit) & (sources["heldout"] == (side == "heldout"))
         return np.flatnonzero(np.repeat(taken, np.diff(sources["end"], prepend=0)))
+
+    @property
+    def sources(self) -> int:
+        """Number of source documents that are used, if they have marks."""
+        return sum(int(self._taken(unit).sum()) for unit in range(len(self.counts)))
+
+    @property
+    def cut(self) -> int:
+        """Number of source documents that are used and became several."""
+        if self.selection.takes_all:
+            return sum(own.cut for own in self.counts)
+        ends = (self.spool(unit).sources["end"] for unit in range(len(self.counts)))
+        return sum(int((np.diff(own, prepend=0)[self._taken(unit)] > 1).sum()) for unit, own in enumerate(ends))
 
     def named(self, unit: int, side: str) -> np.ndarray:
         """Return rows (name, length), int64, of a unit's documents for one side."""
@@ -46,8 +105,11 @@ class Chosen:
     def remarks(self, kind: str) -> Iterator[bytes]:
         """Yield the remarks of one kind on all units, as lines."""
         for unit in range(len(self.counts)):
+            most = None
+            if unit == len(self.counts) - 1 and (stopped := self.stopped_at) is not None:
+                most = int(self.spool(unit).sources[kind][stopped - 1]) if stopped else 0
             with self.spool(unit).path(kind).open("rb") as lines:
-                yield from lines
+                yield from islice(lines, most)
 
 
 def located(names: np.ndarray) -> np.ndarray:

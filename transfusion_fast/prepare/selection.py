@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,15 @@ class Selection:
     heldout: float = 0.0
     """Share of the documents that are held out: those whose content has a hash in this share of all hashes."""
 
+    limit: int | None = None
+    """Number of source documents, the first ones in their order, before long ones are split."""
+    limit_tokens: int | None = None
+    """Number of tokens that the first source documents take together at most."""
+
     def __post_init__(self) -> None:
+        for option, most in (("--limit", self.limit), ("--limit-tokens", self.limit_tokens)):
+            if most is not None and most < 1:
+                raise InputError(f"{option} must be 1 or more, got {most}; give a larger number")
         if not 0 <= self.heldout < 1:
             raise InputError(f"--heldout must be a share between 0 and 1, got {self.heldout}; give one such as 0.01")
 
@@ -39,6 +48,16 @@ class Selection:
     def takes_all(self) -> bool:
         """True if every document is used, in one folder; then documents need no marks."""
         return self == ALL
+
+    @property
+    def has_limit(self) -> bool:
+        """True if not all of the source may be read."""
+        return self.limit is not None or self.limit_tokens is not None
+
+    def is_enough(self, documents: int, tokens: int) -> bool:
+        """Return whether a limit is reached after so many source documents of so many tokens."""
+        reached = self.limit is not None and documents >= self.limit
+        return reached or (self.limit_tokens is not None and tokens >= self.limit_tokens)
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -55,12 +74,12 @@ class Selection:
             yield document
 
     def trained_on(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[SourceDocument]:
-        """Yield the documents that are not held out."""
-        for document in documents:
-            if isinstance(document, SourceDocument):
-                mark = self._mark(document) if self.heldout else None
-                if not (mark and mark.heldout):
-                    yield document
+        """Yield those of the first `limit` documents that are not held out."""
+        found = (document for document in documents if isinstance(document, SourceDocument))
+        for document in islice(found, self.limit):
+            mark = self._mark(document) if self.heldout else None
+            if not (mark and mark.heldout):
+                yield document
 
     def _mark(self, document: SourceDocument | Remark) -> Mark | None:
         if isinstance(document, Remark):

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from transfusion_fast.data.pack import (
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
     KIND_TEXT,
     SEGMENT_COLUMNS,
     Document,
@@ -37,7 +39,8 @@ from transfusion_fast.prepare.packing import document_lengths
 
 _KINDS = ("tokens", "latents", "segments", "sources", "rejected", "repaired")
 _ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
-_SOURCE = np.dtype([("end", "<i4"), ("heldout", "?")])  # end: the number behind its last document
+# The number behind its last document, its side, and the numbers of remarks up to it.
+_SOURCE = np.dtype([("end", "<i4"), ("heldout", "?"), ("rejected", "<i4"), ("repaired", "<i4")])
 _ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
 
 
@@ -61,8 +64,10 @@ class Counts:
     """Number of source documents that were longer than a pack and became several."""
     tokens: int
     """Positions that the documents take."""
-    source: int = 0
-    """Checksum of the bytes that were read."""
+    sources: int = 0
+    """Number of source documents that were used; 0 if they had no marks."""
+    checksum: int | None = None
+    """That of the bytes of the unit, if it was read to its end."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,9 @@ class Spool:
     def write(
         self,
         outcomes: Iterable[Iterable[Document] | Remark],
-        source: Callable[[], int] = lambda: 0,
+        checksum: Callable[[], int] = lambda: 0,
         marks: deque[Mark | None] | None = None,
+        enough: Callable[[int, int], bool] = lambda sources, tokens: False,
     ) -> Counts:
         """Write documents and remarks in order, keeping few in memory, and then the checksum of their source.
 
@@ -90,10 +96,12 @@ class Spool:
 
         Args:
             marks: receives, before each outcome that is not Repaired, the mark of its source document.
+            enough: tells from the numbers of source documents and of tokens when to stop.
         """
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
             writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
+            stopped = False
             for outcome in outcomes:
                 before = writer.documents
                 if isinstance(outcome, Remark):
@@ -107,19 +115,21 @@ class Spool:
                     if writer.documents > before:
                         assert mark is not None, "what is rejected by its source becomes no document"
                         writer.mark(mark)
+                if stopped := enough(writer.sources, writer.positions):
+                    break
             writer.flush()
-        written = Counts(writer.documents, writer.cut, int(self.lengths.sum()), source())
-        record = [written.documents, written.cut, written.source, writer.checksums]
-        write_atomically(self.path("json"), json.dumps(record))
+        read = None if stopped else checksum()
+        written = Counts(writer.documents, writer.cut, writer.positions, writer.sources, read)
+        write_atomically(self.path("json"), json.dumps([*astuple(written), writer.checksums]))
         return written
 
     def read_counts(self) -> Counts | None:
         """Return what `write` returned; None if it did not end, or the files are not as they were written."""
         match read_json(self.path("json")):
-            case [int(documents), int(cut), int(source), dict(checksums)]:
+            case [int(documents), int(cut), int(tokens), int(sources), (int() | None) as checksum, dict(checksums)]:
                 with suppress(FileNotFoundError):
                     if all(zlib.crc32(self._mapped(kind, np.uint8).data) == checksums.get(kind) for kind in _KINDS):
-                        return Counts(documents, cut, int(self.lengths.sum()), source)
+                        return Counts(documents, cut, tokens, sources, checksum)
         return None
 
     @property
@@ -202,7 +212,8 @@ class _Writer:
     def __init__(self, files: dict[str, IO[bytes]], modalities: Sequence[ModalityInfo], tokens: np.dtype) -> None:
         self._files, self._modalities, self._dtype = files, modalities, tokens
         self.checksums = dict.fromkeys(files, 0)
-        self.documents = self.cut = self._ids = self._values = self._flushed = 0
+        self.documents = self.cut = self.sources = self.positions = self._ids = self._values = self._flushed = 0
+        self._remarks = {"rejected": 0, "repaired": 0}
         self._rows: list[tuple[float, ...]] = []
         self._sources: list[tuple[int, ...]] = []
         self._tokens: list[np.ndarray] = []
@@ -214,6 +225,7 @@ class _Writer:
             for segment in document:
                 row = segment_row(segment, self.documents, self._ids, self._values, self._modalities)
                 self._rows.append((*row, segment.weight))
+                self.positions += row[3] + IMAGE_TOKENS * (row[1] != KIND_TEXT)
                 if isinstance(segment, TextSegment):
                     self._tokens.append(segment.ids)
                     self._ids += segment.ids.size
@@ -221,6 +233,7 @@ class _Writer:
                     self._append("latents", segment.values.tobytes())
                     self._values += segment.values.size
             self.documents += 1
+            self.positions += DOCUMENT_TOKENS
             if len(self._rows) >= _ROWS_TOGETHER or self._ids - self._flushed >= _IDS_TOGETHER:
                 self.flush()
         self.cut += self.documents - before > 1
@@ -240,11 +253,14 @@ class _Writer:
 
     def mark(self, mark: Mark) -> None:
         """Add the row of the source document that was added last."""
-        self._sources.append((self.documents, mark.heldout))
+        self._sources.append((self.documents, mark.heldout, *self._remarks.values()))
+        self.sources += 1
 
     def remark(self, remark: Remark) -> None:
         """Add why a source document was left out, or what was repaired."""
-        self._append("repaired" if isinstance(remark, Repaired) else "rejected", remark_line(remark))
+        kind = "repaired" if isinstance(remark, Repaired) else "rejected"
+        self._append(kind, remark_line(remark))
+        self._remarks[kind] += 1
 
     def flush(self) -> None:
         """Write what is in memory to the files."""
