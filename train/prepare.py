@@ -102,6 +102,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": int, "metavar": "N",
         "help": "use the first documents that take at most N tokens together, and read no further (default: all)",
     },
+    "--dedup": {
+        "choices": ("documents", "images"),
+        "help": "leave out documents whose texts and image files, or whose image files alone, are those of an earlier "
+        "document (default: none)",
+    },
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
     "--separator": {
@@ -158,7 +163,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout", "--limit", "--limit-tokens")
+SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout", "--limit", "--limit-tokens", "--dedup")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
 )  # fmt: skip
@@ -213,6 +218,8 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 
 def _text(options: argparse.Namespace) -> None:
+    if options.dedup == "images":
+        raise InputError("--dedup of texts must be documents, got images; give that")
     source = TextSource.of(options.files, field=options.field, separator=options.separator)
     encoder = Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split")
     _build(options, source, encoder, _selection(options))
@@ -279,7 +286,7 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(options.heldout, options.limit, options.limit_tokens)
+    return Selection(options.heldout, options.limit, options.limit_tokens, options.dedup)
 
 
 def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:

@@ -179,7 +179,7 @@ class _Work:
             for side, own in totals.items()
         }
         self.finish(folder, indices, [own.checksum for own in chosen.counts])
-        first = None if chosen.stopped_at is None else (chosen.sources, sum(tokens for _, tokens in totals.values()))
+        first = (chosen.first, sum(tokens for _, tokens in totals.values())) if chosen.first else None
         return Built(*_first_two([*indices.values()]), rejected, repaired, examples, chosen.cut, first)
 
     def totals(self, chosen: Chosen, rejected: Counter[str], examples: dict[str, str]) -> dict[str, tuple[int, int]]:

@@ -9,8 +9,9 @@ from itertools import islice
 
 import numpy as np
 
+from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.selection import Selection
-from transfusion_fast.prepare.spool import Counts, Spool
+from transfusion_fast.prepare.spool import Counts, Spool, remark_line
 
 _NUMBER_BITS = 32  # a name is the unit's number, and in the lower bits the document's
 
@@ -61,33 +62,49 @@ class Chosen:
             fitting = min(fitting, int(np.searchsorted(tokens, selection.limit_tokens, "right")))
         return fitting
 
-    def _taken(self, unit: int) -> np.ndarray:
-        """Return for each source document of a unit whether it is used."""
-        taken = np.ones(self.counts[unit].sources, bool)
-        if unit == len(self.counts) - 1 and self.stopped_at is not None:
-            taken[self.stopped_at :] = False
-        return taken
+    def _sources(self, unit: int) -> np.ndarray:
+        """Return the rows of a unit's source documents up to the limit; none if they have no marks."""
+        return self.spool(unit).sources[: self.stopped_at if unit == len(self.counts) - 1 else None]
+
+    @cached_property
+    def _duplicates(self) -> list[np.ndarray]:
+        """For each unit, whether a source document equals an earlier one, bool [n].
+
+        All keys are held at a time, of 16 bytes each, and while they are sorted about 20 bytes more of each.
+        """
+        counts = [len(self._sources(unit)) for unit in range(len(self.counts))]
+        ends = np.cumsum(counts)
+        if self.selection.dedup is None:
+            found = np.zeros(sum(counts), bool)
+        else:
+            keys, has_key = np.empty((2, sum(counts)), np.uint64), np.empty(sum(counts), bool)
+            for unit, (end, count) in enumerate(zip(ends, counts, strict=True)):
+                sources = self._sources(unit)
+                keys[:, end - count : end], has_key[end - count : end] = sources["key"].T, sources["has_key"]
+            found = repeated(keys) & has_key
+        return [found[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def documents(self, unit: int, side: str) -> np.ndarray:
         """Return the numbers of a unit's documents for one side, int64."""
         if self.selection.takes_all:
             return np.arange(self.counts[unit].documents)
-        sources = self.spool(unit).sources
-        taken = self._taken(unit) & (sources["heldout"] == (side == "heldout"))
+        sources = self._sources(unit)
+        taken = ~self._duplicates[unit] & (sources["heldout"] == (side == "heldout"))
         return np.flatnonzero(np.repeat(taken, np.diff(sources["end"], prepend=0)))
 
     @property
-    def sources(self) -> int:
-        """Number of source documents that are used, if they have marks."""
-        return sum(int(self._taken(unit).sum()) for unit in range(len(self.counts)))
+    def first(self) -> int | None:
+        """Number of source documents up to the limit; None if it was not reached."""
+        units = range(len(self.counts))
+        return None if self.stopped_at is None else sum(len(self._sources(unit)) for unit in units)
 
     @property
     def cut(self) -> int:
         """Number of source documents that are used and became several."""
         if self.selection.takes_all:
             return sum(own.cut for own in self.counts)
-        ends = (self.spool(unit).sources["end"] for unit in range(len(self.counts)))
-        return sum(int((np.diff(own, prepend=0)[self._taken(unit)] > 1).sum()) for unit, own in enumerate(ends))
+        pieces = (np.diff(self._sources(unit)["end"], prepend=0) for unit in range(len(self.counts)))
+        return sum(int((own[~known] > 1).sum()) for own, known in zip(pieces, self._duplicates, strict=True))
 
     def named(self, unit: int, side: str) -> np.ndarray:
         """Return rows (name, length), int64, of a unit's documents for one side."""
@@ -103,13 +120,24 @@ class Chosen:
         return sum(documents for documents, _ in counts), sum(tokens for _, tokens in counts)
 
     def remarks(self, kind: str) -> Iterator[bytes]:
-        """Yield the remarks of one kind on all units, as lines."""
-        for unit in range(len(self.counts)):
+        """Yield the remarks of one kind on all units, as lines; behind those of a unit, its duplicates."""
+        for unit, duplicates in enumerate(self._duplicates):
             most = None
             if unit == len(self.counts) - 1 and (stopped := self.stopped_at) is not None:
-                most = int(self.spool(unit).sources[kind][stopped - 1]) if stopped else 0
+                most = int(self._sources(unit)[kind][-1]) if stopped else 0
             with self.spool(unit).path(kind).open("rb") as lines:
                 yield from islice(lines, most)
+            if kind == "rejected" and duplicates.any():
+                for place in self.spool(unit).places(duplicates):
+                    yield remark_line(Rejected(f"duplicate {self.selection.dedup}", place))
+
+
+def repeated(keys: np.ndarray) -> np.ndarray:
+    """Return for each key, a column of uint64 [2, n], whether an earlier one is equal, bool [n]."""
+    order = np.lexsort(keys)  # stable
+    found = np.zeros(keys.shape[1], bool)
+    found[order[1:]] = np.logical_and(*(half[order[1:]] == half[order[:-1]] for half in keys))
+    return found
 
 
 def located(names: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class Selection:
     """Number of source documents, the first ones in their order, before long ones are split."""
     limit_tokens: int | None = None
     """Number of tokens that the first source documents take together at most."""
+
+    dedup: Literal["documents", "images"] | None = None
+    """Leave out documents whose texts and images, or whose images alone, equal those of an earlier one."""
 
     def __post_init__(self) -> None:
         for option, most in (("--limit", self.limit), ("--limit-tokens", self.limit_tokens)):
@@ -88,7 +91,11 @@ class Selection:
             key = content_key(document.parts)
         except Rejected:  # raised again, and counted, when the text is encoded
             return None
-        return Mark(int.from_bytes(key[:8], "little") < self.heldout * 2**64)
+        heldout = int.from_bytes(key[:8], "little") < self.heldout * 2**64
+        if self.dedup == "images":
+            images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment)]
+            key = content_key(images) if images else b""
+        return Mark(heldout, key, document.where) if self.dedup and key else Mark(heldout)
 
 
 ALL = Selection()

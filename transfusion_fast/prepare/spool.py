@@ -1,6 +1,6 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is four files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of each
+A unit is four files of numbers, three of lines, and a JSON that is written last. The JSON holds a checksum of each
 file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes, as
 there are as many of them as captions. Source documents have rows of their own only if some are to be chosen.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -37,10 +38,12 @@ from transfusion_fast.errors import Rejected, Remark, Repaired
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "sources", "rejected", "repaired")
+_KINDS = ("tokens", "latents", "segments", "sources", "places", "rejected", "repaired")
 _ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
-# The number behind its last document, its side, and the numbers of remarks up to it.
-_SOURCE = np.dtype([("end", "<i4"), ("heldout", "?"), ("rejected", "<i4"), ("repaired", "<i4")])
+# The number behind its last document, the numbers of remarks up to it, and its mark.
+_SOURCE = np.dtype(
+    [("end", "<i4"), ("rejected", "<i4"), ("repaired", "<i4"), ("heldout", "?"), ("has_key", "?"), ("key", "<u8", 2)]
+)
 _ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
 
 
@@ -50,9 +53,13 @@ def remark_line(remark: Remark) -> bytes:
 
 
 class Mark(NamedTuple):
-    """A fact about a source document by which it is chosen."""
+    """Facts about a source document by which it is chosen."""
 
     heldout: bool
+    key: bytes = b""
+    """16 bytes by which equal ones are found, if it may be left out as such."""
+    place: str = ""
+    """Where it is, if it has a key."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,11 @@ class Spool:
         """Rows of `_SOURCE`, one for each source document that was used; none if documents had no marks."""
         return self._mapped("sources", _SOURCE)
 
+    def places(self, chosen: np.ndarray) -> Iterator[str]:
+        """Yield where those of the first source documents are for which `chosen`, bool [n], is true and has a key."""
+        with self.path("places").open("rb") as lines:
+            yield from map(json.loads, compress(lines, chosen[self.sources["has_key"][: chosen.size]].tolist()))
+
     @property
     def lengths(self) -> np.ndarray:
         """Positions that each document takes, int64."""
@@ -215,7 +227,7 @@ class _Writer:
         self.documents = self.cut = self.sources = self.positions = self._ids = self._values = self._flushed = 0
         self._remarks = {"rejected": 0, "repaired": 0}
         self._rows: list[tuple[float, ...]] = []
-        self._sources: list[tuple[int, ...]] = []
+        self._sources: list[tuple[Any, ...]] = []
         self._tokens: list[np.ndarray] = []
 
     def add(self, documents: Iterable[Document]) -> None:
@@ -253,8 +265,11 @@ class _Writer:
 
     def mark(self, mark: Mark) -> None:
         """Add the row of the source document that was added last."""
-        self._sources.append((self.documents, mark.heldout, *self._remarks.values()))
+        key = np.frombuffer(mark.key or bytes(16), "<u8")
+        self._sources.append((self.documents, *self._remarks.values(), mark.heldout, bool(mark.key), key))
         self.sources += 1
+        if mark.key:
+            self._append("places", f"{json.dumps(mark.place)}\n".encode())
 
     def remark(self, remark: Remark) -> None:
         """Add why a source document was left out, or what was repaired."""
