@@ -33,6 +33,7 @@ from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.preview import Decoder, page, preview
+from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
 from transfusion_fast.prepare.selection import ALL, SIDES, Selection
@@ -307,7 +308,7 @@ def _print_built(folder: Path, built: Built) -> None:
 def _verify(options: argparse.Namespace) -> int:
     index, count = parse_index(options.folder), 0
     checked = verify(options.folder, index, options.processes)
-    for findings in tqdm(checked, "verifying", len(index.shards) + 1, unit="shard", disable=None):
+    for findings in progress(checked, "verifying", "shard", len(index.shards) + 1):
         count += len(findings)
         for finding in findings:
             tqdm.write(finding, file=sys.stderr)
@@ -322,7 +323,7 @@ def _info(options: argparse.Namespace) -> None:
     if options.picture:
         check_picture(options.picture)
     reader = PackReader(options.folder)
-    found = Statistics.of(reader.read(n) for n in tqdm(range(len(reader)), "reading", unit="pack", disable=None))
+    found = Statistics.of(reader.read(n) for n in progress(range(len(reader)), "reading", "pack", len(reader)))
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
     print(f"{options.folder}: {summary(reader.index)}")

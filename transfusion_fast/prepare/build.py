@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from transfusion_fast.data.index import INDEX_NAME, Index, file_sha256, read_index, write_index
 from transfusion_fast.data.order import keyed_permutation
@@ -34,6 +33,7 @@ from transfusion_fast.prepare.chosen import Chosen, Front, located
 from transfusion_fast.prepare.inspect import read_shard
 from transfusion_fast.prepare.packing import pack_named
 from transfusion_fast.prepare.pool import worker_pool
+from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import UNIT_STREAM, Recipe
 from transfusion_fast.prepare.selection import SIDES
 from transfusion_fast.prepare.sources.base import Source, Unit
@@ -164,7 +164,8 @@ class _Work:
         with worker_pool(self, processes) as each:
             front = Front(self.recipe.selection)
             unread = takewhile(lambda _: not front.has_enough, enumerate(units))
-            for number, counts in tqdm(each(_Work.encode, unread), "reading", len(units), unit="unit", disable=None):
+            total = None if self.recipe.selection.has_limit else len(units)
+            for number, counts in progress(each(_Work.encode, unread), "reading", "unit", total):
                 front.add(number, counts)
             chosen = Chosen(self.recipe.selection, self.spool, front.counts)
             examples: dict[str, str] = {}
@@ -172,7 +173,7 @@ class _Work:
             repaired = self.list_remarks("repaired", REPAIRED, chosen, examples)
             totals = self.totals(chosen, rejected, examples)
             tasks = (task for side in totals for task in self.tasks(chosen, side))
-            written = dict(tqdm(each(_Work.write, tasks), "writing", unit="shard", disable=None))
+            written = dict(progress(each(_Work.write, tasks), "writing", "shard"))
         empty = self.recipe.encoder.empty_index()
         indices = {
             side: replace(empty, documents=own[0], tokens=own[1], shards=_in_order(written, side))
