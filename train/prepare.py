@@ -32,6 +32,7 @@ from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
+from transfusion_fast.prepare.parts import Share, build_part
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
@@ -84,6 +85,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
     "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
+    "--part": {
+        "metavar": "I/N",
+        "help": "on each of N machines: read the I-th of N parts; the last one writes OUT, on a disk that all share",
+    },
     "--source": {
         "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
         "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
@@ -163,7 +168,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
-PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
+PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes", "--part")
 SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout", "--limit", "--limit-tokens", "--dedup")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
@@ -292,7 +297,16 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:
     recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
-    _print_built(options.out, build(recipe, options.out, options.processes))
+    if options.part is None:
+        _print_built(options.out, build(recipe, options.out, options.processes))
+        return
+    share = Share.parse(options.part)
+    made = build_part(recipe, options.out, share, options.processes)
+    if isinstance(made, Built):
+        _print_built(options.out, made)
+    else:
+        missing = ", ".join(f"{number}/{share.of}" for number in made)
+        print(f"{options.out}: part {options.part} is read; the last of these parts will write the shards: {missing}")
 
 
 def _print_built(folder: Path, built: Built) -> None:
