@@ -99,6 +99,20 @@ def test_a_machine_waits_for_another_that_is_about_to_end(tmp_path, recipe):
     assert words(tmp_path / "out")
 
 
+def test_a_part_that_begins_while_the_folder_is_finished_finds_it(tmp_path, recipe, monkeypatch):
+    build_part(recipe, tmp_path / "out", share(1, 2))
+    check_begun = staging.check_begun
+
+    def overtaken(*arguments):
+        check_begun(*arguments)
+        monkeypatch.undo()
+        assert not build_part(recipe, tmp_path / "out", share(2, 2)).reused
+
+    monkeypatch.setattr(staging, "check_begun", overtaken)
+    assert build_part(recipe, tmp_path / "out", share(1, 2)).reused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_parts_that_were_killed_anywhere_resume(tmp_path, recipe, monkeypatch):
     build(recipe, tmp_path / "whole")
     encode, done = Work.encode, []

@@ -63,10 +63,11 @@ def _encode_share(recipe: Recipe, folder: Path, partial: Path, share: Share, pro
         if staging.has_units(partial):
             staging.check_begun(partial, staged)  # before others are waited for
         with suppress(staging.InUseError), staging.locked(partial):  # those who share it have begun
-            staging.begin_or_resume(partial, staged, recipe.encoder.tokenizer)
+            if finished(folder, recipe) is None:  # another may have finished before the lock was free
+                staging.begin_or_resume(partial, staged, recipe.encoder.tokenizer)
         with staging.locked(partial, shared=True, wait=True):
-            staging.check_begun(partial, staged)
-            if read_json(partial / RECIPE) is not None:  # else the folder was finished meanwhile
+            if finished(folder, recipe) is None and read_json(partial / RECIPE) is not None:
+                staging.check_begun(partial, staged)
                 return _encode_units(Work(recipe, partial), share, processes)
     return []
 

@@ -103,7 +103,7 @@ class Spool:
 
         Args:
             marks: receives, before each outcome that is not Repaired, the mark of its source document.
-            enough: tells from the numbers of source documents and of tokens when to stop.
+            enough: with marks, tells from the numbers of source documents and of tokens when to stop.
         """
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
@@ -117,13 +117,14 @@ class Spool:
                     writer.add(outcome)
                 else:
                     writer.add_all_or_none(outcome)
-                if marks is not None and not isinstance(outcome, Repaired):
-                    mark = marks.popleft()
-                    if writer.documents > before:
-                        assert mark is not None, "what is rejected by its source becomes no document"
-                        writer.mark(mark)
-                if stopped := enough(writer.sources, writer.positions):
-                    break
+                if marks is None or isinstance(outcome, Repaired):
+                    continue
+                mark = marks.popleft()
+                if writer.documents > before:
+                    assert mark is not None, "what is rejected by its source becomes no document"
+                    writer.mark(mark)
+                    if stopped := enough(writer.sources, writer.positions):
+                        break
             writer.flush()
         read = None if stopped else checksum()
         written = Counts(writer.documents, writer.cut, writer.positions, writer.sources, read)
