@@ -8,6 +8,7 @@ there are as many of them as captions. Source documents have rows of their own o
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -266,7 +267,7 @@ class _Writer:
 
     def mark(self, mark: Mark) -> None:
         """Add the row of the source document that was added last."""
-        key = np.frombuffer(mark.key or bytes(16), "<u8")
+        key = struct.unpack("<2Q", mark.key) if mark.key else (0, 0)
         self._sources.append((self.documents, *self._remarks.values(), mark.heldout, bool(mark.key), key))
         self.sources += 1
         if mark.key:
