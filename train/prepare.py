@@ -43,6 +43,8 @@ from transfusion_fast.sampling.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)
 """Pack lengths whose waste `info` prints."""
+MOST_SHAPES = 16
+"""Shapes of images that `info` prints, the most frequent ones; there are fewer buckets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,8 +106,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
     "--shape": {
-        "choices": ("crop", "native"), "default": "crop",
-        "help": "the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
+        "choices": ("crop", "buckets", "native"), "default": "crop",
+        "help": "the middle square; the nearest of a few shapes of up to SIZE x SIZE pixels; or the image's own shape "
+        "with at most so many pixels (default: %(default)s)",
     },
     "--vae": {
         "type": _local, "metavar": "FOLDER",
@@ -295,6 +298,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {summary(reader.index)}")
     print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
     print(f"images: {found.images} of {found.patches} patches")
+    if len(found.shapes) > 1:
+        print(f"shapes of images, {found.named_shapes(MOST_SHAPES)}")
     if found.ignored or found.weighted:
         print(f"ids and patches without loss: {found.ignored}, with another weight than 1: {found.weighted}")
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")

@@ -87,13 +87,18 @@ def test_info_counts_and_draws(folder, tmp_path, run):
     named = folder.rename(tmp_path / os.fsdecode(b"\xff"))  # a name that is no text
     code, out, err = run("info", named, "--picture", tmp_path / "new" / "lengths.png")
     assert code == 0 and not err
-    assert "images: 12 of 48 patches" in out and "12 documents" in out and "76.7 % of ids and patches" in out
+    assert (
+        "images: 12 of 48 patches" in out
+        and "shapes" not in out
+        and "12 documents" in out
+        and "76.7 % of ids and patches" in out
+    )
     assert "% at 2048" in out and "% at 16384" in out
     assert np.asarray(Image.open(tmp_path / "new" / "lengths.png").convert("L")).std() > 5
     assert run("preview", named, "--out", tmp_path / "page.html")[0] == 0
 
 
-@pytest.mark.parametrize(("shape", "size"), [("crop", (16, 16)), ("native", (12, 16))])
+@pytest.mark.parametrize(("shape", "size"), [("crop", (16, 16)), ("buckets", (12, 20)), ("native", (12, 16))])
 def test_images_are_cropped_or_keep_their_shape(stories, tmp_path, run, shape, size):
     code, _, err = run("interleaved", stories, "--out", tmp_path, *IMAGES, "--patch-size", "4", "--shape", shape)
     assert code == 0 and "left out 1: " in err and "none.png" in err
