@@ -3,6 +3,7 @@
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
 from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
+from transfusion_fast.prepare.filters import Condition, Filters, parse_lengths
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.preview import Decoder, page, preview
@@ -104,6 +106,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "side of a patch: in pixels (default: 16; digits 4, clothes 4), with --vae in latents (default: 2), "
         "with --encoder in features (default: 1)",
     },
+    "--where": {
+        "action": "append", "default": [], "metavar": "CONDITION",
+        "help": "leave out documents whose JSON or row does not meet it, such as 'similarity > 0.3' or "
+        "'scores.language == \"en\"' (< <= > >= == !=); repeat it for conditions that must all be met",
+    },
+    "--min-side": {
+        "type": int, "default": 1, "metavar": "N", "help": "leave out documents with an image whose shorter side has "
+        "fewer pixels",
+    },
+    "--max-aspect": {
+        "type": float, "default": math.inf, "metavar": "R",
+        "help": "leave out documents with an image whose longer side is more than R times the shorter one",
+    },
+    "--caption-length": {
+        "metavar": "MIN:MAX", "help": "leave out captions of fewer or more characters; MIN or MAX may be missing",
+    },
     "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
     "--shape": {
         "choices": ("crop", "buckets", "native"), "default": "crop",
@@ -146,9 +164,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe")
+SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--where")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
+    "--min-side", "--max-aspect",
 )  # fmt: skip
 
 
@@ -178,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("text", _text, help, *SOURCE, "--field", "--separator")
     help = "captioned images: WebDataset tars of KEY.jpg (.png, .avif, ..) beside KEY.txt or KEY.json with a caption"
     pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
-    add("pairs", pairs, help, *SOURCE, *IMAGES)
+    add("pairs", pairs, help, *SOURCE, *IMAGES, "--caption-length")
     content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
     help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
     add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
@@ -201,12 +220,22 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 
 def _text(options: argparse.Namespace) -> None:
-    source = TextSource.of(options.files, field=options.field, separator=options.separator)
-    _build(options, source, Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split"))
+    filters = _filters(options)
+    source = TextSource.of(options.files, field=options.field, separator=options.separator, fields=filters.fields)
+    tokenizer = _tokenizer(options, source)
+    _build(options, source, Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters))
+
+
+def _filters(options: argparse.Namespace) -> Filters:
+    where, lengths = tuple(map(Condition.parse, options.where)), getattr(options, "caption_length", None)
+    own = {name: getattr(options, name) for name in ("min_side", "max_aspect") if hasattr(options, name)}
+    return Filters(where, **own, **({} if lengths is None else {"caption_length": parse_lengths(lengths)}))
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
-    source, latents, size, patch = kind.of(options.files), _latents(options), options.image_size, options.patch_size
+    filters = _filters(options)
+    source, latents = kind.of(options.files, fields=filters.fields), _latents(options)
+    size, patch = options.image_size, options.patch_size
     if latents is None:
         modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
     else:
@@ -215,7 +244,7 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents)
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, filters)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
         vision = measure_features(encoder, source, options.train_bpe, options.out)
         modality = vision.modality(modality.name, modality.patch_size)

@@ -13,7 +13,7 @@ import operator
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -65,6 +65,8 @@ class SourceDocument:
     parts: tuple[Part, ...]
     weights: tuple[float, ...] = ()
     """Weight of the loss of each part; empty for 1 everywhere."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Those of `Source.fields` that the document's record has."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Source(ABC):
     files: tuple[Path, ...]
     strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
     """Why files in folders were passed over, one remark for each."""
+    fields: tuple[str, ...] = field(default=(), kw_only=True, compare=False)
+    """Names of the fields of records, such as scores, that the filters of documents look at."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 
@@ -112,9 +116,16 @@ class Source(ABC):
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
         return entry
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        """Return the record of the document that an entry holds, a mapping of its fields, or another value for none.
+
+        It is asked for only if `fields` are, and need not have any others.
+        """
+        return None
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return the settings except for the files as JSON; equal settings and files give equal documents."""
+        """Return the settings except for files and `fields` as JSON; equal settings and files give equal documents."""
 
     def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
         """Return bytes [start, end) of files such that those of all units together are those of all files."""
@@ -137,7 +148,8 @@ class Source(ABC):
                 yield entry.at(where)
                 continue
             try:
-                found = _document(where, tuple(self.parts(entry, unit)))
+                fields = self._fields(entry, unit) if self.fields else {}
+                found = _document(where, tuple(self.parts(entry, unit)), fields)
             except Rejected as rejected:
                 yield rejected.at(where)
                 continue
@@ -147,11 +159,15 @@ class Source(ABC):
                 yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
             yield replace(found, parts=joined) if repairs else found
 
+    def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
+        record = self.record(entry, unit)
+        return {name: record[name] for name in self.fields if name in record} if isinstance(record, Mapping) else {}
 
-def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
+
+def _document(where: str, parts: tuple[Part | Weighted, ...], fields: Mapping[str, Any]) -> SourceDocument:
     plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
     weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
-    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else ())
+    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else (), fields)
 
 
 @functools.lru_cache  # asked for every document, and slow

@@ -57,6 +57,9 @@ class InterleavedSource(Source):
         if blank:
             raise Rejected("empty document", "its texts are blank, and it has no image")
 
+    def record(self, entry: bytes, unit: Unit) -> Any:
+        return parse_json(entry)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "interleaved"}
 

@@ -79,6 +79,9 @@ class PairsSource(Source):
             raise Rejected("no caption", "")
         return caption.strip(), image
 
+    def record(self, entry: dict[str, bytes], unit: Unit) -> Any:
+        return parse_json(entry["json"]) if "json" in entry else None
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "pairs"}
 

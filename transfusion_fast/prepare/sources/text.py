@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transfusion_fast.errors import InputError, Rejected, Remark, optional_module
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, TextRange, Unit, decode_utf8, kind_of, parse_json
@@ -28,6 +28,13 @@ _MAX_GROUP_BYTES = 16 << 30
 _STRINGS = (
     "string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary", "null",
 )  # fmt: skip
+
+
+class _Row(NamedTuple):
+    """A row of Parquet: bytes of its text, or None, and the fields that filters look at."""
+
+    text: bytes | None
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class TextSource(Source):
             case _:
                 return super().spans(unit)
 
-    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | Remark | None]]:
+    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | _Row | Remark]]:
         match kind_of(unit.path):
             case ".txt" if self.separator:
                 yield from read_separated(unit, self.separator)
@@ -76,22 +83,19 @@ class TextSource(Source):
                     size = file.stat().st_size
                     yield str(file), file.read_bytes() if size <= LONG_BYTES else TextRange(file, 0, size)
             case ".parquet":
-                yield from _read_rows(unit, self.field)
+                yield from _read_rows(unit, self.field, self.fields)
             case _:
                 yield from read_lines(unit)
 
-    def parts(self, entry: bytes | TextRange | None, unit: Unit) -> tuple[str | TextRange]:
+    def parts(self, entry: bytes | TextRange | _Row, unit: Unit) -> tuple[str | TextRange]:
         if isinstance(entry, TextRange):
             return (entry,)
-        value: Any = entry
-        if entry is not None:
-            match kind_of(unit.path):
-                case ".txt":
-                    value = decode_utf8(entry, "utf-8-sig")
-                case ".parquet":
-                    value = decode_utf8(entry)
-                case _:
-                    value = parse_json(entry)
+        if isinstance(entry, _Row):
+            value: Any = None if entry.text is None else decode_utf8(entry.text)
+        elif kind_of(unit.path) == ".txt":
+            value = decode_utf8(entry, "utf-8-sig")
+        else:
+            value = parse_json(entry)
         if isinstance(value, dict):
             if self.field not in value:
                 names = ", ".join(list(value)[:8])
@@ -102,6 +106,11 @@ class TextSource(Source):
         if not value.strip():
             raise Rejected("empty text", "")
         return (value,)
+
+    def record(self, entry: bytes | TextRange | _Row, unit: Unit) -> Any:
+        if isinstance(entry, _Row):
+            return entry.fields
+        return None if kind_of(unit.path) == ".txt" else parse_json(entry)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field, "separator": os.fsdecode(self.separator)}
@@ -122,8 +131,8 @@ def _row_groups(path: Path, column: str) -> list[Unit]:
         return [Unit(path, 0, 1)]
 
 
-def _read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected | None]]:
-    """Yield the place and the value of each row; if the rest of a row group cannot be read, Rejected once."""
+def _read_rows(unit: Unit, column: str, fields: Sequence[str]) -> Iterator[tuple[str, _Row | Rejected]]:
+    """Yield the place and the values of each row; if the rest of a row group cannot be read, Rejected once."""
     group = f"row group {unit.start} of {unit.path}"
     try:
         with _parquet(unit.path) as table:
@@ -131,7 +140,7 @@ def _read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected 
             info = table.metadata.row_group(unit.start)
             if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
                 raise Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows")
-            for row, value in enumerate(_values(table, unit.start, column)):
+            for row, value in enumerate(_values(table, unit.start, column, fields)):
                 yield f"row {row} of {group}", value
     except Rejected as rejected:
         yield group, rejected
@@ -171,19 +180,34 @@ def _check_groups(table: Any, path: Path) -> None:
             )
 
 
-def _values(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | None]:
-    """Yield the values of a column in a row group, and at the end what is wrong if there should be more.
+def _values(table: Any, group: int, name: str, fields: Sequence[str]) -> Iterator[_Row | Rejected]:
+    """Yield the rows of a row group, and at the end what is wrong if there should be more. Other columns are not read.
 
-    They are bytes: a string of Arrow need not be UTF-8, and the size of bytes is known before they are copied.
+    Texts are bytes: a string of Arrow need not be UTF-8, and the size of bytes is known before they are copied.
     """
     import pyarrow
     from pyarrow import compute
 
     try:
-        for batch in table.iter_batches(_ROWS_TOGETHER, row_groups=[group], columns=[name]):
-            values = batch.column(0).cast(pyarrow.large_binary())
-            for value, size in zip(values, compute.binary_length(values).to_pylist(), strict=True):
-                too_large = size is not None and size > MAX_BYTES
-                yield Rejected("row too large", f"{size} bytes") if too_large else value.as_py()
+        known = [field for field in fields if field in table.schema_arrow.names]
+        for batch in table.iter_batches(_ROWS_TOGETHER, row_groups=[group], columns=list({name, *known})):
+            columns = dict(
+                zip(reversed(batch.schema.names), reversed(batch.columns), strict=True)
+            )  # the first of a name
+            values = columns[name].cast(pyarrow.large_binary())
+            for row, size in enumerate(compute.binary_length(values).to_pylist()):
+                if size is not None and size > MAX_BYTES:
+                    yield Rejected("row too large", f"{size} bytes")
+                else:
+                    found = {field: _field(columns[field][row]) for field in known}
+                    yield _Row(values[row].as_py(), found)
     except (pyarrow.ArrowException, OSError) as error:
         yield Rejected("parquet damaged", f"what follows is lost ({error})")
+
+
+def _field(value: Any) -> Any:
+    """Return a value of Arrow; None if Python has none for it, such as for a string that is not UTF-8."""
+    try:
+        return value.as_py()
+    except (ValueError, ArithmeticError):
+        return None
