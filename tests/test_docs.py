@@ -42,6 +42,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "needs the environment that make creates",
     "python train/prepare.py pairs laion/*.tar --out data/latents": "needs an autoencoder, as in tests/prepare",
     "python train/prepare.py pairs laion/*.tar --out data/features": "needs an encoder, as in tests/train",
+    "python train/prepare.py text corpus/ --out s3:": "needs a bucket, as tests/prepare/test_upload.py does not",
 }
 # Options that make the others take seconds.
 SHORTER = {

@@ -31,7 +31,7 @@ from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
 from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
-from transfusion_fast.prepare.filters import Condition, Filters, parse_lengths
+from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.preview import Decoder, page, preview
@@ -41,6 +41,7 @@ from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
+from transfusion_fast.prepare.upload import local_and_target, remove
 from transfusion_fast.sampling.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be any bytes
     try:
+        options.target = None
+        if "work" in options:
+            options.out, options.target = local_and_target(options.out, options.work)
         return options.run(options) or 0
     except (InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
@@ -68,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _local(text: str) -> Path:
     """Return a local path; Path would silently drop one of the slashes of a URL."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"files and folders must be local, got {text!r}; only training reads URLs")
+        raise argparse.ArgumentTypeError(
+            f"files and folders must be local, got {text!r}; only --out and training take URLs"
+        )
     return Path(text)
 
 
@@ -76,7 +82,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "files": {"type": _local, "nargs": "+", "metavar": "FILE", "help": "files, or folders of them"},
     "folder": {"type": _local, "metavar": "FOLDER", "help": "data folder, local"},
     "out": {"type": _local, "metavar": "OUT", "help": "folder to make; gets train/ and heldout/"},
-    "--out": {"type": _local, "required": True, "metavar": "OUT", "help": "folder to make; run again to resume"},
+    "--out": {"required": True, "metavar": "OUT", "help": "folder to make, or its URL; run again to resume"},
+    "--work": {
+        "type": _local, "metavar": "FOLDER",
+        "help": "local folder in which to make what is uploaded to a URL; it is removed when all is there",
+    },
     "--seq-len": {"type": int, "default": 4096, "help": "positions of a pack (default: %(default)s)"},
     "--long": {
         "choices": ("split", "reject"),
@@ -120,7 +130,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "leave out documents with an image whose longer side is more than R times the shorter one",
     },
     "--caption-length": {
-        "metavar": "MIN:MAX", "help": "leave out captions of fewer or more characters; MIN or MAX may be missing",
+        "default": "0:", "metavar": "MIN:MAX",
+        "help": "leave out captions of fewer or more characters; MIN or MAX may be missing",
     },
     "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
     "--shape": {
@@ -163,7 +174,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
-PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes")
+PACKING = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
 SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--where")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
@@ -227,9 +238,8 @@ def _text(options: argparse.Namespace) -> None:
 
 
 def _filters(options: argparse.Namespace) -> Filters:
-    where, lengths = tuple(map(Condition.parse, options.where)), getattr(options, "caption_length", None)
-    own = {name: getattr(options, name) for name in ("min_side", "max_aspect") if hasattr(options, name)}
-    return Filters(where, **own, **({} if lengths is None else {"caption_length": parse_lengths(lengths)}))
+    names = ("where", "min_side", "max_aspect", "caption_length")
+    return Filters.parse(**{name: vars(options)[name] for name in names if name in options})
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
@@ -244,7 +254,7 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, filters)
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, filters=filters)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
         vision = measure_features(encoder, source, options.train_bpe, options.out)
         modality = vision.modality(modality.name, modality.patch_size)
@@ -294,7 +304,15 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
 
 def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
     recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe)
+    if options.target and (indices := options.target.finished(recipe.describe())) and not options.out.exists():
+        for url, index in indices.items():
+            print(f"{url}: already there: {summary(index)}")
+        return
     _print_built(options.out, build(recipe, options.out, options.processes))
+    if options.target:
+        count = options.target.upload(options.out)
+        remove(options.out)
+        print(f"{options.target.url}: complete: {count} files uploaded; {options.out} is removed")
 
 
 def _print_built(folder: Path, built: Built) -> None:

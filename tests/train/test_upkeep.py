@@ -143,7 +143,7 @@ def test_a_folder_without_an_index_gets_one_line_and_code_2(command, tmp_path, r
     "arguments",
     [
         "info URL", "verify URL", "index URL", "preview URL", "repack URL --out x", "digits URL", "text URL --out x",
-        "text x --out URL", "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
+        "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
     ],
 )  # fmt: skip
 def test_no_url_is_taken_for_a_file_or_folder(arguments, capsys):

@@ -10,7 +10,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Self
@@ -87,6 +87,13 @@ class Filters:
             raise InputError(f"smallest side of an image must be 1 or more, got {self.min_side}; give more pixels")
         if not self.max_aspect >= 1:
             raise InputError(f"largest aspect ratio must be 1 or more, got {self.max_aspect}; give a larger number")
+
+    @classmethod
+    def parse(
+        cls, where: Sequence[str] = (), min_side: int = 1, max_aspect: float = math.inf, caption_length: str = "0:"
+    ) -> Self:
+        """Return the filters that are written so on a command line; InputError for a malformed one."""
+        return cls(tuple(map(Condition.parse, where)), min_side, max_aspect, parse_lengths(caption_length))
 
     @property
     def fields(self) -> tuple[str, ...]:
