@@ -50,6 +50,15 @@ def test_an_image_gets_the_nearest_bucket_by_the_logarithm_of_its_aspect_ratio(h
     assert distances[rows // 16, columns // 16] <= min(distances.values()) + 1e-12
 
 
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((1910, 1000), (21, 12)), ((1917, 1000), (23, 11)), ((1000, 1910), (12, 21)), ((1000, 1917), (11, 23))],
+)
+def test_between_two_buckets_the_mean_of_their_logarithms_decides(size, shape):
+    """sqrt(21/12 * 23/11) is 1.913, and the mean of both ratios 1.920."""
+    assert ImageRule("buckets", 16, 1).covered(*size) == shape
+
+
 @given(SIZES, SIZES)
 def test_no_more_than_9_percent_is_cut_of_an_image_of_a_usual_aspect_ratio(height, width):
     rule = ImageRule("buckets", 256, 16)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transfusion_fast.data.folder import FetchError, ShardCache, as_folder
 from transfusion_fast.data.index import INDEX_NAME, parse_index
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.errors import InputError
+from transfusion_fast.prepare import upload
 from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.upload import Target
 
@@ -85,7 +87,26 @@ def test_an_uploaded_folder_is_read_like_the_local_one(prepared, memory, tmp_pat
         assert far.read(number).tokens.tolist() == near.read(number).tokens.tolist()
 
 
-def test_the_recipe_is_written_first_and_the_index_last(prepared, memory, writes):
+def test_data_folders_below_one_recipe_are_uploaded_together(prepared, memory, tmp_path):
+    recipe, folder = prepared
+    for side in ("train", "heldout"):
+        shutil.copytree(folder, tmp_path / "both" / side)
+    described = json.loads((folder / "recipe.json").read_text())
+    described["index"] = dict.fromkeys(("train", "heldout"), described["index"])
+    (tmp_path / "both" / "recipe.json").write_text(json.dumps(described))
+    (tmp_path / "both" / "left_out.jsonl").write_text("")
+    Target(URL).upload(tmp_path / "both")
+    assert memory.cat_file("/uploads/data/heldout/shard-000001.tar") == (folder / "shard-000001.tar").read_bytes()
+    index = parse_index(folder)
+    assert Target(URL).finished(recipe.describe()) == {f"{URL}/train": index, f"{URL}/heldout": index}
+    memory.rm("/uploads/data/heldout/index.json")
+    assert Target(URL).finished(recipe.describe()) == {}
+    assert Target(URL).upload(tmp_path / "both") == 1
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30])
+def test_the_recipe_is_written_first_and_the_index_last(prepared, memory, writes, monkeypatch, small):
+    monkeypatch.setattr(upload, "_SMALL", small)
     Target(URL).upload(prepared[1])
     names = writes[0]
     assert (names[0], names[-1]) == ("recipe.json", INDEX_NAME) and len(names) == len(local_files(prepared[1]))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ from transfusion_fast.files import write_atomically
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
 _READ_ONLY = ("http", "https")
-_TOGETHER = 8  # files that are uploaded at once, as each waits for several answers
+_TOGETHER = 8  # small files that are uploaded at once, as each waits for several answers
+_SMALL = 16 << 20  # bytes; of a larger file, clients upload several parts of up to 50 MB at once
 _T = TypeVar("_T")
 
 
@@ -92,7 +93,14 @@ class Target:
             for shard in parse_index((folder / name).parent).shards
         }
         put = partial(self._put_missing, folder, held, shards)
-        count = put(RECIPE) + _all_at_once(put, [name for name in names if name not in (*indices, RECIPE)])
+        between = [name for name in names if name not in (*indices, RECIPE)]
+        small = [name for name in between if (folder / name).stat().st_size < _SMALL]
+        count = int(put(RECIPE))
+        with tqdm(None, "uploading", len(between), unit="file", disable=None) as progress:
+            for threads, chosen in ((_TOGETHER, small), (1, sorted({*between} - {*small}))):
+                for is_new in _each(put, chosen, threads):
+                    count += is_new
+                    progress.update()
         return count + sum(map(put, indices))
 
     def _put_missing(self, folder: Path, held: dict[str, int], shards: dict[str, ShardInfo], name: str) -> bool:
@@ -135,7 +143,7 @@ class Target:
         """Return the size of each file below the URL by its relative name."""
 
         def sizes(files: Any, path: str) -> dict[str, int]:
-            files.invalidate_cache()
+            files.invalidate_cache()  # of listings, since when another process may have written there
             found = files.find(path, detail=True)
             return {name.removeprefix(path).lstrip("/"): info["size"] for name, info in found.items()}
 
@@ -196,13 +204,13 @@ def _put(local: Path, files: Any, path: str) -> None:
     files.put_file(str(local), path)
 
 
-def _all_at_once(put: Callable[[str], bool], names: Iterable[str]) -> int:
-    """Return the number of files that are uploaded; after an error, those that wait are not."""
-    with ThreadPoolExecutor(_TOGETHER) as executor:
+def _each(put: Callable[[str], bool], names: Sequence[str], threads: int) -> Iterator[bool]:
+    """Yield put(name) of every name, in any order; after an error, those that wait are not called."""
+    with ThreadPoolExecutor(threads) as executor:
         waiting = [executor.submit(put, name) for name in names]
         try:
-            done = tqdm(as_completed(waiting), "uploading", len(waiting), unit="file", disable=None)
-            return sum(future.result() for future in done)
+            for future in as_completed(waiting):
+                yield future.result()
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
