@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from autoencoders import save_autoencoder
+from autoencoders import save_autoencoder, save_vision_encoder
 from build_cases import RGB, TOKENIZER, documents_in, make_pairs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +13,7 @@ from image_files import png
 from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.data.reader import PackReader
+from transfusion_fast.data.vision_encoder import read_vision_encoder
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.decoding import DecodedImage
 from transfusion_fast.prepare.encode import Encoder
@@ -102,11 +103,16 @@ def test_a_folder_has_images_of_the_buckets_alone(tar, tmp_path):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_latents_have_the_shapes_of_buckets_too(tar, tmp_path):
-    save_autoencoder(tmp_path / "vae")
-    latents = LatentRule(read_autoencoder(tmp_path / "vae"))
+@pytest.mark.parametrize("kind", ["autoencoder", "vision encoder"])
+def test_latents_have_the_shapes_of_buckets_too(tar, tmp_path, kind):
+    if kind == "autoencoder":
+        save_autoencoder(tmp_path)
+        latents = LatentRule(read_autoencoder(tmp_path))
+    else:
+        save_vision_encoder(tmp_path)
+        latents = LatentRule(read_vision_encoder(tmp_path), sampled=False)
     image = ImageRule("buckets", 16 * latents.encoder.stride, 4 * latents.encoder.stride)
     modality = latents.encoder.modality("images", 4)
     build(Recipe(PairsSource.of([tar]), Encoder(TOKENIZER, 64, (modality,), image, latents=latents)), tmp_path / "out")
     images = [part for found in documents_in(tmp_path / "out") for part in found if isinstance(part, ImageSegment)]
-    assert {part.values.shape[:2] for part in images} == {(16, 16), (12, 20), (20, 12)}
+    assert {part.values.shape[:2] for part in images} == {(16, 16), (12, 20), (20, 12)} and len(images) == 60
