@@ -23,9 +23,9 @@ _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 _CONDITION = re.compile(
     r"""\s*(?P<field>[^\s<>=!"'.]+(?:\.[^\s<>=!"'.]+)*)\s*(?P<operator><=|>=|==|!=|<|>)\s*"""
-    r"""(?:(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|"(?P<double>[^"]*)"|'(?P<single>[^']*)')\s*"""
+    r"""(?:(?P<number>[+-]?(?:(?P<whole>\d{1,300})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))|"(?P<double>[^"]*)"|'(?P<single>[^']*)')\s*"""
 )
-_LENGTHS = re.compile(r"(\d*):(\d*)", re.ASCII)
+_LENGTHS = re.compile(r"(\d{0,18}):(\d{0,18})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Condition:
                 f"condition must be FIELD, an operator of {' '.join(_COMPARED)}, and a number, or a text in quotes "
                 f"behind == or !=, got {text!r}; give one such as 'similarity > 0.3' or 'language == \"en\"'"
             )
-        value = float(found["number"]) if is_number else found["double"] or found["single"] or ""
+        value: float | str = found["double"] or found["single"] or ""
+        if is_number:  # floats would round large integers
+            value = int(found["number"]) if found["whole"] else float(found["number"])
         return cls(found["field"], found["operator"], value)
 
     def check(self, fields: Mapping[str, Any]) -> None:
