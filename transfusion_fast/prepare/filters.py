@@ -22,8 +22,13 @@ _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
 _CONDITION = re.compile(
-    r"""\s*(?P<field>[^\s<>=!"'.]+(?:\.[^\s<>=!"'.]+)*)\s*(?P<operator><=|>=|==|!=|<|>)\s*"""
-    r"""(?:(?P<number>[+-]?(?:(?P<whole>\d{1,300})|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))|"(?P<double>[^"]*)"|'(?P<single>[^']*)')\s*"""
+    r"""
+    \s* (?P<field> [^\s<>=!"'.]+ (?: \. [^\s<>=!"'.]+ )* )
+    \s* (?P<operator> <= | >= | == | != | < | > )
+    \s* (?: (?P<number> [+-]? (?: (?P<whole> \d{1,300} ) | (?: \d+\.?\d* | \.\d+ ) (?: [eE][+-]?\d+ )? ) )
+           | "(?P<double> [^"]* )" | '(?P<single> [^']* )' )
+    \s*""",
+    re.VERBOSE,
 )
 _LENGTHS = re.compile(r"(\d{0,18}):(\d{0,18})", re.ASCII)
 
