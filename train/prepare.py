@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_token
 from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
-from transfusion_fast.prepare.encode import Encoder, Long
+from transfusion_fast.prepare.encode import BadImages, Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
 from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
@@ -34,9 +34,10 @@ from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.repack import PacksSource
+from transfusion_fast.prepare.sources import layouts
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
-from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.pairs import CAPTION_FIELDS, LAYOUTS, PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
 from transfusion_fast.sampling.pictures import check_picture, check_writable
@@ -88,7 +89,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
-    "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
+    "--field": {
+        "default": "text", "help": "field of the text in records, or column; a.b is b of object a (default: text)",
+    },
+    "--caption-field": {
+        "metavar": "NAME",
+        "help": "field, column or extension of the caption; a.b is b of object a; of a list one is drawn (default: the "
+        f"first of {', '.join(CAPTION_FIELDS)})",
+    },
+    "--image-field": {
+        "metavar": "NAME",
+        "help": "field, column or extension of the image (default: the first of the usual names: image, jpg, path, ..)",
+    },
+    "--image-root": {
+        "type": _local, "metavar": "FOLDER",
+        "help": "folder that the paths of images are relative to (default: that of the file that holds them)",
+    },
+    "--bad-images": {
+        "choices": get_args(BadImages), "default": "reject",
+        "help": "leave out a document with an image that is missing or cannot be used, or only that image (default: "
+        "%(default)s)",
+    },
     "--separator": {
         "type": os.fsencode, "default": b"", "metavar": "TEXT",
         "help": "what stands between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one "
@@ -171,14 +192,20 @@ def _parser() -> argparse.ArgumentParser:
     stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
-    help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
+    help = "text: a field of .jsonl, .json, .parquet, .arrow or .csv, or .txt files"
     add("text", _text, help, *SOURCE, "--field", "--separator")
-    help = "captioned images: WebDataset tars of KEY.jpg (.png, .avif, ..) beside KEY.txt or KEY.json with a caption"
-    pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
-    add("pairs", pairs, help, *SOURCE, *IMAGES)
-    content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
-    help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
-    add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
+    help = (
+        "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
+    )
+    run = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
+    pairs = add("pairs", run, help, *SOURCE, *IMAGES, "--caption-field", "--image-field", "--image-root")
+    help = "tars, files (images with captions beside them), or records that hold or name images (default: detected)"
+    pairs.add_argument("--layout", choices=LAYOUTS, help=help)
+    help = 'texts and images in turn: .jsonl, .json, .parquet or .arrow, as {"content": ["text", {"image": "PATH"}]}'
+    run = partial(_images, kind=InterleavedSource, long="split")
+    interleaved = add("interleaved", run, help, *SOURCE, *IMAGES, "--image-root", "--bad-images")
+    help = "layout of all documents (default: detected for each)"
+    interleaved.add_argument("--layout", choices=layouts.LAYOUTS, help=help)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
     add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
@@ -203,7 +230,9 @@ def _text(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
-    source, latents, size, patch = kind.of(options.files), _latents(options), options.image_size, options.patch_size
+    names = ("layout", "caption_field", "image_field", "image_root")
+    source = kind.of(options.files, **{name: vars(options)[name] for name in names if name in options})
+    latents, size, patch = _latents(options), options.image_size, options.patch_size
     if latents is None:
         modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
     else:
@@ -212,7 +241,8 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents)
+    bad_images = getattr(options, "bad_images", "reject")
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, bad_images)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
         vision = measure_features(encoder, source, options.train_bpe, options.out)
         modality = vision.modality(modality.name, modality.patch_size)
