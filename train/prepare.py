@@ -194,9 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
     help = "text: a field of .jsonl, .json, .parquet, .arrow or .csv, or .txt files"
     add("text", _text, help, *SOURCE, "--field", "--separator")
-    help = (
-        "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
-    )
+    help = "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
     run = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
     pairs = add("pairs", run, help, *SOURCE, *IMAGES, "--caption-field", "--image-field", "--image-root")
     help = "tars, files (images with captions beside them), or records that hold or name images (default: detected)"

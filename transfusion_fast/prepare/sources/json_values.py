@@ -93,8 +93,10 @@ def _values(file: IO[bytes]) -> Iterator[Any]:
 
 def _read(file: IO[bytes], decoder: codecs.IncrementalDecoder, size: int) -> str:
     """Return the next characters, at least one unless the file ends."""
-    block = file.read(size)
     try:
-        return decoder.decode(block, final=not block)
+        while block := file.read(size):
+            if text := decoder.decode(block):
+                return text
+        return decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise Rejected("not UTF-8", f"what follows is lost ({error.reason})") from error

@@ -53,7 +53,7 @@ def _with_images(content: list[Any], record: dict[str, Any]) -> list[Any]:
 def _untyped(part: dict[str, Any], images: Iterator[Any]) -> Any:
     """Return `{"type": "text" | "image" | "image_url", ..}` as `{"text": ..}` or `{"image": ..}`."""
     kind = part["type"]
-    weights = {name: part[name] for name in ("loss", "weight") if name in part}
+    weights = _weights(part)
     if kind == "text":
         return {"text": part.get("text"), **weights}
     if kind not in ("image", "image_url"):
@@ -63,6 +63,10 @@ def _untyped(part: dict[str, Any], images: Iterator[Any]) -> Any:
     if not value:
         value = next(images, None)
     return {"image": value, **weights}
+
+
+def _weights(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: part[name] for name in ("loss", "weight") if name in part}
 
 
 def _images_of(record: dict[str, Any]) -> Iterator[Any]:
@@ -115,10 +119,14 @@ def _conversations(record: dict[str, Any]) -> list[Any] | None:
         speaker, said = _turn(turn)
         parts = [*_said(said, images), {"text": "\n"}]
         content.append({"text": f"{speaker}: ", "loss": False})
-        content += parts if speaker == "Assistant" else [{**part, "loss": False} for part in parts]
+        content += parts if speaker == "Assistant" else map(_without_loss, parts)
     if left := len(list(images)):
         raise Rejected("no content", f"{left} images have no <image> in the conversation")
     return _joined(content)
+
+
+def _without_loss(part: dict[str, Any]) -> dict[str, Any]:
+    return {**{name: value for name, value in part.items() if name != "weight"}, "loss": False}
 
 
 def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,10 +134,11 @@ def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
     joined: list[dict[str, Any]] = []
     for part in content:
         last = joined[-1] if joined else {}
-        if "text" in part and "text" in last and part.get("loss", True) == last.get("loss", True):
-            joined[-1] = {**last, "text": last["text"] + part["text"]}
-        else:
-            joined.append(part)
+        match last, part:
+            case {"text": str(before)}, {"text": str(text)} if _weights(last) == _weights(part):
+                joined[-1] = {**last, "text": before + text}
+            case _:
+                joined.append(part)
     return joined
 
 
@@ -156,6 +165,8 @@ def _said(said: Any, images: Iterator[Any]) -> Iterator[dict[str, Any]]:
         raise Rejected("no content", f"a turn must hold a text or a list, got {said!r:.60}")
     for part in said:
         found = _untyped(part, images) if isinstance(part, dict) and "type" in part else part
+        if not isinstance(found, dict | str):
+            raise Rejected("unknown part", f"a turn must hold texts and images, got {found!r:.60}")
         yield {"text": found} if isinstance(found, str) else found
 
 

@@ -26,6 +26,8 @@ IMAGE_FIELDS = (
     "file", "path",
 )  # fmt: skip
 """Names of the fields that are looked at if none is named, the first that is set."""
+_STORED_IMAGE = {"bytes", "path"}
+"""Fields of the structure in which `datasets` stores an image."""
 _METADATA = "metadata."  # the beginning of the name of the list that the hub's image folders have
 
 
@@ -127,6 +129,9 @@ class PairsSource(Source):
 
     def _image_of_record(self, record: Any, folder: Path) -> bytes:
         value = next((found for name in self._image_fields if (found := lookup(record, name)) is not None), None)
+        if value is None and self.image_field is None and isinstance(record, dict):
+            values = [found for found in record.values() if isinstance(found, dict) and found.keys() == _STORED_IMAGE]
+            value = values[0] if len(values) == 1 else None
         if value is None:
             names = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
             raise Rejected("no image", f"none in the fields of {names!r:.200}; name one with --image-field")
@@ -160,10 +165,9 @@ def _column(field: str) -> str:
 
 
 def _holds_images(kind: Any) -> bool:
-    """Return whether a column has the type by which `datasets` stores images."""
     from pyarrow import types
 
-    return types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
+    return types.is_struct(kind) and {field.name for field in kind} == _STORED_IMAGE
 
 
 def _one_of(kinds: Sequence[str], sample: Mapping[str, bytes], option: str) -> str | None:
