@@ -30,7 +30,7 @@ LIBRARY, COMMAND_LINES = (
     "".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
     for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train",))
 )
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Commands that are parsed and not run, with the reason.
 NOT_RUN = {

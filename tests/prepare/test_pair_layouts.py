@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -18,6 +19,7 @@ from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.sources import image_folders
 from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.staging import check_outside
 
 PAIRS = [("a cat", b"first"), ("a dog", b"second"), ("two cats", b"third")]
 CAPTIONS, IMAGES = zip(*PAIRS, strict=True)
@@ -218,11 +220,20 @@ def test_sources_of_several_layouts_are_refused_unless_one_is_given(tmp_path):
         pairs_in(tmp_path / "images" / "a.jpg", layout="files")
 
 
-def test_pairs_of_every_layout_make_the_same_folder_of_any_number_of_processes(tmp_path):
+def test_a_folder_of_images_is_prepared_once_by_any_number_of_processes_and_changes_are_noticed(tmp_path):
+    source, outs = tmp_path / "in", [tmp_path / f"out{processes}" for processes in (1, 2)]
     file = png(picture(16, 16))
-    write(tmp_path, {f"in/{n}.{kind}": file if kind == "png" else f"{n}" for n in range(9) for kind in ("png", "txt")})
-    source = PairsSource.of([tmp_path / "in"])
-    folders = [tmp_path / f"out{processes}" for processes in (1, 2)]
-    for processes, folder in enumerate(folders, 1):
-        assert build(Recipe(source, ENCODER), folder, processes).index.documents == 9
-    assert content(folders[0]) == content(folders[1])
+    write(source, {f"{n}.{kind}": file if kind == "png" else f"{n}" for n in range(9) for kind in ("png", "txt")})
+
+    def built(out, processes=1):
+        return build(Recipe(PairsSource.of([source]), ENCODER), out, processes)
+
+    assert [built(out, processes).index.documents for processes, out in enumerate(outs, 1)] == [9, 9]
+    assert content(outs[0]) == content(outs[1])
+    os.utime(source / "3.txt")
+    assert built(outs[0]).reused
+    write(source, {"3.txt": "other"})
+    with pytest.raises(InputError, match=r"made with other settings: files.*in"):
+        built(outs[0])
+    with pytest.raises(InputError, match="must lie outside of the sources"):
+        check_outside(source / "out", [source], PairsSource.of([source]).files)

@@ -110,6 +110,11 @@ class Source(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the settings except for the files as JSON; equal settings and files give equal documents."""
 
+    def states(self) -> dict[str, dict[str, int]]:
+        """Return the size and the time of change of each file, in order, by which a changed source is recognized."""
+        found = ((str(file.resolve()), file.stat()) for file in self.files)
+        return {file: {"bytes": status.st_size, "modified": status.st_mtime_ns} for file, status in found}
+
     def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
         """Return bytes [start, end) of files such that those of all units together are those of all files."""
         if kind_of(unit.path) == ".parquet":  # its units are row groups

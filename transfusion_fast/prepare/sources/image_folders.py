@@ -41,6 +41,15 @@ def folder_units(folder: Path) -> list[Unit]:
     return [Unit(folder, start, min(start + IMAGES_TOGETHER, count)) for start in range(0, count, IMAGES_TOGETHER)]
 
 
+def folder_state(folder: Path) -> dict[str, int]:
+    """Return the size of all files of a folder together, in bytes, and the last time that one changed."""
+    found = [entry.stat() for entry in os.scandir(folder) if entry.is_file()]
+    return {
+        "bytes": sum(status.st_size for status in found),
+        "modified": max([folder.stat().st_mtime_ns, *(status.st_mtime_ns for status in found)]),
+    }
+
+
 def files_of(unit: Unit) -> list[Path]:
     """Return the images of a unit and all files beside them."""
     images, stems = _names(unit.path)

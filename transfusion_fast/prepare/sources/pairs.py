@@ -65,6 +65,11 @@ class PairsSource(Source):
             case "records":
                 return [unit for file in self.files for unit in record_units(file, self._columns)]
 
+    def states(self) -> dict[str, dict[str, int]]:
+        if self.layout == "files":
+            return {str(folder.resolve()): image_folders.folder_state(folder) for folder in self.files}
+        return super().states()
+
     def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
         if self.layout == "files":
             return [(file, 0, file.stat().st_size) for file in image_folders.files_of(unit) if file.is_file()]
