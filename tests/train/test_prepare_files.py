@@ -103,6 +103,7 @@ def test_documents_that_are_left_out_or_split_are_counted_and_named(tmp_path, ru
         (["--train-bpe", 100], "must be at least 256, got 100"),
         (["--train-bpe", 60_000], "must be at most the"),
         (["--field", "body"], "got none (12 x no text)"),
+        (["--where", "text > abc"], "condition must be FIELD, an operator of < <= > >= == !=, and a number"),
     ],
     ids=str,
 )
@@ -150,3 +151,26 @@ def test_pairs_become_images_with_a_tokenizer_of_their_captions_and_damage_is_na
     assert r"left out 1: no caption: b\nprepare: all is well\x1b[2J in " in forged
     assert words(tmp_path / "data") == ["a picture, jpg", "a picture, png"]
     assert all(image.values.shape == (16, 16, 3) for _, image in documents_in(tmp_path / "data"))
+
+
+def test_pairs_are_filtered_by_size_caption_and_record(tmp_path, run):
+    sizes = {"good": (16, 16), "small": (16, 9), "long": (50, 16), "a": (16, 16), "poor": (16, 16)}
+    members = [
+        member
+        for name, size in sizes.items()
+        for member in (
+            (f"{name}.png", png(np.zeros((*size, 3), np.uint8))),
+            (f"{name}.json", json.dumps({"caption": name, "similarity": 0.1 if name == "poor" else 0.4}).encode()),
+        )
+    ]
+    make_tar(tmp_path / "0.tar", members)
+    filters = ("--where", "similarity > 0.3", "--min-side", 10, "--max-aspect", 2, "--caption-length", "2:")
+    code, out, err = run("pairs", tmp_path / "0.tar", "--out", tmp_path / "out", *SIZE, *filters)
+    assert code == 0 and "1 documents" in out and words(tmp_path / "out") == ["good"]
+    reasons = ("caption too short", "image too long and thin", "image too small", "not similarity > 0.3")
+    assert [line.split(": ")[1:3] for line in err.splitlines()[:4]] == [["left out 1", reason] for reason in reasons]
+
+
+@pytest.mark.parametrize("option", [("--where", "x >"), ("--caption-length", "9"), ("--min-side", "0")], ids=str)
+def test_filters_that_cannot_be_used_are_refused_before_anything_is_read(tmp_path, run, option):
+    assert "none.tar" not in run("pairs", tmp_path / "none.tar", "--out", tmp_path / "out", *option)[2]

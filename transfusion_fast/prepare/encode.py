@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -23,6 +23,7 @@ from transfusion_fast.data.pack import (
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
 from transfusion_fast.prepare.decoding import decode_image
+from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces, first_limit
 from transfusion_fast.prepare.images import ImageRule, LatentRule
 from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
@@ -59,6 +60,8 @@ class Encoder:
     latents: LatentRule | None = None
     """Rule by which pixels become latents; without it, pixels are stored."""
     bad_images: BadImages = "reject"
+    filters: Filters = field(default_factory=Filters)
+    """Rules by which documents are left out."""
 
     def __post_init__(self) -> None:
         least = DOCUMENT_TOKENS + IMAGE_TOKENS + 1
@@ -86,6 +89,7 @@ class Encoder:
             "long": self.long,
             "latents": None if self.latents is None else self.latents.describe(),
             "bad_images": self.bad_images,
+            **({"filters": filters} if (filters := self.filters.describe()) else {}),
         }
 
     def encode(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:
@@ -116,7 +120,9 @@ class Encoder:
                 yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
 
     def _decoded(self, document: SourceDocument) -> list[SourceDocument | Remark]:
-        """Return what was repaired, and last the document with its image files as pixels."""
+        """Return what was repaired, and last the document with its image files as pixels, or its rejection."""
+        if rejected := self.filters.rejection(document):
+            return [rejected]
         if not any(isinstance(part, bytes | Rejected) for part in document.parts):
             return [document]
         parts: list[tuple[Part, float]] = []
@@ -145,7 +151,7 @@ class Encoder:
             raise file
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
-        decoded = decode_image(file, self.image.scale)
+        decoded = decode_image(file, self.image.scale, check=self.filters.check_size)
         pixels = np.ascontiguousarray(self.image(decoded))
         patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time

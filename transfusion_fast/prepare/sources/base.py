@@ -12,7 +12,7 @@ import operator
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -63,6 +63,8 @@ class SourceDocument:
     parts: tuple[Part, ...]
     weights: tuple[float, ...] = ()
     """Weight of the loss of each part; empty for 1 everywhere."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Those of `Source.fields` that the document's record has."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Source(ABC):
     files: tuple[Path, ...]
     strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
     """Why files in folders were passed over, one remark for each."""
+    fields: tuple[str, ...] = field(default=(), kw_only=True, compare=False)
+    """Names of the fields of records, such as scores, that the filters of documents look at."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 
@@ -106,9 +110,16 @@ class Source(ABC):
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
         return entry
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        """Return the record of the document that an entry holds, a mapping of its fields, or another value for none.
+
+        It is asked for only if `fields` are, and need not have any others.
+        """
+        return None
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return the settings except for the files as JSON; equal settings and files give equal documents."""
+        """Return the settings except for files and `fields` as JSON; equal settings and files give equal documents."""
 
     def states(self) -> dict[str, dict[str, int]]:
         """Return the size and the time of change of each file, in order, by which a changed source is recognized."""
@@ -138,7 +149,8 @@ class Source(ABC):
                 yield entry.at(where)
                 continue
             try:
-                found = _document(where, tuple(self.parts(entry, unit)))
+                fields = self._fields(entry, unit) if self.fields else {}
+                found = _document(where, tuple(self.parts(entry, unit)), fields)
             except Rejected as rejected:
                 yield rejected.at(where)
                 continue
@@ -148,11 +160,15 @@ class Source(ABC):
                 yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
             yield replace(found, parts=joined) if repairs else found
 
+    def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
+        record = self.record(entry, unit)
+        return {name: record[name] for name in self.fields if name in record} if isinstance(record, Mapping) else {}
 
-def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
+
+def _document(where: str, parts: tuple[Part | Weighted, ...], fields: Mapping[str, Any]) -> SourceDocument:
     plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
     weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
-    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else ())
+    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else (), fields)
 
 
 def _join_surrogates(text: str) -> str:

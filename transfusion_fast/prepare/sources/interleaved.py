@@ -39,10 +39,10 @@ class InterleavedSource(Source):
     suffixes = (*JSON, *TABLES)
 
     def units(self) -> list[Unit]:
-        return [unit for file in self.files for unit in record_units(file, _columns)]
+        return [unit for file in self.files for unit in record_units(file, self._columns)]
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        return read_records(unit, _columns)
+        return read_records(unit, self._columns)
 
     def parts(self, entry: Any, unit: Unit) -> Iterator[Weighted]:
         around, _ = _weight(entry, "document")
@@ -60,16 +60,18 @@ class InterleavedSource(Source):
         if blank:
             raise Rejected("empty document", "its texts are blank, and it has no image")
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry
+
     def describe(self) -> dict[str, Any]:
         root = None if self.image_root is None else str(self.image_root.resolve())
         return {"kind": "interleaved", "layout": self.layout, "image_root": root}
 
-
-def _columns(schema: Any) -> list[str]:
-    """Return the columns of a table that documents may be in; Rejected if it has none of them."""
-    if chosen := [name for name in FIELDS if name in schema.names]:
-        return chosen
-    raise Rejected("no content", f"{', '.join(schema.names)!r:.200} are not the columns of a known layout")
+    def _columns(self, schema: Any) -> list[str]:
+        """Return the columns of a table that documents may be in; Rejected if it has none of them."""
+        if not any(name in schema.names for name in FIELDS):
+            raise Rejected("no content", f"{', '.join(schema.names)!r:.200} are not the columns of a known layout")
+        return [name for name in dict.fromkeys((*FIELDS, *self.fields)) if name in schema.names]
 
 
 def _weight(holder: Any, what: str) -> tuple[float, Any]:

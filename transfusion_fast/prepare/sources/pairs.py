@@ -16,6 +16,7 @@ from transfusion_fast.prepare.sources.files import kind_of, source_files, system
 from transfusion_fast.prepare.sources.image_folders import IMAGES, extension_of
 from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
 from transfusion_fast.prepare.sources.references import image_bytes
+from transfusion_fast.prepare.sources.tables import column_type
 
 Layout = Literal["tar", "files", "records"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -92,6 +93,9 @@ class PairsSource(Source):
             image, caption = self._image_of_sample(entry), self._caption_of_sample(entry)
         return _chosen_caption(caption, image), image
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry if self.layout == "records" else _json_of(entry)
+
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "pairs",
@@ -128,8 +132,7 @@ class PairsSource(Source):
             return sample[self.caption_field]
         if self.caption_field is None and (file := _one_of(CAPTION_EXTENSIONS, sample, "--caption-field")):
             return sample[file]
-        file = _one_of(("json",), sample, "--caption-field")
-        fields = parse_json(sample[file]) if file else None
+        fields = _json_of(sample)
         return next((found for name in self._caption_fields if (found := lookup(fields, name)) is not None), None)
 
     def _image_of_record(self, record: Any, folder: Path) -> bytes:
@@ -145,13 +148,13 @@ class PairsSource(Source):
     def _columns(self, schema: Any) -> list[str]:
         """Return the columns of image and caption; Rejected if a table lacks one of them."""
         image = [name for name in map(_column, self._image_fields) if name in schema.names][:1]
-        image = image or [name for name in schema.names if _holds_images(schema.field(name).type)]
+        image = image or [name for name in schema.names if _holds_images(column_type(schema, name))]
         caption = [name for name in map(_column, self._caption_fields) if name in schema.names]
         names = ", ".join(schema.names)
         for found, what in ((image if len(image) == 1 else [], "image"), (caption, "caption")):
             if not found:
                 raise Rejected(f"no {what}", f"no column for it among {names!r:.200}; name one with --{what}-field")
-        return [*image, *caption]
+        return list(dict.fromkeys([*image, *caption, *(name for name in self.fields if name in schema.names)]))
 
 
 def _record_files(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
@@ -183,6 +186,11 @@ def _one_of(kinds: Sequence[str], sample: Mapping[str, bytes], option: str) -> s
     if len(named) > 1:
         raise Rejected("several files", f"{', '.join(named)!r:.80} are of one kind; name one with {option}")
     return named[0] if named else None
+
+
+def _json_of(sample: tars.Sample) -> Any:
+    file = _one_of(("json",), sample, "--caption-field")
+    return parse_json(sample[file]) if file else None
 
 
 def _chosen_caption(value: Any, image: bytes) -> str:

@@ -127,8 +127,8 @@ def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
     """Yield the rows of a batch. Strings are read as bytes, as those of Arrow need not be UTF-8."""
-    kinds = {name: batch.schema.field(number).type for number, name in enumerate(batch.schema.names)}
-    values = {name: batch.column(number).cast(_bytes_type(kinds[name])) for number, name in enumerate(kinds)}
+    kinds = {name: column_type(batch.schema, name) for name in batch.schema.names}
+    values = {name: batch.column(batch.schema.names.index(name)).cast(_bytes_type(kinds[name])) for name in kinds}
     large = sum(column.nbytes for column in values.values()) > MAX_BYTES
     for row in range(batch.num_rows):
         size = sum(column.slice(row, 1).nbytes for column in values.values()) if large else 0
@@ -141,6 +141,11 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
             yield rejected
         except (ValueError, ArithmeticError) as error:  # such as a time that Python cannot represent
             yield Rejected("row unreadable", str(error))
+
+
+def column_type(schema: Any, name: str) -> Any:
+    """Return the type of the first column of a name, of which a file may have several."""
+    return schema.types[schema.names.index(name)]
 
 
 def is_string(kind: Any) -> bool:

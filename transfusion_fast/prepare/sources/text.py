@@ -14,7 +14,7 @@ from transfusion_fast.prepare.sources.base import Source, TextRange, Unit, decod
 from transfusion_fast.prepare.sources.files import kind_of
 from transfusion_fast.prepare.sources.lines import LONG_BYTES, read_separated, separated_units
 from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
-from transfusion_fast.prepare.sources.tables import is_string
+from transfusion_fast.prepare.sources.tables import column_type, is_string
 
 FILES_TOGETHER = 256
 """Most .txt files in a unit."""
@@ -76,6 +76,9 @@ class TextSource(Source):
             raise Rejected("empty text", "")
         return (value,)
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field, "separator": os.fsdecode(self.separator)}
 
@@ -85,10 +88,10 @@ class TextSource(Source):
         if name not in schema.names:
             names = ", ".join(schema.names)
             raise Rejected("no text", f"no column {self.field!r} among {names!r:.200}; name one with --field")
-        kind = schema.field(name).type
+        kind = column_type(schema, name)
         if name == self.field and not _may_be_text(kind):
             raise Rejected("no text", f"column {name!r} is of {kind!s:.80}; name one of strings with --field")
-        return [name]
+        return [name, *(other for other in self.fields if other in schema.names and other != name)]
 
 
 def _may_be_text(kind: Any) -> bool:
