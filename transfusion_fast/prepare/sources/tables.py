@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from transfusion_fast.errors import InputError, Rejected, optional_module
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Unit, decode_utf8
@@ -47,9 +47,11 @@ def read_rows(unit: Unit, columns: Columns) -> Iterator[tuple[str, dict[str, Any
     else:
         batches, part = _parquet_batches(unit, columns), f"row group {unit.start} of {unit.path}"
     row = 0
+    columns_read: dict[str, _Column] = {}
     try:
         for batch in batches:
-            for value in _rows(batch):
+            columns_read = columns_read or _Column.all_of(batch.schema)
+            for value in _rows(batch, columns_read):
                 yield f"row {row} of {part}", value
                 row += 1
     except Rejected as rejected:
@@ -125,10 +127,22 @@ def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
     return ipc.open_file(file) if begin == _ARROW_FILE else ipc.open_stream(file)
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
-    """Yield the rows of a batch. Strings are read as bytes, as those of Arrow need not be UTF-8."""
-    kinds = {name: column_type(batch.schema, name) for name in batch.schema.names}
-    values = {name: batch.column(batch.schema.names.index(name)).cast(_bytes_type(kinds[name])) for name in kinds}
+class _Column(NamedTuple):
+    """How the values of a column are read. Strings are read as bytes, as those of Arrow need not be UTF-8."""
+
+    number: int
+    bytes_type: Any
+    decode: Callable[[Any], Any]
+
+    @classmethod
+    def all_of(cls, schema: Any) -> dict[str, _Column]:
+        """Return the columns by name, of which a file may have several: then the first."""
+        types = {name: (schema.names.index(name), column_type(schema, name)) for name in schema.names}
+        return {name: cls(number, _bytes_type(kind), _decoder(kind)) for name, (number, kind) in types.items()}
+
+
+def _rows(batch: Any, columns: dict[str, _Column]) -> Iterator[dict[str, Any] | Rejected]:
+    values = {name: batch.column(column.number).cast(column.bytes_type) for name, column in columns.items()}
     large = sum(column.nbytes for column in values.values()) > MAX_BYTES
     for row in range(batch.num_rows):
         size = sum(column.slice(row, 1).nbytes for column in values.values()) if large else 0
@@ -136,7 +150,7 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
             yield Rejected("row too large", f"{size} bytes")
             continue
         try:
-            yield {name: _decoded(values[name][row].as_py(), kinds[name]) for name in kinds}
+            yield {name: columns[name].decode(own[row].as_py()) for name, own in values.items()}
         except Rejected as rejected:
             yield rejected
         except (ValueError, ArithmeticError) as error:  # such as a time that Python cannot represent
@@ -177,18 +191,23 @@ def _bytes_type(kind: Any) -> Any:
     return kind
 
 
-def _decoded(value: Any, kind: Any) -> Any:
-    """Return a value that was read as `_bytes_type(kind)` with its strings as str; Rejected if one is not UTF-8."""
+def _decoder(kind: Any) -> Callable[[Any], Any]:
+    """Return a function from values that were read as `_bytes_type(kind)` to values with strings.
+
+    It raises Rejected for a string that is not UTF-8.
+    """
     from pyarrow import types
 
-    if value is None:
-        return None
-    if is_string(kind):
-        return decode_utf8(value)
     if types.is_dictionary(kind):
-        return _decoded(value, kind.value_type)
-    if _is_list(kind):
-        return [_decoded(element, kind.value_type) for element in value]
-    if types.is_struct(kind):
-        return {field.name: _decoded(value[field.name], field.type) for field in kind}
-    return value
+        return _decoder(kind.value_type)
+    if is_string(kind):
+        of: Callable[[Any], Any] = decode_utf8
+    elif _is_list(kind):
+        element = _decoder(kind.value_type)
+        of = lambda values: list(map(element, values))  # noqa: E731
+    elif types.is_struct(kind):
+        fields = {field.name: _decoder(field.type) for field in kind}
+        of = lambda value: {name: decode(value[name]) for name, decode in fields.items()}  # noqa: E731
+    else:
+        return lambda value: value
+    return lambda value: None if value is None else of(value)
