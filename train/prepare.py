@@ -20,7 +20,7 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
+from transfusion_fast.prepare.build import Built, build
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
@@ -31,7 +31,10 @@ from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.options import IMAGES, OPTIONS, PACKING, PAIRS, SOURCE, local_path
 from transfusion_fast.prepare.preview import Decoder, page, preview
+from transfusion_fast.prepare.progress import progress
+from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
+from transfusion_fast.prepare.selection import ALL, SIDES, Selection
 from transfusion_fast.prepare.sources import layouts
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
@@ -121,10 +124,13 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 
 def _text(options: argparse.Namespace) -> None:
+    if options.dedup == "images":
+        raise InputError("--dedup of texts must be documents, got images; give that")
     filters = _filters(options)
     source = TextSource.of(options.files, field=options.field, separator=options.separator, fields=filters.fields)
     tokenizer = _tokenizer(options, source)
-    _build(options, source, Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters))
+    encoder = Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters)
+    _build(options, source, encoder, _selection(options))
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -148,10 +154,10 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
     bad_images = getattr(options, "bad_images", "reject")
     encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, bad_images, filters)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
-        vision = measure_features(encoder, source, options.train_bpe, options.out)
+        vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
         encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
-    _build(options, source, encoder)
+    _build(options, source, encoder, _selection(options))
 
 
 def _latents(options: argparse.Namespace) -> LatentRule | None:
@@ -180,7 +186,7 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
 
 def _repack(options: argparse.Namespace) -> None:
     source = PacksSource.open(options.folder)
-    _build(options, source, source.encoder(options.seq_len, options.long))
+    _build(options, source, source.encoder(options.seq_len, options.long), ALL)
 
 
 def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
@@ -190,12 +196,18 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
-        return train_tokenizer(source, options.train_bpe, options.out)
+        if options.limit_tokens is not None:
+            raise InputError("--limit-tokens must be given without --train-bpe, got both; give --limit instead")
+        return train_tokenizer(source, options.train_bpe, options.out, _selection(options))
     return ByteTokenizer()
 
 
-def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
-    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe)
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(options.heldout, options.limit, options.limit_tokens, options.dedup)
+
+
+def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:
+    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
     if options.target and (indices := options.target.finished(recipe.describe())) and not options.out.exists():
         for url, index in indices.items():
             print(f"{url}: already there: {summary(index)}")
@@ -210,13 +222,17 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> Non
 def _print_built(folder: Path, built: Built) -> None:
     for line in built.remarks(folder):
         print(f"{folder}: {line}", file=sys.stderr)
-    print(f"{folder}: {'already there' if built.reused else 'written'}: {summary(built.index)}")
+    indices = {folder: built.index}
+    if built.heldout is not None:
+        indices = dict(zip((folder / side for side in SIDES), (built.index, built.heldout), strict=True))
+    for path, index in indices.items():
+        print(f"{path}: {'already there' if built.reused else 'written'}: {summary(index)}")
 
 
 def _verify(options: argparse.Namespace) -> int:
     index, count = parse_index(options.folder), 0
     checked = verify(options.folder, index, options.processes)
-    for findings in tqdm(checked, "verifying", len(index.shards) + 1, unit="shard", disable=None):
+    for findings in progress(checked, "verifying", "shard", len(index.shards) + 1):
         count += len(findings)
         for finding in findings:
             tqdm.write(finding, file=sys.stderr)
@@ -231,7 +247,7 @@ def _info(options: argparse.Namespace) -> None:
     if options.picture:
         check_picture(options.picture)
     reader = PackReader(options.folder)
-    found = Statistics.of(reader.read(n) for n in tqdm(range(len(reader)), "reading", unit="pack", disable=None))
+    found = Statistics.of(reader.read(n) for n in progress(range(len(reader)), "reading", "pack", len(reader)))
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
     print(f"{options.folder}: {summary(reader.index)}")

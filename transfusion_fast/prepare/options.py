@@ -47,6 +47,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "of the files, or a .deb (default here: %(default)s)",
     },
     "--tokenizer": {"type": local_path, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
+    "--heldout": {
+        "type": float, "default": 0.0, "metavar": "SHARE",
+        "help": "share of the documents to hold out for validation, such as 0.01, by a hash of their content; OUT gets "
+        "train/ and heldout/ (default: none)",
+    },
+    "--limit": {
+        "type": int, "metavar": "N",
+        "help": "use the first N documents alone, before long ones are split, and read no further (default: all)",
+    },
+    "--limit-tokens": {
+        "type": int, "metavar": "N",
+        "help": "use the first documents that take at most N tokens together, and read no further (default: all)",
+    },
+    "--dedup": {
+        "choices": ("documents", "images"),
+        "help": "leave out documents whose texts and image files, or whose image files alone, are those of an earlier "
+        "document (default: none)",
+    },
     "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
     "--field": {
         "default": "text", "help": "field of the text in records, or column; a.b is b of object a (default: text)",
@@ -141,7 +159,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
 PACKING = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--where")
+SOURCE = (
+    "files",
+    *PACKING,
+    "--tokenizer",
+    "--train-bpe",
+    "--where",
+    "--heldout",
+    "--limit",
+    "--limit-tokens",
+    "--dedup",
+)
 PAIRS = ("--caption-field", "--image-field", "--image-root", "--caption-length")
 IMAGES = (
     "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",

@@ -20,13 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from transfusion_fast.data.folder import PROTOCOLS, is_url, retried
 from transfusion_fast.data.index import INDEX_NAME, Index, decode_index, parse_index
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
+from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
 _READ_ONLY = ("http", "https")
@@ -201,7 +200,7 @@ def _all_at_once(put: Callable[[str], bool], names: Iterable[str]) -> int:
     with ThreadPoolExecutor(_TOGETHER) as executor:
         waiting = [executor.submit(put, name) for name in names]
         try:
-            done = tqdm(as_completed(waiting), "uploading", len(waiting), unit="file", disable=None)
+            done = progress(as_completed(waiting), "uploading", "file", len(waiting))
             return sum(future.result() for future in done)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
