@@ -29,7 +29,7 @@ from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
-from transfusion_fast.prepare.options import IMAGES, OPTIONS, PACKING, PAIRS, SOURCE, local_path
+from transfusion_fast.prepare.options import CAPTIONS, CHOICE, IMAGES, LATENTS, OUTPUT, TOKENS, add_options, local_path
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
@@ -77,8 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        for option in options:
-            command.add_argument(option, **OPTIONS[option])
+        add_options(command, *options)
         command.set_defaults(run=run, **defaults)
         return command
 
@@ -92,19 +91,20 @@ def _parser() -> argparse.ArgumentParser:
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
     help = "text: a field of .jsonl, .json, .parquet, .arrow or .csv, or .txt files"
-    add("text", _text, help, *SOURCE, "--field", "--separator")
+    source = ("files", *OUTPUT, *CHOICE, *TOKENS)
+    add("text", _text, help, *source, "--field", "--separator")
     help = "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
     run = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
-    pairs = add("pairs", run, help, *SOURCE, *IMAGES, *PAIRS)
+    pairs = add("pairs", run, help, *source, *IMAGES, *LATENTS, *CAPTIONS)
     help = "tars, files (images with captions beside them), or records that hold or name images (default: detected)"
     pairs.add_argument("--layout", choices=LAYOUTS, help=help)
     help = 'texts and images in turn: .jsonl, .json, .parquet or .arrow, as {"content": ["text", {"image": "PATH"}]}'
     run = partial(_images, kind=InterleavedSource, long="split")
-    interleaved = add("interleaved", run, help, *SOURCE, *IMAGES, "--image-root", "--bad-images")
+    interleaved = add("interleaved", run, help, *source, *IMAGES, *LATENTS, "--image-root", "--bad-images")
     help = "layout of all documents (default: detected for each)"
     interleaved.add_argument("--layout", choices=layouts.LAYOUTS, help=help)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
-    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
+    add("repack", _repack, help, "folder", *OUTPUT, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
     add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
     help = "rebuild index.json for the shards that are in a folder"

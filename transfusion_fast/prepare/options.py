@@ -158,20 +158,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
-PACKING = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = (
-    "files",
-    *PACKING,
-    "--tokenizer",
-    "--train-bpe",
-    "--where",
-    "--heldout",
-    "--limit",
-    "--limit-tokens",
-    "--dedup",
-)
-PAIRS = ("--caption-field", "--image-field", "--image-root", "--caption-length")
-IMAGES = (
-    "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
-    "--min-side", "--max-aspect",
-)  # fmt: skip
+OUTPUT = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
+TOKENS = ("--tokenizer", "--train-bpe")
+CHOICE = ("--where", "--limit", "--limit-tokens", "--dedup", "--heldout")
+IMAGES = ("--image-size", "--patch-size", "--shape", "--min-side", "--max-aspect")
+LATENTS = ("--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like")
+CAPTIONS = ("--caption-field", "--image-field", "--image-root", "--caption-length")
+_SECTIONS = {
+    "what is read": ("--field", "--separator", "--caption-field", "--image-field", "--image-root"),
+    "which documents are used": (*CHOICE, "--caption-length", "--min-side", "--max-aspect", "--bad-images", "--long"),
+    "text": TOKENS,
+    "images": ("--image-size", "--patch-size", "--shape", *LATENTS),
+}
+"""Options by the headings of help; others have none of their own."""
+
+
+def add_options(command: argparse.ArgumentParser, *names: str) -> None:
+    """Add options to a command, in sections if they are many."""
+    sections = {}
+    for name in names:
+        title = next((title for title, own in _SECTIONS.items() if name in own), "")
+        if title and title not in sections and len(names) > 10:
+            sections[title] = command.add_argument_group(title)
+        sections.get(title, command).add_argument(name, **OPTIONS[name])
