@@ -30,7 +30,8 @@ LIBRARY, COMMAND_LINES = (
     "".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
     for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train",))
 )
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND_LINES += (ROOT / "transfusion_fast/prepare/options.py").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Commands that are parsed and not run, with the reason.
 NOT_RUN = {

@@ -3,9 +3,6 @@
 """
 
 import argparse
-import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,29 +13,32 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
-from transfusion_fast.prepare.build import Built, Recipe, build, measure_features, train_tokenizer
+from transfusion_fast.prepare.build import Built, build
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
-from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
+from transfusion_fast.prepare.examples.fashion import FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
 from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
+from transfusion_fast.prepare.options import CAPTIONS, CHOICE, IMAGES, LATENTS, OUTPUT, TOKENS, add_options, local_path
 from transfusion_fast.prepare.preview import Decoder, page, preview
+from transfusion_fast.prepare.progress import progress
+from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
+from transfusion_fast.prepare.selection import ALL, SIDES, Selection
+from transfusion_fast.prepare.sources import layouts
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
-from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.pairs import LAYOUTS, PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
 from transfusion_fast.prepare.upload import local_and_target, remove
@@ -69,119 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _local(text: str) -> Path:
-    """Return a local path; Path would silently drop one of the slashes of a URL."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(
-            f"files and folders must be local, got {text!r}; only --out and training take URLs"
-        )
-    return Path(text)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "files": {"type": _local, "nargs": "+", "metavar": "FILE", "help": "files, or folders of them"},
-    "folder": {"type": _local, "metavar": "FOLDER", "help": "data folder, local"},
-    "out": {"type": _local, "metavar": "OUT", "help": "folder to make; gets train/ and heldout/"},
-    "--out": {"required": True, "metavar": "OUT", "help": "folder to make, or its URL; run again to resume"},
-    "--work": {
-        "type": _local, "metavar": "FOLDER",
-        "help": "local folder in which to make what is uploaded to a URL; it is removed when all is there",
-    },
-    "--seq-len": {"type": int, "default": 4096, "help": "positions of a pack (default: %(default)s)"},
-    "--long": {
-        "choices": ("split", "reject"),
-        "help": "split documents longer than a pack where a reader pauses, or leave them out (default: split; for "
-        "pairs reject; for repack the setting of FOLDER)",
-    },
-    "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
-    "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
-    "--source": {
-        "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
-        "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
-        "of the files, or a .deb (default here: %(default)s)",
-    },
-    "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
-    "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
-    "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
-    "--separator": {
-        "type": os.fsencode, "default": b"", "metavar": "TEXT",
-        "help": "what stands between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one "
-        "document)",
-    },
-    "--image-size": {
-        "type": int, "help": "side of an image in pixels (default: 256, with --encoder the size it was made for)",
-    },
-    "--patch-size": {
-        "type": int,
-        "help": "side of a patch: in pixels (default: 16; digits 4, clothes 4), with --vae in latents (default: 2), "
-        "with --encoder in features (default: 1)",
-    },
-    "--where": {
-        "action": "append", "default": [], "metavar": "CONDITION",
-        "help": "leave out documents whose JSON or row does not meet it, such as 'similarity > 0.3' or "
-        "'scores.language == \"en\"' (< <= > >= == !=); repeat it for conditions that must all be met",
-    },
-    "--min-side": {
-        "type": int, "default": 1, "metavar": "N", "help": "leave out documents with an image whose shorter side has "
-        "fewer pixels",
-    },
-    "--max-aspect": {
-        "type": float, "default": math.inf, "metavar": "R",
-        "help": "leave out documents with an image whose longer side is more than R times the shorter one",
-    },
-    "--caption-length": {
-        "default": "0:", "metavar": "MIN:MAX",
-        "help": "leave out captions of fewer or more characters; MIN or MAX may be missing",
-    },
-    "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
-    "--shape": {
-        "choices": ("crop", "buckets", "native"), "default": "crop",
-        "help": "the middle square; the nearest of a few shapes of up to SIZE x SIZE pixels; or the image's own shape "
-        "with at most so many pixels (default: %(default)s)",
-    },
-    "--vae": {
-        "type": _local, "metavar": "FOLDER",
-        "help": "autoencoder of the latents to store or to show: the folder of an AutoencoderKL (diffusers' format, "
-        "safetensors); every process loads its own copy, and processes share the GPUs if there are any",
-    },
-    "--latents": {
-        "choices": ("sampled", "mean"),
-        "help": "with --vae: sampled draws from the posterior with noise keyed by the image, as in the training of the "
-        "decoder; mean takes its mean (default: sampled)",
-    },
-    "--vae-batch": {
-        "type": int, "metavar": "N",
-        "help": "with --vae or --encoder: images at a time; on a CPU one is as fast and takes less memory "
-        f"(default: {BATCH})",
-    },
-    "--encoder": {
-        "type": _local, "metavar": "FOLDER",
-        "help": "frozen vision encoder whose patch features to store: a transformers model (safetensors) with its "
-        "image processor; no decoder turns what a model draws of them into pictures",
-    },
-    "--encoder-like": {
-        "type": _local, "metavar": "OTHER",
-        "help": "with --encoder: data folder whose normalisation of the features to use, such as that of the training "
-        "data for validation data (default: measured on these images)",
-    },
-    "--picture": {"type": _local, "metavar": "PNG", "help": "draw the lengths of its documents"},
-    "--like": {
-        "type": _local, "metavar": "OTHER",
-        "help": "data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
-    },
-    "--accept": {"action": "store_true", "help": "accept shards that differ from the old index"},
-    "--pack": {"type": int, "default": 0, "metavar": "N", "help": "number of the pack (default: %(default)s)"},
-    "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
-    "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
-}  # fmt: skip
-PACKING = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--where")
-IMAGES = (
-    "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
-    "--min-side", "--max-aspect",
-)  # fmt: skip
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -190,8 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        for option in options:
-            command.add_argument(option, **OPTIONS[option])
+        add_options(command, *options)
         command.set_defaults(run=run, **defaults)
         return command
 
@@ -204,23 +90,30 @@ def _parser() -> argparse.ArgumentParser:
     stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
-    help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
-    add("text", _text, help, *SOURCE, "--field", "--separator")
-    help = "captioned images: WebDataset tars of KEY.jpg (.png, .avif, ..) beside KEY.txt or KEY.json with a caption"
-    pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
-    add("pairs", pairs, help, *SOURCE, *IMAGES, "--caption-length")
-    content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
-    help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
-    add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
+    help = "text: a field of .jsonl, .json, .parquet, .arrow or .csv, or .txt files"
+    source = ("files", *OUTPUT, *CHOICE, *TOKENS)
+    add("text", _text, help, *source, "--field", "--separator")
+    help = "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
+    run = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
+    pairs = add("pairs", run, help, *source, *IMAGES, *LATENTS, *CAPTIONS)
+    help = "tars, files (images with captions beside them), or records that hold or name images (default: detected)"
+    pairs.add_argument("--layout", choices=LAYOUTS, help=help)
+    help = 'texts and images in turn: .jsonl, .json, .parquet or .arrow, as {"content": ["text", {"image": "PATH"}]}'
+    run = partial(_images, kind=InterleavedSource, long="split")
+    interleaved = add("interleaved", run, help, *source, *IMAGES, *LATENTS, "--image-root", "--bad-images")
+    help = "layout of all documents (default: detected for each)"
+    interleaved.add_argument("--layout", choices=layouts.LAYOUTS, help=help)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
-    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
+    add("repack", _repack, help, "folder", *OUTPUT, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
     add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
     help = "rebuild index.json for the shards that are in a folder"
     add("index", _index, help, "folder", "--like", "--accept", "--processes")
     help = "a pack as a page of HTML: text and images as a model with the default settings sees them"
     view = add("preview", _preview, help, "folder", "--pack", "--vae", "--epoch", "--seed")
-    view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
+    view.add_argument(
+        "--out", type=local_path, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)"
+    )
     return parser
 
 
@@ -231,10 +124,13 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 
 
 def _text(options: argparse.Namespace) -> None:
+    if options.dedup == "images":
+        raise InputError("--dedup of texts must be documents, got images; give that")
     filters = _filters(options)
     source = TextSource.of(options.files, field=options.field, separator=options.separator, fields=filters.fields)
     tokenizer = _tokenizer(options, source)
-    _build(options, source, Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters))
+    encoder = Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters)
+    _build(options, source, encoder, _selection(options))
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -243,8 +139,9 @@ def _filters(options: argparse.Namespace) -> Filters:
 
 
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
-    filters = _filters(options)
-    source, latents = kind.of(options.files, fields=filters.fields), _latents(options)
+    filters, names = _filters(options), ("layout", "caption_field", "image_field", "image_root")
+    settings = {name: vars(options)[name] for name in names if name in options}
+    source, latents = kind.of(options.files, fields=filters.fields, **settings), _latents(options)
     size, patch = options.image_size, options.patch_size
     if latents is None:
         modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
@@ -254,12 +151,13 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, filters=filters)
+    bad_images = getattr(options, "bad_images", "reject")
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, bad_images, filters)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
-        vision = measure_features(encoder, source, options.train_bpe, options.out)
+        vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
         encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
-    _build(options, source, encoder)
+    _build(options, source, encoder, _selection(options))
 
 
 def _latents(options: argparse.Namespace) -> LatentRule | None:
@@ -288,7 +186,7 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
 
 def _repack(options: argparse.Namespace) -> None:
     source = PacksSource.open(options.folder)
-    _build(options, source, source.encoder(options.seq_len, options.long))
+    _build(options, source, source.encoder(options.seq_len, options.long), ALL)
 
 
 def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
@@ -298,12 +196,18 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if options.tokenizer:
         return read_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
-        return train_tokenizer(source, options.train_bpe, options.out)
+        if options.limit_tokens is not None:
+            raise InputError("--limit-tokens must be given without --train-bpe, got both; give --limit instead")
+        return train_tokenizer(source, options.train_bpe, options.out, _selection(options))
     return ByteTokenizer()
 
 
-def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> None:
-    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe)
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(options.heldout, options.limit, options.limit_tokens, options.dedup)
+
+
+def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:
+    recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
     if options.target and (indices := options.target.finished(recipe.describe())) and not options.out.exists():
         for url, index in indices.items():
             print(f"{url}: already there: {summary(index)}")
@@ -318,13 +222,17 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder) -> Non
 def _print_built(folder: Path, built: Built) -> None:
     for line in built.remarks(folder):
         print(f"{folder}: {line}", file=sys.stderr)
-    print(f"{folder}: {'already there' if built.reused else 'written'}: {summary(built.index)}")
+    indices = {folder: built.index}
+    if built.heldout is not None:
+        indices = dict(zip((folder / side for side in SIDES), (built.index, built.heldout), strict=True))
+    for path, index in indices.items():
+        print(f"{path}: {'already there' if built.reused else 'written'}: {summary(index)}")
 
 
 def _verify(options: argparse.Namespace) -> int:
     index, count = parse_index(options.folder), 0
     checked = verify(options.folder, index, options.processes)
-    for findings in tqdm(checked, "verifying", len(index.shards) + 1, unit="shard", disable=None):
+    for findings in progress(checked, "verifying", "shard", len(index.shards) + 1):
         count += len(findings)
         for finding in findings:
             tqdm.write(finding, file=sys.stderr)
@@ -339,7 +247,7 @@ def _info(options: argparse.Namespace) -> None:
     if options.picture:
         check_picture(options.picture)
     reader = PackReader(options.folder)
-    found = Statistics.of(reader.read(n) for n in tqdm(range(len(reader)), "reading", unit="pack", disable=None))
+    found = Statistics.of(reader.read(n) for n in progress(range(len(reader)), "reading", "pack", len(reader)))
     quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
     print(f"{options.folder}: {summary(reader.index)}")

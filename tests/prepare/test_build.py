@@ -80,6 +80,9 @@ def test_what_cannot_be_built_makes_no_folder(tmp_path, recipe):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n5\n')
     with pytest.raises(InputError, match=r"got none \(1 x empty text, 1 x no text\)"):
         build(text_recipe(tmp_path / "a.jsonl"), tmp_path / "out")
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"got none \(it is empty\)"):
+        build(text_recipe(tmp_path / "a.jsonl"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -13,7 +13,8 @@ from build_cases import content, cut_off, text_recipe, texts
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
 from transfusion_fast.prepare import staging
-from transfusion_fast.prepare.build import build, train_tokenizer
+from transfusion_fast.prepare.build import build
+from transfusion_fast.prepare.recipe import train_tokenizer
 from transfusion_fast.prepare.spool import Spool
 
 
@@ -62,7 +63,7 @@ def test_a_tokenizer_that_was_trained_survives_a_full_disk(tmp_path, recipe, mon
     monkeypatch.setattr(Spool, "write", full)
     with pytest.raises(InputError, match="must have room"):
         build(trained, tmp_path / "out")
-    monkeypatch.setattr("transfusion_fast.prepare.build.train_bpe", full)
+    monkeypatch.setattr("transfusion_fast.prepare.recipe.train_bpe", full)
     assert train_tokenizer(recipe.source, 260, tmp_path / "out").describe() == tokenizer.describe()
 
 

@@ -149,7 +149,7 @@ def test_a_string_that_is_not_utf8_leaves_out_its_row_alone(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "language": values}), tmp_path / "a.parquet")
     filters = Filters((Condition.parse("language == 'en'"),))
     source = TextSource.of([tmp_path / "a.parquet"], fields=filters.fields)
-    assert left_out(source, Encoder(TOKENIZER, 64, filters=filters)) == (["a"], {"field is no text": 1})
+    assert left_out(source, Encoder(TOKENIZER, 64, filters=filters)) == (["a"], {"not UTF-8": 1})
 
 
 def outcome(filters, *parts):

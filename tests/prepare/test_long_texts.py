@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.prepare import fitting
-from transfusion_fast.prepare.build import Recipe, build, train_tokenizer
+from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.recipe import train_tokenizer
 from transfusion_fast.prepare.sources import base, lines
 from transfusion_fast.prepare.sources import text as text_source
 from transfusion_fast.prepare.sources.lines import read_separated, separated_units

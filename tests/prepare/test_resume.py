@@ -28,10 +28,12 @@ from recording import record_durability
 from transfusion_fast.data.tokenizer import ByteTokenizer
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare import build as building
+from transfusion_fast.prepare import recipe as recipe_module
 from transfusion_fast.prepare import staging
-from transfusion_fast.prepare.build import build, train_tokenizer
+from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
+from transfusion_fast.prepare.recipe import train_tokenizer
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 
@@ -307,8 +309,8 @@ def test_a_process_that_was_killed_is_one_line_and_the_work_resumes(tmp_path, re
 
 
 def test_a_tokenizer_is_trained_once_for_a_source(tmp_path, old, monkeypatch):
-    trained, train = [], building.train_bpe
-    monkeypatch.setattr(building, "train_bpe", lambda *a: trained.append(a) or train(*a))
+    trained, train = [], recipe_module.train_bpe
+    monkeypatch.setattr(recipe_module, "train_bpe", lambda *a: trained.append(a) or train(*a))
     tokenizer = train_tokenizer(old.source, 270, tmp_path / "out")
     recipe = replace(old, encoder=Encoder(tokenizer, 64), train_bpe=270)
     cut_off(recipe, tmp_path / "out", monkeypatch)

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import picture, text, train, write_packs
+from launching import picture, small_config, text, train, write_packs
 
 from transfusion_fast.data.pack import ImageSegment, TextSegment
 from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.examples.built_in import prepare
+from transfusion_fast.training.run_folder import read_data_description
+from transfusion_fast.training.splits import open_splits
 
 VALIDATED = ("train.validate_every=2", "train.validate_packs=7", "train.steps=2", "data.workers=0")
 
@@ -62,6 +65,15 @@ def test_losses_are_those_of_the_validation_of_training_for_the_run_and_its_expo
     code, out, _ = command("evaluate", tmp_path / "model", *options, *given)
     assert code == 0 and "not measured, since the export has no layout" in out
     assert json.loads((tmp_path / "samples.json").read_text())["validation"] is None
+
+
+def test_a_run_on_several_folders_is_measured_on_the_held_out_folder_that_it_names(run) -> None:
+    train, heldout = (run.parent / split for split in ("train", "heldout"))
+    config = small_config(f"{{{train}: 1, {heldout}: 1}}", f"data.heldout={heldout}")
+    training, measured = open_splits(run, config, read_data_description(run), None)
+    assert training is None and str(measured.folder) == str(heldout) and measured.numbers
+    with pytest.raises(InputError, match=r"was trained on .*, and evaluation needs a folder .*; give --data"):
+        open_splits(run, small_config(f"{{{train}: 1, {heldout}: 1}}"), read_data_description(run), None)
 
 
 def test_a_run_on_text_has_losses_and_perplexity_of_the_share_that_it_holds_out(tmp_path, command) -> None:

@@ -14,7 +14,7 @@ from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.pack import ImageSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.vision_encoder import read_vision_encoder
-from transfusion_fast.prepare import build
+from transfusion_fast.prepare import recipe
 
 SMALL = ("--image-size", 16, "--seq-len", 64, "--processes", 1)
 
@@ -168,7 +168,7 @@ def test_a_run_on_a_vision_encoders_features_trains_but_draws_no_pictures(
     by_first = [array[np.argsort(array[:, 0, 0, 0])] for array in (raw, restored)]
     np.testing.assert_allclose(*by_first, rtol=4e-3, atol=4e-3)
 
-    monkeypatch.setattr(build, "MEASURED", 8)  # other images, and so another mean
+    monkeypatch.setattr(recipe, "MEASURED", 8)  # other images, and so another mean
     assert "already there" in prepare(tmp_path / "data", *vit)[1]
     assert prepare(tmp_path / "fewer", *vit)[0] == 0
     assert prepare(tmp_path / "like", *vit, "--encoder-like", tmp_path / "data")[0] == 0

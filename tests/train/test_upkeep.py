@@ -194,7 +194,7 @@ def test_ctrl_c_ends_preparing_in_one_line_and_the_same_command_resumes(started)
     assert process.returncode == 130 and "Traceback" not in err
     assert "prepare: interrupted; the same command resumes" in err
     # A mark in the finished unit shows that it is used again.
-    documents, _, source, checksums = json.loads((units / "000000.json").read_text())
-    (units / "000000.json").write_text(json.dumps([documents, 1234, source, checksums]))
+    documents, _, *others = json.loads((units / "000000.json").read_text())
+    (units / "000000.json").write_text(json.dumps([documents, 1234, *others]))
     again = subprocess.run([*process.args[:-1], "1"], capture_output=True, text=True)
     assert again.returncode == 0 and "split 1237 documents" in again.stderr

@@ -8,25 +8,28 @@ import fashion_files
 import pytest
 from launching import metrics, train
 
-from transfusion_fast.data.tokenizer import train_bpe
-from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.data.index import read_index
 from transfusion_fast.prepare.examples import stories
 from transfusion_fast.prepare.examples.built_in import prepare_splits
 from transfusion_fast.prepare.examples.fashion import FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
-from transfusion_fast.prepare.sources.text import TextSource
 
 
-def test_prepared_text_is_trained_on_and_continued(tmp_path: Path, command) -> None:
+def test_prepared_text_is_trained_on_validated_evaluated_and_continued(tmp_path: Path, command) -> None:
     lines = [json.dumps({"text": f"{i} plus {i} is {2 * i}. " * 5}) for i in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    tokenizer = train_bpe([json.loads(line)["text"] for line in lines], 280)
-    source = TextSource.of([tmp_path / "sums.jsonl"])
-    build(Recipe(source, Encoder(tokenizer, 128)), tmp_path / "data")
-    train(2, tmp_path / "data", tmp_path / "run", "model.dim_latent=[]", "model.num_text_tokens=280")
+    options = ("--out", tmp_path / "data", "--heldout", 0.3, "--train-bpe", 280, "--seq-len", 128, "--processes", 1)
+    assert command("prepare", "text", tmp_path / "sums.jsonl", *options)[0] == 0
+    validation = (f"data.heldout={tmp_path / 'data' / 'heldout'}", "train.validate_every=6")
+    sizes = ("model.dim_latent=[]", "model.num_text_tokens=280")
+    train(2, tmp_path / "data" / "train", tmp_path / "run", *sizes, *validation)
     rows = metrics(tmp_path / "run")
     assert rows[-1]["text_loss"] < rows[0]["text_loss"] and rows[-1]["diffusion_loss"] == 0
+    [validated] = map(json.loads, (tmp_path / "run" / "validation.jsonl").read_text().splitlines())
+    code, out, err = command("evaluate", tmp_path / "run")
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert code == 0 and f"text {validated['text_loss']:.4f}" in out, err
+    assert evaluation["num_texts"] == read_index(tmp_path / "data" / "heldout").documents
     shutil.rmtree(tmp_path / "data")  # the run has what it needs
     code, out, _ = command("sample", tmp_path / "run", "--text", "7 plus", "--max-tokens", 4)
     assert code == 0 and out.startswith("7 plus")

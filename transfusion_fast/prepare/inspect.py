@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from transfusion_fast.data.folder import LocalFolder
 from transfusion_fast.data.index import (
@@ -28,6 +27,7 @@ from transfusion_fast.data.tokenizer import TOKENIZER_NAME, load_tokenizer
 from transfusion_fast.errors import InputError, optional_module
 from transfusion_fast.prepare.packing import document_lengths, pack_stream
 from transfusion_fast.prepare.pool import worker_pool
+from transfusion_fast.prepare.progress import progress
 
 
 @dataclass
@@ -145,7 +145,7 @@ def build_index(folder: Path, files: Sequence[str], settings: Index, processes: 
     """
     shards, documents, tokens = [], 0, 0
     with worker_pool((folder, replace(settings, shards=())), processes) as each:
-        for found in tqdm(each(_read_one, files), "indexing", len(files), unit="shard", disable=None):
+        for found in progress(each(_read_one, files), "indexing", "shard", len(files)):
             if found.info is None or found.findings:
                 raise InputError(found.findings[0])
             shards.append(found.info)

@@ -37,18 +37,33 @@ def document_lengths(document: np.ndarray, kind: np.ndarray, length: np.ndarray)
 def pack_stream(lengths: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
     """Yield the documents of each pack, int64, numbered in the order in which they come.
 
+    Args:
+        lengths: positions that documents take, int [n] each, 1..capacity; the sizes of the arrays do not matter.
+    """
+    return pack_named(_numbered(lengths), capacity, seed, buffer)
+
+
+def _numbered(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    first = 0
+    for array in lengths:
+        yield np.stack([np.arange(first, first + len(array)), np.asarray(array, np.int64)], axis=1)
+        first += len(array)
+
+
+def pack_named(documents: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
+    """Yield the names, int64, of the documents of each pack.
+
     Within a buffer documents are shuffled before packing, so that packs mix lengths, and packs are shuffled after it,
     since best-fit decreasing makes similar packs one after another. The result is a pure function of the arguments.
 
     Args:
-        lengths: positions that documents take, int [n] each, 1..capacity; the sizes of the arrays do not matter.
+        documents: rows (name, length), int64 [n, 2] each; a length is the positions that a document takes, in
+            1..capacity. The sizes of the arrays do not matter.
     """
-    waiting, first = np.empty((0, 2), dtype=np.int64), 0  # (document, length)
+    waiting = np.empty((0, 2), dtype=np.int64)
     rounds = 0
-    for part in (piece for array in lengths for piece in np.split(array, range(buffer, len(array), buffer))):
-        numbers = np.arange(first, first + len(part))
-        waiting = np.concatenate([waiting, np.stack([numbers, np.asarray(part, dtype=np.int64)], axis=1)])
-        first += len(part)
+    for part in (piece for array in documents for piece in np.split(array, range(buffer, len(array), buffer))):
+        waiting = np.concatenate([waiting, part])
         while len(waiting) >= buffer:
             packs, kept = _pack(waiting[:buffer], capacity, (seed, rounds), last=False)
             waiting = np.concatenate([kept, waiting[buffer:]])

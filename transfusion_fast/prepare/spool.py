@@ -1,25 +1,29 @@
 """The encoded documents of one unit on disk, between reading the source and packing; both ends stream.
 
-A unit is three files of numbers, two of remarks, and a JSON that is written last. The JSON holds a checksum of each
+A unit is four files of numbers, three of lines, and a JSON that is written last. The JSON holds a checksum of each
 file: after a power failure it may be there and they may not. What a segment takes beside its values is 32 bytes, as
-there are as many of them as captions.
+there are as many of them as captions. Source documents have rows of their own only if some are to be chosen.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from transfusion_fast.data.pack import (
+    DOCUMENT_TOKENS,
+    IMAGE_TOKENS,
     KIND_TEXT,
     SEGMENT_COLUMNS,
     Document,
@@ -34,14 +38,28 @@ from transfusion_fast.errors import Rejected, Remark, Repaired
 from transfusion_fast.files import read_json, write_atomically
 from transfusion_fast.prepare.packing import document_lengths
 
-_KINDS = ("tokens", "latents", "segments", "rejected", "repaired")
+_KINDS = ("tokens", "latents", "segments", "sources", "places", "rejected", "repaired")
 _ROW = np.dtype([(name, "<i8" if name == "offset" else "<i4") for name in SEGMENT_COLUMNS] + [("weight", "<f4")])
+# The number behind its last document, the numbers of remarks up to it, and its mark.
+_SOURCE = np.dtype(
+    [("end", "<i4"), ("rejected", "<i4"), ("repaired", "<i4"), ("heldout", "?"), ("has_key", "?"), ("key", "<u8", 2)]
+)
 _ROWS_TOGETHER, _IDS_TOGETHER = 1024, 1 << 18
 
 
 def remark_line(remark: Remark) -> bytes:
     """Return a remark as a line of JSON."""
     return f"{json.dumps({'reason': remark.reason, 'detail': remark.detail})}\n".encode()
+
+
+class Mark(NamedTuple):
+    """Facts about a source document by which it is chosen."""
+
+    heldout: bool
+    key: bytes = b""
+    """16 bytes by which equal ones are found, if it may be left out as such."""
+    place: str = ""
+    """Where it is, if it has a key."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,10 @@ class Counts:
     """Number of source documents that were longer than a pack and became several."""
     tokens: int
     """Positions that the documents take."""
-    source: int = 0
-    """Checksum of the bytes that were read."""
+    sources: int = 0
+    """Number of source documents that were used; 0 if they had no marks."""
+    checksum: int | None = None
+    """That of the bytes of the unit, if it was read to its end."""
 
 
 @dataclass(frozen=True)
@@ -70,35 +90,64 @@ class Spool:
         """Return the path of one of the unit's files."""
         return self.folder / f"{self.number:06d}.{kind}"
 
-    def write(self, outcomes: Iterable[Iterable[Document] | Remark], source: Callable[[], int] = lambda: 0) -> Counts:
+    def write(
+        self,
+        outcomes: Iterable[Iterable[Document] | Remark],
+        checksum: Callable[[], int] = lambda: 0,
+        marks: deque[Mark | None] | None = None,
+        enough: Callable[[int, int], bool] = lambda sources, tokens: False,
+    ) -> Counts:
         """Write documents and remarks in order, keeping few in memory, and then the checksum of their source.
 
         An outcome that raises Rejected counts as rejected, whatever it yielded before.
+
+        Args:
+            marks: receives, before each outcome that is not Repaired, the mark of its source document.
+            enough: tells from the numbers of source documents and of tokens when to stop.
         """
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
             writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
+            stopped = False
             for outcome in outcomes:
+                before = writer.documents
                 if isinstance(outcome, Remark):
                     writer.remark(outcome)
                 elif isinstance(outcome, list):
                     writer.add(outcome)
                 else:
                     writer.add_all_or_none(outcome)
+                if marks is not None and not isinstance(outcome, Repaired):
+                    mark = marks.popleft()
+                    if writer.documents > before:
+                        assert mark is not None, "what is rejected by its source becomes no document"
+                        writer.mark(mark)
+                if stopped := enough(writer.sources, writer.positions):
+                    break
             writer.flush()
-        written = Counts(writer.documents, writer.cut, int(self.lengths.sum()), source())
-        record = [written.documents, written.cut, written.source, writer.checksums]
-        write_atomically(self.path("json"), json.dumps(record))
+        read = None if stopped else checksum()
+        written = Counts(writer.documents, writer.cut, writer.positions, writer.sources, read)
+        write_atomically(self.path("json"), json.dumps([*astuple(written), writer.checksums]))
         return written
 
     def read_counts(self) -> Counts | None:
         """Return what `write` returned; None if it did not end, or the files are not as they were written."""
         match read_json(self.path("json")):
-            case [int(documents), int(cut), int(source), dict(checksums)]:
+            case [int(documents), int(cut), int(tokens), int(sources), (int() | None) as checksum, dict(checksums)]:
                 with suppress(FileNotFoundError):
                     if all(zlib.crc32(self._mapped(kind, np.uint8).data) == checksums.get(kind) for kind in _KINDS):
-                        return Counts(documents, cut, int(self.lengths.sum()), source)
+                        return Counts(documents, cut, tokens, sources, checksum)
         return None
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Rows of `_SOURCE`, one for each source document that was used; none if documents had no marks."""
+        return self._mapped("sources", _SOURCE)
+
+    def places(self, chosen: np.ndarray) -> Iterator[str]:
+        """Yield where those of the first source documents are for which `chosen`, bool [n], is true and has a key."""
+        with self.path("places").open("rb") as lines:
+            yield from map(json.loads, compress(lines, chosen[self.sources["has_key"][: chosen.size]].tolist()))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -175,8 +224,10 @@ class _Writer:
     def __init__(self, files: dict[str, IO[bytes]], modalities: Sequence[ModalityInfo], tokens: np.dtype) -> None:
         self._files, self._modalities, self._dtype = files, modalities, tokens
         self.checksums = dict.fromkeys(files, 0)
-        self.documents = self.cut = self._ids = self._values = self._flushed = 0
+        self.documents = self.cut = self.sources = self.positions = self._ids = self._values = self._flushed = 0
+        self._remarks = {"rejected": 0, "repaired": 0}
         self._rows: list[tuple[float, ...]] = []
+        self._sources: list[tuple[Any, ...]] = []
         self._tokens: list[np.ndarray] = []
 
     def add(self, documents: Iterable[Document]) -> None:
@@ -186,6 +237,7 @@ class _Writer:
             for segment in document:
                 row = segment_row(segment, self.documents, self._ids, self._values, self._modalities)
                 self._rows.append((*row, segment.weight))
+                self.positions += row[3] + IMAGE_TOKENS * (row[1] != KIND_TEXT)
                 if isinstance(segment, TextSegment):
                     self._tokens.append(segment.ids)
                     self._ids += segment.ids.size
@@ -193,6 +245,7 @@ class _Writer:
                     self._append("latents", segment.values.tobytes())
                     self._values += segment.values.size
             self.documents += 1
+            self.positions += DOCUMENT_TOKENS
             if len(self._rows) >= _ROWS_TOGETHER or self._ids - self._flushed >= _IDS_TOGETHER:
                 self.flush()
         self.cut += self.documents - before > 1
@@ -210,9 +263,19 @@ class _Writer:
             vars(self).update(before, _rows=[], _tokens=[])
             self.remark(rejected)
 
+    def mark(self, mark: Mark) -> None:
+        """Add the row of the source document that was added last."""
+        key = np.frombuffer(mark.key or bytes(16), "<u8")
+        self._sources.append((self.documents, *self._remarks.values(), mark.heldout, bool(mark.key), key))
+        self.sources += 1
+        if mark.key:
+            self._append("places", f"{json.dumps(mark.place)}\n".encode())
+
     def remark(self, remark: Remark) -> None:
         """Add why a source document was left out, or what was repaired."""
-        self._append("repaired" if isinstance(remark, Repaired) else "rejected", remark_line(remark))
+        kind = "repaired" if isinstance(remark, Repaired) else "rejected"
+        self._append(kind, remark_line(remark))
+        self._remarks[kind] += 1
 
     def flush(self) -> None:
         """Write what is in memory to the files."""
@@ -221,7 +284,8 @@ class _Writer:
         assert np.array_equal(stored, ids), "ids of a tokenizer are below its num_text_tokens"
         self._append("tokens", stored.tobytes())
         self._append("segments", np.array(self._rows, _ROW).tobytes())
-        self._rows, self._tokens, self._flushed = [], [], self._ids
+        self._append("sources", np.array(self._sources, _SOURCE).tobytes())
+        self._rows, self._sources, self._tokens, self._flushed = [], [], [], self._ids
 
     def _append(self, kind: str, data: bytes) -> None:
         self._files[kind].write(data)

@@ -17,16 +17,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
-
-from tqdm import tqdm
 
 from transfusion_fast.data.folder import PROTOCOLS, is_url, retried
 from transfusion_fast.data.index import INDEX_NAME, Index, decode_index, parse_index
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import write_atomically
+from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
 _READ_ONLY = ("http", "https")
@@ -96,11 +96,8 @@ class Target:
         between = [name for name in names if name not in (*indices, RECIPE)]
         small = [name for name in between if (folder / name).stat().st_size < _SMALL]
         count = int(put(RECIPE))
-        with tqdm(None, "uploading", len(between), unit="file", disable=None) as progress:
-            for threads, chosen in ((_TOGETHER, small), (1, sorted({*between} - {*small}))):
-                for is_new in _each(put, chosen, threads):
-                    count += is_new
-                    progress.update()
+        done = chain(_each(put, small, _TOGETHER), _each(put, sorted({*between} - {*small}), 1))
+        count += sum(progress(done, "uploading", "file", len(between)))
         return count + sum(map(put, indices))
 
     def _put_missing(self, folder: Path, held: dict[str, int], shards: dict[str, ShardInfo], name: str) -> bool:

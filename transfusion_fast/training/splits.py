@@ -42,28 +42,27 @@ def open_splits(
     Raises:
         InputError: there is no such folder, or it does not fit the run.
     """
+    train: Path | None
     if given is not None:
         within = (given / "heldout").is_dir()
         if not within and not (given / INDEX_NAME).is_file():
             raise InputError(f"{_FOLDERS}, got {given}; give --data")
-        train, heldout = (given / "train", given / "heldout") if within else (given / "train", given)
+        train, heldout = given / "train", (given / "heldout" if within else given)
     else:
         assert config is not None, "only an export can lack its settings, and has no data of its own"
         own = config.data
-        if not isinstance(own.path, str) or (is_url(own.path) and not isinstance(own.heldout, float)):
-            raise InputError(f"{run}: was trained on {own.path}, and {_FOLDERS}; give --data")
-        if isinstance(own.heldout, float):
+        if isinstance(own.path, str) and isinstance(own.heldout, float):
             mixture = open_data(config)
             _check_fits(mixture, data)
             rest = sorted({*range(mixture.num_packs)} - {*mixture.held_out})
             return Split(mixture, rest), Split(mixture, mixture.held_out)
-        train = Path(own.path)
-        candidates = [*([Path(own.heldout)] if own.heldout else []), train.parent / "heldout"]
-        found = [path for path in candidates if path.is_dir()]
+        train = Path(own.path) if isinstance(own.path, str) and not is_url(own.path) else None
+        named = Path(own.heldout) if isinstance(own.heldout, str) and not is_url(own.heldout) else None
+        found = [path for path in (named, train and train.parent / "heldout") if path and path.is_dir()]
         if not found:
-            raise InputError(f"{_FOLDERS}, got {train.parent} without heldout/; give --data")
+            raise InputError(f"{run}: was trained on {own.path}, and {_FOLDERS}; give --data")
         heldout = found[0]
-    return (_open(train, data) if train.is_dir() else None), _open(heldout, data)
+    return (_open(train, data) if train and train.is_dir() else None), _open(heldout, data)
 
 
 def _open(path: Path, data: DataDescription) -> Split:
