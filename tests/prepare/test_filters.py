@@ -30,7 +30,7 @@ from transfusion_fast.prepare.sources.text import TextSource
 COMPARED = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
-SCORES = {"a": {"score": 0.5}, "b": {"score": 0.2}, "c": {}, "d": {"score": "0.9"}, "e": {"score": math.nan}}
+SCORES = {"a": {"score": 0.5}, "b": {"score": 0.2}, "c": {}, "d": {"score": "high"}, "e": {"score": math.nan}}
 LEFT_OUT = {"not score > 0.3": 1, "field missing": 1, "field is no number": 2}
 ABOVE = Filters((Condition.parse("score > 0.3"),))
 
@@ -67,13 +67,16 @@ def test_numbers_are_compared_as_python_compares_them(sign, value, found):
         ("n > 0", "field is no number"),
         ("true == 1", "field is no number"),
         ("nan != 1", "field is no number"),
-        ("none < 1", "field is no number"),
+        ("none < 1", "field missing"),
+        ("written > 1e-1", ""),
+        ("written == 0.25", "not written == 0.25"),
         ("count == '3'", "field is no text"),
     ],
 )
 def test_conditions_name_fields_also_within_objects_and_compare_only_their_own_type(condition, expected):
     record = {"n": {"deep": 2}, "text": "en", "aesthetic-score": 5.5, "true": True, "nan": math.nan, "none": None}
-    assert reason(condition, **record, count=3, large=9007199254740993) == expected
+    more = {"written": "0.5", "count": 3, "large": 9007199254740993}
+    assert reason(condition, **record, **more) == expected
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_conditions_look_at_parquet_rows_whose_other_columns_are_not_read(tmp_pa
         return iter_batches(table, *given, columns=columns, **options)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", logged)
-    reasons = {"not score > 0.3": 1, "field missing": 1, "field is no number": 3}
+    reasons = {"not score > 0.3": 1, "field missing": 3, "field is no number": 1}
     assert left_out(TextSource.of([path, other], fields=ABOVE.fields)) == (["a"], reasons)
     assert read == [["score", "text"], ["text"]]
     assert left_out(TextSource.of([path]), Encoder(TOKENIZER, 64))[0] == list("abcde")
@@ -150,6 +153,14 @@ def test_a_string_that_is_not_utf8_leaves_out_its_row_alone(tmp_path):
     filters = Filters((Condition.parse("language == 'en'"),))
     source = TextSource.of([tmp_path / "a.parquet"], fields=filters.fields)
     assert left_out(source, Encoder(TOKENIZER, 64, filters=filters)) == (["a"], {"not UTF-8": 1})
+
+
+def test_fields_of_csv_files_are_numbers_if_they_are_written_so_and_names_may_have_dots(tmp_path):
+    (tmp_path / "a.csv").write_text("text,scores.clip,words\none,0.31,x\ntwo,0.2,x\nthree,,x\nfour,high,x\n")
+    filters = Filters.parse(["scores.clip > 0.3", "words == 'x'"])
+    source = TextSource.of([tmp_path / "a.csv"], fields=filters.fields)
+    expected = {"not scores.clip > 0.3": 1, "field is no number": 2}
+    assert left_out(source, Encoder(TOKENIZER, 64, filters=filters)) == (["one"], expected)
 
 
 def outcome(filters, *parts):

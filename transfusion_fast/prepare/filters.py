@@ -11,12 +11,16 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import chain
 from numbers import Real
 from typing import Any, Self
 
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.sources.base import SourceDocument
+from transfusion_fast.prepare.sources.records import lookup
 
 _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
@@ -61,17 +65,22 @@ class Condition:
         return cls(found["field"], found["operator"], value)
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Raise Rejected if a field is missing, of another type, not a number (NaN) or does not satisfy it."""
-        value: Any = fields
-        for name in self.field.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                raise Rejected("field missing", f"{self.field}, for {self}")
-            value = value[name]
+        """Raise Rejected if a field is missing, of another type, not a number (NaN) or does not satisfy it.
+
+        A text that is a number, as all values of .csv files are texts, is compared as a number with numbers.
+        """
+        value = lookup(fields, self.field)
+        if value is None:
+            raise Rejected("field missing", f"{self.field}, for {self}")
         if isinstance(self.value, str):
             if not isinstance(value, str):
                 raise Rejected("field is no text", f"{self.field} is {value!r:.60}, for {self}")
-        elif isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-            raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
+        else:
+            if isinstance(value, str):
+                with suppress(ValueError):
+                    value = float(value)
+            if isinstance(value, bool) or not isinstance(value, Real | Decimal) or math.isnan(value):
+                raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
         if not _COMPARED[self.operator](value, self.value):
             raise Rejected(f"not {self}", f"it is {value!r:.60}")
 
@@ -105,7 +114,8 @@ class Filters:
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the fields of records that the conditions look at, or that hold those."""
-        return tuple(dict.fromkeys(condition.field.partition(".")[0] for condition in self.where))
+        names = ((condition.field, condition.field.partition(".")[0]) for condition in self.where)
+        return tuple(dict.fromkeys(chain.from_iterable(names)))
 
     def describe(self) -> dict[str, Any]:
         """Return the filters that are not the default as JSON; equal filters leave out equal documents."""
