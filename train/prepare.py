@@ -30,6 +30,7 @@ from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.options import CAPTIONS, CHOICE, IMAGES, LATENTS, OUTPUT, TOKENS, add_options, local_path
+from transfusion_fast.prepare.parts import Share, build_part
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
@@ -212,7 +213,15 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder, select
         for url, index in indices.items():
             print(f"{url}: already there: {summary(index)}")
         return
-    _print_built(options.out, build(recipe, options.out, options.processes))
+    if options.part is None:
+        made: Built | list[int] = build(recipe, options.out, options.processes)
+    else:
+        made = build_part(recipe, options.out, Share.parse(options.part), options.processes)
+    if isinstance(made, list):
+        missing = ", ".join(f"{number}/{options.part.partition('/')[2]}" for number in made)
+        print(f"{options.out}: part {options.part} is read; missing: {missing}; the last part writes the shards")
+        return
+    _print_built(options.out, made)
     if options.target:
         count = options.target.upload(options.out)
         remove(options.out)

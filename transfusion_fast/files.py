@@ -41,14 +41,18 @@ def write_durably(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
-def lock(file: IO[Any]) -> bool:
+def lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends; return False if another process has locked it.
+
+    Args:
+        shared: let others hold it too, if they also share it. Over NFS such a file must be open for reading.
+        wait: wait until it is free.
 
     Raises:
         InputError: its file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:  # of some network file systems

@@ -104,12 +104,31 @@ def test_documents_that_are_left_out_or_split_are_counted_and_named(tmp_path, ru
         (["--train-bpe", 60_000], "must be at most the"),
         (["--field", "body"], "got none (12 x no text)"),
         (["--where", "text > abc"], "condition must be FIELD, an operator of < <= > >= == !=, and a number"),
+        (["--limit-tokens", 99, "--train-bpe", 300], "--limit-tokens must be given without --train-bpe"),
+        (["--dedup", "images"], "--dedup of texts must be documents, got images"),
+        (["--part", "3/2"], "--part must be I/N with I in 1..N, got '3/2'"),
+        (["--heldout", 1.5], "--heldout must be a share between 0 and 1, got 1.5"),
     ],
     ids=str,
 )
 def test_options_that_cannot_be_used_get_one_line_and_code_2(stories, tmp_path, run, options, said):
     assert said in run("text", stories, "--out", tmp_path / "data", *options)[2]
     assert not (tmp_path / "data").exists()
+
+
+def test_documents_are_chosen_divided_and_read_in_parts(stories, tmp_path, run):
+    stories.write_text(stories.read_text() + json.dumps({"text": STORIES[0]}) + "\n")
+    options = ("text", stories, "--heldout", 0.3, "--dedup", "documents", "--seq-len", 128)
+    data = tmp_path / "data"
+    _, out, err = run(*options, "--out", data, "--limit", 13)
+    assert [line.split(": written: ")[0] for line in out.splitlines()] == [str(data / "train"), str(data / "heldout")]
+    assert "stopped at the limit: the first 13 documents of the source" in err
+    assert "left out 1: duplicate documents: byte " in err
+    assert sorted(words(data / "train") + words(data / "heldout")) == STORIES
+    _, out, err = run(*options, "--out", tmp_path / "parts", "--part", "2/2")
+    assert out.endswith("part 2/2 is read; missing: 1/2; the last part writes the shards\n") and not err
+    assert run(*options, "--out", tmp_path / "parts", "--part", "1/2")[1].count(": written: ") == 2
+    assert run(*options, "--out", tmp_path / "parts")[1].count(": already there: ") == 2
 
 
 @pytest.mark.parametrize("out", [".", "packed", "deeper/packed"])

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -42,6 +43,7 @@ from transfusion_fast.prepare.staging import RECIPE, SHARDS, UNITS, discard, fir
 
 LEFT_OUT, REPAIRED = "left_out.jsonl", "repaired.jsonl"
 _OPEN_UNITS = 32  # of three files each, that a process has open at once
+_PARTS = "parts"  # in the recipe of a staging folder; the finished folder is the same for any number
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -78,40 +80,56 @@ class Built:
             yield f"split {self.cut} documents that are longer than a pack"
 
 
-def build(recipe: Recipe, folder: Path, processes: int = 1) -> Built:
+def build(recipe: Recipe, folder: Path, processes: int = 1, parts: int = 1) -> Built:
     """Make the data folder, or resume making it; a folder that was made of this recipe stays as it is.
+
+    Args:
+        parts: number of parts in which it was begun; with more than one, another part that uses it is waited for.
 
     Raises:
         InputError: `folder` holds anything else; work in the staging folder has another recipe, or another process is
             using it; the source holds no document that can be used; the disk is full, and what was finished stays.
     """
     folder, partial = output_and_staging(folder)
-    described, sides = recipe.describe(), recipe.selection.sides
-    if not partial.exists() and (built := _finished(folder, described, recipe.source, sides)):
+    staged = staged_recipe(recipe, parts)
+    if not partial.exists() and (built := finished(folder, recipe)):
         return built
-    with staging.locked(partial):
-        # perhaps by another process before the lock was free
-        if built := _finished(folder, described, recipe.source, sides):
-            if read_json(partial / RECIPE) in (None, described):  # left by a run that was killed while it cleaned up
+    with one_line_if_full(partial), staging.locked(partial, wait=parts > 1):
+        if built := finished(folder, recipe):  # perhaps by another process before the lock was free
+            if read_json(partial / RECIPE) in (None, staged):  # left by a run that was killed while it cleaned up
                 discard(partial)
             return built
         try:
-            staging.begin_or_resume(partial, described, recipe.encoder.tokenizer)
-            built = _Work(recipe, partial).carry_out(folder, processes)
+            staging.begin_or_resume(partial, staged, recipe.encoder.tokenizer)
+            built = Work(recipe, partial).carry_out(folder, processes)
         except BaseException as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
-                raise InputError(
-                    f"file system of {partial} must have room, got {error.strerror}; make room and run it again: it "
-                    "resumes"
-                ) from error
-            if not staging.has_units(partial):  # there is nothing to resume, and settings may be what was wrong
+            # With no unit there is nothing to resume, and settings may be what was wrong.
+            if getattr(error, "errno", None) not in _FULL and not staging.has_units(partial):
                 discard(partial)
             raise
         discard(partial)
     return built
 
 
-def _finished(folder: Path, recipe: dict[str, Any], source: Source, sides: Sequence[str]) -> Built | None:
+def staged_recipe(recipe: Recipe, parts: int) -> dict[str, Any]:
+    """Return what the staging folder says about the work in it."""
+    return {**recipe.describe(), _PARTS: parts}
+
+
+@contextmanager
+def one_line_if_full(partial: Path) -> Iterator[None]:
+    """Raise InputError in place of the error of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise InputError(
+            f"file system of {partial} must have room, got {error.strerror}; make room and run it again: it resumes"
+        ) from error
+
+
+def finished(folder: Path, recipe: Recipe) -> Built | None:
     """Return an unchanged folder of this recipe; None if the folder is free, else InputError.
 
     Source files with other times than in its recipe are read, to see whether they are still the same.
@@ -121,8 +139,9 @@ def _finished(folder: Path, recipe: dict[str, Any], source: Source, sides: Seque
     try:
         if (made_of := read_json(folder / RECIPE)) is None:
             raise InputError(f"it has no {RECIPE}")
-        now = {**recipe, "index": _hashes(folder, sides)}
-        if (change := first_changes(made_of, now)) and not _only_touched(made_of, now, source):
+        sides = recipe.selection.sides
+        now = {**recipe.describe(), "index": _hashes(folder, sides)}
+        if (change := first_changes(made_of, now)) and not _only_touched(made_of, now, recipe.source):
             raise InputError(f"it was made with other settings: {change}")
         return Built(*_first_two([read_index(folder / side) for side in sides]), reused=True)
     except (OSError, InputError) as error:
@@ -152,7 +171,7 @@ def _only_touched(made_of: Any, recipe: dict[str, Any], source: Source) -> bool:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """A recipe and the staging folder in which it is carried out. Every process has a copy."""
 
     recipe: Recipe
@@ -165,7 +184,7 @@ class _Work:
             front = Front(self.recipe.selection)
             unread = takewhile(lambda _: not front.has_enough, enumerate(units))
             total = None if self.recipe.selection.has_limit else len(units)
-            for number, counts in progress(each(_Work.encode, unread), "reading", "unit", total):
+            for number, counts in progress(each(Work.encode, unread), "reading", "unit", total):
                 front.add(number, counts)
             chosen = Chosen(self.recipe.selection, self.spool, front.counts)
             examples: dict[str, str] = {}
@@ -173,7 +192,7 @@ class _Work:
             repaired = self.list_remarks("repaired", REPAIRED, chosen, examples)
             totals = self.totals(chosen, rejected, examples)
             tasks = (task for side in totals for task in self.tasks(chosen, side))
-            written = dict(progress(each(_Work.write, tasks), "writing", "shard"))
+            written = dict(progress(each(Work.write, tasks), "writing", "shard"))
         empty = self.recipe.encoder.empty_index()
         indices = {
             side: replace(empty, documents=own[0], tokens=own[1], shards=_in_order(written, side))
@@ -276,7 +295,8 @@ class _Work:
     def finish(self, folder: Path, indices: dict[str, Index], checksums: list[int | None]) -> None:
         """Write the files beside the shards, and give the folder its name once all of it is on disk."""
         shards = self.partial / SHARDS
-        recipe = {**read_json(self.partial / RECIPE), "contents": checksums}
+        begun = {name: value for name, value in read_json(self.partial / RECIPE).items() if name != _PARTS}
+        recipe = {**begun, "contents": checksums}
         for side, index in indices.items():
             self.recipe.encoder.tokenizer.write(shards / side)
             write_index(shards / side, index)

@@ -41,6 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
     "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
+    "--part": {
+        "metavar": "I/N",
+        "help": "on each of N machines: read the I-th of N parts; the last one writes OUT, on a disk that all share",
+    },
     "--source": {
         "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
         "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
@@ -158,7 +162,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
     "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
 }  # fmt: skip
-OUTPUT = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes")
+OUTPUT = ("--out", "--work", "--seq-len", "--long", "--packs-per-shard", "--processes", "--part")
 TOKENS = ("--tokenizer", "--train-bpe")
 CHOICE = ("--where", "--limit", "--limit-tokens", "--dedup", "--heldout")
 IMAGES = ("--image-size", "--patch-size", "--shape", "--min-side", "--max-aspect")

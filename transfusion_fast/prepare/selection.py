@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transfusion_fast.data.pack import Segment, TextSegment
+from transfusion_fast.data.pack import ImageSegment, Segment, TextSegment
 from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
 from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
 from transfusion_fast.prepare.spool import Mark
 
 KEY_BYTES = 16
+_TEXT = b"text:"
 SIDES = ("train", "heldout")
 """Folders of a data folder with a held-out part."""
 
@@ -106,25 +107,32 @@ def content_key(parts: Iterable[Part]) -> bytes:
 
     A text has the same hash in memory and in a file; that raises Rejected where it is not UTF-8.
     """
-    key = hashlib.blake2b(digest_size=KEY_BYTES)
-    for part in parts:
-        if not isinstance(part, Rejected):  # a missing image
-            key.update(_part_key(part))
-    return key.digest()
+    keys = [_part_key(part) for part in parts if not isinstance(part, Rejected)]  # as images that are missing are
+    return keys[0] if len(keys) == 1 else _hash(b"".join(keys))
 
 
 def _part_key(part: str | TextRange | bytes | np.ndarray | Segment) -> bytes:
-    key = hashlib.blake2b(digest_size=KEY_BYTES)
     match part:
-        case str() | TextRange():
-            key.update(b"text:")
-            for piece in [part] if isinstance(part, str) else part.pieces():
-                key.update(piece.encode("utf-8", "surrogatepass"))
+        case str():
+            return _hash(_TEXT + part.encode("utf-8", "surrogatepass"))
+        case TextRange():
+            key = hashlib.blake2b(_TEXT, digest_size=KEY_BYTES)
+            for piece in part.pieces():
+                key.update(piece.encode())
+            return key.digest()
         case bytes():
-            key.update(b"file:" + part)
-        case _:
-            values = (
-                part if isinstance(part, np.ndarray) else part.ids if isinstance(part, TextSegment) else part.values
-            )
-            key.update(f"{values.dtype}{values.shape}:".encode() + values.tobytes())
-    return key.digest()
+            return _hash(b"file:" + part)
+        case TextSegment():
+            return _array_key(part.ids)
+        case ImageSegment():
+            return _array_key(part.values)
+        case np.ndarray():
+            return _array_key(part)
+
+
+def _array_key(array: np.ndarray) -> bytes:
+    return _hash(f"{array.dtype}{array.shape}:".encode() + array.tobytes())
+
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()

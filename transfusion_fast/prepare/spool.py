@@ -8,6 +8,7 @@ there are as many of them as captions. Source documents have rows of their own o
 from __future__ import annotations
 
 import json
+import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +104,7 @@ class Spool:
 
         Args:
             marks: receives, before each outcome that is not Repaired, the mark of its source document.
-            enough: tells from the numbers of source documents and of tokens when to stop.
+            enough: with marks, tells from the numbers of source documents and of tokens when to stop.
         """
         with ExitStack() as stack:
             files: dict[str, IO[bytes]] = {k: stack.enter_context(self.path(k).open("wb")) for k in _KINDS}
@@ -117,13 +118,14 @@ class Spool:
                     writer.add(outcome)
                 else:
                     writer.add_all_or_none(outcome)
-                if marks is not None and not isinstance(outcome, Repaired):
-                    mark = marks.popleft()
-                    if writer.documents > before:
-                        assert mark is not None, "what is rejected by its source becomes no document"
-                        writer.mark(mark)
-                if stopped := enough(writer.sources, writer.positions):
-                    break
+                if marks is None or isinstance(outcome, Repaired):
+                    continue
+                mark = marks.popleft()
+                if writer.documents > before:
+                    assert mark is not None, "what is rejected by its source becomes no document"
+                    writer.mark(mark)
+                    if stopped := enough(writer.sources, writer.positions):
+                        break
             writer.flush()
         read = None if stopped else checksum()
         written = Counts(writer.documents, writer.cut, writer.positions, writer.sources, read)
@@ -265,7 +267,7 @@ class _Writer:
 
     def mark(self, mark: Mark) -> None:
         """Add the row of the source document that was added last."""
-        key = np.frombuffer(mark.key or bytes(16), "<u8")
+        key = struct.unpack("<2Q", mark.key) if mark.key else (0, 0)
         self._sources.append((self.documents, *self._remarks.values(), mark.heldout, bool(mark.key), key))
         self.sources += 1
         if mark.key:

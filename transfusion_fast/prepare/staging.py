@@ -1,4 +1,7 @@
-"""The staging folder OUT.partial of a data folder OUT: finished work of one recipe, in use by one process at a time."""
+"""The staging folder OUT.partial of a data folder OUT: finished work of one recipe.
+
+It is in use by one process at a time, or by several that share its lock and encode parts of the source.
+"""
 
 from __future__ import annotations
 
@@ -62,33 +65,41 @@ def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> No
             raise InputError(f"output folder must lie outside of the sources, got {path} in {source}; choose another")
 
 
+class InUseError(InputError):
+    """A staging folder, or a part of it, that another process is using."""
+
+
 @contextmanager
-def locked(partial: Path) -> Iterator[None]:
+def locked(partial: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the staging folder, which is created if it is missing.
 
     The lock is deleted with the folder, so a lock that was opened is used only if it still has its name.
 
+    Args:
+        shared: let others hold it that share it too.
+        wait: wait until it is free.
+
     Raises:
-        InputError: another process holds it, its file system has no locks, or the folder holds files of somebody else,
-            which would be deleted.
+        InUseError: another process holds it.
+        InputError: its file system has no locks, or the folder holds files of somebody else, which would be deleted.
     """
     _check_ours(partial)
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
-            file = (partial / LOCK).open("w")
+            file = (partial / LOCK).open("a+")
         except FileNotFoundError:
             continue
         with file:
             try:
-                free = lock(file)
+                free = lock(file, shared=shared, wait=wait)
             except InputError:  # without locks nobody else can be using it
                 (partial / LOCK).unlink()
                 with suppress(OSError):
                     partial.rmdir()
                 raise
             if not free:
-                raise InputError(
+                raise InUseError(
                     f"{partial} must be used by one process at a time, got another one using it; wait for it to end"
                 )
             held = False
@@ -99,26 +110,33 @@ def locked(partial: Path) -> Iterator[None]:
                 return
 
 
+@contextmanager
+def part_locked(partial: Path, part: int) -> Iterator[None]:
+    """Hold the lock of one part of the units, in a staging folder whose lock is held; InUseError if another does."""
+    with (partial / UNITS / f"part-{part}.lock").open("a+") as file:
+        if not lock(file):
+            raise InUseError(f"part {part} of {partial} must be run once at a time, got another run; wait for its end")
+        yield
+
+
 def _check_ours(partial: Path) -> None:
+    """Raise InputError if the folder holds files that no run makes; another run may be making or deleting it now."""
+    found = set(os.listdir(partial)) if partial.exists() else set()
     ours = {LOCK, partial_path(partial / RECIPE).name}
     if read_json(partial / RECIPE) is not None:
         ours |= {RECIPE, TOKENIZER_NAME, partial_path(partial / TOKENIZER_NAME).name, UNITS, SHARDS}
-    for path in partial.iterdir() if partial.exists() else ():
-        if path.name not in ours:
+    for name in found - ours:
+        if os.path.lexists(partial / name):
             raise InputError(
-                f"{partial} must be free for staging OUT, got a folder that holds {path.name}; "
-                "choose another OUT, or move that"
+                f"{partial} must be free for staging OUT, got a folder that holds {name}; choose another OUT, or move "
+                "that"
             )
 
 
 def begin_or_resume(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Write the recipe and the tokenizer, or check that the work that is there has the same recipe."""
-    before = read_json(partial / RECIPE)
-    if before is not None and has_units(partial):
-        if change := first_changes(before, recipe):
-            raise InputError(
-                f"{partial} must be of the same recipe, got other settings: {change}; keep them or remove it"
-            )
+    if read_json(partial / RECIPE) is not None and has_units(partial):
+        check_begun(partial, recipe)
     else:
         for name in (UNITS, SHARDS):  # without a finished unit, files there may be of any recipe
             shutil.rmtree(partial / name, ignore_errors=True)
@@ -126,6 +144,13 @@ def begin_or_resume(partial: Path, recipe: dict[str, Any], tokenizer: Tokenizer)
         tokenizer.write(partial)
     for name in (UNITS, SHARDS):
         (partial / name).mkdir(exist_ok=True)
+
+
+def check_begun(partial: Path, recipe: dict[str, Any]) -> None:
+    """Raise InputError if the work that is there, if any, has another recipe."""
+    before = read_json(partial / RECIPE)
+    if before is not None and (change := first_changes(before, recipe)):
+        raise InputError(f"{partial} must be of the same recipe, got other settings: {change}; keep them or remove it")
 
 
 def has_units(partial: Path) -> bool:
@@ -143,7 +168,7 @@ def first_changes(before: object, now: dict[str, Any]) -> str:
 def discard(partial: Path) -> None:
     """Delete the staging folder: large parts first, the rest in one step, so that no run finds half of it."""
     for name in (UNITS, SHARDS):
-        if (partial / name).exists():
+        if os.path.lexists(partial / name):
             shutil.rmtree(partial / name)
     removed = partial.with_name(f".{partial.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
