@@ -16,7 +16,7 @@ from PIL import Image
 from transfusion_fast.data.pack import ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, load_tokenizer
-from transfusion_fast.errors import Remark
+from transfusion_fast.errors import Rejected, Remark
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.images import ImageRule
@@ -80,8 +80,10 @@ def found_in(source):
 def read(source):
     """(parts of every document, reasons of what was rejected or repaired)."""
     found = found_in(source)
-    documents = [entry.parts for entry in found if not isinstance(entry, Remark)]
-    return documents, Counter(entry.reason for entry in found if isinstance(entry, Remark))
+    parts = [() if isinstance(entry, Remark) else entry.parts for entry in found]
+    bad = [next((part for part in own if isinstance(part, Rejected)), None) for own in parts]
+    documents = [own for own, missing in zip(parts, bad, strict=True) if own and not missing]
+    return documents, Counter(entry.reason for entry in (*found, *bad) if isinstance(entry, Remark))
 
 
 def texts_of(paths, **options):

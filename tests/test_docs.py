@@ -30,7 +30,8 @@ LIBRARY, COMMAND_LINES = (
     "".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
     for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train",))
 )
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND_LINES += (ROOT / "transfusion_fast/prepare/options.py").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Commands that are parsed and not run, with the reason.
 NOT_RUN = {
@@ -42,6 +43,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "needs the environment that make creates",
     "python train/prepare.py pairs laion/*.tar --out data/latents": "needs an autoencoder, as in tests/prepare",
     "python train/prepare.py pairs laion/*.tar --out data/features": "needs an encoder, as in tests/train",
+    "python train/prepare.py text corpus/ --out s3:": "needs a bucket, as tests/prepare/test_upload.py does not",
 }
 # Options that make the others take seconds.
 SHORTER = {

@@ -3,8 +3,6 @@
 """
 
 import argparse
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,12 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.cpus import usable_cpus
 from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.shards import PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
 from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
@@ -28,25 +24,31 @@ from transfusion_fast.prepare.build import Built, build
 from transfusion_fast.prepare.encode import Encoder, Long
 from transfusion_fast.prepare.examples.built_in import BuiltIn, prepare_splits
 from transfusion_fast.prepare.examples.digits import Digits, InterleavedDigits
-from transfusion_fast.prepare.examples.fashion import DEBIAN, WEB, FashionMnist
+from transfusion_fast.prepare.examples.fashion import FashionMnist
 from transfusion_fast.prepare.examples.stories import Stories
+from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
+from transfusion_fast.prepare.options import CAPTIONS, CHOICE, IMAGES, LATENTS, OUTPUT, TOKENS, add_options, local_path
 from transfusion_fast.prepare.parts import Share, build_part
 from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
 from transfusion_fast.prepare.selection import ALL, SIDES, Selection
+from transfusion_fast.prepare.sources import layouts
 from transfusion_fast.prepare.sources.base import Source
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
-from transfusion_fast.prepare.sources.pairs import PairsSource
+from transfusion_fast.prepare.sources.pairs import LAYOUTS, PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
+from transfusion_fast.prepare.upload import local_and_target, remove
 from transfusion_fast.sampling.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)
 """Pack lengths whose waste `info` prints."""
+MOST_SHAPES = 16
+"""Shapes of images that `info` prints, the most frequent ones; there are fewer buckets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files may be any bytes
     try:
+        options.target = None
+        if "work" in options:
+            options.out, options.target = local_and_target(options.out, options.work)
         return options.run(options) or 0
     except (InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
@@ -65,116 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _local(text: str) -> Path:
-    """Return a local path; Path would silently drop one of the slashes of a URL."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"files and folders must be local, got {text!r}; only training reads URLs")
-    return Path(text)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "files": {"type": _local, "nargs": "+", "metavar": "FILE", "help": "files, or folders of them"},
-    "folder": {"type": _local, "metavar": "FOLDER", "help": "data folder, local"},
-    "out": {"type": _local, "metavar": "OUT", "help": "folder to make; gets train/ and heldout/"},
-    "--out": {"type": _local, "required": True, "metavar": "OUT", "help": "folder to make; run again to resume"},
-    "--seq-len": {"type": int, "default": 4096, "help": "positions of a pack (default: %(default)s)"},
-    "--long": {
-        "choices": ("split", "reject"),
-        "help": "split documents longer than a pack where a reader pauses, or leave them out (default: split; for "
-        "pairs reject; for repack the setting of FOLDER)",
-    },
-    "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
-    "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
-    "--part": {
-        "metavar": "I/N",
-        "help": "on each of N machines: read the I-th of N parts; the last one writes OUT, on a disk that all share",
-    },
-    "--source": {
-        "default": DEBIAN if shutil.which("apt-get") else WEB, "metavar": f"{DEBIAN}|{WEB}|PATH",
-        "help": f"origin of Fashion-MNIST: {DEBIAN} downloads Debian's package, {WEB} its authors' files; or a folder "
-        "of the files, or a .deb (default here: %(default)s)",
-    },
-    "--tokenizer": {"type": _local, "metavar": "JSON", "help": "a tokenizer.json (default: bytes)"},
-    "--heldout": {
-        "type": float, "default": 0.0, "metavar": "SHARE",
-        "help": "share of the documents to hold out for validation, such as 0.01, by a hash of their content; OUT gets "
-        "train/ and heldout/ (default: none)",
-    },
-    "--limit": {
-        "type": int, "metavar": "N",
-        "help": "use the first N documents alone, before long ones are split, and read no further (default: all)",
-    },
-    "--limit-tokens": {
-        "type": int, "metavar": "N",
-        "help": "use the first documents that take at most N tokens together, and read no further (default: all)",
-    },
-    "--dedup": {
-        "choices": ("documents", "images"),
-        "help": "leave out documents whose texts and image files, or whose image files alone, are those of an earlier "
-        "document (default: none)",
-    },
-    "--train-bpe": {"type": int, "metavar": "VOCAB", "help": "train a tokenizer on these texts"},
-    "--field": {"default": "text", "help": "field of JSON lines, column of Parquet (default: %(default)s)"},
-    "--separator": {
-        "type": os.fsencode, "default": b"", "metavar": "TEXT",
-        "help": "what stands between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one "
-        "document)",
-    },
-    "--image-size": {
-        "type": int, "help": "side of an image in pixels (default: 256, with --encoder the size it was made for)",
-    },
-    "--patch-size": {
-        "type": int,
-        "help": "side of a patch: in pixels (default: 16; digits 4, clothes 4), with --vae in latents (default: 2), "
-        "with --encoder in features (default: 1)",
-    },
-    "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
-    "--shape": {
-        "choices": ("crop", "native"), "default": "crop",
-        "help": "the middle square, or the image's own shape with at most SIZE x SIZE pixels (default: %(default)s)",
-    },
-    "--vae": {
-        "type": _local, "metavar": "FOLDER",
-        "help": "autoencoder of the latents to store or to show: the folder of an AutoencoderKL (diffusers' format, "
-        "safetensors); every process loads its own copy, and processes share the GPUs if there are any",
-    },
-    "--latents": {
-        "choices": ("sampled", "mean"),
-        "help": "with --vae: sampled draws from the posterior with noise keyed by the image, as in the training of the "
-        "decoder; mean takes its mean (default: sampled)",
-    },
-    "--vae-batch": {
-        "type": int, "metavar": "N",
-        "help": "with --vae or --encoder: images at a time; on a CPU one is as fast and takes less memory "
-        f"(default: {BATCH})",
-    },
-    "--encoder": {
-        "type": _local, "metavar": "FOLDER",
-        "help": "frozen vision encoder whose patch features to store: a transformers model (safetensors) with its "
-        "image processor; no decoder turns what a model draws of them into pictures",
-    },
-    "--encoder-like": {
-        "type": _local, "metavar": "OTHER",
-        "help": "with --encoder: data folder whose normalisation of the features to use, such as that of the training "
-        "data for validation data (default: measured on these images)",
-    },
-    "--picture": {"type": _local, "metavar": "PNG", "help": "draw the lengths of its documents"},
-    "--like": {
-        "type": _local, "metavar": "OTHER",
-        "help": "data folder of the same tokenizer, modalities and pack length (default: FOLDER's own index)",
-    },
-    "--accept": {"action": "store_true", "help": "accept shards that differ from the old index"},
-    "--pack": {"type": int, "default": 0, "metavar": "N", "help": "number of the pack (default: %(default)s)"},
-    "--epoch": {"type": int, "default": 0, "help": "epoch whose order and noise are shown (default: %(default)s)"},
-    "--seed": {"type": int, "default": 0, "help": "train.seed of the run (default: %(default)s)"},
-}  # fmt: skip
-PACKING = ("--out", "--seq-len", "--long", "--packs-per-shard", "--processes", "--part")
-SOURCE = ("files", *PACKING, "--tokenizer", "--train-bpe", "--heldout", "--limit", "--limit-tokens", "--dedup")
-IMAGES = (
-    "--image-size", "--patch-size", "--shape", "--vae", "--latents", "--vae-batch", "--encoder", "--encoder-like",
-)  # fmt: skip
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prepare", description="Make data folders and look after them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -183,8 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], int | None], help: str, *options: str, **defaults: Any
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
-        for option in options:
-            command.add_argument(option, **OPTIONS[option])
+        add_options(command, *options)
         command.set_defaults(run=run, **defaults)
         return command
 
@@ -197,23 +91,30 @@ def _parser() -> argparse.ArgumentParser:
     stories = partial(_built_in, lambda options: Stories(FashionMnist(options.source)), packs_per_shard=32)
     help = "21,000 short stories, Fashion-MNIST's pictures between the sentences"
     add("stories", stories, help, "out", "--seq-len", "--patch-size", "--source")
-    help = "text: .jsonl (a document a line; also .jsonl.gz, .jsonl.zst), .txt (one a file), .parquet (one a row)"
-    add("text", _text, help, *SOURCE, "--field", "--separator")
-    help = "captioned images: WebDataset tars of KEY.jpg (.png, .avif, ..) beside KEY.txt or KEY.json with a caption"
-    pairs = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
-    add("pairs", pairs, help, *SOURCE, *IMAGES)
-    content = '{"content": ["text", {"image": "PATH"}, {"base64": ".."}]}'
-    help = f"texts and images in turn: .jsonl (also .gz, .zst) beside the images, a line a document: {content}"
-    add("interleaved", partial(_images, kind=InterleavedSource, long="split"), help, *SOURCE, *IMAGES)
+    help = "text: a field of .jsonl, .json, .parquet, .arrow or .csv, or .txt files"
+    source = ("files", *OUTPUT, *CHOICE, *TOKENS)
+    add("text", _text, help, *source, "--field", "--separator")
+    help = "captioned images: WebDataset tars, folders of images, or .parquet, .jsonl, .csv, .. of images or paths"
+    run = partial(_images, kind=PairsSource, long="reject")  # as a caption without its image is useless
+    pairs = add("pairs", run, help, *source, *IMAGES, *LATENTS, *CAPTIONS)
+    help = "tars, files (images with captions beside them), or records that hold or name images (default: detected)"
+    pairs.add_argument("--layout", choices=LAYOUTS, help=help)
+    help = 'texts and images in turn: .jsonl, .json, .parquet or .arrow, as {"content": ["text", {"image": "PATH"}]}'
+    run = partial(_images, kind=InterleavedSource, long="split")
+    interleaved = add("interleaved", run, help, *source, *IMAGES, *LATENTS, "--image-root", "--bad-images")
+    help = "layout of all documents (default: detected for each)"
+    interleaved.add_argument("--layout", choices=layouts.LAYOUTS, help=help)
     help = "the documents of a data folder, which stays as it is, in packs of another length"
-    add("repack", _repack, help, "folder", *PACKING, train_bpe=None)
+    add("repack", _repack, help, "folder", *OUTPUT, train_bpe=None)
     add("verify", _verify, "compare every byte of a data folder with its index", "folder", "--processes")
     add("info", _info, "print what a data folder holds, and the waste at other pack lengths", "folder", "--picture")
     help = "rebuild index.json for the shards that are in a folder"
     add("index", _index, help, "folder", "--like", "--accept", "--processes")
     help = "a pack as a page of HTML: text and images as a model with the default settings sees them"
     view = add("preview", _preview, help, "folder", "--pack", "--vae", "--epoch", "--seed")
-    view.add_argument("--out", type=_local, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)")
+    view.add_argument(
+        "--out", type=local_path, default=Path("preview.html"), metavar="HTML", help="(default: %(default)s)"
+    )
     return parser
 
 
@@ -226,13 +127,23 @@ def _built_in(make: Callable[[argparse.Namespace], BuiltIn], options: argparse.N
 def _text(options: argparse.Namespace) -> None:
     if options.dedup == "images":
         raise InputError("--dedup of texts must be documents, got images; give that")
-    source = TextSource.of(options.files, field=options.field, separator=options.separator)
-    encoder = Encoder(_tokenizer(options, source), options.seq_len, long=options.long or "split")
+    filters = _filters(options)
+    source = TextSource.of(options.files, field=options.field, separator=options.separator, fields=filters.fields)
+    tokenizer = _tokenizer(options, source)
+    encoder = Encoder(tokenizer, options.seq_len, long=options.long or "split", filters=filters)
     _build(options, source, encoder, _selection(options))
 
 
+def _filters(options: argparse.Namespace) -> Filters:
+    names = ("where", "min_side", "max_aspect", "caption_length")
+    return Filters.parse(**{name: vars(options)[name] for name in names if name in options})
+
+
 def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None:
-    source, latents, size, patch = kind.of(options.files), _latents(options), options.image_size, options.patch_size
+    filters, names = _filters(options), ("layout", "caption_field", "image_field", "image_root")
+    settings = {name: vars(options)[name] for name in names if name in options}
+    source, latents = kind.of(options.files, fields=filters.fields, **settings), _latents(options)
+    size, patch = options.image_size, options.patch_size
     if latents is None:
         modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
     else:
@@ -241,7 +152,8 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
-    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents)
+    bad_images = getattr(options, "bad_images", "reject")
+    encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, bad_images, filters)
     if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
         vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
@@ -297,16 +209,23 @@ def _selection(options: argparse.Namespace) -> Selection:
 
 def _build(options: argparse.Namespace, source: Source, encoder: Encoder, selection: Selection) -> None:
     recipe = Recipe(source, encoder, options.packs_per_shard, train_bpe=options.train_bpe, selection=selection)
-    if options.part is None:
-        _print_built(options.out, build(recipe, options.out, options.processes))
+    if options.target and (indices := options.target.finished(recipe.describe())) and not options.out.exists():
+        for url, index in indices.items():
+            print(f"{url}: already there: {summary(index)}")
         return
-    share = Share.parse(options.part)
-    made = build_part(recipe, options.out, share, options.processes)
-    if isinstance(made, Built):
-        _print_built(options.out, made)
+    if options.part is None:
+        made: Built | list[int] = build(recipe, options.out, options.processes)
     else:
-        missing = ", ".join(f"{number}/{share.of}" for number in made)
-        print(f"{options.out}: part {options.part} is read; the last of these parts will write the shards: {missing}")
+        made = build_part(recipe, options.out, Share.parse(options.part), options.processes)
+    if isinstance(made, list):
+        missing = ", ".join(f"{number}/{options.part.partition('/')[2]}" for number in made)
+        print(f"{options.out}: part {options.part} is read; missing: {missing}; the last part writes the shards")
+        return
+    _print_built(options.out, made)
+    if options.target:
+        count = options.target.upload(options.out)
+        remove(options.out)
+        print(f"{options.target.url}: complete: {count} files uploaded; {options.out} is removed")
 
 
 def _print_built(folder: Path, built: Built) -> None:
@@ -343,6 +262,8 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {summary(reader.index)}")
     print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
     print(f"images: {found.images} of {found.patches} patches")
+    if len(found.shapes) > 1:
+        print(f"shapes of images, {found.named_shapes(MOST_SHAPES)}")
     if found.ignored or found.weighted:
         print(f"ids and patches without loss: {found.ignored}, with another weight than 1: {found.weighted}")
     print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")

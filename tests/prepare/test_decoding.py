@@ -212,7 +212,8 @@ def test_a_jpeg_without_its_end_marker_is_accepted_and_one_that_is_cut_is_not(op
 def test_a_jpeg_is_decoded_at_a_smaller_size_to_nearly_the_same_pixels():
     data = saved(Image.fromarray(smooth(1111, 1537)), "JPEG", quality=90)
     for rule, reduction in ((ImageRule("crop", 128, 16), 4), (ImageRule("native", 144, 16), 4),
-                            (ImageRule("crop", 64, 16), 8), (ImageRule("crop", 700, 10), 1)):  # fmt: skip
+                            (ImageRule("buckets", 128, 16), 4), (ImageRule("crop", 64, 16), 8),
+                            (ImageRule("crop", 700, 10), 1)):  # fmt: skip
         small, whole = decode_image(data, rule.scale), decode_image(data)
         assert small.reduction == reduction and small.size == whole.size == (1111, 1537)
         difference = np.abs(rule(small).astype(int) - rule(whole))
@@ -236,7 +237,7 @@ def test_a_smaller_size_moves_nothing(orientation, size):
     assert np.abs(difference.mean(axis=(0, 1))).max() < 0.25 and np.abs(difference).max() < 4
 
 
-@pytest.mark.parametrize("shape", ["crop", "native"])
+@pytest.mark.parametrize("shape", ["crop", "buckets", "native"])
 def test_an_image_is_never_decoded_below_the_size_that_is_needed(shape):
     rule = ImageRule(shape, 16, 4)
     for height, width in ((24, 24), (47, 48), (48, 49), (95, 97), (191, 300), (192, 193), (300, 1500)):

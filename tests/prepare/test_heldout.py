@@ -9,7 +9,7 @@ import pytest
 from build_cases import IMAGES, Stop, content, cut_off, pairs_recipe, stop, text_recipe, words
 
 from transfusion_fast.data.pack import ImageSegment, TextSegment
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare import recipe as recipe_module
 from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.encode import Encoder
@@ -142,3 +142,8 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
     marks = deque()
     documents = [SourceDocument("here", ("ab",)), SourceDocument("elsewhere", ("ab",), (0.5,))]
     assert list(QUARTER.marked(documents, marks)) == documents and marks[0] == marks[1]
+
+
+def test_a_document_used_without_a_missing_image_stays_on_its_side():
+    missing = Rejected("image missing", "'a.jpg' below a folder that was moved")
+    assert content_key(["words", missing]) == content_key(["words"]) != content_key(["words", b""])

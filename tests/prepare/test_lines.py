@@ -1,8 +1,10 @@
 """Lines of files: each is read once, however the file is cut or compressed, and damage is named."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 
 import pyarrow
@@ -22,7 +24,10 @@ COMPRESS = {
     "": bytes,
     ".gz": lambda content: gzip.compress(content, mtime=0),
     ".zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
 }
+COMPRESSIONS = list(COMPRESS)[1:]
 
 
 def lines_in(path, content=None, size=UNIT_BYTES):
@@ -67,7 +72,7 @@ def test_a_line_across_many_units_is_not_read_by_each_to_its_end(tmp_path, monke
     assert sum(read_bytes) < 4_000_000
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("cuts", [[0], [0, 1000, 7777]])
 def test_compressed_lines_equal_plain_ones(tmp_path, compression, cuts):
     """In one piece and in several one after another, as tools that compress in parallel write them."""
@@ -78,7 +83,7 @@ def test_compressed_lines_equal_plain_ones(tmp_path, compression, cuts):
     assert lines_in(path, CONTENT) == LINES
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("damage", ["cut", "next is cut", "something else", "nothing"])
 def test_nothing_is_read_of_a_compressed_file_that_is_damaged(tmp_path, compression, damage):
     path = tmp_path / f"a.jsonl{compression}"
@@ -114,9 +119,14 @@ def test_a_failing_disk_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch)
 
 
 def test_files_are_recognized_by_their_suffixes(tmp_path):
-    for name in ("b.jsonl", "c.v2.JSONL.GZ", "d.json.zst", "e.json", "f.gz", "g.txt.gz"):
+    read = ["b.jsonl", "c.v2.JSONL.GZ", "d.json.zst", "e.ndjson.xz", "f.csv.bz2", "g.tsv", "h.arrow"]
+    for name in (*read, "f.gz", "g.txt.gz", "h.json"):
         (tmp_path / name).write_bytes(b"")
-    assert [file.name for file in TextSource.of([tmp_path]).files] == ["b.jsonl", "c.v2.JSONL.GZ", "d.json.zst"]
+    source = TextSource.of([tmp_path])
+    assert [file.name for file in source.files] == read
+    [stray] = source.strays  # as it may describe the others
+    assert stray.reason == "accompanying file" and str(tmp_path / "h.json") in str(stray)
+    assert TextSource.of([tmp_path / "h.json"]).files == (tmp_path / "h.json",)
 
 
 def test_a_file_with_a_window_beyond_the_limit_is_refused(tmp_path):
@@ -128,3 +138,11 @@ def test_a_file_with_a_window_beyond_the_limit_is_refused(tmp_path):
         TextSource.of([path]).units()
     path.write_bytes(frame.replace(b"\xa8", b"\x50"))  # a window of 1 MB
     assert lines_in(path.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl.zst"))) == [b"5"]
+
+
+def test_an_xz_file_that_needs_much_memory_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 512 << 20}]
+    path.write_bytes(lzma.compress(b"5\n", filters=filters))
+    with pytest.raises(InputError, match=r"a.jsonl.xz must be compressed without --long"):
+        TextSource.of([path]).units()

@@ -13,7 +13,7 @@ import pytest
 from build_cases import found_in, texts_of
 
 from transfusion_fast.errors import InputError, Rejected
-from transfusion_fast.prepare.sources import text
+from transfusion_fast.prepare.sources import tables
 from transfusion_fast.prepare.sources.text import TextSource
 
 
@@ -58,12 +58,12 @@ def test_a_file_without_a_column_of_strings_is_named_and_others_read(path, tmp_p
 
 
 def test_rows_and_row_groups_that_are_too_large_are_rejected(path, monkeypatch):
-    monkeypatch.setattr(text, "MAX_BYTES", 1000)
-    write_column(path, ["a" * 1000, "b" * 1001, *["c"] * 9], use_dictionary=False)
-    assert texts_of([path]) == (["a" * 1000, *["c"] * 9], {"row too large": 1})
+    monkeypatch.setattr(tables, "MAX_BYTES", 1000)
+    write_column(path, ["a" * 980, "b" * 1001, *["c"] * 9], use_dictionary=False)
+    assert texts_of([path]) == (["a" * 980, *["c"] * 9], {"row too large": 1})
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.iter_batches", pytest.fail)
     assert texts_of([write_column(path, ["a" * 9000], compression="zstd")]) == ([], {"rows too large": 1})
-    monkeypatch.setattr(text, "_MAX_GROUP_BYTES", 1000)
+    monkeypatch.setattr(tables, "_MAX_GROUP_BYTES", 1000)
     with pytest.raises(InputError, match=r"row group 0 of .*a.parquet must have at most 1000 bytes, got 9\d\d\d; "):
         texts_of([path])
 

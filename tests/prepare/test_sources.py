@@ -18,7 +18,7 @@ from build_cases import found_in, make_tar, read, text_recipe, texts_of
 
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.build import build
-from transfusion_fast.prepare.sources import interleaved, pairs
+from transfusion_fast.prepare.sources import interleaved, tars
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
@@ -56,11 +56,11 @@ def test_another_field_can_be_named(tmp_path):
 
 
 def test_missing_files_and_other_kinds_are_refused_in_one_line(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.doc").write_text("x")
     for name, refusal in (
         ("none.jsonl", "source .* must exist, got no such file"),
-        (".", r"folder .* must hold files of .jsonl, .*.json.zst, .txt, .parquet, got none"),
-        ("a.csv", "source must be of .jsonl, .*, .txt, .parquet, got .*a.csv"),
+        (".", r"folder .* must hold files of .jsonl, .*, .txt \(also .gz, .*\), got none"),
+        ("a.doc", r"source must be of .jsonl, .*, .txt \(also .gz, .*\), got .*a.doc"),
     ):
         with pytest.raises(InputError, match=refusal):
             TextSource.of([tmp_path / name])
@@ -120,7 +120,7 @@ def test_tars_of_img2dataset_and_of_webdataset_are_read(tmp_path):
 
 
 def test_samples_that_are_no_pairs_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "MAX_BYTES", 100)
+    monkeypatch.setattr(tars, "MAX_BYTES", 100)
     members = [
         ("a.txt", b"alone"), ("b.jpg", b"x"), ("c.jpg", b"x"), ("c.txt", b"  "), ("d.jpg", b"x"), ("d.txt", b"\xff"),
         ("e.jpg", b"x"), ("e.jpg", b"y"), ("e.txt", b"twice"), ("f.jpg", b"x"), ("f.json", b"{"), ("g.jpg", b"x"),
@@ -279,7 +279,7 @@ def test_entries_without_content_are_counted_and_others_read(tmp_path):
     documents, rejected = interleaved_in(tmp_path, *bad, ["good"])
     assert documents == [("good",)]
     assert rejected == {
-        "no content": 3, "empty document": 2, "unknown part": 4, "image missing": 1, "not base64": 2,
+        "no content": 3, "empty document": 2, "unknown part": 3, "image missing": 1, "not base64": 2, "no image": 1,
         "image unreadable": 2,
     }  # fmt: skip
 

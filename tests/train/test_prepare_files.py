@@ -103,6 +103,7 @@ def test_documents_that_are_left_out_or_split_are_counted_and_named(tmp_path, ru
         (["--train-bpe", 100], "must be at least 256, got 100"),
         (["--train-bpe", 60_000], "must be at most the"),
         (["--field", "body"], "got none (12 x no text)"),
+        (["--where", "text > abc"], "condition must be FIELD, an operator of < <= > >= == !=, and a number"),
         (["--limit-tokens", 99, "--train-bpe", 300], "--limit-tokens must be given without --train-bpe"),
         (["--dedup", "images"], "--dedup of texts must be documents, got images"),
         (["--part", "3/2"], "--part must be I/N with I in 1..N, got '3/2'"),
@@ -125,7 +126,7 @@ def test_documents_are_chosen_divided_and_read_in_parts(stories, tmp_path, run):
     assert "left out 1: duplicate documents: byte " in err
     assert sorted(words(data / "train") + words(data / "heldout")) == STORIES
     _, out, err = run(*options, "--out", tmp_path / "parts", "--part", "2/2")
-    assert out.endswith("part 2/2 is read; the last of these parts will write the shards: 1/2\n") and not err
+    assert out.endswith("part 2/2 is read; missing: 1/2; the last part writes the shards\n") and not err
     assert run(*options, "--out", tmp_path / "parts", "--part", "1/2")[1].count(": written: ") == 2
     assert run(*options, "--out", tmp_path / "parts")[1].count(": already there: ") == 2
 
@@ -169,3 +170,26 @@ def test_pairs_become_images_with_a_tokenizer_of_their_captions_and_damage_is_na
     assert r"left out 1: no caption: b\nprepare: all is well\x1b[2J in " in forged
     assert words(tmp_path / "data") == ["a picture, jpg", "a picture, png"]
     assert all(image.values.shape == (16, 16, 3) for _, image in documents_in(tmp_path / "data"))
+
+
+def test_pairs_are_filtered_by_size_caption_and_record(tmp_path, run):
+    sizes = {"good": (16, 16), "small": (16, 9), "long": (50, 16), "a": (16, 16), "poor": (16, 16)}
+    members = [
+        member
+        for name, size in sizes.items()
+        for member in (
+            (f"{name}.png", png(np.zeros((*size, 3), np.uint8))),
+            (f"{name}.json", json.dumps({"caption": name, "similarity": 0.1 if name == "poor" else 0.4}).encode()),
+        )
+    ]
+    make_tar(tmp_path / "0.tar", members)
+    filters = ("--where", "similarity > 0.3", "--min-side", 10, "--max-aspect", 2, "--caption-length", "2:")
+    code, out, err = run("pairs", tmp_path / "0.tar", "--out", tmp_path / "out", *SIZE, *filters)
+    assert code == 0 and "1 documents" in out and words(tmp_path / "out") == ["good"]
+    reasons = ("caption too short", "image too long and thin", "image too small", "not similarity > 0.3")
+    assert [line.split(": ")[1:3] for line in err.splitlines()[:4]] == [["left out 1", reason] for reason in reasons]
+
+
+@pytest.mark.parametrize("option", [("--where", "x >"), ("--caption-length", "9"), ("--min-side", "0")], ids=str)
+def test_filters_that_cannot_be_used_are_refused_before_anything_is_read(tmp_path, run, option):
+    assert "none.tar" not in run("pairs", tmp_path / "none.tar", "--out", tmp_path / "out", *option)[2]

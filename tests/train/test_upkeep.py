@@ -87,13 +87,18 @@ def test_info_counts_and_draws(folder, tmp_path, run):
     named = folder.rename(tmp_path / os.fsdecode(b"\xff"))  # a name that is no text
     code, out, err = run("info", named, "--picture", tmp_path / "new" / "lengths.png")
     assert code == 0 and not err
-    assert "images: 12 of 48 patches" in out and "12 documents" in out and "76.7 % of ids and patches" in out
+    assert (
+        "images: 12 of 48 patches" in out
+        and "shapes" not in out
+        and "12 documents" in out
+        and "76.7 % of ids and patches" in out
+    )
     assert "% at 2048" in out and "% at 16384" in out
     assert np.asarray(Image.open(tmp_path / "new" / "lengths.png").convert("L")).std() > 5
     assert run("preview", named, "--out", tmp_path / "page.html")[0] == 0
 
 
-@pytest.mark.parametrize(("shape", "size"), [("crop", (16, 16)), ("native", (12, 16))])
+@pytest.mark.parametrize(("shape", "size"), [("crop", (16, 16)), ("buckets", (12, 20)), ("native", (12, 16))])
 def test_images_are_cropped_or_keep_their_shape(stories, tmp_path, run, shape, size):
     code, _, err = run("interleaved", stories, "--out", tmp_path, *IMAGES, "--patch-size", "4", "--shape", shape)
     assert code == 0 and "left out 1: " in err and "none.png" in err
@@ -138,7 +143,7 @@ def test_a_folder_without_an_index_gets_one_line_and_code_2(command, tmp_path, r
     "arguments",
     [
         "info URL", "verify URL", "index URL", "preview URL", "repack URL --out x", "digits URL", "text URL --out x",
-        "text x --out URL", "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
+        "text x --out x --tokenizer URL", "pairs x --out x --vae URL", "info x --picture URL",
     ],
 )  # fmt: skip
 def test_no_url_is_taken_for_a_file_or_folder(arguments, capsys):

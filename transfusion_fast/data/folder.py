@@ -317,21 +317,32 @@ def _open_url(url: str) -> BinaryIO:
 
 def _fetch(url: str, read: Callable[[BinaryIO], _T]) -> _T:
     """Open a URL and read it, again after temporary faults; raise FetchError for the last fault."""
+
+    def fetch() -> _T:
+        with _open_url(url) as source:
+            return read(source)
+
+    def failed(reason: str) -> InputError:
+        return FetchError(
+            f"{url} must be fetched, got {reason}; "
+            "check the URL, the network, the credentials and the disk of data.cache"
+        )
+
+    return retried(fetch, url, failed)
+
+
+def retried(act: Callable[[], _T], url: str, failed: Callable[[str], InputError]) -> _T:
+    """Return what `act` does at a URL, again after temporary faults; raise `failed` with the reason of the last one."""
     waits = iter(_WAITS)
     while True:
         try:
-            with _open_url(url) as source:
-                return read(source)
+            return act()
         except ImportError as error:
             raise InputError(f"{url} needs a package that is missing ({error}); install it") from error
         except _transport_errors() as error:
             wait = None if isinstance(error, _PERMANENT) else next(waits, None)
             if wait is None:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise FetchError(
-                    f"{url} must be fetched, got {reason:.300}; "
-                    "check the URL, the network, the credentials and the disk of data.cache"
-                ) from error
+                raise failed(f"{' '.join(f'{type(error).__name__}: {error}'.split()):.300}") from error
             time.sleep(wait)
 
 

@@ -9,6 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ _JPEG_SCAN = 0xDA
 
 Scale = Callable[[int, int], float]
 """The factor by which an image of (height, width) will be scaled."""
+SizeCheck = Callable[[int, int], None]
+"""A function that raises Rejected for an image of (width, height) by its header; two sides may be exchanged."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,27 @@ class DecodedImage:
     repairs: tuple[Repaired, ...] = ()
 
 
-def decode_image(data: bytes, scale: Scale | None = None, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def decode_image(
+    data: bytes, scale: Scale | None = None, max_pixels: int = MAX_PIXELS, check: SizeCheck = lambda width, height: None
+) -> DecodedImage:
     """Decode the first frame of a file of `FORMATS`, which its content tells and not its name.
 
     With `scale`, a JPEG may be decoded at a smaller size, with at least `HEADROOM` times the pixels that are needed.
 
     Raises:
-        Rejected: not an image of `FORMATS`, more than `max_pixels` pixels by its header, or damaged.
+        Rejected: not an image of `FORMATS`, more than `max_pixels` pixels by its header, refused by `check`, or
+            damaged.
     """
+    check_size = partial(_check_size, max_pixels=max_pixels, check=check)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images, which are checked below, and odd metadata
             try:
-                return _decode(data, scale, max_pixels)
+                return _decode(data, scale, check_size)
             except OSError as error:
                 if not data.startswith(b"\xff\xd8") or "truncated" not in str(error):
                     raise
-                return _decode_without_end(data, scale, max_pixels)
+                return _decode_without_end(data, scale, check_size)
     except Rejected:
         raise
     except Image.DecompressionBombError as error:
@@ -94,9 +101,9 @@ def decode_image(data: bytes, scale: Scale | None = None, max_pixels: int = MAX_
         raise Rejected("image damaged", str(error) or type(error).__name__) from error
 
 
-def _decode(data: bytes, scale: Scale | None, max_pixels: int) -> DecodedImage:
+def _decode(data: bytes, scale: Scale | None, check_size: Callable[[Image.Image], None]) -> DecodedImage:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_sizes(image, max_pixels)
+        check_size(image)
         width, height = image.size
         reduction = 1 if scale is None or image.format not in _JPEG else _reduce(image, scale(height, width))
         grey_step = _GREY_STEPS.get(str(image.tile[0].args), 1) if image.tile else 1
@@ -110,12 +117,13 @@ def _decode(data: bytes, scale: Scale | None, max_pixels: int) -> DecodedImage:
     return DecodedImage(np.asarray(pixels), (height, width), reduction, repairs)
 
 
-def _check_sizes(image: Image.Image, max_pixels: int) -> None:
+def _check_size(image: Image.Image, max_pixels: int, check: SizeCheck) -> None:
     tags = _tiff_tags(image)
     tile = [int(tags.get(tag, 1)) for tag in _TILE_SIDES]  # is decoded as a whole, however small the image is
     for width, height in (image.size, tile):
         if width * height > max_pixels:
             raise Rejected("image too large", f"{width} x {height} pixels are more than {max_pixels}")
+    check(*image.size)
 
 
 def _tiff_tags(image: Image.Image) -> Any:
@@ -143,7 +151,7 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _decode_without_end(data: bytes, scale: Scale | None, max_pixels: int) -> DecodedImage:
+def _decode_without_end(data: bytes, scale: Scale | None, check_size: Callable[[Image.Image], None]) -> DecodedImage:
     """Decode a JPEG that stops early; Rejected if more than its end marker is missing.
 
     Nothing more is missing if no pixel depends on what follows, and all scans are there: decoders give coarse pixels
@@ -151,10 +159,10 @@ def _decode_without_end(data: bytes, scale: Scale | None, max_pixels: int) -> De
     """
     data = data.rstrip(b"\xff")  # perhaps half of the end marker
     tails = b"", bytes(range(254, 0, -1))
-    short, long = (_decode(data + tail + _JPEG_END, None, max_pixels).pixels for tail in tails)
+    short, long = (_decode(data + tail + _JPEG_END, None, check_size).pixels for tail in tails)
     if not np.array_equal(short, long) or not _has_all_scans(data):
         raise Rejected("image damaged", "the file is cut off")
-    decoded = _decode(data + _JPEG_END, scale, max_pixels)
+    decoded = _decode(data + _JPEG_END, scale, check_size)
     return replace(decoded, repairs=(Repaired("end marker", "the JPEG lacks it and nothing else"), *decoded.repairs))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -23,12 +23,15 @@ from transfusion_fast.data.pack import (
 from transfusion_fast.data.tokenizer import Tokenizer
 from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
 from transfusion_fast.prepare.decoding import decode_image
+from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.fitting import cut_ids, encode_in_pieces, first_limit
 from transfusion_fast.prepare.images import ImageRule, LatentRule
 from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
 
 Long = Literal["split", "reject"]
 """The treatment of documents that are longer than a pack: split into several, or rejected."""
+BadImages = Literal["reject", "skip"]
+"""The treatment of images that are missing or cannot be used: their documents are rejected, or used without them."""
 
 _TEXTS_TOGETHER, _TEXT_BYTES_TOGETHER = 1024, 1 << 20  # each call of a tokenizer has a cost of its own
 _SHORT = 2  # a text of up to two characters for each position of a pack is short: it hardly ever has to be cut
@@ -56,6 +59,9 @@ class Encoder:
     long: Long = "split"
     latents: LatentRule | None = None
     """Rule by which pixels become latents; without it, pixels are stored."""
+    bad_images: BadImages = "reject"
+    filters: Filters = field(default_factory=Filters)
+    """Rules by which documents are left out."""
 
     def __post_init__(self) -> None:
         least = DOCUMENT_TOKENS + IMAGE_TOKENS + 1
@@ -82,6 +88,8 @@ class Encoder:
             "image": None if self.image is None else asdict(self.image),
             "long": self.long,
             "latents": None if self.latents is None else self.latents.describe(),
+            "bad_images": self.bad_images,
+            **({"filters": filters} if (filters := self.filters.describe()) else {}),
         }
 
     def encode(self, documents: Iterable[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:
@@ -112,29 +120,38 @@ class Encoder:
                 yield from (part for part in decoded.parts if isinstance(part, np.ndarray))
 
     def _decoded(self, document: SourceDocument) -> list[SourceDocument | Remark]:
-        """Return what was repaired, and last the document with its image files as pixels."""
-        if not any(isinstance(part, bytes) for part in document.parts):
+        """Return what was repaired, and last the document with its image files as pixels, or its rejection."""
+        if rejected := self.filters.rejection(document):
+            return [rejected]
+        if not any(isinstance(part, bytes | Rejected) for part in document.parts):
             return [document]
-        parts: list[Part] = []
-        found: list[SourceDocument | Remark] = []
+        parts: list[tuple[Part, float]] = []
+        found: list[Remark] = []
         left = _MAX_PIXEL_BYTES
-        try:
-            for part in document.parts:
-                if isinstance(part, bytes):
+        for part, weight in zip(document.parts, document.weights or (1.0,) * len(document.parts), strict=True):
+            if isinstance(part, bytes | Rejected):
+                try:
                     part, repairs = self._pixels(part)
-                    found += [repaired.at(document.where) for repaired in repairs]
-                    left -= part.nbytes
-                if left < 0:
-                    raise Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
-                parts.append(part)
-        except Rejected as rejected:
-            return [rejected.at(document.where)]
-        return [*found, replace(document, parts=tuple(parts))]
+                except Rejected as rejected:
+                    if self.bad_images == "reject":
+                        return [rejected.at(document.where)]
+                    found.append(Repaired("image left out", str(rejected)).at(document.where))
+                    continue
+                found += [repaired.at(document.where) for repaired in repairs]
+                left -= part.nbytes
+            if left < 0:
+                large = Rejected("document too large", f"its images take more than {_MAX_PIXEL_BYTES} bytes")
+                return [large.at(document.where)]
+            parts.append((part, weight))
+        weights = tuple(weight for _, weight in parts) if document.weights else ()
+        return [*found, replace(document, parts=tuple(part for part, _ in parts), weights=weights)]
 
-    def _pixels(self, file: bytes) -> tuple[np.ndarray, tuple[Repaired, ...]]:
+    def _pixels(self, file: bytes | Rejected) -> tuple[np.ndarray, tuple[Repaired, ...]]:
+        if isinstance(file, Rejected):
+            raise file
         if self.image is None:
             raise Rejected("image in text", "these documents are prepared as text alone")
-        decoded = decode_image(file, self.image.scale)
+        decoded = decode_image(file, self.image.scale, check=self.filters.check_size)
         pixels = np.ascontiguousarray(self.image(decoded))
         patch = self.modalities[0].patch_size * (1 if self.latents is None else self.latents.encoder.stride)
         self._image_length((pixels.shape[0] // patch) * (pixels.shape[1] // patch))  # before it costs a GPU's time

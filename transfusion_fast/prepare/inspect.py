@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,19 +191,28 @@ class Statistics:
     """Text ids and patches of segments without loss, of weight 0."""
     weighted: int = 0
     """Text ids and patches of segments whose loss has another weight than 0 and 1."""
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Number of images by height and width in pixels or latents."""
 
     @classmethod
     def of(cls, packs: Iterable[Pack]) -> Statistics:
         """Count one or more packs."""
         counts, lengths = np.zeros(5, np.int64), []
+        shapes: Counter[tuple[int, int]] = Counter()
         for pack in packs:
             is_image, length = pack.segments[:, 1] != KIND_TEXT, pack.segments[:, 3]
             weights = np.ones(len(length)) if pack.weights is None else pack.weights
             counts[:3] += length[~is_image].sum(), length[is_image].sum(), is_image.sum()
             counts[3:] += length[weights == 0].sum(), length[(weights != 0) & (weights != 1)].sum()
+            shapes.update(map(tuple, pack.segments[is_image, 4:6].tolist()))
             lengths.append(document_lengths(*pack.segments.T[[0, 1, 3]]))
         text, patches, images, ignored, weighted = counts.tolist()
-        return cls(text, patches, images, np.concatenate(lengths), ignored, weighted)
+        return cls(text, patches, images, np.concatenate(lengths), ignored, weighted, shapes)
+
+    def named_shapes(self, most: int) -> str:
+        """Return the most frequent shapes of images and their numbers, in one line."""
+        named = ", ".join(f"{height} x {width}: {count}" for (height, width), count in self.shapes.most_common(most))
+        return f"height x width: {named}" + f", and {len(self.shapes) - most} more" * (len(self.shapes) > most)
 
     def waste_at(self, capacity: int) -> float:
         """Return the share of all positions that packs of `capacity` would leave empty.

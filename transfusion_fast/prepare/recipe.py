@@ -62,12 +62,12 @@ class Recipe:
 
 
 def _describe(source: Source, selection: Selection, train_bpe: int | None) -> dict[str, Any]:
-    files = [(str(file.resolve()), file.stat()) for file in source.files]
+    states = source.states()
     return {
         "version": _VERSION,
         "source": source.describe(),
-        "files": {file: {"bytes": found.st_size, "modified": found.st_mtime_ns} for file, found in files},
-        "order": hashlib.sha256(os.fsencode("\n".join(file for file, _ in files))).hexdigest(),
+        "files": states,
+        "order": hashlib.sha256(os.fsencode("\n".join(states))).hexdigest(),
         "selection": selection.describe(),
         "train_bpe": train_bpe,
     }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transfusion_fast.data.pack import ImageSegment, TextSegment
+from transfusion_fast.data.pack import ImageSegment, Segment, TextSegment
 from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
 from transfusion_fast.prepare.sources.base import Part, SourceDocument, TextRange
 from transfusion_fast.prepare.spool import Mark
@@ -94,7 +94,7 @@ class Selection:
             return None
         heldout = int.from_bytes(key[:8], "little") < self.heldout * 2**64
         if self.dedup == "images":
-            images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment)]
+            images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment | Rejected)]
             key = content_key(images) if images else b""
         return Mark(heldout, key, document.where) if self.dedup and key else Mark(heldout)
 
@@ -107,11 +107,11 @@ def content_key(parts: Iterable[Part]) -> bytes:
 
     A text has the same hash in memory and in a file; that raises Rejected where it is not UTF-8.
     """
-    keys = [_part_key(part) for part in parts]
+    keys = [_part_key(part) for part in parts if not isinstance(part, Rejected)]  # as images that are missing are
     return keys[0] if len(keys) == 1 else _hash(b"".join(keys))
 
 
-def _part_key(part: Part) -> bytes:
+def _part_key(part: str | TextRange | bytes | np.ndarray | Segment) -> bytes:
     match part:
         case str():
             return _hash(_TEXT + part.encode("utf-8", "surrogatepass"))

@@ -57,7 +57,8 @@ def check_outside(out: Path, given: Iterable[Path], files: Sequence[Path]) -> No
         files: all files found there, by links too.
     """
     given = [path for path in given if path.is_dir()]
-    parents = {parent for folder in {file.parent for file in files} for parent in (folder, *folder.parents)}
+    holding = {file if file.is_dir() else file.parent for file in files}
+    parents = {parent for folder in holding for parent in (folder, *folder.parents)}
     sources = {path.resolve(): path for path in parents if any(path.is_relative_to(folder) for folder in given)}
     for path in output_and_staging(out):
         if source := next((sources[parent] for parent in (path, *path.parents) if parent in sources), None):

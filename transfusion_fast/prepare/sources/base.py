@@ -7,13 +7,12 @@ mended are yielded as `Repaired`.
 from __future__ import annotations
 
 import codecs
-import functools
 import json
 import operator
-import os
+import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -21,8 +20,9 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 from transfusion_fast.data.pack import Segment
-from transfusion_fast.errors import InputError, Rejected, Remark, Repaired
+from transfusion_fast.errors import Rejected, Remark, Repaired
 from transfusion_fast.model.inputs import Weighted
+from transfusion_fast.prepare.sources.files import kind_of, source_files
 
 _BLOCK = 1 << 20
 
@@ -48,13 +48,11 @@ class TextRange:
                     raise Rejected("not UTF-8", f"{error.reason} before byte {at}") from error
 
 
-Part = str | TextRange | bytes | np.ndarray | Segment
-"""A text, one that is read in pieces, the bytes of an image file, its pixels uint8 [height, width, 3], or an encoded
-segment."""
+Part = str | TextRange | bytes | np.ndarray | Segment | Rejected
+"""A text, one that is read in pieces, the bytes of an image file, its pixels uint8 [height, width, 3], an encoded
+segment, or why an image is missing."""
 MAX_BYTES = 64 << 20
 """The largest line, and the largest file in an archive, that is read."""
-COMPRESSIONS = (".gz", ".zst")
-_SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ class SourceDocument:
     parts: tuple[Part, ...]
     weights: tuple[float, ...] = ()
     """Weight of the loss of each part; empty for 1 everywhere."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Those of `Source.fields` that the document's record has."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class Source(ABC):
     files: tuple[Path, ...]
     strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
     """Why files in folders were passed over, one remark for each."""
+    fields: tuple[str, ...] = field(default=(), kw_only=True, compare=False)
+    """Names of the fields of records, such as scores, that the filters of documents look at."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the source reads."""
 
@@ -93,12 +95,8 @@ class Source(ABC):
         Raises:
             InputError: a path leads nowhere, a folder holds no such file, a file is of another kind or was given twice.
         """
-        names: dict[Path, Path] = {}
-        strays: list[Rejected] = []
-        for file in (file for path in paths for file in _files_at(path, cls.suffixes, strays)):
-            if (other := names.setdefault(file.resolve(), file)) is not file:
-                raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
-        return cls(tuple(names.values()), strays=tuple(strays), **settings)
+        files, strays = source_files(paths, cls.suffixes)
+        return cls(files, strays=strays, **settings)
 
     @abstractmethod
     def units(self) -> list[Unit]:
@@ -112,12 +110,26 @@ class Source(ABC):
         """Return the parts of the document that an entry holds; Rejected if it holds none."""
         return entry
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        """Return the record of the document that an entry holds, a mapping of its fields, or another value for none.
+
+        It is asked for only if `fields` are, and need not have any others.
+        """
+        return None
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return the settings except for the files as JSON; equal settings and files give equal documents."""
+        """Return the settings except for files and `fields` as JSON; equal settings and files give equal documents."""
+
+    def states(self) -> dict[str, dict[str, int]]:
+        """Return the size and the time of change of each file, in order, by which a changed source is recognized."""
+        found = ((str(file.resolve()), file.stat()) for file in self.files)
+        return {file: {"bytes": status.st_size, "modified": status.st_mtime_ns} for file, status in found}
 
     def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
         """Return bytes [start, end) of files such that those of all units together are those of all files."""
+        if kind_of(unit.path) == ".parquet":  # its units are row groups
+            return [(unit.path, 0, sys.maxsize)] if unit.start == 0 else []
         return [(unit.path, unit.start, unit.end)]
 
     def checksum(self, unit: Unit) -> int:
@@ -137,7 +149,8 @@ class Source(ABC):
                 yield entry.at(where)
                 continue
             try:
-                found = _document(where, tuple(self.parts(entry, unit)))
+                fields = self._fields(entry, unit) if self.fields else {}
+                found = _document(where, tuple(self.parts(entry, unit)), fields)
             except Rejected as rejected:
                 yield rejected.at(where)
                 continue
@@ -147,66 +160,15 @@ class Source(ABC):
                 yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
             yield replace(found, parts=joined) if repairs else found
 
+    def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
+        record = self.record(entry, unit)
+        return {name: record[name] for name in self.fields if name in record} if isinstance(record, Mapping) else {}
 
-def _document(where: str, parts: tuple[Part | Weighted, ...]) -> SourceDocument:
+
+def _document(where: str, parts: tuple[Part | Weighted, ...], fields: Mapping[str, Any]) -> SourceDocument:
     plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
     weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
-    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else ())
-
-
-@functools.lru_cache  # asked for every document, and slow
-def kind_of(path: Path) -> str:
-    """Return the suffix that says what a file holds, with that of its compression: `.parquet`, `.jsonl.gz`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return "".join(suffixes if suffixes[-1:] and suffixes[-1] in COMPRESSIONS else suffixes[-1:])
-
-
-def system_file(name: str) -> bool:
-    """Return whether a file, by its name in an archive or folder, is one that macOS or Windows adds to those of users.
-
-    AppleDouble files `._NAME`, alone or in `__MACOSX`, have the suffix of the file that they accompany.
-    """
-    *folders, base = name.split("/")
-    return base.startswith("._") or base.lower() in _SYSTEM_FILES or "__MACOSX" in folders
-
-
-def _files_at(path: Path, suffixes: Sequence[str], strays: list[Rejected]) -> list[Path]:
-    """Return a file, or the files below a folder by name. Links are followed, and no folder is entered twice.
-
-    Files that are passed over are added to `strays`; files of other suffixes are not mentioned.
-    """
-    if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"source {path} must exist, got no such file; give files or folders of files")
-        if kind_of(path) not in suffixes:
-            raise InputError(f"source must be of {', '.join(suffixes)}, got {path}; convert it or rename it")
-        return [path]
-    found: list[Path] = []
-    entered: set[tuple[int, int]] = set()
-    for current, folders, names in os.walk(path, onerror=_fail, followlinks=True):
-        status = os.stat(current)
-        if (status.st_dev, status.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        folders.sort(reverse=True)  # so that a folder with several names is entered by the same one each time
-        for file in (Path(current, name) for name in names):
-            wanted = kind_of(file) in suffixes
-            if wanted and system_file(str(file.relative_to(path))):
-                strays.append(Rejected("system file", str(file)))
-            elif wanted and file.is_file():
-                found.append(file)
-            elif wanted or (not file.suffix and file.is_symlink() and not file.exists()):  # perhaps to a folder
-                strays.append(Rejected("not a file", f"{file} is a broken link or something else"))
-    if not found:
-        passed_over = f" ({len(strays)} were passed over, as {strays[0]})" if strays else ""
-        kinds = ", ".join(suffixes)
-        raise InputError(f"folder {path} must hold files of {kinds}, got none{passed_over}; give another")
-    return sorted(found)
-
-
-def _fail(error: OSError) -> None:
-    raise error
+    return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else (), fields)
 
 
 def _join_surrogates(text: str) -> str:

@@ -1,54 +1,57 @@
-"""Documents that alternate texts and images: JSON lines beside the folder of their images.
+"""Documents that alternate texts and images, in records of JSON or of tables; see `layouts` for what records hold.
 
-A line is `{"content": [..]}` or the list alone. Its parts are a text, `"some words"` or `{"text": ..}`, or an image,
-`{"image": "path/below/this/file.jpg"}` or `{"base64": ".."}`, also as a data URI. No written path leads out of the
-folder that holds the file; links on disk may.
-A line and a part that is an object may have `"weight": 2.5`, the weight of its loss, or `"loss": false` for none.
-A preparation that is resumed detects a changed JSON file, but not a changed image.
+A part is a text, `"some words"` or `{"text": ..}`, or an image, `{"image": "path/below/this/file.jpg"}` or
+`{"base64": ".."}`, also as a data URI. No written path leads out of the folder that holds the file, or out of
+`image_root`; links on disk may. A record and a part that is an object may have `"weight": 2.5`, the weight of its loss,
+or `"loss": false` for none.
+A preparation that is resumed detects a changed file of records, but not a changed image.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from transfusion_fast.errors import Rejected
 from transfusion_fast.model.inputs import Weighted
 from transfusion_fast.model.loss import check_weight
-from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, parse_json
-from transfusion_fast.prepare.sources.lines import JSON_LINES, line_units, read_lines
+from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit
+from transfusion_fast.prepare.sources.layouts import FIELDS, Layout, content_of
+from transfusion_fast.prepare.sources.records import JSON, read_records, record_units
+from transfusion_fast.prepare.sources.references import decode_base64, image_bytes
+from transfusion_fast.prepare.sources.tables import TABLES
 
-CONTENT_FIELD = "content"
-_TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
+_KINDS = {"text", "image", "base64"}
+"""The keys of a part, of which it has one; others describe it and are ignored."""
 
 
+@dataclass(frozen=True)
 class InterleavedSource(Source):
-    """The documents of JSON lines, one a line."""
+    """The documents of records."""
 
-    suffixes = JSON_LINES
+    layout: Layout | None = None
+    """Layout of all records; None to detect that of each."""
+    image_root: Path | None = None
+    """Folder that paths are relative to; None for that of the file that holds them."""
+
+    suffixes = (*JSON, *TABLES)
 
     def units(self) -> list[Unit]:
-        return [unit for file in self.files for unit in line_units(file)]
+        return [unit for file in self.files for unit in record_units(file, self._columns)]
 
     def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
-        return read_lines(unit)
+        return read_records(unit, self._columns)
 
-    def parts(self, entry: bytes, unit: Unit) -> Iterator[Weighted]:
-        content = parse_json(entry)
-        around, _ = _weight(content, "document")
-        content = content.get(CONTENT_FIELD) if isinstance(content, dict) else content
-        if not isinstance(content, list):
-            raise Rejected("no content", f"{CONTENT_FIELD} must be a list, got {type(content).__name__}")
+    def parts(self, entry: Any, unit: Unit) -> Iterator[Weighted]:
+        around, _ = _weight(entry, "document")
+        folder = unit.path.parent if self.image_root is None else self.image_root
         size, blank = 0, True
-        for number, part in enumerate(content):
+        for number, part in enumerate(content_of(entry, self.layout)):
             weight, part = _weight(part, f"part {number}")
-            found = _part(part, number, unit.path.parent)
-            size += len(found)
+            found = _part(part, number, folder)
+            size += 0 if isinstance(found, Rejected) else len(found)
             if size > MAX_BYTES:
                 raise Rejected("document too large", f"its parts have more than {MAX_BYTES} bytes")
             blank = blank and isinstance(found, str) and not found.strip()
@@ -57,8 +60,18 @@ class InterleavedSource(Source):
         if blank:
             raise Rejected("empty document", "its texts are blank, and it has no image")
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry
+
     def describe(self) -> dict[str, Any]:
-        return {"kind": "interleaved"}
+        root = None if self.image_root is None else str(self.image_root.resolve())
+        return {"kind": "interleaved", "layout": self.layout, "image_root": root}
+
+    def _columns(self, schema: Any) -> list[str]:
+        """Return the columns of a table that documents may be in; Rejected if it has none of them."""
+        if not any(name in schema.names for name in FIELDS):
+            raise Rejected("no content", f"{', '.join(schema.names)!r:.200} are not the columns of a known layout")
+        return [name for name in dict.fromkeys((*FIELDS, *self.fields)) if name in schema.names]
 
 
 def _weight(holder: Any, what: str) -> tuple[float, Any]:
@@ -77,45 +90,18 @@ def _weight(holder: Any, what: str) -> tuple[float, Any]:
         raise Rejected("bad weight", str(error)) from error
 
 
-def _part(part: Any, number: int, folder: Path) -> str | bytes:
-    match part, len(part) if isinstance(part, dict) else 1:
-        case ((str(text) | {"text": str(text)}), 1):
-            return text
-        case {"image": str(path)}, 1:
-            return _image_file(path, folder)
-        case {"base64": str(data)}, 1:
-            return _decode_base64(data, number)
+def _part(part: Any, number: int, folder: Path) -> str | bytes | Rejected:
+    """Return a text, the bytes of an image, or why they are missing."""
+    try:
+        match part, len(_KINDS & part.keys()) if isinstance(part, dict) else 1:
+            case None, _:
+                return ""
+            case ((str(text) | {"text": str(text)}), 1):
+                return text
+            case {"image": image}, 1:
+                return image_bytes(image, folder)
+            case {"base64": str(data)}, 1:
+                return decode_base64(data)
+    except Rejected as rejected:
+        return rejected.at(f"part {number}")
     raise Rejected("unknown part", f"part {number} must be a text, an image or base64, got {part!r:.60}")
-
-
-def _decode_base64(data: str, number: int) -> bytes:
-    """Return the bytes of base64 (RFC 4648) in either alphabet, padded or not, in lines, alone or as a data URI."""
-    head, comma, content = data.partition(",")
-    if not comma:
-        content = data
-    elif not (head.startswith("data:") and head.endswith(";base64")):
-        raise Rejected("not base64", f"part {number} begins with {head!r:.40}")
-    try:
-        letters = b"".join(unquote_to_bytes(content).split()).rstrip(b"=").translate(_TO_STANDARD)
-        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Rejected("not base64", f"part {number} ({error})") from error
-
-
-def _image_file(name: str, folder: Path) -> bytes:
-    """Return the bytes of a file whose written path lies below `folder`; links there are the owner's and followed."""
-    try:
-        if "\0" in name:
-            raise ValueError("it has a zero byte")  # where normpath may stop
-        path = Path(os.path.normpath(folder.resolve() / name))
-        if not any(path.is_relative_to(known) for known in (folder.resolve(), os.path.abspath(folder))):
-            raise Rejected("path leads out", f"image {name!r:.80} must lie below {folder}")
-        if not path.is_file():
-            raise Rejected("image missing", f"{name!r:.80} below {folder}")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise Rejected("file too large", f"{size} bytes of {name!r:.80}")
-        return path.read_bytes()
-    except Rejected:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte in it, or a circle of links
-        raise Rejected("image unreadable", f"{name!r:.80} ({error})") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import sys
 import zlib
 from collections.abc import Iterator
@@ -12,24 +14,26 @@ from pathlib import Path
 from typing import IO, Any
 
 from transfusion_fast.errors import InputError, Rejected, Remark, Repaired, optional_module
-from transfusion_fast.prepare.sources.base import COMPRESSIONS, MAX_BYTES, TextRange, Unit
+from transfusion_fast.prepare.sources.base import MAX_BYTES, TextRange, Unit
+from transfusion_fast.prepare.sources.files import COMPRESSIONS
 
-JSON_LINES = (".jsonl", *(f"{kind}{compression}" for kind in (".jsonl", ".json") for compression in COMPRESSIONS))
-"""Kinds of files. Plain .json is not among them: it is often one value on many lines."""
 UNIT_BYTES = 64 << 20
 LONG_BYTES = 8 << 20
 """The longest text of a .txt file that is held in memory; a longer one is read in pieces."""
+DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BLOCK = 1 << 20
+_XZ_MEMORY = 256 << 20  # `xz -9` takes 65 MB
 
 
 def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
     """Return a file in units of about `size` bytes; a compressed file is one unit, as it has no random access.
 
     Raises:
-        InputError: a .zst needs a larger window than pyarrow decompresses.
+        InputError: a .zst needs a larger window than pyarrow decompresses, or an .xz too much memory.
     """
     if path.suffix.lower() in COMPRESSIONS:
-        if "too much memory" in _damage(path, most=1)[0]:
+        damage = damage_in(path, most=1)[0]
+        if "too much memory" in damage or "Memory usage limit" in damage:
             raise InputError(f"{path} must be compressed without --long, got a larger window; compress it again")
         return [Unit(path, 0, sys.maxsize)]
     total = path.stat().st_size
@@ -42,12 +46,12 @@ def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Remark]]:
     A damaged compressed file is Rejected as a whole, and a line of more than MAX_BYTES is Rejected without being held
     in memory. Bytes behind the compressed data of a .gz are ignored, as `gzip` does.
     """
-    damage, size = _damage(unit.path)
+    damage, size = damage_in(unit.path)
     end = min(unit.end, size)
     if damage:
         yield f"byte 0 of {unit.path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
-    with _opened(unit.path) as file:
+    with opened(unit.path) as file:
         offset = unit.start
         if offset:  # a line across the start belongs to the unit before
             file.seek(offset - 1)
@@ -117,7 +121,7 @@ def _find(file: IO[bytes], offset: int, separator: bytes) -> int:
     return offset + len(held)
 
 
-def _damage(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
+def damage_in(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
     """Return what is wrong with the first `most` bytes of a compressed file, before any of it is used; else "".
 
     The checksum stands behind the data. Every .gz has one; a .zst may lack it. The second value is the size of the
@@ -129,11 +133,11 @@ def _damage(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
         return "it is empty", sys.maxsize
     size = 0
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             # `read` would lose what it has read before an error.
             while size < most and (block := file.read1(min(most - size, _BLOCK))):
                 size += len(block)
-    except (OSError, EOFError, zlib.error) as error:
+    except DECOMPRESSION_ERRORS as error:
         if getattr(error, "errno", None):  # the disk's fault, not the file's
             raise
         if size and "Not a gzipped file" in str(error):  # what follows a member is none
@@ -143,12 +147,18 @@ def _damage(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """Open a file for reading its decompressed content."""
     with path.open("rb") as file:
         match path.suffix.lower():
             case ".gz":
                 yield gzip.GzipFile(fileobj=file)
+            case ".bz2":
+                yield bz2.BZ2File(file)
+            case ".xz":
+                lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(_BLOCK), max_length=1)
+                file.seek(0)
+                yield lzma.LZMAFile(file)  # noqa: SIM115
             case ".zst":  # pyarrow reads frame after frame, and reports a frame that is cut off
                 yield io.BufferedReader(optional_module("pyarrow", "data").input_stream(file, "zstd"), _BLOCK)
             case _:

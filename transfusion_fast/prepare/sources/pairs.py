@@ -1,176 +1,233 @@
-"""Image-text pairs in WebDataset tars, as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
-
-Members are read one after another and never written anywhere, so no member's name can lead out of a folder. Links are
-followed within their tar.
-"""
+"""Image-text pairs: WebDataset tars, folders of images with captions beside them, or records with images or paths."""
 
 from __future__ import annotations
 
-import posixpath
-import tarfile
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import cached_property
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
-from transfusion_fast.errors import Rejected
-from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit, decode_utf8, parse_json, system_file
+from transfusion_fast.data.order import keyed_permutation
+from transfusion_fast.errors import InputError, Rejected
+from transfusion_fast.prepare.sources import image_folders, tars
+from transfusion_fast.prepare.sources.base import Source, Unit, decode_utf8, parse_json
+from transfusion_fast.prepare.sources.files import kind_of, source_files, system_file, walk
+from transfusion_fast.prepare.sources.image_folders import IMAGES, extension_of
+from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
+from transfusion_fast.prepare.sources.references import image_bytes
+from transfusion_fast.prepare.sources.tables import column_type
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff")
-CAPTION_FIELD = "caption"
-_BLOCK = 1 << 16
+Layout = Literal["tar", "files", "records"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+CAPTION_EXTENSIONS = ("txt", "caption", "text")
+CAPTION_FIELDS = ("caption", "text", "txt", "captions", "TEXT")
+IMAGE_FIELDS = (
+    "image", "jpg", "jpeg", "png", "webp", "img", "file_name", "filename", "filepath", "image_path", "image_file",
+    "file", "path",
+)  # fmt: skip
+"""Names of the fields that are looked at if none is named, the first that is set."""
+_STORED_IMAGE = {"bytes", "path"}
+"""Fields of the structure in which `datasets` stores an image."""
+_METADATA = "metadata."  # the beginning of the name of the list that the hub's image folders have
 
-# tarfile does not catch the errors of its own arithmetic on a damaged header.
-_DAMAGED = (tarfile.TarError, OSError, ValueError, OverflowError, LookupError, MemoryError, RecursionError)
 
-_Sample = dict[str, bytes] | Rejected
-"""The files of one key by extension, or why they cannot be used."""
-
-
+@dataclass(frozen=True)
 class PairsSource(Source):
-    """The captioned images of tars, caption first; a tar is a unit."""
+    """Captioned images, caption first."""
 
-    suffixes = (".tar",)
+    layout: Layout = "tar"
+    caption_field: str | None = None
+    """Field of the caption, or extension of the file that holds it; None for the first of the usual names."""
+    image_field: str | None = None
+    """Field of the image, or extension of its file; None for the first of the usual names."""
+    image_root: Path | None = None
+    """Folder that the paths in records are relative to; None for that of their file."""
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], **settings: Any) -> Self:
+        """Return the source of these files and folders; see `Source.of`. The layout is detected unless it is given."""
+        layout = settings.pop("layout", None) or _layout_of(paths)
+        match layout:
+            case "files":
+                return cls(image_folders.folders_with_images(paths), layout=layout, **settings)
+            case "tar":
+                files, strays = source_files(paths, (".tar",))
+            case _:
+                files, strays = _record_files(paths)
+        return cls(files, strays=strays, layout=layout, **settings)
 
     def units(self) -> list[Unit]:
-        return [Unit(file, 0, file.stat().st_size) for file in self.files]
+        match self.layout:
+            case "tar":
+                return [Unit(file, 0, file.stat().st_size) for file in self.files]
+            case "files":
+                return [unit for folder in self.files for unit in image_folders.folder_units(folder)]
+            case "records":
+                return [unit for file in self.files for unit in record_units(file, self._columns)]
 
-    def entries(self, unit: Unit) -> Iterator[tuple[str, _Sample]]:
-        links = _Links(unit.path)
-        key: str | None = None
-        sample: _Sample = {}
-        damage, in_content = "", False
-        archive: tarfile.TarFile | None = None
-        with unit.path.open("rb") as file:
-            try:
-                archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-                for member in _members(archive):
-                    begun, extension = _split(member.name)
-                    if passed_over := _passed_over(member.name, begun, extension):
-                        yield f"{member.name} in {unit.path}", passed_over
-                        continue
-                    if begun != key:
-                        if key is not None:
-                            yield f"{key} in {unit.path}", sample
-                        key, sample = begun, {}
-                    in_content = True
-                    sample = _with_member(sample, extension, member, archive, links)
-                    in_content = False
-                _check_end(archive)
-            except _DAMAGED as error:
-                offset = file.tell() if in_content else archive.offset if archive else 0
-                damage = f"what follows is lost ({error}, at byte {offset})"
-        if key is not None and not in_content:
-            yield f"{key} in {unit.path}", sample
-        if damage:
-            yield str(unit.path), Rejected("tar damaged", damage)
+    def states(self) -> dict[str, dict[str, int]]:
+        if self.layout == "files":
+            return {str(folder.resolve()): image_folders.folder_state(folder) for folder in self.files}
+        return super().states()
 
-    def parts(self, entry: dict[str, bytes], unit: Unit) -> tuple[str, bytes]:
-        image = next((entry[extension] for extension in IMAGES if extension in entry), None)
-        if image is None:
-            raise Rejected("no image", f"none of {', '.join(IMAGES)}")
-        if "txt" in entry:
-            caption: Any = decode_utf8(entry["txt"], "utf-8-sig")
+    def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
+        if self.layout == "files":
+            return [(file, 0, file.stat().st_size) for file in image_folders.files_of(unit) if file.is_file()]
+        return super().spans(unit)
+
+    def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        match self.layout:
+            case "tar":
+                return tars.read_samples(unit.path, self._wanted)
+            case "files":
+                return image_folders.read_images(unit, self._wanted)
+            case "records":
+                return read_records(unit, self._columns)
+
+    def parts(self, entry: Any, unit: Unit) -> tuple[str, bytes]:
+        if self.layout == "records":
+            image = self._image_of_record(entry, unit.path.parent)
+            caption = next((found for name in self._caption_fields if (found := lookup(entry, name)) is not None), None)
         else:
-            fields = parse_json(entry.get("json", b"{}"))
-            caption = fields.get(CAPTION_FIELD) if isinstance(fields, dict) else None
-        if not isinstance(caption, str) or not caption.strip():
-            raise Rejected("no caption", "")
-        return caption.strip(), image
+            image, caption = self._image_of_sample(entry), self._caption_of_sample(entry)
+        return _chosen_caption(caption, image), image
+
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry if self.layout == "records" else _json_of(entry)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "pairs"}
+        return {
+            "kind": "pairs",
+            "layout": self.layout,
+            "caption_field": self.caption_field,
+            "image_field": self.image_field,
+            "image_root": None if self.image_root is None else str(self.image_root.resolve()),
+        }
+
+    @property
+    def _caption_fields(self) -> tuple[str, ...]:
+        return CAPTION_FIELDS if self.caption_field is None else (self.caption_field,)
+
+    @property
+    def _image_fields(self) -> tuple[str, ...]:
+        return IMAGE_FIELDS if self.image_field is None else (self.image_field,)
+
+    def _wanted(self, extension: str) -> bool:
+        """Return whether a file of a sample may be its image or hold its caption."""
+        kind = extension.rpartition(".")[2]
+        if kind in IMAGES:
+            return self.image_field in (None, extension)
+        return kind in (*CAPTION_EXTENSIONS, "json") or extension == self.caption_field
+
+    def _image_of_sample(self, sample: tars.Sample) -> bytes:
+        kinds = IMAGES if self.image_field is None else (self.image_field,)
+        image = _one_of(kinds, sample, "--image-field")
+        if image is None:
+            raise Rejected("no image", f"none of {', '.join(kinds)}")
+        return sample[image]
+
+    def _caption_of_sample(self, sample: tars.Sample) -> Any:
+        if self.caption_field in sample:
+            return sample[self.caption_field]
+        if self.caption_field is None and (file := _one_of(CAPTION_EXTENSIONS, sample, "--caption-field")):
+            return sample[file]
+        fields = _json_of(sample)
+        return next((found for name in self._caption_fields if (found := lookup(fields, name)) is not None), None)
+
+    def _image_of_record(self, record: Any, folder: Path) -> bytes:
+        value = next((found for name in self._image_fields if (found := lookup(record, name)) is not None), None)
+        if value is None and self.image_field is None and isinstance(record, dict):
+            values = [found for found in record.values() if isinstance(found, dict) and found.keys() == _STORED_IMAGE]
+            value = values[0] if len(values) == 1 else None
+        if value is None:
+            names = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+            raise Rejected("no image", f"none in the fields of {names!r:.200}; name one with --image-field")
+        return image_bytes(value, folder if self.image_root is None else self.image_root)
+
+    def _columns(self, schema: Any) -> list[str]:
+        """Return the columns of image and caption; Rejected if a table lacks one of them."""
+        image = [name for name in map(_column, self._image_fields) if name in schema.names][:1]
+        image = image or [name for name in schema.names if _holds_images(column_type(schema, name))]
+        caption = [name for name in map(_column, self._caption_fields) if name in schema.names]
+        names = ", ".join(schema.names)
+        for found, what in ((image if len(image) == 1 else [], "image"), (caption, "caption")):
+            if not found:
+                raise Rejected(f"no {what}", f"no column for it among {names!r:.200}; name one with --{what}-field")
+        return list(dict.fromkeys([*image, *caption, *(name for name in self.fields if name in schema.names)]))
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files and the links of a tar."""
-    begin = -1
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # an index for random access that grows without end
-        if archive.offset <= begin:
-            archive.offset = member.offset
-            raise tarfile.TarError(f"{member.name} must have a size, got {member.size}")
-        begin = archive.offset
-        if member.isfile() or member.islnk() or member.issym():
-            yield member
+def _record_files(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
+    """Return the files of records; of folders that have metadata files as the hub's image folders do, these alone."""
+    files, strays = source_files(paths, RECORDS)
+    lists = [file for file in files if file.name.startswith(_METADATA)]
+    if not lists or not all(path.is_dir() for path in paths):
+        return files, strays
+    others = [file for file in files if not file.name.startswith(_METADATA)]
+    passed_over = [Rejected("accompanying file", f"{file} is not read beside {lists[0].name}") for file in others]
+    return tuple(lists), (*strays, *passed_over)
 
 
-class _Links:
-    """The files that the links of a tar lead to. They are listed when the first one is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        """Return the file that a link leads to, None if the tar has none of its name."""
-        target = tarfile.TarInfo(link.name)
-        target.offset_data, target.size = self._files.get(_linked_name(link), (-1, 0))
-        return target if target.offset_data >= 0 else None
-
-    @cached_property
-    def _files(self) -> dict[str, tuple[int, int]]:
-        """The offset and the size of each file by name."""
-        found: dict[str, tuple[int, int]] = {}
-        with self._path.open("rb") as file, suppress(*_DAMAGED):  # damage is reported by who reads the members
-            for member in _members(tarfile.open(fileobj=file, mode="r:")):  # noqa: SIM115
-                name = posixpath.normpath(member.name)
-                if member.isfile() and not member.issparse():
-                    found[name] = member.offset_data, member.size
-                elif member.islnk() and (target := _linked_name(member)) in found:
-                    found[name] = found[target]
-        return found
+def _column(field: str) -> str:
+    return field.partition(".")[0]
 
 
-def _linked_name(link: tarfile.TarInfo) -> str:
-    """Return the name that a hard link gives, or a symbolic link gives relative to its folder."""
-    return posixpath.normpath(posixpath.join("" if link.islnk() else posixpath.dirname(link.name), link.linkname))
+def _holds_images(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_struct(kind) and {field.name for field in kind} == _STORED_IMAGE
 
 
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Check that nothing but zeros follows; to tarfile, a damaged header or a block of zeros is the end."""
-    archive.fileobj.seek(archive.offset)
-    rest = archive.fileobj.read(2 * tarfile.BLOCKSIZE)
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
-        raise tarfile.TarError("no end of archive")
-    while rest := archive.fileobj.read(_BLOCK):
-        if any(rest):
-            raise tarfile.TarError("something follows the end of the archive")
+def _one_of(kinds: Sequence[str], sample: Mapping[str, bytes], option: str) -> str | None:
+    """Return the extension of a sample's file of these kinds: the first of them, or the only one of NAME.KIND."""
+    if exact := next((kind for kind in kinds if kind in sample), None):
+        return exact
+    named = [extension for extension in sample if extension.rpartition(".")[2] in kinds]
+    if len(named) > 1:
+        raise Rejected("several files", f"{', '.join(named)!r:.80} are of one kind; name one with {option}")
+    return named[0] if named else None
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Return (key, extension): WebDataset divides a name at the first dot behind its folders."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
+def _json_of(sample: tars.Sample) -> Any:
+    file = _one_of(("json",), sample, "--caption-field")
+    return parse_json(sample[file]) if file else None
 
 
-def _passed_over(name: str, key: str, extension: str) -> Rejected | None:
-    """Return why a file belongs to no sample: between the files of one, it does not end it. None for all others."""
-    if system_file(name):
-        return Rejected("system file", "")
-    if not extension or key.endswith("/") or not key:
-        return Rejected("no key", "its name must be KEY.EXTENSION")
-    return None
+def _chosen_caption(value: Any, image: bytes) -> str:
+    """Return a caption; of a list, one that is drawn by a key of the content, so that repeating gives the same."""
+    values = value if isinstance(value, list) else [value]
+    decoded = [decode_utf8(text, "utf-8-sig") if isinstance(text, bytes) else text for text in values]
+    captions = [text.strip() for text in decoded if isinstance(text, str) and text.strip()]
+    if not captions:
+        raise Rejected("no caption", "")
+    if len(captions) == 1:
+        return captions[0]
+    key = zlib.crc32("\0".join(captions).encode("utf-8", "surrogatepass"))
+    return captions[keyed_permutation(len(captions), zlib.crc32(image), key)[0]]
 
 
-def _with_member(
-    sample: _Sample, extension: str, member: tarfile.TarInfo, archive: tarfile.TarFile, links: _Links
-) -> _Sample:
-    """Return the sample with one more file."""
-    if isinstance(sample, Rejected) or extension not in (*IMAGES, "txt", "json"):
-        return sample
-    if extension in sample:
-        return Rejected("duplicate key", f"two files .{extension}")
-    if not member.isfile():
-        linked, link = links.target(member), member.linkname
-        if linked is None:
-            return Rejected("broken link", f".{extension} leads to {link!r:.80}, which is no file of the tar")
-        member = linked
-    if member.size > MAX_BYTES:
-        return Rejected("file too large", f"{member.size} bytes of .{extension}")
-    file = archive.extractfile(member)
-    content = file.read() if file else b""
-    if len(content) != member.size:
-        raise tarfile.TarError(f"{member.name} must have {member.size} bytes, got {len(content)}")
-    return {**sample, extension: content}
+def _layout_of(paths: Sequence[Path]) -> Layout:
+    """Return the layout of files and folders; InputError if they have several, or none."""
+    found = {path: _layout_in(path) for path in paths}
+    if len({*found.values()}) > 1:
+        shown = ", ".join(f"{layout} ({path})" for path, layout in list(found.items())[:3])
+        raise InputError(f"sources must have one layout, got {shown}; prepare each on its own, or give --layout")
+    return next(iter(found.values()))
+
+
+def _layout_in(path: Path) -> Layout:
+    if not path.is_dir():
+        return "records" if kind_of(path) in RECORDS else "tar"
+    images = records = False
+    for file in walk(path):
+        if system_file(file.name):
+            continue
+        if kind_of(file) == ".tar":
+            return "tar"
+        if file.name.startswith(_METADATA) and kind_of(file) in RECORDS:
+            return "records"
+        images = images or extension_of(file.name) in IMAGES
+        records = records or kind_of(file) in RECORDS
+    if not images and not records:
+        raise InputError(f"folder {path} must hold tars, images or records, got none of these; give another")
+    return "files" if images else "records"

@@ -1,189 +1,102 @@
-"""Text documents: JSON lines, plain text files, Parquet."""
+"""Text documents: a field of records, or plain text files."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transfusion_fast.errors import InputError, Rejected, Remark, optional_module
-from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, TextRange, Unit, decode_utf8, kind_of, parse_json
-from transfusion_fast.prepare.sources.lines import (
-    JSON_LINES,
-    LONG_BYTES,
-    line_units,
-    read_lines,
-    read_separated,
-    separated_units,
-)
+from transfusion_fast.errors import Rejected
+from transfusion_fast.prepare.sources.base import Source, TextRange, Unit, decode_utf8
+from transfusion_fast.prepare.sources.files import kind_of
+from transfusion_fast.prepare.sources.lines import LONG_BYTES, read_separated, separated_units
+from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
+from transfusion_fast.prepare.sources.tables import column_type, is_string
 
 FILES_TOGETHER = 256
 """Most .txt files in a unit."""
-_ROWS_TOGETHER = 16  # few, as each row may be large once it is decompressed
-_MAX_GROUP_BYTES = 16 << 30
-_STRINGS = (
-    "string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary", "null",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TextSource(Source):
-    """The texts of files: one per line of JSON lines and per row of .parquet, under `field`, and one per .txt."""
+    """The texts of files: one per record, under `field`, and one per .txt."""
 
     field: str = "text"
     separator: bytes = b""
     """Bytes between the texts of a .txt file; empty if each file is one text."""
 
-    suffixes = (*JSON_LINES, ".txt", ".parquet")
+    suffixes = (*RECORDS, ".txt")
 
     def units(self) -> list[Unit]:
         units: list[Unit] = []
         for number, file in enumerate(self.files):
             last = units[-1] if units else None
-            match kind_of(file):
-                case ".parquet":
-                    units += _row_groups(file, self.field)
-                case ".txt" if self.separator:
-                    units += separated_units(file, self.separator)
-                case ".txt":
-                    if last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
-                        units[-1] = replace(last, end=number + 1)
-                    else:
-                        units.append(Unit(file, number, number + 1))
-                case _:
-                    units += line_units(file)
+            if kind_of(file) != ".txt":
+                units += record_units(file, self._columns)
+            elif self.separator:
+                units += separated_units(file, self.separator)
+            elif last and kind_of(last.path) == ".txt" and last.end == number < last.start + FILES_TOGETHER:
+                units[-1] = replace(last, end=number + 1)
+            else:
+                units.append(Unit(file, number, number + 1))
         return units
 
     def spans(self, unit: Unit) -> list[tuple[Path, int, int]]:
-        match kind_of(unit.path):
-            case ".txt" if not self.separator:
-                return [(file, 0, sys.maxsize) for file in self.files[unit.start : unit.end]]
-            case ".parquet":  # its units are row groups
-                return [(unit.path, 0, sys.maxsize)] if unit.start == 0 else []
-            case _:
-                return super().spans(unit)
+        if kind_of(unit.path) == ".txt" and not self.separator:
+            return [(file, 0, sys.maxsize) for file in self.files[unit.start : unit.end]]
+        return super().spans(unit)
 
-    def entries(self, unit: Unit) -> Iterator[tuple[str, bytes | TextRange | Remark | None]]:
-        match kind_of(unit.path):
-            case ".txt" if self.separator:
-                yield from read_separated(unit, self.separator)
-            case ".txt":
-                for file in self.files[unit.start : unit.end]:
-                    size = file.stat().st_size
-                    yield str(file), file.read_bytes() if size <= LONG_BYTES else TextRange(file, 0, size)
-            case ".parquet":
-                yield from _read_rows(unit, self.field)
-            case _:
-                yield from read_lines(unit)
+    def entries(self, unit: Unit) -> Iterator[tuple[str, Any]]:
+        if kind_of(unit.path) != ".txt":
+            yield from read_records(unit, self._columns)
+        elif self.separator:
+            yield from read_separated(unit, self.separator)
+        else:
+            for file in self.files[unit.start : unit.end]:
+                size = file.stat().st_size
+                yield str(file), file.read_bytes() if size <= LONG_BYTES else TextRange(file, 0, size)
 
-    def parts(self, entry: bytes | TextRange | None, unit: Unit) -> tuple[str | TextRange]:
+    def parts(self, entry: Any, unit: Unit) -> tuple[str | TextRange]:
         if isinstance(entry, TextRange):
             return (entry,)
-        value: Any = entry
-        if entry is not None:
-            match kind_of(unit.path):
-                case ".txt":
-                    value = decode_utf8(entry, "utf-8-sig")
-                case ".parquet":
-                    value = decode_utf8(entry)
-                case _:
-                    value = parse_json(entry)
-        if isinstance(value, dict):
-            if self.field not in value:
-                names = ", ".join(list(value)[:8])
+        value = entry
+        if isinstance(entry, dict):
+            value = lookup(entry, self.field)
+            if value is None and self.field not in entry:
+                names = ", ".join(list(entry)[:8])
                 raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
-            value = value[self.field]
+        if isinstance(value, bytes):
+            value = decode_utf8(value, "utf-8-sig" if kind_of(unit.path) == ".txt" else "utf-8")
         if not isinstance(value, str):
             raise Rejected("no text", f"{self.field} is {type(value).__name__}")
         if not value.strip():
             raise Rejected("empty text", "")
         return (value,)
 
+    def record(self, entry: Any, unit: Unit) -> Any:
+        return entry
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field, "separator": os.fsdecode(self.separator)}
 
-
-def _row_groups(path: Path, column: str) -> list[Unit]:
-    """Return the row groups of a file; one for a file that cannot be used, which is reported when it is read.
-
-    Raises:
-        InputError: a row group is larger than a process should read.
-    """
-    try:
-        with _parquet(path) as table:
-            _check_column(table, column)
-            _check_groups(table, path)
-            return [Unit(path, group, group + 1) for group in range(table.num_row_groups)]
-    except Rejected:
-        return [Unit(path, 0, 1)]
+    def _columns(self, schema: Any) -> list[str]:
+        """Return the column of the texts; Rejected if a table has none, or one of other values."""
+        name = self.field if self.field in schema.names else self.field.partition(".")[0]
+        if name not in schema.names:
+            names = ", ".join(schema.names)
+            raise Rejected("no text", f"no column {self.field!r} among {names!r:.200}; name one with --field")
+        kind = column_type(schema, name)
+        if name == self.field and not _may_be_text(kind):
+            raise Rejected("no text", f"column {name!r} is of {kind!s:.80}; name one of strings with --field")
+        return [name, *(other for other in self.fields if other in schema.names and other != name)]
 
 
-def _read_rows(unit: Unit, column: str) -> Iterator[tuple[str, bytes | Rejected | None]]:
-    """Yield the place and the value of each row; if the rest of a row group cannot be read, Rejected once."""
-    group = f"row group {unit.start} of {unit.path}"
-    try:
-        with _parquet(unit.path) as table:
-            _check_column(table, column)
-            info = table.metadata.row_group(unit.start)
-            if info.num_columns == 1 and info.total_byte_size > max(info.num_rows, 1) * MAX_BYTES:
-                raise Rejected("rows too large", f"{info.total_byte_size} bytes in {info.num_rows} rows")
-            for row, value in enumerate(_values(table, unit.start, column)):
-                yield f"row {row} of {group}", value
-    except Rejected as rejected:
-        yield group, rejected
+def _may_be_text(kind: Any) -> bool:
+    from pyarrow import types
 
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    arrow, parquet = (optional_module(name, "data") for name in ("pyarrow", "pyarrow.parquet"))
-    try:
-        # A path may be taken for a URI, a stream may not. With other settings a whole row group is in memory.
-        with path.open("rb") as file, parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
-            yield table
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names in the schema need not be UTF-8
-        if getattr(error, "errno", None):  # the disk's fault, not the file's
-            raise
-        raise Rejected("file damaged", f"it cannot be read as Parquet ({' '.join(str(error).split()):.200})") from error
-
-
-def _check_column(table: Any, name: str) -> None:
-    schema = table.schema_arrow
-    if name not in schema.names:
-        names = ", ".join(schema.names)
-        raise Rejected("no text", f"no column {name!r} among {names!r:.200}; name one with --field")
-    kind = schema.types[schema.names.index(name)]
-    values = kind.value_type if str(kind).startswith("dictionary") else kind
-    if str(values).partition("[")[0] not in _STRINGS:
-        raise Rejected("no text", f"column {name!r} is of {kind!s:.80}; name one of strings with --field")
-
-
-def _check_groups(table: Any, path: Path) -> None:
-    for group in range(table.num_row_groups):
-        # The size of all columns: to ask a damaged file for the size of one can end the process.
-        if (size := table.metadata.row_group(group).total_byte_size) > _MAX_GROUP_BYTES:
-            raise InputError(
-                f"row group {group} of {path} must have at most {_MAX_GROUP_BYTES} bytes, got {size}; "
-                "write the file with smaller row groups"
-            )
-
-
-def _values(table: Any, group: int, name: str) -> Iterator[bytes | Rejected | None]:
-    """Yield the values of a column in a row group, and at the end what is wrong if there should be more.
-
-    They are bytes: a string of Arrow need not be UTF-8, and the size of bytes is known before they are copied.
-    """
-    import pyarrow
-    from pyarrow import compute
-
-    try:
-        for batch in table.iter_batches(_ROWS_TOGETHER, row_groups=[group], columns=[name]):
-            values = batch.column(0).cast(pyarrow.large_binary())
-            for value, size in zip(values, compute.binary_length(values).to_pylist(), strict=True):
-                too_large = size is not None and size > MAX_BYTES
-                yield Rejected("row too large", f"{size} bytes") if too_large else value.as_py()
-    except (pyarrow.ArrowException, OSError) as error:
-        yield Rejected("parquet damaged", f"what follows is lost ({error})")
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    binary = types.is_binary(values) or types.is_large_binary(values) or types.is_fixed_size_binary(values)
+    return is_string(values) or binary or types.is_binary_view(values) or types.is_null(values)
