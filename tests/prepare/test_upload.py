@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -17,7 +19,7 @@ from transfusion_fast.data.reader import PackReader
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare import upload
 from transfusion_fast.prepare.build import build
-from transfusion_fast.prepare.upload import Target
+from transfusion_fast.prepare.upload import Target, upload_and_remove
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "train"))
 import prepare
@@ -245,6 +247,38 @@ def test_a_command_that_is_killed_before_it_removes_its_local_copy_goes_on_with_
     assert (tmp_path / "work" / INDEX_NAME).exists()
     assert run(URL, *options) == 0
     assert files(memory) == before and {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}
+
+
+def test_a_folder_that_two_parts_find_finished_is_uploaded_and_removed_by_one(prepared, memory, tmp_path, monkeypatch):
+    shutil.copytree(prepared[1], tmp_path / "work")
+    begun, free, upload_all = threading.Event(), threading.Event(), Target.upload
+
+    def slow(*arguments):
+        begun.set()
+        assert free.wait(60)
+        return upload_all(*arguments)
+
+    monkeypatch.setattr(Target, "upload", slow)
+    with ThreadPoolExecutor(2) as executor:
+        first = executor.submit(upload_and_remove, tmp_path / "work", Target(URL))
+        assert begun.wait(60)
+        second = executor.submit(upload_and_remove, tmp_path / "work", Target(URL))
+        with pytest.raises(TimeoutError):
+            second.result(0.2)
+        free.set()
+        assert first.result() == len(files(memory)) and second.result() is None
+    assert not (tmp_path / "work").exists() and upload_and_remove(tmp_path / "work", Target(URL)) is None
+
+
+def test_parts_are_uploaded_by_the_last_one(source, memory, tmp_path, capsys):
+    texts(tmp_path / "b.jsonl", "more")
+    options = (source, tmp_path / "b.jsonl", "--work", tmp_path / "work", "--seq-len", 64)
+    assert run(URL, *options, "--part", "1/2") == 0
+    assert "part 1/2 is read" in capsys.readouterr().out and not files(memory)
+    assert run(URL, *options, "--part", "2/2") == 0
+    assert f"{URL}: complete: {len(files(memory))} files uploaded" in capsys.readouterr().out
+    assert run(URL, *options, "--part", "1/2") == 0
+    assert f"{URL}: already there: " in capsys.readouterr().out
 
 
 def test_a_url_of_a_local_folder_is_written_and_read(source, tmp_path):

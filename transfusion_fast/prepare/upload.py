@@ -25,7 +25,7 @@ from transfusion_fast.data.folder import PROTOCOLS, is_url, retried
 from transfusion_fast.data.index import INDEX_NAME, Index, decode_index, parse_index
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import write_atomically
+from transfusion_fast.files import lock, write_atomically
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
@@ -185,7 +185,25 @@ def local_and_target(out: str, work: Path | None) -> tuple[Path, Target | None]:
     return Path(out), None
 
 
-def remove(folder: Path) -> None:
+def upload_and_remove(folder: Path, target: Target) -> int | None:
+    """Upload a prepared folder, delete it, and return the number of files that were uploaded.
+
+    None if another process did so meanwhile: parts on several machines may find the folder finished at one moment.
+    """
+    try:
+        recipe = (folder / RECIPE).open("r+b")  # over NFS only a file that can be written has a lock of its own
+    except FileNotFoundError:
+        return None
+    with recipe:
+        lock(recipe, wait=True)
+        if not (folder / RECIPE).exists():
+            return None
+        count = target.upload(folder)
+        _remove(folder)
+    return count
+
+
+def _remove(folder: Path) -> None:
     """Delete a prepared folder; its name is free in one step, so that no run finds half of it."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
