@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from numbers import Real
 from typing import Any, Self
 
@@ -63,7 +64,7 @@ class Condition:
         if isinstance(self.value, str):
             if not isinstance(value, str):
                 raise Rejected("field is no text", f"{self.field} is {value!r:.60}, for {self}")
-        elif isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        elif isinstance(value, bool) or not isinstance(value, Real | Decimal) or value != value:  # NaN
             raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
         if not _COMPARED[self.operator](value, self.value):
             raise Rejected(f"not {self}", f"it is {value!r:.60}")

@@ -109,7 +109,8 @@ def _arrow_batches(path: Path, columns: Columns) -> Iterator[Any]:
                 except StopIteration:
                     return
                 batch.validate(full=True)  # reading values behind damaged offsets can end the process
-                chosen_batch = batch.select(chosen)
+                # By position, as names may be repeated.
+                chosen_batch = batch.select([reader.schema.names.index(name) for name in chosen])
                 begun = True
                 for start in range(0, batch.num_rows, _ROWS_TOGETHER):
                     yield chosen_batch.slice(start, _ROWS_TOGETHER)

@@ -13,7 +13,7 @@ from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.sources.base import Source, TextRange, Unit, decode_utf8
 from transfusion_fast.prepare.sources.files import kind_of
 from transfusion_fast.prepare.sources.lines import LONG_BYTES, read_separated, separated_units
-from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
+from transfusion_fast.prepare.sources.records import RECORDS, comparable, lookup, read_records, record_units
 from transfusion_fast.prepare.sources.tables import column_type, is_string
 
 FILES_TOGETHER = 256
@@ -77,7 +77,7 @@ class TextSource(Source):
         return (value,)
 
     def record(self, entry: Any, unit: Unit) -> Any:
-        return entry
+        return comparable(entry, unit.path, self.fields)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text", "field": self.field, "separator": os.fsdecode(self.separator)}
