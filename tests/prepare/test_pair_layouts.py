@@ -259,6 +259,16 @@ def test_columns_of_one_name_are_the_first_of_them_in_arrow_files_too(tmp_path):
         assert pairs_in(tmp_path / f"a.{kind}") == ([("one", b"a")], {})
 
 
+def test_columns_that_cannot_be_converted_are_named_and_others_read(tmp_path):
+    indices = pyarrow.array([0, 1, 1], pyarrow.int8())
+    column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(STRUCTS[:2]))
+    rows = pyarrow.table({"image": column, "text": CAPTIONS})
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    in_parquet(tmp_path / "b.parquet", image=STRUCTS, text=CAPTIONS)
+    assert pairs_in(tmp_path) == (PAIRS, {"columns unreadable": 1})
+
+
 def test_a_list_of_many_levels_is_named(tmp_path):
     good = json.dumps({"image": {"base64": "YQ"}, "a": {"b": "words"}})
     deep = "[" * 700 + "]" * 700

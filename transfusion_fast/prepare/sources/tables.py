@@ -127,9 +127,15 @@ def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Rejected]:
-    """Yield the rows of a batch. Strings are read as bytes, as those of Arrow need not be UTF-8."""
+    """Yield the rows of a batch; raise Rejected for columns that pyarrow cannot convert.
+
+    Strings are read as bytes, as those of Arrow need not be UTF-8.
+    """
     kinds = {name: column_type(batch.schema, name) for name in batch.schema.names}
-    values = {name: batch.column(batch.schema.names.index(name)).cast(_bytes_type(kinds[name])) for name in kinds}
+    try:
+        values = {name: batch.column(batch.schema.names.index(name)).cast(_bytes_type(kinds[name])) for name in kinds}
+    except optional_module("pyarrow", "data").ArrowException as error:  # such as a dictionary of structures
+        raise Rejected("columns unreadable", f"what follows is lost ({error})") from error
     large = sum(column.nbytes for column in values.values()) > MAX_BYTES
     for row in range(batch.num_rows):
         size = sum(column.slice(row, 1).nbytes for column in values.values()) if large else 0
