@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES
 
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 _NAMES = ("bytes", "base64", "path", "image", "url", "file_name")  # of the keys of an object, the first that is set
 _REMOTE = ("http://", "https://", "s3://", "gs://", "hf://")
+
+
+def check_root(root: Path | None) -> None:
+    """Raise InputError for an `--image-root` that is no folder, below which no image can be."""
+    if root is not None and not root.is_dir():
+        raise InputError(f"--image-root must be a folder, got {root}; give the one that paths are relative to")
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
