@@ -121,6 +121,11 @@ def test_images_of_typed_parts_are_found(tmp_path, part):
     assert documents_in(tmp_path, record) == ([("words", b"a")], {})
 
 
+def test_images_that_typed_parts_leave_over_are_named(tmp_path):
+    record = {"content": [{"type": "image"}, "words"], "images": ["a.jpg", "b.jpg"]}
+    assert documents_in(tmp_path, record, {**record, "images": ["a.jpg"]}) == ([(b"a", "words")], {"no content": 1})
+
+
 def test_typed_parts_keep_their_weights(tmp_path):
     content = [{"type": "text", "text": "a", "loss": False}, {"type": "image", "image": "a.jpg", "weight": 3}]
     assert found_in(written(tmp_path, content))[0].weights == (0, 3)

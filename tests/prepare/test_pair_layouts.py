@@ -1,5 +1,6 @@
 """Captioned images are found in the layouts that downloaders and hubs write, and what cannot be used is named."""
 
+import base64
 import csv
 import gzip
 import io
@@ -164,6 +165,7 @@ def test_records_of_json_hold_or_name_their_images(tmp_path):
         {"image": {"bytes": None, "path": "a.jpg"}, "caption": "path in a struct"},
         {"image": "data:image/png;base64,Zmlyc3Q=", "caption": "data URI"},
         {"img": {"base64": "Zmlyc3Q"}, "caption": "base64"},
+        {"img": base64.b64encode(b"long" * 50).decode(), "caption": "plain base64"},
         {"image_path": f"file://{tmp_path}/a.jpg", "caption": "file URL"},
         {"path": "../a.jpg", "caption": "outside"},
         {"image": "https://host/a.jpg", "caption": "remote"},
@@ -172,7 +174,8 @@ def test_records_of_json_hold_or_name_their_images(tmp_path):
     ]
     write(tmp_path, {"a.jpg": b"first", "a.json": json.dumps(records, indent=1)})
     documents, rejected = pairs_in(tmp_path / "a.json")
-    assert documents == [(words, b"first") for words in ("path in a struct", "data URI", "base64", "file URL")]
+    short = [(words, b"first") for words in ("path in a struct", "data URI", "base64", "file URL")]
+    assert documents == [*short[:3], ("plain base64", b"long" * 50), short[3]]
     assert rejected == {"path leads out": 1, "image not downloaded": 1, "no image": 2}
 
 

@@ -47,8 +47,13 @@ def _listed(record: dict[str, Any]) -> list[Any] | None:
 
 def _with_images(content: list[Any], record: dict[str, Any]) -> list[Any]:
     """Return parts with `"type"` in the form without it."""
-    images = _images_of(record)
-    return [_untyped(part, images) if isinstance(part, dict) and "type" in part else part for part in content]
+    images = list(_images_of(record))
+    rest = iter(images)
+    parts = [_untyped(part, rest) if isinstance(part, dict) and "type" in part else part for part in content]
+    left = len(list(rest))
+    if 0 < left < len(images):
+        raise Rejected("no content", f"{left} images have no part of type image")
+    return parts
 
 
 def _untyped(part: dict[str, Any], images: Iterator[Any]) -> Any:
