@@ -29,7 +29,7 @@ def image_bytes(value: Any, folder: Path) -> bytes:
     """Return the bytes of an image file.
 
     Args:
-        value: the bytes; a path, base64, or a data URI; an object such as `{"bytes": .., "path": ..}` or `{"base64": ..}`.
+        value: the bytes; a path, base64, a data URI; or an object such as `{"bytes": .., "path": ..}`.
         folder: the folder that paths are relative to and must not lead out of.
 
     Raises:
