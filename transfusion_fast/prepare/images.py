@@ -99,14 +99,14 @@ def scaled_middle(image: DecodedImage, height: int, width: int, scale: float) ->
 
     The middle is cut out before it is scaled: a thin image, scaled as a whole, could become arbitrarily large.
     """
-    pixels, sides, reduction = image.pixels, image.size, image.reduction
+    sides, reduction = image.size, image.reduction
     kept = [min(float(length), side / scale) for length, side in zip(sides, (height, width), strict=True)]
     top, left = ((length - side) // 2 for length, side in zip(sides, kept, strict=True))
     if kept == [height, width]:
-        return pixels[int(top) : int(top) + height, int(left) : int(left) + width]
+        return image.pixels[int(top) : int(top) + height, int(left) : int(left) + width]
     box = (left / reduction, top / reduction, (left + kept[1]) / reduction, (top + kept[0]) / reduction)
     resample = Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box, reducing_gap=3.0))
+    return np.asarray(image.image.resize((width, height), resample, box, reducing_gap=3.0))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from transfusion_fast.model.inputs import Weighted
 from transfusion_fast.prepare.sources.files import kind_of, source_files
 
 _BLOCK = 1 << 20
+_parse = json.JSONDecoder().decode
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,12 @@ class Source(ABC):
                 yield rejected.at(where)
                 continue
             joined = tuple([_join_surrogates(part) if isinstance(part, str) else part for part in found.parts])
-            repairs = sum(map(operator.is_not, joined, found.parts))
-            for _ in range(repairs):
+            if joined == found.parts:  # does not compare the values of an object with themselves
+                yield found
+                continue
+            for _ in range(sum(map(operator.is_not, joined, found.parts))):
                 yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
-            yield replace(found, parts=joined) if repairs else found
+            yield replace(found, parts=joined)
 
     def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
         record = self.record(entry, unit)
@@ -166,6 +169,8 @@ class Source(ABC):
 
 
 def _document(where: str, parts: tuple[Part | Weighted, ...], fields: Mapping[str, Any]) -> SourceDocument:
+    if Weighted not in map(type, parts):
+        return SourceDocument(where, cast(tuple[Part, ...], parts), (), fields)
     plain = tuple([part.content if isinstance(part, Weighted) else part for part in parts])
     weights = tuple([part.weight if isinstance(part, Weighted) else 1.0 for part in parts])
     return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else (), fields)
@@ -187,7 +192,8 @@ def _join_surrogates(text: str) -> str:
 def parse_json(line: bytes) -> Any:
     """Return the value of a line; Rejected if it is not JSON."""
     try:
-        return json.loads(line)
+        has_mark = line.startswith(codecs.BOM_UTF8)
+        return json.loads(line) if has_mark else _parse(line.decode("utf-8", "surrogatepass"))  # half the time
     except (ValueError, RecursionError) as error:
         raise Rejected("not JSON", str(error)) from error
 
