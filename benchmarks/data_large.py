@@ -91,9 +91,10 @@ def _write_lines(path: Path, size: float) -> None:
                 return
 
 
+# In a dictionary, values that come again would be stored once, and the file would hold far more of them.
 def _write_text_parquet(path: Path, size: float) -> None:
     texts, schema = _endless_texts(), pyarrow.schema([("text", pyarrow.string())])
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
         while path.stat().st_size < size / 2:
             rows = list(itertools.islice(texts, 64 * _ROWS))
             writer.write_table(pyarrow.table({"text": rows}, schema))
@@ -103,7 +104,7 @@ def _write_picture_parquet(path: Path, size: float) -> None:
     image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     schema = pyarrow.schema([("image", image), ("caption", pyarrow.string())])
     pairs = _endless_pairs()
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
         while path.stat().st_size < size / 2:
             rows = list(itertools.islice(pairs, _ROWS))
             images = [{"bytes": picture, "path": None} for picture, _ in rows]
