@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
-from transfusion_fast.data.latent_encoder import LatentEncoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.decoding import DecodedImage
 from transfusion_fast.prepare.pool import worker_number
+
+if TYPE_CHECKING:
+    from transfusion_fast.data.latent_encoder import LatentEncoder
 
 BATCH = 16
 """Images that are encoded together by default."""
@@ -146,6 +147,8 @@ class LatentRule:
 
     def _encoded(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Encode images of one shape, on a GPU if there is any: the processes take them in turn."""
+        import torch  # takes 200 MB in a process, which one that stores pixels does not need
+
         noise = np.stack([self._noise(image) for image in images]) if self.sampled else None
         on_cpu = self.encoder.device == "cpu"
         try:

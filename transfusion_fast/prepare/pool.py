@@ -38,7 +38,7 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         return
     others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
-    # What the server imports before it forks, mostly PyTorch, is in memory once and not once for each process.
+    # What the server imports before it forks is in memory once and not once for each process.
     context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("transfusion_fast.")))
     # Ctrl-C reaches all processes. The main process ends the others, which inherit the signal as blocked.
     resource_tracker.ensure_running()  # first, as it unblocks the signal

@@ -21,7 +21,7 @@ import numpy as np
 
 from transfusion_fast.data.pack import Segment
 from transfusion_fast.errors import Rejected, Remark, Repaired
-from transfusion_fast.model.inputs import Weighted
+from transfusion_fast.model.loss_weights import Weighted
 from transfusion_fast.prepare.sources.files import kind_of, source_files
 
 _BLOCK = 1 << 20
