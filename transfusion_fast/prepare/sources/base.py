@@ -156,12 +156,10 @@ class Source(ABC):
                 yield rejected.at(where)
                 continue
             joined = tuple([_join_surrogates(part) if isinstance(part, str) else part for part in found.parts])
-            if joined == found.parts:  # does not compare the values of an object with themselves
-                yield found
-                continue
-            for _ in range(sum(map(operator.is_not, joined, found.parts))):
+            repairs = sum(map(operator.is_not, joined, found.parts))
+            for _ in range(repairs):
                 yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
-            yield replace(found, parts=joined)
+            yield replace(found, parts=joined) if repairs else found
 
     def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
         record = self.record(entry, unit)
