@@ -1,6 +1,7 @@
 """The memory and the disk space that preparing large sources takes: `data_bench.py --large GB`."""
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -152,9 +153,10 @@ def _tree_memory(process: psutil.Process) -> int:
 def _space(folder: Path) -> int:
     """Return the bytes that the files of a folder take on disk."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += 512 * path.stat().st_blocks
+    for current, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += 512 * os.stat(os.path.join(current, name)).st_blocks
     return total
 
 
