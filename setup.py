@@ -39,7 +39,6 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "tqdm>=4.66",
-        "webdataset>=1.0",
     ],
     extras_require={
         # Pictures of samples and runs, and the digits with the classifier that judges them.
@@ -83,6 +82,7 @@ setup(
             "tokenizers>=0.20",
             "transformers>=4.45",
             "triton>=3.6",
+            "webdataset>=1.0",
         ],
     },
 )

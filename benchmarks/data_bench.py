@@ -1,29 +1,43 @@
 """Time the feed on one core: the loader stage by stage against a plain read of the tar, packing, and preparing.
 
     python benchmarks/data_bench.py --out DIR [--seconds 5]
+    python benchmarks/data_bench.py --out DIR --large GB
 
-Writes DIR/data.csv and data.md. All files are made here, in a folder that is removed, and lie in the page cache: the
-times are the processor's work.
+The first writes DIR/data.csv and data.md. All files are made here, in a folder that is removed, and lie in the page
+cache: the times are the processor's work. The second writes DIR/data_large.csv and data_large.md, the memory and disk
+space that `train/prepare.py` takes for a text of GB, and for texts and pictures of half of that. It needs six times GB
+of disk.
 """
 
 import io
-import json
 import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import data_large
 import numpy as np
 import tables
 import timing
 import tokenizers
 import torch
-import webdataset as wds
+from data_sources import (
+    LARGE,
+    SMALL,
+    make_jpegs,
+    make_texts,
+    make_tokenizer,
+    make_words,
+    web_lengths,
+    write_json_lines,
+    write_tar,
+)
 from PIL import Image
 from tables import Row
 
@@ -33,13 +47,15 @@ from transfusion_fast.data.batch import KeyedPack, draw
 from transfusion_fast.data.loader import BatchSplit, batch_builder, open_data, training_batches
 from transfusion_fast.data.pack import DOCUMENT_TOKENS, IMAGE_TOKENS, Document, ImageSegment, ModalityInfo, TextSegment
 from transfusion_fast.data.reader import PackReader
-from transfusion_fast.data.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
-from transfusion_fast.prepare.build import Recipe, build
+from transfusion_fast.data.tokenizer import ByteTokenizer
+from transfusion_fast.prepare.build import build
+from transfusion_fast.prepare.decoding import HEADROOM
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.examples.built_in import prepare
 from transfusion_fast.prepare.images import ImageRule
 from transfusion_fast.prepare.packing import pack_stream
-from transfusion_fast.prepare.sources.base import Source
+from transfusion_fast.prepare.recipe import Recipe
+from transfusion_fast.prepare.sources.base import Source, SourceDocument
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 
@@ -47,7 +63,10 @@ CAPACITY = 4096
 LATENTS = ModalityInfo("latents", channels=8, patch_size=2, encoding="latents")  # 32 values a patch
 PIXELS = ModalityInfo("images", channels=3, patch_size=16, encoding="pixels")
 CAPACITIES = (2048, 4096, 8192, 16384)
+SIDE = 256
+"""Side in pixels of the squares that pictures become."""
 _SEED = 0
+_TEXTS_TOGETHER = 1024  # in a call of the tokenizer; in one of all texts each would take longer
 
 
 class Stage(NamedTuple):
@@ -59,22 +78,28 @@ class Stage(NamedTuple):
     run: Callable[[], object]
     megabytes: float | None = None
     waste: float | None = None
+    against: str = ""
+    """Name of the stage of the same group whose time is the unit of this one's."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     parser = timing.make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=5, help="to time each stage for (default: %(default)s)")
+    parser.add_argument("--large", type=float, metavar="GB", help="measure memory and space of large sources instead")
     options = parser.parse_args(arguments)
     options.device = "cpu"
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def measure(device: torch.device) -> bool:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=options.out) as scratch:
             folder = Path(scratch)
-            groups = [loader_stages(folder / "packs"), packing_stages(), preparing_stages(folder)]
-            groups += tokenizing_stages(folder)
+            if options.large is not None:
+                data_large.write_report(options.out, list(data_large.measure(folder, options.large)))
+                return True
+            groups = [loader_stages(folder / "packs"), packing_stages()]
+            groups += [*tokenizing_stages(folder), *picture_stages(folder)]
             rows = [row for group in groups for row in time_group(group, options.seconds)]
         tables.write_report(options.out / "data", "The feed, on one core", rows, COLUMNS, NOTES)
         return True
@@ -120,7 +145,8 @@ def loader_stages(folder: Path, documents: int = 1024) -> list[Stage]:
         "draw and lay out, attention's layout included": lambda: [builder([pack]) for pack in keyed],
         "loader, all of it": lambda: [each.batch for each in islice(loaded, index.num_packs)],
     }
-    return [Stage(name, "tokens", index.num_packs * CAPACITY, run, megabytes) for name, run in runs.items()]
+    count, base = index.num_packs * CAPACITY, next(iter(runs))
+    return [Stage(name, "tokens", count, run, megabytes, against=base) for name, run in runs.items()]
 
 
 def packing_stages(documents: int = 200_000) -> list[Stage]:
@@ -139,68 +165,81 @@ def packing_stages(documents: int = 200_000) -> list[Stage]:
     return stages
 
 
-def preparing_stages(scratch: Path, texts: int = 4000, images: int = 64) -> list[Stage]:
-    """Return preparing in one process: JSON lines as bytes, and JPEGs of 512 x 512 cut to 256 x 256 pixels."""
-    rng = np.random.default_rng(_SEED)
-    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 9))) for _ in range(1000)]
-    lines = [json.dumps({"text": " ".join(rng.choice(words, 200))}) for _ in range(texts)]
-    text, tar = scratch / "texts.jsonl", scratch / "pairs.tar"
-    text.write_text("\n".join(lines), encoding="utf-8")
-    with wds.TarWriter(str(tar)) as writer:
-        for number in range(images):
-            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            stream = io.BytesIO()
-            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-            writer.write({"__key__": f"{number:06d}", "jpg": stream.getvalue(), "txt": "a picture of noise"})
-    encoder = Encoder(ByteTokenizer(), CAPACITY)
-    pairs = Encoder(ByteTokenizer(), CAPACITY, (PIXELS,), ImageRule("crop", 256, PIXELS.patch_size))
-
-    build_once = partial(_build_once, scratch)
-    size = {file: file.stat().st_size / 1e6 for file in (text, tar)}
-    return [
-        Stage("preparing text", "documents", texts, partial(build_once, TextSource.of([text]), encoder), size[text]),
-        Stage("preparing pairs", "images", images, partial(build_once, PairsSource.of([tar]), pairs), size[tar]),
-    ]
-
-
 def tokenizing_stages(scratch: Path, captions: int = 20_000, vocabulary: int = 16_000) -> list[list[Stage]]:
-    """Return for captions, and for web texts, the tokenizer's own batch call and then preparing, in parts and whole."""
-    rng = np.random.default_rng(_SEED)
-    letters = np.frombuffer(b"etaoinshrdlcumwfgypbvk", "S1")
-    words = [b"".join(rng.choice(letters, rng.integers(2, 10))).decode() for _ in range(40_000)]
+    """Return for captions, and for web texts, the tokenizer's own batch calls, then preparing in parts and whole."""
+    words = make_words()
     lengths = {
-        "captions": rng.integers(6, 16, captions),
-        "web texts": rng.lognormal(6, 1, captions // 40).astype(int) + 1,
+        "captions": np.random.default_rng(_SEED).integers(6, 16, captions),
+        "web texts": web_lengths(captions // 40),
     }
-    drawn = {kind: np.minimum(rng.zipf(1.3, n.sum()) - 1, len(words) - 1) for kind, n in lengths.items()}
-    texts = {
-        kind: [" ".join(words[i] for i in own) for own in np.split(drawn[kind], np.cumsum(n)[:-1])]
-        for kind, n in lengths.items()
-    }
-    tokenizer = with_special_tokens(train_bpe([*texts["web texts"], *words], vocabulary))
+    texts = {kind: make_texts(words, own) for kind, own in lengths.items()}
+    tokenizer = make_tokenizer([*texts["web texts"], *words], vocabulary, special=1230)
     library = tokenizers.Tokenizer.from_buffer(tokenizer.content)
     groups = []
     for kind, own in texts.items():
         path = scratch / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in own), encoding="utf-8")
+        write_json_lines(path, own)
         source, megabytes = TextSource.of([path]), path.stat().st_size / 1e6
         read = [document for unit in source.units() for document in source.documents(unit)]
         encoder = Encoder(tokenizer, CAPACITY)
+        base = f"{kind}: the tokenizer's own batch calls"
         runs: dict[str, Callable[[], object]] = {
-            "the tokenizer's own batch call": partial(library.encode_batch_fast, own, add_special_tokens=False),
-            "tokenizing": lambda encoder=encoder, read=read: [*encoder.encode(read)],
-            "preparing": partial(_build_once, scratch, source, encoder),
-            "preparing as bytes": partial(_build_once, scratch, source, Encoder(ByteTokenizer(), CAPACITY)),
+            base: partial(count_own_ids, library, own),
+            f"{kind}: tokenizing": partial(count_ids, encoder, read),
+            f"{kind}: preparing": partial(_build_once, scratch, source, encoder),
+            f"{kind}: preparing as bytes": partial(_build_once, scratch, source, Encoder(ByteTokenizer(), CAPACITY)),
         }
-        groups.append([Stage(f"{kind}: {name}", "texts", len(own), run, megabytes) for name, run in runs.items()])
+        groups.append([Stage(name, "texts", len(own), run, megabytes, against=base) for name, run in runs.items()])
     return groups
 
 
-def with_special_tokens(tokenizer: FileTokenizer, number: int = 1200) -> FileTokenizer:
-    """Return a tokenizer with as many special tokens as large models have."""
-    library = tokenizers.Tokenizer.from_buffer(tokenizer.content)
-    library.add_special_tokens([f"<|special {n}|>" for n in range(number)])
-    return FileTokenizer(library.to_str().encode())
+def count_own_ids(library: tokenizers.Tokenizer, texts: Sequence[str]) -> int:
+    """Have the tokenizer's library encode texts, and return the number of ids, which are not made Python's."""
+    batches = (texts[first : first + _TEXTS_TOGETHER] for first in range(0, len(texts), _TEXTS_TOGETHER))
+    return sum(len(found) for batch in batches for found in library.encode_batch_fast(batch, add_special_tokens=False))
+
+
+def count_ids(encoder: Encoder, read: Sequence[SourceDocument]) -> int:
+    """Encode documents of text, keeping none, and return the number of ids."""
+    count = 0
+    for outcome in encoder.encode(read):
+        for document in outcome:
+            count += sum([segment.ids.size for segment in document])
+    return count
+
+
+def picture_stages(scratch: Path, small: int = 128, large: int = 24) -> list[list[Stage]]:
+    """Return for pictures from the web, and for photographs, decoding and scaling alone and then all of preparing."""
+    groups = []
+    for (height, width), number in ((SMALL, small), (LARGE, large)):
+        kind, files = f"pictures of {width} x {height}", make_jpegs((height, width), number)
+        path = scratch / f"{width}.tar"
+        write_tar(path, iter([(file, f"picture {n} of noise") for n, file in enumerate(files)]))
+        source, megabytes = PairsSource.of([path]), path.stat().st_size / 1e6
+        read = [document for unit in source.units() for document in source.documents(unit)]
+        encoder = Encoder(ByteTokenizer(), CAPACITY, (PIXELS,), ImageRule("crop", SIDE, PIXELS.patch_size))
+        base = f"{kind}: decoding and scaling alone"
+        runs: dict[str, Callable[[], object]] = {
+            base: lambda files=files: [*map(decode_and_scale, files)],
+            f"{kind}: decoding and scaling": lambda encoder=encoder, read=read: [*encoder.pixels(read)],
+            f"{kind}: preparing": partial(_build_once, scratch, source, encoder),
+        }
+        groups.append([Stage(name, "images", number, run, megabytes, against=base) for name, run in runs.items()])
+    return groups
+
+
+def decode_and_scale(file: bytes) -> np.ndarray:
+    """Return the middle square of a JPEG, by Pillow alone and with the settings of preparing."""
+    with Image.open(io.BytesIO(file)) as image:
+        width, height = image.size
+        reduction = next(n for n in (8, 4, 2, 1) if min(width, height) >= n * HEADROOM * SIDE or n == 1)
+        if reduction > 1:
+            image.draft(None, (width // reduction, height // reduction))
+        side = min(width, height)
+        left, top = ((length - side) / 2 for length in (width, height))
+        box = tuple(edge / reduction for edge in (left, top, left + side, top + side))
+        pixels = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        return np.asarray(pixels)
 
 
 def _build_once(scratch: Path, source: Source, encoder: Encoder) -> None:
@@ -209,38 +248,54 @@ def _build_once(scratch: Path, source: Source, encoder: Encoder) -> None:
 
 
 def time_group(stages: Sequence[Stage], seconds: float) -> list[Row]:
-    """Time stages that take turns; return their rows, with None for what does not apply."""
-
-    def step_of(stage: Stage) -> Callable[[], None]:
-        stage.run()
-        return lambda: None
-
-    device = torch.device("cpu")
-    timings = timing.time_steps({stage.name: partial(step_of, stage) for stage in stages}, device, seconds)
-    machine = timing.describe_machine(device)
+    """Time stages that take turns, each for about `seconds`; return their rows, with None for what does not apply."""
+    taken = np.array([*_cpu_times([stage.run for stage in stages], seconds)])
+    names = [stage.name for stage in stages]
+    machine = timing.describe_machine(torch.device("cpu"))
     rows = []
-    for stage in stages:
-        p20, p50, p80 = (timings[stage.name][f"forward_{quantile}"] for quantile in ("p20", "p50", "p80"))
+    for stage, own in zip(stages, taken.T, strict=True):
+        p20, p50, p80 = (1e3 * np.quantile(own, (0.2, 0.5, 0.8))).tolist()
+        ratio = float(np.median(own / taken[:, names.index(stage.against)])) if stage.against else None
         rows.append({
             "stage": stage.name, "unit": stage.unit, "count": stage.count, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
             "units_per_s": stage.count / p50 * 1e3,
             "mb_per_s": None if stage.megabytes is None else stage.megabytes / p50 * 1e3, "waste": stage.waste,
-            **machine,
+            "ratio": ratio, "against": stage.against, **machine,
         })  # fmt: skip
     return rows
 
 
+def _cpu_times(runs: Sequence[Callable[[], object]], seconds: float) -> Iterator[list[float]]:
+    """Yield the seconds of processor time of each run, at least three times.
+
+    Every other turn is in reverse order: a run finds the caches as the one before left them.
+    """
+    begin, turn = time.monotonic(), 0
+    while turn < 3 or time.monotonic() - begin < seconds * len(runs):
+        taken = [0.0] * len(runs)
+        for number in range(len(runs))[:: -1 if turn % 2 else 1]:
+            start = time.process_time()
+            runs[number]()
+            taken[number] = time.process_time() - start
+        yield taken
+        turn += 1
+
+
 COLUMNS = {
     "stage": "{stage}", "units": "{count:,} {unit}", "ms": "{p50_ms:,.1f} ({p20_ms:,.1f}-{p80_ms:,.1f})",
-    "units/s": "{units_per_s:,.0f}", "MB/s": "{mb_per_s:,.1f}", "waste": "{waste:.3%}",
+    "units/s": "{units_per_s:,.0f}", "MB/s": "{mb_per_s:,.1f}", "ratio": "{ratio:.2f}", "waste": "{waste:.3%}",
 }  # fmt: skip
 NOTES = f"""\
-Times are medians (20th to 80th percentile). The loader's packs are of {CAPACITY:,} tokens, half of them patches of 32
-fp16 values. MB are those of the files read. In the mix, half of the documents are under 292 positions and one in twenty
-is above 1,107, clipped to the capacity; captioned images are of 256 patches and about 15 tokens. Preparing is one
-process, from JSON lines as bytes, or from JPEGs of 512 x 512 cut to 256 x 256, to a data folder in place. Captions have
-6 to 15 words and web texts 400 on the median, in a vocabulary of 16,000 tokens and 1,200 special ones. Before they are
-tokenized, they are in memory."""
+Times are those of the processor, user and system, in one process of one thread: medians (20th to 80th percentile).
+Ratios are medians over the turns that the stages of a group take: of the plain read, of the tokenizer's own calls, of
+decoding and scaling alone. The loader's packs are of {CAPACITY:,} tokens, half of them patches of 32 fp16 values. MB
+are those of the files read. In the mix, half of the documents are under 292 positions and one in twenty is above 1,107,
+clipped to the capacity; captioned images are of 256 patches and about 15 tokens. Preparing goes from JSON lines, or
+from a tar of JPEGs, to a data folder in place. Captions have 6 to 15 words and web texts 400 on the median, in a
+vocabulary of 16,000 tokens and 1,230 special ones. The tokenizer's own calls are `encode_batch_fast` with
+{_TEXTS_TOGETHER:,} texts each, whose ids are not made Python's. Pictures become squares of {SIDE} x {SIDE} pixels.
+Alone they are decoded by Pillow with the same `draft`, filter and `reducing_gap`. Where not all of preparing is timed,
+texts and files are in memory before."""
 
 
 if __name__ == "__main__":

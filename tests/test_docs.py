@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 LIBRARY, COMMAND_LINES = (
     "".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train",))
+    for folders in (("kernels", "transfusion_fast", "train", "benchmarks"), ("train", "benchmarks"))
 )
 COMMAND_LINES += (ROOT / "transfusion_fast/prepare/options.py").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -181,3 +181,8 @@ def test_an_import_upwards_is_caught(module: str, source: str, wrong: int) -> No
 
 def test_every_public_name_can_be_imported() -> None:
     assert [getattr(transfusion_fast, name).__name__ for name in transfusion_fast.__all__] == transfusion_fast.__all__
+
+
+def test_preparing_without_an_encoder_does_not_import_pytorch():
+    program = "import sys, prepare; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT / "train").returncode == 0

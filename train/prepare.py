@@ -2,23 +2,23 @@
 `interleaved` for your own files. Look after a folder: `preview`, `info`, `verify`, `index`, `repack`.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.index import parse_index
 from transfusion_fast.data.pack import ModalityInfo
 from transfusion_fast.data.reader import PackReader
 from transfusion_fast.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
-from transfusion_fast.data.vision_encoder import VisionEncoder, read_vision_encoder
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Built, build
 from transfusion_fast.prepare.encode import Encoder, Long
@@ -31,7 +31,6 @@ from transfusion_fast.prepare.images import BATCH, ImageRule, LatentRule
 from transfusion_fast.prepare.inspect import Statistics, draw_lengths, rebuild_index, summary, verify
 from transfusion_fast.prepare.options import CAPTIONS, CHOICE, IMAGES, LATENTS, OUTPUT, TOKENS, add_options, local_path
 from transfusion_fast.prepare.parts import Share, build_part
-from transfusion_fast.prepare.preview import Decoder, page, preview
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import Recipe, measure_features, train_tokenizer
 from transfusion_fast.prepare.repack import PacksSource
@@ -43,7 +42,9 @@ from transfusion_fast.prepare.sources.pairs import LAYOUTS, PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
 from transfusion_fast.prepare.upload import local_and_target, upload_and_remove
-from transfusion_fast.sampling.pictures import check_picture, check_writable
+
+if TYPE_CHECKING:
+    from transfusion_fast.prepare.preview import Decoder
 
 CAPACITIES = (2048, 4096, 8192, 16384)
 """Pack lengths whose waste `info` prints."""
@@ -147,14 +148,13 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
     if latents is None:
         modality, stride, own_size = ModalityInfo("images", 3, 16 if patch is None else patch, "pixels"), 1, 256
     else:
-        is_vision = isinstance(latents.encoder, VisionEncoder)
-        modality = latents.encoder.modality("images", (1 if is_vision else 2) if patch is None else patch)
+        modality = latents.encoder.modality("images", (1 if options.encoder else 2) if patch is None else patch)
         stride, own_size = latents.encoder.stride, getattr(latents.encoder, "image_size", 256)
     rule = ImageRule(options.shape, own_size if size is None else size, modality.patch_size * stride)
     tokenizer = _tokenizer(options, source)
     bad_images = getattr(options, "bad_images", "reject")
     encoder = Encoder(tokenizer, options.seq_len, (modality,), rule, options.long or long, latents, bad_images, filters)
-    if latents is not None and isinstance(latents.encoder, VisionEncoder) and not latents.encoder.mean:
+    if latents is not None and options.encoder and not modality.mean:
         vision = measure_features(encoder, source, options.train_bpe, options.out, _selection(options))
         modality = vision.modality(modality.name, modality.patch_size)
         encoder = replace(encoder, modalities=(modality,), latents=replace(latents, encoder=vision))
@@ -162,7 +162,7 @@ def _images(options: argparse.Namespace, kind: type[Source], long: Long) -> None
 
 
 def _latents(options: argparse.Namespace) -> LatentRule | None:
-    """Return the rule of the encoder that is given; None for pixels."""
+    """Return the rule of the encoder that is given; None for pixels, which are prepared without PyTorch."""
     batch = BATCH if options.vae_batch is None else options.vae_batch
     if options.vae is not None and options.encoder is not None:
         raise InputError("--vae or --encoder must be given alone, got both; give one of them")
@@ -171,11 +171,15 @@ def _latents(options: argparse.Namespace) -> LatentRule | None:
     if options.encoder_like is not None and options.encoder is None:
         raise InputError("--encoder-like must come with --encoder, got none; give the vision encoder's folder")
     if options.vae is not None:
+        from transfusion_fast.data.autoencoder import read_autoencoder
+
         return LatentRule(read_autoencoder(options.vae), options.latents != "mean", batch)
     if options.encoder is None:
         if options.vae_batch is not None:
             raise InputError("--vae-batch must come with --vae or --encoder, got none; give the encoder's folder")
         return None
+    from transfusion_fast.data.vision_encoder import read_vision_encoder
+
     vision = read_vision_encoder(options.encoder)
     if options.encoder_like is not None:
         modalities = parse_index(options.encoder_like).modalities
@@ -254,6 +258,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> None:
     if options.picture:
+        from transfusion_fast.sampling.pictures import check_picture
+
         check_picture(options.picture)
     reader = PackReader(options.folder)
     found = Statistics.of(reader.read(n) for n in progress(range(len(reader)), "reading", "pack", len(reader)))
@@ -279,6 +285,9 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
+    from transfusion_fast.prepare.preview import page, preview
+    from transfusion_fast.sampling.pictures import check_writable
+
     reader = PackReader(options.folder)
     decode = _decoder(options, reader.index.modalities)
     documents = preview(reader, options.pack, options.epoch, options.seed, decode)
@@ -293,6 +302,8 @@ def _decoder(options: argparse.Namespace, modalities: Sequence[ModalityInfo]) ->
         return None
     if not any(modality.encoding == "latents" for modality in modalities):
         raise InputError(f"--vae needs a folder of latents, got {options.folder}, of pixels or text; leave it out")
+    from transfusion_fast.data.autoencoder import read_autoencoder
+
     vae = read_autoencoder(options.vae)
     for modality in modalities:
         vae.check_made(modality.autoencoder, modality.channels, str(options.folder))

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfusion_fast.config import ModelConfig
-    from transfusion_fast.model.inputs import Weighted
     from transfusion_fast.model.loss import Losses
+    from transfusion_fast.model.loss_weights import Weighted
     from transfusion_fast.model.packed_batch import PackedBatch
     from transfusion_fast.model.sequence import Vocabulary
     from transfusion_fast.sampling.decoder import Transfusion
@@ -24,7 +24,7 @@ _MODULES = {
     "TextSettings": "sampling.settings",
     "Transfusion": "sampling.decoder",
     "Vocabulary": "model.sequence",
-    "Weighted": "model.inputs",
+    "Weighted": "model.loss_weights",
 }
 
 

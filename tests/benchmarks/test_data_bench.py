@@ -1,6 +1,7 @@
 """The benchmark of the feed: what it says that it times is what it times."""
 
 import csv
+import time
 
 import data_bench
 import numpy as np
@@ -35,7 +36,7 @@ def test_the_loader_stage_makes_a_batch_of_every_pack(loader):
 
 
 def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
-    groups = [loader.values(), data_bench.preparing_stages(tmp_path, texts=20, images=2)]
+    groups = [loader.values(), *data_bench.picture_stages(tmp_path, small=2, large=1)]
     rows = [row for group in groups for row in data_bench.time_group(list(group), 0)]
     first = rows[0]
     assert first["units_per_s"] == pytest.approx(first["count"] / (first["p50_ms"] / 1e3))
@@ -43,17 +44,36 @@ def test_every_stage_has_a_row_in_table_and_csv(loader, tmp_path):
     tables.write_report(tmp_path / "data", "The feed", rows, data_bench.COLUMNS, data_bench.NOTES)
     with (tmp_path / "data.csv").open() as file:
         written = list(csv.DictReader(file))
-    assert [row["stage"] for row in written] == [*loader, "preparing text", "preparing pairs"]
+    assert [row["stage"] for row in written] == [row["stage"] for row in rows]
     assert all(float(row["units_per_s"]) > 0 and float(row["mb_per_s"]) > 0 for row in written)
     text = (tmp_path / "data.md").read_text()
     assert all(f"| {row['stage']} |" in text for row in rows)
 
 
 def test_all_that_is_timed_of_texts_is_their_whole_tokenization(tmp_path):
-    for batch, tokenizing, *_ in data_bench.tokenizing_stages(tmp_path, captions=400, vocabulary=600):
-        found = tokenizing.run()
-        ids = [np.concatenate([s.ids for document in outcome for s in document]).tolist() for outcome in found]
-        assert ids == [encoded.ids for encoded in batch.run()] and len(ids) == batch.count
+    for batches, tokenizing, *_ in data_bench.tokenizing_stages(tmp_path, captions=400, vocabulary=600):
+        assert tokenizing.run() == batches.run() > 3 * batches.count
+        assert tokenizing.against == batches.name
+
+
+def test_pictures_alone_become_the_same_pixels(tmp_path):
+    for alone, pixels, _ in data_bench.picture_stages(tmp_path, small=2, large=1):
+        np.testing.assert_array_equal(alone.run(), pixels.run(), strict=True)
+
+
+def test_a_ratio_is_of_the_processors_time():
+    def work():
+        return sum(range(300_000))
+
+    def twice():
+        time.sleep(0.05)  # which takes none
+        return work() + work()
+
+    stages = [
+        data_bench.Stage(name, "runs", 1, run, against="once") for name, run in (("once", work), ("twice", twice))
+    ]
+    once, both = data_bench.time_group(stages, 0)
+    assert once["ratio"] == 1 and 1.3 < both["ratio"] < 3
 
 
 def test_packing_is_timed_with_its_waste():

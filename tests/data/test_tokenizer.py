@@ -47,6 +47,18 @@ def test_starts_are_the_first_characters_of_tokens(tokenizer, text):
         assert tokenizer.decode(ids[:at]) == text[: starts[at]]
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_starts_of_byte_level_tokens_are_those_of_the_library(prefix):
+    library = Tokenizer.from_buffer(BPE.content)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)  # a space that has no byte
+    library.add_tokens(["\N{EURO SIGN} added"])
+    tokenizer = FileTokenizer(library.to_str().encode())
+    text = "some 日本 \N{EURO SIGN} added\n  words"
+    expected = library.encode(text, add_special_tokens=False)
+    ids, starts = tokenizer.encode_with_starts(text)
+    assert ids.tolist() == expected.ids and starts.tolist() == [start for start, _ in expected.offsets]
+
+
 def test_bpe_is_shorter_than_bytes_and_the_same_each_time():
     assert BPE.num_text_tokens == 300
     assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2

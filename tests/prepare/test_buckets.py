@@ -9,6 +9,7 @@ from build_cases import RGB, TOKENIZER, documents_in, make_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from image_files import png
+from PIL import Image
 
 from transfusion_fast.data.autoencoder import read_autoencoder
 from transfusion_fast.data.pack import ImageSegment
@@ -26,7 +27,7 @@ SIZES = st.integers(8, 400)
 
 
 def stored(rule, pixels):
-    return rule(DecodedImage(pixels, pixels.shape[:2]))
+    return rule(DecodedImage(Image.fromarray(pixels), pixels.shape[:2]))
 
 
 def test_the_buckets_of_256_pixels_in_patches_of_16_are_those_of_the_documentation():

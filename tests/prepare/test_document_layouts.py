@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -199,7 +200,7 @@ def test_a_document_with_a_bad_image_is_left_out_or_used_without_it(tmp_path, ba
     source = written(tmp_path, record, [bad])
     encoded = list(IMAGES.encode(found_in(source)))
     assert all(isinstance(found, Rejected) for found in encoded) and len(encoded) == 2
-    skipping = IMAGES.__class__(**{**vars(IMAGES), "bad_images": "skip"})
+    skipping = replace(IMAGES, bad_images="skip")
     repaired, [document], other, empty = skipping.encode(found_in(source))
     assert isinstance(repaired, Repaired) and repaired.reason == other.reason == "image left out"
     assert "part 1" in repaired.detail or "broken" in str(bad)

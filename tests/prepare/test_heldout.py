@@ -111,7 +111,7 @@ def test_tokenizers_and_normalisation_see_no_document_that_is_held_out(tmp_path,
     build(pairs, tmp_path / "pairs")
     seen.clear()
     monkeypatch.setattr(Encoder, "pixels", lambda _, documents: seen.extend(d.parts[0] for d in documents) or ())
-    monkeypatch.setattr(recipe_module, "VisionEncoder", object)
+    monkeypatch.setattr("transfusion_fast.data.vision_encoder.VisionEncoder", object)
     with pytest.raises(InputError, match="got none"):
         measure_features(replace(IMAGES, latents=Features()), pairs.source, None, tmp_path / "none", QUARTER)
     train, heldout = sides(tmp_path / "pairs")

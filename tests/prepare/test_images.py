@@ -44,7 +44,7 @@ def reason(data, **options):
 
 
 def fitted(rule, pixels):
-    return rule(DecodedImage(pixels, pixels.shape[:2]))
+    return rule(DecodedImage(Image.fromarray(pixels), pixels.shape[:2]))
 
 
 def with_palette(colours, **options):

@@ -274,7 +274,8 @@ def test_texts_and_images_alternate_as_written(tmp_path):
 
 def test_entries_without_content_are_counted_and_others_read(tmp_path):
     bad = [5, {"other": []}, {"content": "text"}, {"content": []}, [{"image": 5}], [["nested"]], [{"image": "no.png"}],
-           [" ", ""], [{"base64": "?"}], [{"base64": "data:image/png,x"}], [{"image": "a\0b"}], [{"image": "x" * 5000}],
+           [" ", ""], [{"base64": "?"}], [{"base64": "data:image/png,x"}], [{"image": "a\0b"}],
+           [{"image": "x." * 5000}],
            [{"text": "", "image": "a.png"}], [{"image": "a.png", "base64": ""}]]  # fmt: skip
     documents, rejected = interleaved_in(tmp_path, *bad, ["good"])
     assert documents == [("good",)]

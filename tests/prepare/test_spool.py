@@ -1,5 +1,7 @@
 """The encoded documents of units on disk become the packs that they would become in memory."""
 
+from pathlib import Path
+
 import numpy as np
 from build_cases import RGB, fingerprint, text_recipe
 from hypothesis import given
@@ -40,6 +42,14 @@ def test_a_pack_that_is_read_equals_one_that_is_made(tmp_path_factory, units, da
     assert_same_pack(found, expected)
     assert (found.weights is None) == (expected.weights is None)
     assert found.weights is None or np.array_equal(found.weights, expected.weights)
+
+
+def test_images_of_a_pack_do_not_stay_in_memory_with_their_file(tmp_path):
+    values = np.zeros((8, 8, 3), np.uint8)
+    (spool,) = spooled(tmp_path, [(ImageSegment(values),), (TextSegment(np.ones(3, np.int32)),)])
+    read_pack(np.array([[0, 0], [0, 1]]), lambda unit: spool, (RGB,))
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(spool.path("tokens")) in mapped and str(spool.path("latents")) not in mapped
 
 
 def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path):

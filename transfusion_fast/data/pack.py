@@ -21,6 +21,7 @@ MAX_LENGTH = 1 << 24
 """Largest sequence length; it bounds the memory that a damaged index can make a reader allocate."""
 DOCUMENT_TOKENS = 2  # <bos> <eos>
 IMAGE_TOKENS = 2  # <boi> <eoi>
+_IDS = np.dtype(np.int32)
 _STORED_AS: dict[str, np.dtype] = {"pixels": np.dtype(np.uint8), "latents": np.dtype(np.float16)}
 
 
@@ -142,7 +143,7 @@ def segment_length(segment: Segment, modalities: Sequence[ModalityInfo]) -> int:
     """Return the number of text ids or image patches of a segment; InputError for one that no pack can hold."""
     if isinstance(segment, TextSegment):
         ids = segment.ids
-        if ids.dtype != np.int32 or ids.ndim != 1 or ids.size == 0:
+        if ids.dtype != _IDS or ids.ndim != 1 or ids.size == 0:
             raise InputError(
                 f"text ids must be int32 [n] with at least one id, got {ids.dtype} of shape {ids.shape}; "
                 "leave empty text out of the document"
@@ -256,7 +257,8 @@ def _check_rows(pack: Pack, modalities: Sequence[ModalityInfo], sequence_length:
             got = ", ".join(f"{name} {value}" for name, value in values)
             raise InputError(f"segment {row} of a pack must {rule}, got {got}")
 
-    require(np.isin(np.diff(document, prepend=0), (0, 1)) & (document[0] == 0), "number its documents 0, 1, 2, ...")
+    steps = np.diff(document, prepend=0)
+    require((steps >= 0) & (steps <= 1) & (document[0] == 0), "number its documents 0, 1, 2, ...")
     require((kind >= 0) & (kind <= len(modalities)), f"have a kind in 0..{len(modalities)}")
     require((length >= 1) & (length <= sequence_length), f"have a length in 1..{sequence_length}")
     is_text = kind == KIND_TEXT

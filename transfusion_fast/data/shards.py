@@ -8,7 +8,6 @@ there are. WebDataset skips the table, as its name is that of metadata.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import tarfile
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import webdataset as wds
 from numpy.typing import DTypeLike
 from pydantic import Field
 
@@ -128,16 +126,20 @@ def write_shard(
 
 def _encode_pack(key: str, pack: Pack) -> bytes:
     """Return the tar members of a pack, headers included."""
-    sample: dict[str, str | bytes] = {"__key__": key}
+    members: list[bytes | memoryview] = []
     for field in _FIELDS:
         array = getattr(pack, field)
         if field in _REQUIRED or (array is not None and (array.size or array.dtype != np.uint8)):
-            sample[f"{field}.npy"] = _npy_header(array) + array.tobytes()
-    stream = io.BytesIO()
-    with wds.TarWriter(stream, encoder=False, mtime=0, user="root", group="root", mode=0o644) as writer:
-        writer.write(sample)
-        end = writer.tarstream.offset
-    return stream.getvalue()[:end]
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            members += _tar_member(f"{key}.{field}.npy", _npy_header(array), content)
+    return b"".join(members)
+
+
+def _tar_member(name: str, *data: bytes | memoryview) -> list[bytes | memoryview]:
+    """Return the parts of a file of a tar, its header first, as WebDataset's writer writes them."""
+    member = tarfile.TarInfo(name)
+    member.size, member.uname, member.gname = sum(map(len, data)), "root", "root"
+    return [member.tobuf(tarfile.USTAR_FORMAT), *data, bytes(padded(member.size) - member.size)]
 
 
 def _npy_header(array: np.ndarray) -> bytes:
@@ -148,10 +150,7 @@ def _npy_header(array: np.ndarray) -> bytes:
 
 def encode_table(table: PackTable) -> bytes:
     """Return the tar member of a table, header included; the inverse of `decode_table`."""
-    data = table.schema + table.rows.astype("<i8").tobytes()
-    member = tarfile.TarInfo(TABLE)
-    member.size, member.uname, member.gname = len(data), "root", "root"
-    return member.tobuf(tarfile.USTAR_FORMAT) + data.ljust(padded(len(data)), b"\0")
+    return b"".join(_tar_member(TABLE, table.schema, table.rows.astype("<i8").tobytes()))
 
 
 def tar_ending(size: int) -> bytes:

@@ -102,9 +102,8 @@ class ByteTokenizer(Tokenizer):
     content = b'{"encoding": "utf-8", "name": "bytes", "num_text_tokens": 256}'
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
-        begins_character = (ids & 0xC0) != 0x80
-        return ids, np.cumsum(begins_character) - 1
+        encoded = _utf8(text)
+        return np.frombuffer(encoded, dtype=np.uint8).astype(np.int32), _characters(encoded)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Rejected]:
         encoded = [_utf8(text) for text in texts]
@@ -159,10 +158,15 @@ class FileTokenizer(Tokenizer):
         ordinary = {unknown, *map(vocabulary.get, _BYTE_TOKENS)}
         self._special = np.array(sorted(special - ordinary), dtype=np.int32)
         self._keeps_text = all(_keeps_text(settings.get(step)) for step in ("normalizer", "pre_tokenizer"))
+        by_bytes = self._keeps_text and _has_byte_level(settings.get("pre_tokenizer"))
+        self._byte_lengths = self._count_bytes(vocabulary) if by_bytes else None
         self._has_words = isinstance(model, (library.models.WordLevel, library.models.WordPiece))
 
     def encode_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        text = _utf8(text).decode()
+        encoded = _utf8(text)
+        if found := self._encode_bytes(encoded):
+            return found
+        text = encoded.decode()
         ids, spans = self._encode(text)
         if (special := np.isin(ids, self._special)).any():
             start, end = spans[special][0].tolist()
@@ -173,15 +177,10 @@ class FileTokenizer(Tokenizer):
         return ids, np.maximum.accumulate(spans[:, 0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | Rejected]:
-        if not self._keeps_text:
-            return super().encode_batch(texts)
         texts = [_utf8(text).decode() for text in texts]
-        try:
-            lists = [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        except BaseException as error:
-            if not _is_refusal(error):
-                raise
-            return super().encode_batch(texts)  # which finds out which of them
+        lists = self._encode_fast(texts) if self._keeps_text else None
+        if lists is None:
+            return super().encode_batch(texts)
         ids = np.fromiter(chain.from_iterable(lists), dtype=np.int32)
         split = _split(ids, map(len, lists))
         if not np.isin(ids, self._special).any():
@@ -197,6 +196,38 @@ class FileTokenizer(Tokenizer):
 
     def write(self, folder: Path) -> None:
         write_atomically(folder / TOKENIZER_NAME, self.content)
+
+    def _encode_fast(self, texts: list[str]) -> list[list[int]] | None:
+        """Return the ids of each text; None if one of them cannot be encoded."""
+        try:
+            return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if not _is_refusal(error):
+                raise
+            return None
+
+    def _encode_bytes(self, encoded: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return what `encode_with_starts` does of UTF-8, by the bytes that each token stands for.
+
+        Offsets from the library take half as long again. None if only they tell: a token stands for other bytes, or
+        the text is to be rejected.
+        """
+        if self._byte_lengths is None or not (lists := self._encode_fast([encoded.decode()])):
+            return None
+        ids = np.fromiter(lists[0], dtype=np.int32)
+        lengths = self._byte_lengths[ids]
+        if lengths.sum() != len(encoded) or np.isin(ids, self._special).any():
+            return None
+        return ids, _characters(encoded)[np.cumsum(lengths) - lengths]
+
+    def _count_bytes(self, vocabulary: Mapping[str, int]) -> np.ndarray:
+        """Return how many bytes each id of a byte-level vocabulary stands for, int64; it has a letter for each byte."""
+        lengths = np.zeros(self.num_text_tokens, np.int64)
+        for token, number in vocabulary.items():
+            lengths[number] = len(token)
+        for number, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[number] = len(token.content.encode())
+        return lengths
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ids, int32 [n], and their first and end characters, int64 [n, 2]; Rejected names what is unknown."""
@@ -295,6 +326,11 @@ def _utf8(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
+def _characters(encoded: bytes) -> np.ndarray:
+    """Return the number of the character to which each byte of UTF-8 belongs, int64."""
+    return np.cumsum((np.frombuffer(encoded, np.uint8) & 0xC0) != 0x80) - 1
+
+
 def _split(ids: np.ndarray, lengths: Iterable[int]) -> list[np.ndarray]:
     """Return the parts of these lengths, which are views."""
     ends = [0, *accumulate(lengths)]
@@ -319,6 +355,16 @@ def _keeps_text(step: Any) -> bool:
             return behavior != "Removed"
         case {"type": kind}:
             return kind in _KEEPING
+    return False
+
+
+def _has_byte_level(step: Any) -> bool:
+    """Return whether a pre-tokenizer of a tokenizer.json writes texts as bytes."""
+    match step:
+        case {"type": "Sequence", "pretokenizers": list(steps)}:
+            return any(map(_has_byte_level, steps))
+        case {"type": kind}:
+            return kind == "ByteLevel"
     return False
 
 

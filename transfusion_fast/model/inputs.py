@@ -21,7 +21,7 @@ from torch import Tensor
 
 from transfusion_fast.config import NOISE_CAP, PROB_UNCOND, ModelConfig
 from transfusion_fast.model.diffusion import NUM_TIMESTEPS, Diffusion
-from transfusion_fast.model.loss import MAX_WEIGHT, check_weight
+from transfusion_fast.model.loss_weights import MAX_WEIGHT, Weighted, check_weight
 from transfusion_fast.model.packed_batch import PackedBatch, build_batch
 from transfusion_fast.model.sequence import (
     TEXT,
@@ -34,19 +34,6 @@ from transfusion_fast.model.sequence import (
     without_context,
     wrongly_sized,
 )
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A piece or a document with the weight of its loss, a number in 0..`MAX_WEIGHT`.
-
-    A weight of 0 makes it context only, such as a prompt. The weights of a document and of its piece are multiplied.
-    Losses are means in which a token or an image of weight 2 counts as two, so that what matters is how weights differ.
-    """
-
-    content: Any
-    weight: float
-
 
 Piece = Tensor | tuple[int, Tensor]
 Document = Sequence[Piece]

@@ -8,9 +8,8 @@ accumulation steps, and the parts add up to the loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,16 +19,6 @@ from transfusion_fast.model.packed_batch import PackedBatch
 
 SMALL_VOCABULARY = 4096  # up to this size the logits fit in memory in fp32
 _CHUNK = 1 << 25  # logits in memory at once for larger vocabularies
-MAX_WEIGHT = 1e6
-"""Largest weight of a loss."""
-
-
-def check_weight(weight: object, what: str) -> float:
-    """Return a weight of a loss; raise ValueError naming `what` unless it is a number in its range."""
-    number = isinstance(weight, int | float | np.integer | np.floating) and not isinstance(weight, bool)
-    if not number or not 0 <= cast(float, weight) <= MAX_WEIGHT:
-        raise ValueError(f"weight of {what} must be a number in 0..{MAX_WEIGHT:.0f}, got {weight!r:.60}; 0 is no loss")
-    return float(cast(float, weight))
 
 
 class Counts(NamedTuple):

@@ -61,13 +61,18 @@ SizeCheck = Callable[[int, int], None]
 class DecodedImage:
     """The pixels of an image file, and what was repaired to get them."""
 
-    pixels: np.ndarray
-    """uint8 [height, width, 3], sRGB, upright by its EXIF, transparent parts over white, 16 bits cut to 8."""
+    image: Image.Image
+    """RGB, sRGB, upright by its EXIF, transparent parts over white, 16 bits cut to 8."""
     size: tuple[int, int]
     """Height and width of the image at its full size."""
     reduction: int = 1
-    """The full size divided by that of `pixels`, whose last row and column may be those of a part of a pixel."""
+    """The full size divided by that of `image`, whose last row and column may be those of a part of a pixel."""
     repairs: tuple[Repaired, ...] = ()
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The values of `image`, uint8 [height, width, 3]."""
+        return np.asarray(self.image)
 
 
 def decode_image(
@@ -114,7 +119,7 @@ def _decode(data: bytes, scale: Scale | None, check_size: Callable[[Image.Image]
         pixels = pixels.transpose(_UPRIGHT[orientation])
     if reduction == 1 or orientation in _UPRIGHT:
         width, height = (side * reduction for side in pixels.size)
-    return DecodedImage(np.asarray(pixels), (height, width), reduction, repairs)
+    return DecodedImage(pixels, (height, width), reduction, repairs)
 
 
 def _check_size(image: Image.Image, max_pixels: int, check: SizeCheck) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeGuard
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Encoder:
                 f"sequence length must be in {least}..{MAX_LENGTH}, got {self.sequence_length}; give another number"
             )
 
-    @property
+    @cached_property
     def _capacity(self) -> int:
         """Positions of a pack for the segments of a document."""
         return self.sequence_length - DOCUMENT_TOKENS
@@ -105,8 +106,11 @@ class Encoder:
         waiting: list[SourceDocument | Remark] = []
         size = 0
         for document in documents:
-            waiting += self._decoded(document) if isinstance(document, SourceDocument) else [document]
-            size += _bytes(waiting[-1])
+            if isinstance(document, SourceDocument):
+                waiting += self._decoded(document)
+                size += _bytes(waiting[-1])
+            else:
+                waiting.append(document)
             if len(waiting) >= together or size >= most:
                 yield from self._encoded(waiting)
                 waiting, size = [], 0
@@ -123,7 +127,7 @@ class Encoder:
         """Return what was repaired, and last the document with its image files as pixels, or its rejection."""
         if rejected := self.filters.rejection(document):
             return [rejected]
-        if not any(isinstance(part, bytes | Rejected) for part in document.parts):
+        if {bytes, Rejected}.isdisjoint(map(type, document.parts)):
             return [document]
         parts: list[tuple[Part, float]] = []
         found: list[Remark] = []
@@ -168,24 +172,24 @@ class Encoder:
         parts = [part for document in documents if isinstance(document, SourceDocument) for part in document.parts]
         images = [part for part in parts if isinstance(part, np.ndarray)]
         values = iter(images if self.latents is None else self.latents(images))
-        texts = [part for part in parts if self._is_short(part)]
+        longest = _SHORT * self._capacity
+        texts = [part for part in parts if isinstance(part, str) and len(part) <= longest]
         short = zip(texts, self.tokenizer.encode_batch(texts), strict=True)
         for document in documents:
             if isinstance(document, Remark):
                 yield document
                 continue
-            encoded = [
-                next(short) if self._is_short(part) else next(values) if isinstance(part, np.ndarray) else part
-                for part in document.parts
-            ]
+            encoded: list[_Encoded] = []
+            for part in document.parts:
+                if isinstance(part, str) and len(part) <= longest:
+                    encoded.append(next(short))
+                else:
+                    encoded.append(next(values) if isinstance(part, np.ndarray) else part)
             match encoded:
-                case [(str(), np.ndarray() as ids)] if 0 < len(ids) <= self._capacity:
+                case [(_, np.ndarray() as ids)] if 0 < len(ids) <= self._capacity:
                     yield [(TextSegment(ids, *document.weights),)]
                 case _:
                     yield self._outcome(encoded, document)
-
-    def _is_short(self, part: Part) -> TypeGuard[str]:
-        return isinstance(part, str) and len(part) <= _SHORT * self._capacity
 
     def _outcome(self, parts: Sequence[_Encoded], document: SourceDocument) -> Iterable[Document] | Rejected:
         fitted = self._fitted(parts, document)
@@ -242,5 +246,7 @@ class Encoder:
 
 def _bytes(document: SourceDocument | Remark) -> int:
     """Return the size of a document's texts and pixels."""
-    parts = document.parts if isinstance(document, SourceDocument) else ()
-    return sum(getattr(part, "nbytes", 0) or len(part) for part in parts if isinstance(part, str | np.ndarray))
+    size = 0
+    for part in document.parts if isinstance(document, SourceDocument) else ():
+        size += len(part) if isinstance(part, str) else part.nbytes if isinstance(part, np.ndarray) else 0
+    return size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from transfusion_fast.errors import Rejected
 _REPLACEMENT = "\ufffd"  # stands in decoded text for bytes that are no character
 _BLOCK, _BLOCK_PACKS = 1 << 20, 64  # characters that are encoded together: at least, and per position of a pack
 _PAUSE = re.compile(r"(?P<stop>[.!?;:][\"')\]]*)?(?P<space>\s+)")
+_STOPS = ".!?;:\"')]"
 _PARAGRAPH, _LINE, _SENTENCE, _WORD = range(4)  # kinds of pauses, from the best to the worst
 _NEAR_END = (32, 8, 2)  # a pause is looked for in the last 32nd of what fits, then in the last eighth and the last half
 
@@ -67,38 +69,48 @@ def piece_lengths(text: str, starts: np.ndarray, first: int, limit: int) -> Iter
         first: the most tokens of the first piece, at least 1; the others have at most `limit`.
     """
     begin, most = 0, first
-    cuts: list[np.ndarray] = []
     while len(starts) - begin > most:
-        cuts = cuts or _possible_cuts(text, starts)
-        end = _best_cut(cuts, begin + most, most)
+        end = _best_cut(text, starts, begin, begin + most)
         yield end - begin
         begin, most = end, limit
     yield len(starts) - begin
 
 
-def _best_cut(cuts: list[np.ndarray], end: int, most: int) -> int:
-    """Return where to cut a piece of at most `most` tokens: at the best pause before token `end`, else at `end`."""
-    *pauses, words, letters = cuts
-    for tokens, part in [*((t, part) for part in _NEAR_END for t in pauses), (words, 2), (letters, 2)]:
-        last = int(np.searchsorted(tokens, end, side="right")) - 1
-        if last >= 0 and tokens[last] >= end - most // part:
-            return int(tokens[last])
-    return end
+def _best_cut(text: str, starts: np.ndarray, begin: int, end: int) -> int:
+    """Return where to cut a piece of at most tokens [begin, end): at the best pause before its end, else at `end`."""
+    for part in _NEAR_END:
+        first = end - (end - begin) // part
+        *pauses, words = _possible_cuts(text, starts, begin, first, end)
+        for tokens in pauses:
+            if tokens.size:
+                return int(tokens[-1])
+    letters = first + np.flatnonzero(np.diff(starts[first - 1 : end + 1]))
+    return int(next((tokens[-1] for tokens in (words, letters) if tokens.size), end))
 
 
-def _possible_cuts(text: str, starts: np.ndarray) -> list[np.ndarray]:
-    """Return the tokens with which a piece may begin, ascending, for each kind of pause and then between letters."""
-    pauses = [(_kind(pause), pause.start("space"), pause.end()) for pause in _PAUSE.finditer(text)]
-    kind, space, end = np.array(pauses, dtype=np.int64).reshape(-1, 3).T
-    behind = np.searchsorted(starts, end)
-    begins_there = starts[np.minimum(behind, len(starts) - 1)] == end
+def _possible_cuts(text: str, starts: np.ndarray, begin: int, first: int, end: int) -> list[np.ndarray]:
+    """Return the tokens of first..end with which a piece may begin, ascending, for each kind of pause.
+
+    Args:
+        begin: the first token of the piece that ends there, below `first`; no pause is followed back beyond it.
+    """
+    least, most = starts[[begin, end]].tolist()
+    at = int(starts[first - 1])
+    while at > least and (text[at - 1].isspace() or text[at - 1] in _STOPS):
+        at -= 1  # perhaps a pause has begun already
+    found = takewhile(lambda pause: pause.start("space") <= most, _PAUSE.finditer(text, at))
+    pauses = [(_kind(pause), pause.start("space"), pause.end()) for pause in found]
+    kind, space, behind = np.array(pauses, dtype=np.int64).reshape(-1, 3).T
+    token = np.searchsorted(starts, behind)
+    begins_there = starts[np.minimum(token, len(starts) - 1)] == behind
     # Most vocabularies put a space and the word behind it into one token.
-    token = np.where(begins_there, behind, np.searchsorted(starts, space))
-    return [*(token[kind == k] for k in range(4)), np.flatnonzero(np.diff(starts, prepend=-1))]
+    token = np.where(begins_there, token, np.searchsorted(starts, space))
+    inside = (first <= token) & (token <= end)
+    return [token[inside & (kind == k)] for k in range(4)]
 
 
 def split_blocks(strings: Iterable[str], size: int) -> Iterator[str]:
-    """Yield a text in blocks of at most `size` characters, which end at the best pause of their second half.
+    """Yield a text in blocks of at most `size` characters, which end at a good pause near their end.
 
     Args:
         strings: the text, however divided; no more of them than one block needs are in memory.
@@ -115,11 +127,14 @@ def split_blocks(strings: Iterable[str], size: int) -> Iterator[str]:
 
 def _block_end(text: str, begin: int, size: int) -> int:
     most = begin + size
-    kind, end = _WORD, most
-    for pause in _PAUSE.finditer(text, begin + (size + 1) // 2, most):
-        if (better := _kind(pause)) <= kind:
-            # Within a line the space goes with the word behind it.
-            kind, end = better, pause.end() if better in (_PARAGRAPH, _LINE) else pause.start("space")
+    for part in _NEAR_END:
+        kind, end = _WORD, most
+        for pause in _PAUSE.finditer(text, most - size // part, most):
+            if (better := _kind(pause)) <= kind:
+                # Within a line the space goes with the word behind it.
+                kind, end = better, pause.end() if better in (_PARAGRAPH, _LINE) else pause.start("space")
+        if kind < _WORD:
+            break
     return end
 
 

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
-from transfusion_fast.data.latent_encoder import LatentEncoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.decoding import DecodedImage
 from transfusion_fast.prepare.pool import worker_number
+
+if TYPE_CHECKING:
+    from transfusion_fast.data.latent_encoder import LatentEncoder
 
 BATCH = 16
 """Images that are encoded together by default."""
@@ -99,14 +100,14 @@ def scaled_middle(image: DecodedImage, height: int, width: int, scale: float) ->
 
     The middle is cut out before it is scaled: a thin image, scaled as a whole, could become arbitrarily large.
     """
-    pixels, sides, reduction = image.pixels, image.size, image.reduction
+    sides, reduction = image.size, image.reduction
     kept = [min(float(length), side / scale) for length, side in zip(sides, (height, width), strict=True)]
     top, left = ((length - side) // 2 for length, side in zip(sides, kept, strict=True))
     if kept == [height, width]:
-        return pixels[int(top) : int(top) + height, int(left) : int(left) + width]
+        return image.pixels[int(top) : int(top) + height, int(left) : int(left) + width]
     box = (left / reduction, top / reduction, (left + kept[1]) / reduction, (top + kept[0]) / reduction)
     resample = Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box, reducing_gap=3.0))
+    return np.asarray(image.image.resize((width, height), resample, box, reducing_gap=3.0))
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class LatentRule:
 
     def _encoded(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Encode images of one shape, on a GPU if there is any: the processes take them in turn."""
+        import torch  # takes 200 MB in a process, which one that stores pixels does not need
+
         noise = np.stack([self._noise(image) for image in images]) if self.sampled else None
         on_cpu = self.encoder.device == "cpu"
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -37,6 +38,8 @@ def worker_pool(job: Job, processes: int) -> Iterator[Callable[..., Iterator]]:
         return
     others = set(active_children())
     context = get_context("forkserver")  # threads of libraries do not survive a fork
+    # What the server imports before it forks is in memory once and not once for each process.
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("transfusion_fast.")))
     # Ctrl-C reaches all processes. The main process ends the others, which inherit the signal as blocked.
     resource_tracker.ensure_running()  # first, as it unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -10,12 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transfusion_fast.data.order import keyed_permutation
 from transfusion_fast.data.shards import MAX_PACKS, PACKS_PER_SHARD
 from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from transfusion_fast.data.vision_encoder import VisionEncoder
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import read_json
 from transfusion_fast.prepare.encode import Encoder
@@ -23,6 +22,9 @@ from transfusion_fast.prepare.packing import BUFFER
 from transfusion_fast.prepare.selection import ALL, Selection
 from transfusion_fast.prepare.sources.base import Part, Source, TextRange
 from transfusion_fast.prepare.staging import RECIPE, output_and_staging
+
+if TYPE_CHECKING:
+    from transfusion_fast.data.vision_encoder import VisionEncoder
 
 _VERSION = 6
 """Version of spooled units and of the packing: work begun by another version is refused."""
@@ -103,6 +105,8 @@ def measure_features(
     If `folder` was made or begun with a normalisation, it is that one. InputError if none of the images that are looked
     at can be used.
     """
+    from transfusion_fast.data.vision_encoder import VisionEncoder
+
     assert encoder.latents is not None and isinstance(encoder.latents.encoder, VisionEncoder)
     vision, latents = encoder.latents.encoder, encoder.latents
     for _, begun in _begun(source, selection, train_bpe, folder):

@@ -8,6 +8,7 @@ there are as many of them as captions. Source documents have rows of their own o
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections import deque
@@ -156,10 +157,10 @@ class Spool:
         """Positions that each document takes, int64."""
         return document_lengths(*(self._rows[name] for name in ("document", "kind", "length")))
 
-    def read(self, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return rows, [n] of `_ROW`, and values, flat, of the segments of documents in the given order.
+    def read(self, documents: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+        """Return rows, [n] of `_ROW`, and the values of each row, of the segments of documents in the given order.
 
-        Values are copies: views would keep the files of all units of a pack open.
+        Images are read and texts are mapped: of images, all that a shard holds would stay in memory.
 
         Args:
             numbers: the documents' numbers in the rows that are returned.
@@ -169,14 +170,14 @@ class Spool:
         counts = end - first
         rows = self._rows[np.repeat(end - np.cumsum(counts), counts) + np.arange(counts.sum())]
         rows["document"] = np.repeat(numbers, counts)
-        tokens, latents = self._values
+        tokens, images, size = self._tokens, self._images.fileno(), latents_dtype(self.modalities).itemsize
         values = []
-        for kind, offset, length, height, width in rows[["kind", "offset", "length", "height", "width"]].tolist():
+        for _, kind, offset, length, height, width, _ in rows.tolist():
             if kind == KIND_TEXT:
-                values.append(tokens[offset : offset + length].copy())
+                values.append(tokens[offset : offset + length].tobytes())
             else:
-                end = offset + height * width * self.modalities[kind - 1].channels
-                values.append(latents[offset:end].copy())
+                count = height * width * self.modalities[kind - 1].channels
+                values.append(os.pread(images, count * size, offset * size))
         return rows, values
 
     @cached_property
@@ -184,9 +185,12 @@ class Spool:
         return self._mapped("segments", _ROW)
 
     @cached_property
-    def _values(self) -> tuple[np.ndarray, np.ndarray]:
-        dtypes = tokens_dtype(self.num_text_tokens), latents_dtype(self.modalities)
-        return self._mapped("tokens", dtypes[0]), self._mapped("latents", dtypes[1])
+    def _tokens(self) -> np.ndarray:
+        return self._mapped("tokens", tokens_dtype(self.num_text_tokens))
+
+    @cached_property
+    def _images(self) -> IO[bytes]:
+        return self.path("latents").open("rb")
 
     def _mapped(self, kind: str, dtype: DTypeLike) -> np.ndarray:
         """Return the numbers of a file, mapped into memory; an empty file cannot be mapped."""
@@ -204,18 +208,21 @@ def read_pack(located: np.ndarray, spool: Callable[[int], Spool], modalities: Se
     for unit in np.unique(located[:, 0]).tolist():
         own = np.flatnonzero(located[:, 0] == unit)
         found.append(spool(unit).read(located[own, 1], own))
+        tokens = tokens_dtype(spool(unit).num_text_tokens)
     rows = np.concatenate([rows for rows, _ in found])
     order = np.argsort(rows["document"], kind="stable")
-    rows, arrays = rows[order], [array for _, values in found for array in values]
+    rows, values = rows[order], [value for _, values in found for value in values]
+    values = [values[i] for i in order.tolist()]
     is_text = rows["kind"] == KIND_TEXT
-    sizes = np.array([arrays[i].size for i in order.tolist()])
-    for own in (is_text, ~is_text):
-        rows["offset"][own] = np.cumsum(sizes[own]) - sizes[own]
-    texts, images = ([arrays[i] for i in order[own].tolist()] for own in (is_text, ~is_text))
+    bytes_of = np.array([len(value) for value in values])
+    arrays = []
+    for own, dtype in ((is_text, tokens), (~is_text, latents_dtype(modalities))):
+        rows["offset"][own] = (np.cumsum(bytes_of[own]) - bytes_of[own]) // dtype.itemsize
+        arrays.append(np.frombuffer(b"".join(compress(values, own.tolist())), dtype))
     return Pack(
-        np.concatenate(texts).astype(np.int32) if texts else np.empty(0, np.int32),
+        arrays[0].astype(np.int32),
         np.stack([rows[name].astype(np.int32) for name in SEGMENT_COLUMNS], axis=1),
-        np.concatenate(images) if images else np.empty(0, latents_dtype(modalities)),
+        arrays[1],
         rows["weight"].copy() if (rows["weight"] != 1).any() else None,
     )
 

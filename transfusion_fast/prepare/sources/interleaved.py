@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transfusion_fast.errors import Rejected
-from transfusion_fast.model.inputs import Weighted
-from transfusion_fast.model.loss import check_weight
+from transfusion_fast.model.loss_weights import Weighted, check_weight
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit
 from transfusion_fast.prepare.sources.layouts import FIELDS, Layout, content_of
 from transfusion_fast.prepare.sources.records import JSON, read_records, record_units
