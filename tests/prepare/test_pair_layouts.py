@@ -17,7 +17,7 @@ from image_files import picture, png
 
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.sources import image_folders
+from transfusion_fast.prepare.sources import image_folders, pairs
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.staging import check_outside
 
@@ -205,6 +205,18 @@ def test_csv_rows_that_cannot_be_used_are_named_and_others_read(tmp_path):
     assert rejected == {"bad row": 1, "not UTF-8": 1}
     write(tmp_path, {"a.csv": 'path,caption\na.jpg,a cat\na.jpg,"' + "x" * 200})
     assert pairs_in(tmp_path / "a.csv")[0][0] == ("a cat", b"first")
+
+
+@pytest.mark.parametrize("names", [["a.tar", "metadata.csv"], ["metadata.csv", "a.tar"]])
+def test_a_layout_does_not_depend_on_the_order_in_which_a_folder_is_listed(tmp_path, monkeypatch, names):
+    write(tmp_path, {"a.tar": b"", "metadata.csv": "", "a.jpg": b"", "other.jsonl": ""})
+    monkeypatch.setattr(pairs, "walk", lambda folder: [folder / name for name in [*names, "a.jpg", "other.jsonl"]])
+    assert PairsSource.of([tmp_path]).layout == "records"
+
+
+def test_a_metadata_json_is_no_list_of_images(tmp_path):
+    write(tmp_path, {"metadata.json": "{}", "a.tar": b"", "a.jpg": b""})
+    assert PairsSource.of([tmp_path]).layout == "tar"
 
 
 def test_sources_of_several_layouts_are_refused_unless_one_is_given(tmp_path):

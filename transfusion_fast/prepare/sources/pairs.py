@@ -20,6 +20,7 @@ from transfusion_fast.prepare.sources.tables import column_type
 
 Layout = Literal["tar", "files", "records"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""In the order in which they are detected."""
 CAPTION_EXTENSIONS = ("txt", "caption", "text")
 CAPTION_FIELDS = ("caption", "text", "txt", "captions", "TEXT")
 IMAGE_FIELDS = (
@@ -160,10 +161,10 @@ class PairsSource(Source):
 def _record_files(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
     """Return the files of records; of folders that have metadata files as the hub's image folders do, these alone."""
     files, strays = source_files(paths, RECORDS)
-    lists = [file for file in files if file.name.startswith(_METADATA)]
+    lists = [file for file in files if _is_metadata(file)]
     if not lists or not all(path.is_dir() for path in paths):
         return files, strays
-    others = [file for file in files if not file.name.startswith(_METADATA)]
+    others = [file for file in files if not _is_metadata(file)]
     passed_over = [Rejected("accompanying file", f"{file} is not read beside {lists[0].name}") for file in others]
     return tuple(lists), (*strays, *passed_over)
 
@@ -216,18 +217,26 @@ def _layout_of(paths: Sequence[Path]) -> Layout:
 
 
 def _layout_in(path: Path) -> Layout:
+    """Return the layout of a file or folder: that of its metadata files, else of its tars, images or records."""
     if not path.is_dir():
         return "records" if kind_of(path) in RECORDS else "tar"
-    images = records = False
+    found: set[Layout] = set()
     for file in walk(path):
         if system_file(file.name):
             continue
-        if kind_of(file) == ".tar":
-            return "tar"
-        if file.name.startswith(_METADATA) and kind_of(file) in RECORDS:
+        if _is_metadata(file):
             return "records"
-        images = images or extension_of(file.name) in IMAGES
-        records = records or kind_of(file) in RECORDS
-    if not images and not records:
+        if kind_of(file) == ".tar":
+            found.add("tar")
+        elif extension_of(file.name) in IMAGES:
+            found.add("files")
+        elif kind_of(file) in RECORDS:
+            found.add("records")
+    if not found:
         raise InputError(f"folder {path} must hold tars, images or records, got none of these; give another")
-    return "files" if images else "records"
+    return next(layout for layout in LAYOUTS if layout in found)
+
+
+def _is_metadata(file: Path) -> bool:
+    """Return whether a file is the list that the hub's image folders have; a plain .json describes the data set."""
+    return file.name.startswith(_METADATA) and kind_of(file) in RECORDS and kind_of(file) != ".json"

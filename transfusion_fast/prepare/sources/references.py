@@ -69,7 +69,7 @@ def _read_image(name: str, folder: Path) -> bytes:
         if not any(path.is_relative_to(known) for known in (folder.resolve(), os.path.abspath(folder))):
             raise Rejected("path leads out", f"image {name!r:.80} must lie below {folder}")
         if not path.is_file():
-            raise Rejected("image missing", f"{name!r:.80} below {folder}")
+            raise Rejected("image missing", f"{name!r:.80} below {folder}; name another folder with --image-root")
         return read_limited(path)
     except Rejected:
         raise
