@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from build_cases import IMAGES, found_in, read, words_of
+from build_cases import documents_in as prepared_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 from image_files import picture, png
@@ -120,6 +121,11 @@ def test_images_of_typed_parts_are_found(tmp_path, part):
     assert documents_in(tmp_path, record) == ([("words", b"a")], {})
 
 
+def test_images_that_typed_parts_leave_over_are_named(tmp_path):
+    record = {"content": [{"type": "image"}, "words"], "images": ["a.jpg", "b.jpg"]}
+    assert documents_in(tmp_path, record, {**record, "images": ["a.jpg"]}) == ([(b"a", "words")], {"no content": 1})
+
+
 def test_typed_parts_keep_their_weights(tmp_path):
     content = [{"type": "text", "text": "a", "loss": False}, {"type": "image", "image": "a.jpg", "weight": 3}]
     assert found_in(written(tmp_path, content))[0].weights == (0, 3)
@@ -148,6 +154,23 @@ def test_tables_hold_documents_too(tmp_path):
     assert rejected.reason == "no content" and "'url'" in rejected.detail
 
 
+def test_null_fields_are_none_as_rows_of_tables_have_all_columns(tmp_path):
+    """Also structures in lists, of which each has the fields of all others."""
+    parts = [{"text": "Is it? ", "loss": False}, {"image": "a.jpg", "weight": 2.0}, {"text": "Yes."}]
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
+    records = [
+        {"content": parts}, {"image": {"bytes": b"b", "path": None}, "messages": turns},
+        {"conversations": [{"from": "gpt", "value": "y"}]}, {"images": [None], "texts": ["words"]},
+    ]  # fmt: skip
+    table = pyarrow.table({name: [record.get(name) for record in records] for name in FIELDS[:-2]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    written(tmp_path)
+    typed, conversation, *others = found_in(InterleavedSource.of([tmp_path / "a.parquet"]))
+    assert (typed.parts, typed.weights) == (("Is it? ", b"a", "Yes."), (0, 2, 1))
+    assert conversation.parts == ("User: ", b"b", "?\nAssistant: ", "x\n")
+    assert [other.parts for other in others] == [("Assistant: ", "y\n"), ("words",)]
+
+
 def test_paths_are_relative_to_the_root_that_is_given(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
@@ -156,16 +179,29 @@ def test_paths_are_relative_to_the_root_that_is_given(tmp_path):
     assert documents_in(tmp_path, [{"image": "../a.jpg"}], image_root=root)[1] == {"path leads out": 1}
 
 
+def test_the_options_of_the_command_are_followed(tmp_path, command):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(png(picture(32, 32)))
+    obelics = {"texts": ["one", None, None], "images": [None, "a.jpg", "no.jpg"]}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [obelics, {"content": ["other"]}])))
+    options = ["--image-root", tmp_path / "images", "--bad-images", "skip", "--layout", "obelics", "--image-size", 32]
+    code, _, err = command("prepare", "interleaved", tmp_path / "a.jsonl", "--out", tmp_path / "out", *options)
+    assert code == 0 and "left out 1: no content" in err and "repaired 1: image left out" in err
+    [document] = prepared_in(tmp_path / "out")
+    assert words_of(document) == "one" and len(document) == 2
+
+
 @pytest.mark.parametrize("bad", [{"image": "no.jpg"}, {"base64": "?"}, {"image": "broken.jpg"}], ids=str)
 def test_a_document_with_a_bad_image_is_left_out_or_used_without_it(tmp_path, bad):
     (tmp_path / "good.jpg").write_bytes(png(picture(16, 16)))
     (tmp_path / "broken.jpg").write_bytes(b"broken")
-    source = written(tmp_path, {"content": [{"text": "one", "weight": 2}, bad, {"image": "good.jpg"}, "two"]}, [bad])
+    record = {"content": [{"text": "one", "weight": 2}, bad, {"image": "good.jpg"}, {"text": "two", "weight": 3}]}
+    source = written(tmp_path, record, [bad])
     encoded = list(IMAGES.encode(found_in(source)))
     assert all(isinstance(found, Rejected) for found in encoded) and len(encoded) == 2
     skipping = IMAGES.__class__(**{**vars(IMAGES), "bad_images": "skip"})
     repaired, [document], other, empty = skipping.encode(found_in(source))
     assert isinstance(repaired, Repaired) and repaired.reason == other.reason == "image left out"
     assert "part 1" in repaired.detail or "broken" in str(bad)
-    assert words_of(document) == "onetwo" and [segment.weight for segment in document] == [2, 1, 1]
+    assert words_of(document) == "onetwo" and [segment.weight for segment in document] == [2, 1, 3]
     assert isinstance(empty, Rejected) and empty.reason == "empty document"

@@ -1,10 +1,12 @@
 """Filters leave out the documents that they name and no others, under reasons of their own."""
 
+import gzip
 import json
 import math
 import operator
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -71,12 +73,14 @@ def test_numbers_are_compared_as_python_compares_them(sign, value, found):
         ("written > 1e-1", ""),
         ("written == 0.25", "not written == 0.25"),
         ("count == '3'", "field is no text"),
+        ("huge > 1", ""),
+        ("decimal >= 0.5", ""),
     ],
 )
 def test_conditions_name_fields_also_within_objects_and_compare_only_their_own_type(condition, expected):
     record = {"n": {"deep": 2}, "text": "en", "aesthetic-score": 5.5, "true": True, "nan": math.nan, "none": None}
-    more = {"written": "0.5", "count": 3, "large": 9007199254740993}
-    assert reason(condition, **record, **more) == expected
+    numbers = {"written": "0.5", "count": 3, "large": 9007199254740993, "huge": 10**400, "decimal": Decimal("0.50")}
+    assert reason(condition, **record, **numbers) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,35 @@ def test_conditions_look_at_parquet_rows_whose_other_columns_are_not_read(tmp_pa
     pyarrow.parquet.write_table(nested, path)
     filters = Filters((Condition.parse("scores.clip > 0.3"),))
     assert left_out(TextSource.of([path], fields=filters.fields), Encoder(TOKENIZER, 64, filters=filters))[0] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv.gz"])
+def test_values_of_csv_files_are_numbers_if_they_read_as_such(tmp_path, kind):
+    rows = [
+        "path,text,score,language",
+        "i.png,a,0.5,en",
+        "i.png,b,2e-1,en",
+        "i.png,1,.4,7",
+        "i.png,d,,en",
+        "i.png,e,nan,en",
+    ]
+    content, path = "\n".join(rows).replace(",", "\t" if "tsv" in kind else ",").encode(), tmp_path / f"a.{kind}"
+    path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    (tmp_path / "i.png").write_bytes(png(picture(8, 8)))
+    for source in (TextSource.of([path], fields=ABOVE.fields), PairsSource.of([path], fields=ABOVE.fields)):
+        assert left_out(source) == (["a", "1"], {"not score > 0.3": 1, "field is no number": 2})
+    english = Filters((Condition.parse("language == 'en'"),))
+    source = TextSource.of([path], fields=english.fields)
+    assert left_out(source, Encoder(TOKENIZER, 64, filters=english)) == (list("abde"), {'not language == "en"': 1})
+
+
+def test_conditions_look_at_parquet_rows_of_documents_with_images(tmp_path):
+    image = png(picture(8, 8))
+    table = pyarrow.table({"image": [image] * 2, "text": ["a", "b"], "score": [0.5, 0.2], "wide": ["w"] * 2})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert left_out(PairsSource.of([tmp_path], fields=ABOVE.fields)) == (["a"], {"not score > 0.3": 1})
+    pyarrow.parquet.write_table(table.append_column("content", [[["a"], ["b"]]]), tmp_path / "a.parquet")
+    assert left_out(InterleavedSource.of([tmp_path], fields=ABOVE.fields)) == (["a"], {"not score > 0.3": 1})
 
 
 def test_a_string_that_is_not_utf8_leaves_out_its_row_alone(tmp_path):

@@ -46,6 +46,7 @@ def test_one_record_in_a_file_is_read(tmp_path):
         path = tmp_path / f"{number}.json"
         path.write_text(content)
         assert texts_of([path]) == (["one"], {})
+    assert texts_of([tmp_path]) == (["one"] * 4, {})  # beside no files that they could describe
 
 
 @given(st.lists(st.recursive(st.none() | st.integers() | st.text(max_size=9), st.lists, max_leaves=5), max_size=6))
@@ -70,6 +71,15 @@ def test_what_lies_before_damage_is_read_and_the_rest_is_named(tmp_path, small_b
     *good, last = found_in(TextSource.of([path]))
     assert len(good) >= 39 and [document.parts[0] for document in good] == TEXTS[: len(good)]
     assert last.reason == reason and f"value {len(good)} of {path}" in last.detail
+
+
+def test_the_work_on_a_large_value_is_in_proportion_to_its_size(tmp_path, small_blocks, monkeypatch):
+    decoded = []
+    decode = json_values._decode
+    monkeypatch.setattr(json_values, "_decode", lambda text, at: decoded.append(len(text)) or decode(text, at))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x" * 50_000}]))
+    assert len(texts_of([path])[0][0]) == 50_000 and sum(decoded) < 200_000
 
 
 def test_a_value_that_is_too_large_is_not_held(tmp_path, monkeypatch):

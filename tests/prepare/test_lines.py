@@ -106,6 +106,22 @@ def test_bytes_behind_the_data_of_a_gzip_file_are_ignored_and_counted(tmp_path, 
     assert lines_in(path) == LINES
 
 
+@pytest.mark.parametrize("compression", [".bz2", ".xz"])
+def test_what_follows_streams_is_never_ignored_in_silence(tmp_path, compression):
+    """`bz2` and `lzma` end without an error where a later stream is damaged, and at zeros, which pad .xz files."""
+    path, compress = tmp_path / f"a.jsonl{compression}", COMPRESS[compression]
+    first, second = compress(b"1\n2\n"), compress(b"3\n")
+    path.write_bytes(first + b"?" + second[1:])
+    *lines, remark = lines_in(path)
+    assert lines == [b"1", b"2"] and isinstance(remark, Repaired)
+    path.write_bytes(first + second[:-1])
+    [damage] = lines_in(path)
+    assert isinstance(damage, Rejected)
+    for padding in (4, 9000):
+        path.write_bytes(first + bytes(padding) + second + bytes(padding))
+        assert lines_in(path) == [b"1", b"2", b"3"]
+
+
 def test_a_failing_disk_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(CONTENT))

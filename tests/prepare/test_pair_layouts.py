@@ -1,10 +1,13 @@
 """Captioned images are found in the layouts that downloaders and hubs write, and what cannot be used is named."""
 
+import base64
 import csv
+import gzip
 import io
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -12,12 +15,15 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from build_cases import IMAGES as ENCODER
-from build_cases import content, found_in, make_tar, read
+from build_cases import content, documents_in, found_in, make_tar, read, words_of
 from image_files import picture, png
 
-from transfusion_fast.errors import InputError
+from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.sources import image_folders, pairs
+from transfusion_fast.prepare.sources import image_folders, pairs, references
+from transfusion_fast.prepare.sources import records as reading
+from transfusion_fast.prepare.sources.files import walk
+from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
 from transfusion_fast.prepare.staging import check_outside
 
@@ -159,6 +165,7 @@ def test_records_of_json_hold_or_name_their_images(tmp_path):
         {"image": {"bytes": None, "path": "a.jpg"}, "caption": "path in a struct"},
         {"image": "data:image/png;base64,Zmlyc3Q=", "caption": "data URI"},
         {"img": {"base64": "Zmlyc3Q"}, "caption": "base64"},
+        {"img": base64.b64encode(b"long" * 50).decode(), "caption": "plain base64"},
         {"image_path": f"file://{tmp_path}/a.jpg", "caption": "file URL"},
         {"path": "../a.jpg", "caption": "outside"},
         {"image": "https://host/a.jpg", "caption": "remote"},
@@ -167,7 +174,8 @@ def test_records_of_json_hold_or_name_their_images(tmp_path):
     ]
     write(tmp_path, {"a.jpg": b"first", "a.json": json.dumps(records, indent=1)})
     documents, rejected = pairs_in(tmp_path / "a.json")
-    assert documents == [(words, b"first") for words in ("path in a struct", "data URI", "base64", "file URL")]
+    short = [(words, b"first") for words in ("path in a struct", "data URI", "base64", "file URL")]
+    assert documents == [*short[:3], ("plain base64", b"long" * 50), short[3]]
     assert rejected == {"path leads out": 1, "image not downloaded": 1, "no image": 2}
 
 
@@ -180,6 +188,9 @@ def test_nested_captions_are_named_and_one_of_several_is_drawn_by_its_content(tm
     assert set(drawn) == set(names) and max(Counter(drawn).values()) < 20
     write(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, records[::-1]))})
     assert [caption for caption, _ in pairs_in(path, caption_field="sentences.raw")[0]] == drawn[::-1]
+    one_image = [{"image": {"base64": "YQ"}, "captions": [f"{n} {kind}" for kind in "ab"]} for n in range(20)]
+    write(tmp_path, {"b.jsonl": "\n".join(map(json.dumps, one_image))})
+    assert {caption[-1] for caption, _ in pairs_in(tmp_path / "b.jsonl")[0]} == {"a", "b"}
     assert pairs_in(path, caption_field="x.y")[0][0][0] == "z"
     assert pairs_in(path, caption_field="x.none")[1] == {"no caption": 40}
 
@@ -193,7 +204,147 @@ def test_files_of_a_tar_are_found_by_their_kind_or_by_name(tmp_path):
     path = make_tar(tmp_path / "a.tar", members)
     assert pairs_in(path) == (PAIRS, {"several files": 2})
     assert pairs_in(path, image_field="right.jpg")[0] == [("both", b"y")]
+    assert pairs_in(make_tar(path, [("0.img", b"first"), ("0.txt", b"a cat")]), image_field="img") == (PAIRS[:1], {})
+    make_tar(path, members)
     assert pairs_in(path, caption_field="long.txt") == ([("long", b"x")], {"no caption": 3, "several files": 1})
+
+
+CAPTION_ORDER = ["caption", "text", "txt", "captions", "TEXT"]
+IMAGE_ORDER = [
+    "image", "jpg", "jpeg", "png", "webp", "img", "file_name", "filename", "filepath", "image_path", "image_file",
+    "file", "path",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_first_field_that_is_set_is_used_in_the_documented_order(tmp_path, kind):
+    names, expected = [*IMAGE_ORDER, *CAPTION_ORDER], []
+    write(tmp_path, {f"{name}.jpg": name for name in IMAGE_ORDER})
+    records = []
+    for number in range(len(IMAGE_ORDER)):
+        own = [*IMAGE_ORDER[number:], *CAPTION_ORDER[number % len(CAPTION_ORDER) :]]
+        values = {name: f"{name}.jpg" if name in IMAGE_ORDER else name for name in own}
+        records.append({name: values.get(name) for name in reversed(names)})
+        expected.append((CAPTION_ORDER[number % len(CAPTION_ORDER)], IMAGE_ORDER[number].encode()))
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    else:
+        write(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, records))})
+    assert pairs_in(tmp_path / f"a.{kind}") == (expected, {})
+
+
+def test_settings_that_change_the_documents_are_part_of_the_recipe(tmp_path):
+    of_pairs = [{}, {"layout": "files"}, {"caption_field": "x"}, {"image_field": "x"}, {"image_root": tmp_path}]
+    sources = [PairsSource((), **settings) for settings in of_pairs]
+    of_documents = [{}, {"layout": "obelics"}, {"layout": "mmc4"}, {"image_root": tmp_path}]
+    sources += [InterleavedSource((), **settings) for settings in of_documents]
+    described = [json.dumps(source.describe()) for source in sources]
+    described += [json.dumps(replace(ENCODER, bad_images=value).describe()) for value in ("reject", "skip")]
+    assert len({*described}) == len(described)
+
+
+def test_fields_with_dots_in_their_names_are_preferred_to_fields_of_objects(tmp_path):
+    write(tmp_path, {"a.jsonl": json.dumps({"image": {"base64": "YQ"}, "a.b": "literal", "a": {"b": "nested"}})})
+    assert pairs_in(tmp_path / "a.jsonl", caption_field="a.b")[0] == [("literal", b"a")]
+    in_parquet(tmp_path / "a.parquet", **{"image": [b"a"], "a": [{"b": "nested"}], "a.b": ["literal"]})
+    assert pairs_in(tmp_path / "a.parquet", caption_field="a.b")[0] == [("literal", b"a")]
+    in_parquet(tmp_path / "a.parquet", image=[b"a"], a=[{"b": "nested"}])
+    assert pairs_in(tmp_path / "a.parquet", caption_field="a.b")[0] == [("nested", b"a")]
+
+
+def test_columns_of_one_name_are_the_first_of_them_in_arrow_files_too(tmp_path):
+    names, arrays = ["image", "text", "text"], [pyarrow.array([b"a"]), pyarrow.array(["one"]), pyarrow.array(["other"])]
+    rows = pyarrow.Table.from_arrays(arrays, names)
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    for kind in ("parquet", "arrow"):
+        assert pairs_in(tmp_path / f"a.{kind}") == ([("one", b"a")], {})
+
+
+def test_columns_that_cannot_be_converted_are_named_and_others_read(tmp_path):
+    indices = pyarrow.array([0, 1, 1], pyarrow.int8())
+    column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(STRUCTS[:2]))
+    rows = pyarrow.table({"image": column, "text": CAPTIONS})
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    in_parquet(tmp_path / "b.parquet", image=STRUCTS, text=CAPTIONS)
+    assert pairs_in(tmp_path) == (PAIRS, {"columns unreadable": 1})
+
+
+def test_a_list_of_many_levels_is_named(tmp_path):
+    good = json.dumps({"image": {"base64": "YQ"}, "a": {"b": "words"}})
+    deep = "[" * 700 + "]" * 700
+    write(tmp_path, {"a.jsonl": f'{good}\n{deep}\n{{"image": {deep}, "a": {deep}}}'})
+    assert pairs_in(tmp_path / "a.jsonl", caption_field="a.b") == ([("words", b"a")], {"no image": 2})
+
+
+def test_no_image_is_read_outside_of_the_folder_or_beyond_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(references, "MAX_BYTES", 5)
+    inside = write(tmp_path / "in", {"a.jpg": b"first", "large.jpg": b"larger", "a.txt": "a cat", "large.txt": "x"})
+    write(tmp_path, {"inner/secret.jpg": b"x"})  # whose path begins with that of the folder
+    lines = ["path,caption", *(f"{name},a cat" for name in ("a.jpg", "large.jpg", "../inner/secret.jpg"))]
+    write(inside, {"a.csv": "\n".join(lines)})
+    assert pairs_in(inside / "a.csv") == (PAIRS[:1], {"file too large": 1, "path leads out": 1})
+    assert pairs_in(inside) == (PAIRS[:1], {"file too large": 1})
+
+
+def test_a_root_of_images_must_be_a_folder_and_be_used(tmp_path):
+    write(tmp_path, {"a.csv": "path,caption\na.jpg,a cat", "a.jpg": b"first", "a.txt": "a cat"})
+    for source in (PairsSource, InterleavedSource):
+        with pytest.raises(InputError, match=r"--image-root must be a folder, got .*a.jpg; give the one"):
+            source((), image_root=tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"--image-root must come with records, got layout files"):
+        pairs_in(tmp_path, image_root=tmp_path)
+
+
+def test_the_options_of_the_command_are_followed(tmp_path, command):
+    rows = ["x,y,caption", "a.png,a cat,no", "a.png,a,no"]
+    write(tmp_path, {"images/a.png": png(picture(32, 32)), "a.csv": "\n".join(rows)})
+    options = ["--image-field", "x", "--caption-field", "y", "--image-root", tmp_path / "images", "--layout", "records"]
+    more = ["--caption-length", "2:", "--image-size", 32, "--out", tmp_path / "out"]
+    code, _, err = command("prepare", "pairs", tmp_path / "a.csv", *options, *more)
+    assert code == 0 and "left out 1: caption too short" in err
+    [document] = documents_in(tmp_path / "out")
+    assert words_of(document) == "a cat" and len(document) == 2
+
+
+def test_a_circle_of_links_beside_images_is_named(tmp_path):
+    write(tmp_path, {"a.jpg": b"first", "a.txt": "a cat"})
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "b.jpg")
+    assert pairs_in(tmp_path) == (PAIRS[:1], {"not a file": 1})
+    assert PairsSource.of([tmp_path]).states()[str(tmp_path)]["bytes"] == len(b"firsta cat")
+
+
+@pytest.mark.parametrize("order", [sorted, lambda files: sorted(files, reverse=True)])
+def test_the_layout_of_a_folder_does_not_depend_on_the_order_of_its_files(tmp_path, monkeypatch, order):
+    write(tmp_path, {"metadata.csv": "path,caption\nb.jpg,other", "b.jpg": b"x", "z.jsonl": "", "b.txt": "x"})
+    monkeypatch.setattr(pairs, "walk", lambda folder: order(walk(folder)))
+    assert pairs_in(tmp_path) == ([("other", b"x")], {})
+    make_tar(tmp_path / "n.tar", [("a.jpg", b"first"), ("a.txt", b"a cat")])
+    assert pairs_in(tmp_path) == (PAIRS[:1], {})
+
+
+def test_csv_lines_that_hold_no_row_are_named_and_rows_behind_them_read(tmp_path, monkeypatch):
+    rows = ["path,caption", 'a.jpg,"open', "a.jpg,lost", 'a.jpg,"other"', "a.jpg," + "x" * 200_000, "a.jpg,good"]
+    write(tmp_path, {"a.jpg": b"first", "a.csv": "\n".join(rows)})
+    long, good, bad = sorted(
+        found_in(PairsSource.of([tmp_path / "a.csv"])), key=lambda found: isinstance(found, Rejected)
+    )
+    assert (len(long.parts[0]), good.parts[0]) == (200_000, "good")
+    assert bad.reason == "bad row" and "lines 2 to 4 hold no row" in bad.detail
+    monkeypatch.setattr(reading, "MAX_BYTES", 100_000)
+    assert pairs_in(tmp_path / "a.csv") == ([], {"bad row": 1, "line too long": 1})
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.json.gz"])
+def test_a_compressed_file_of_records_is_used_as_a_whole_or_not_at_all(tmp_path, name):
+    content = "path,caption\na.jpg,a cat" if "csv" in name else '[{"path": "a.jpg", "caption": "a cat"}]'
+    whole = gzip.compress(content.encode())
+    write(tmp_path, {"a.jpg": b"first", name: whole + b"something else"})
+    assert pairs_in(tmp_path / name) == (PAIRS[:1], {"trailing bytes": 1})
+    write(tmp_path, {name: whole[:-1]})
+    assert pairs_in(tmp_path / name) == ([], {"file damaged": 1})
 
 
 def test_csv_rows_that_cannot_be_used_are_named_and_others_read(tmp_path):
@@ -205,18 +356,6 @@ def test_csv_rows_that_cannot_be_used_are_named_and_others_read(tmp_path):
     assert rejected == {"bad row": 1, "not UTF-8": 1}
     write(tmp_path, {"a.csv": 'path,caption\na.jpg,a cat\na.jpg,"' + "x" * 200})
     assert pairs_in(tmp_path / "a.csv")[0][0] == ("a cat", b"first")
-
-
-@pytest.mark.parametrize("names", [["a.tar", "metadata.csv"], ["metadata.csv", "a.tar"]])
-def test_a_layout_does_not_depend_on_the_order_in_which_a_folder_is_listed(tmp_path, monkeypatch, names):
-    write(tmp_path, {"a.tar": b"", "metadata.csv": "", "a.jpg": b"", "other.jsonl": ""})
-    monkeypatch.setattr(pairs, "walk", lambda folder: [folder / name for name in [*names, "a.jpg", "other.jsonl"]])
-    assert PairsSource.of([tmp_path]).layout == "records"
-
-
-def test_a_metadata_json_is_no_list_of_images(tmp_path):
-    write(tmp_path, {"metadata.json": "{}", "a.tar": b"", "a.jpg": b""})
-    assert PairsSource.of([tmp_path]).layout == "tar"
 
 
 def test_sources_of_several_layouts_are_refused_unless_one_is_given(tmp_path):
@@ -244,7 +383,7 @@ def test_a_folder_of_images_is_prepared_once_by_any_number_of_processes_and_chan
     assert content(outs[0]) == content(outs[1])
     os.utime(source / "3.txt")
     assert built(outs[0]).reused
-    write(source, {"3.txt": "other"})
+    write(source, {"3.txt": "x"})  # of the same size
     with pytest.raises(InputError, match=r"made with other settings: files.*in"):
         built(outs[0])
     with pytest.raises(InputError, match="must lie outside of the sources"):

@@ -111,7 +111,7 @@ def test_info_and_preview_show_weights(prepared, command):
         ({"content": ["a", {"text": "b", "weight": -1}]}, "weight of part 1 must be a number in 0..1000000, got -1"),
         ({"content": ["a"], "weight": float("nan")}, "weight of document must be a number in 0..1000000, got nan"),
         ({"content": ["a"], "weight": "2"}, "weight of document must be a number in 0..1000000, got '2'"),
-        ({"content": [{"text": "b", "weight": None}]}, "weight of part 0 must be a number in 0..1000000, got None"),
+        ({"content": [{"text": "b", "weight": "2"}]}, "weight of part 0 must be a number in 0..1000000, got '2'"),
         ({"content": [{"text": "b", "loss": 0}]}, "loss of part 0 must be true or false"),
         (
             {"content": [{"text": "b", "loss": True, "weight": 2}]},

@@ -79,7 +79,7 @@ class Condition:
             if isinstance(value, str):
                 with suppress(ValueError):
                     value = float(value)
-            if isinstance(value, bool) or not isinstance(value, Real | Decimal) or math.isnan(value):
+            if isinstance(value, bool) or not isinstance(value, Real | Decimal) or value != value:  # NaN
                 raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
         if not _COMPARED[self.operator](value, self.value):
             raise Rejected(f"not {self}", f"it is {value!r:.60}")

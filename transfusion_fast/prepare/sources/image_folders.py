@@ -43,7 +43,7 @@ def folder_units(folder: Path) -> list[Unit]:
 
 def folder_state(folder: Path) -> dict[str, int]:
     """Return the size of all files of a folder together, in bytes, and the last time that one changed."""
-    found = [entry.stat() for entry in os.scandir(folder) if entry.is_file()]
+    found = [path.stat() for path in folder.iterdir() if path.is_file()]
     return {
         "bytes": sum(status.st_size for status in found),
         "modified": max([folder.stat().st_mtime_ns, *(status.st_mtime_ns for status in found)]),

@@ -20,7 +20,7 @@ from transfusion_fast.model.loss import check_weight
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Source, Unit
 from transfusion_fast.prepare.sources.layouts import FIELDS, Layout, content_of
 from transfusion_fast.prepare.sources.records import JSON, read_records, record_units
-from transfusion_fast.prepare.sources.references import decode_base64, image_bytes
+from transfusion_fast.prepare.sources.references import check_root, decode_base64, image_bytes
 from transfusion_fast.prepare.sources.tables import TABLES
 
 _KINDS = {"text", "image", "base64"}
@@ -37,6 +37,9 @@ class InterleavedSource(Source):
     """Folder that paths are relative to; None for that of the file that holds them."""
 
     suffixes = (*JSON, *TABLES)
+
+    def __post_init__(self) -> None:
+        check_root(self.image_root)
 
     def units(self) -> list[Unit]:
         return [unit for file in self.files for unit in record_units(file, self._columns)]
@@ -79,19 +82,22 @@ def _weight(holder: Any, what: str) -> tuple[float, Any]:
     if not isinstance(holder, dict):
         return 1.0, holder
     rest = {name: value for name, value in holder.items() if name not in ("loss", "weight")}
-    loss = holder.get("loss", True)
-    if not isinstance(loss, bool) or ("loss" in holder and "weight" in holder):
+    given = {name: holder[name] for name in ("loss", "weight") if holder.get(name) is not None}
+    loss = given.get("loss", True)
+    if not isinstance(loss, bool) or len(given) > 1:
         raise Rejected(
             "bad weight", f"loss of {what} must be true or false, and given without weight, got {loss!r:.60}"
         )
     try:
-        return check_weight(holder.get("weight", float(loss)), what), rest
+        return check_weight(given.get("weight", float(loss)), what), rest
     except ValueError as error:
         raise Rejected("bad weight", str(error)) from error
 
 
 def _part(part: Any, number: int, folder: Path) -> str | bytes | Rejected:
     """Return a text, the bytes of an image, or why they are missing."""
+    if isinstance(part, dict):  # which has all keys in a table, most of them null
+        part = {name: value for name, value in part.items() if name in _KINDS and value is not None} or part
     try:
         match part, len(_KINDS & part.keys()) if isinstance(part, dict) else 1:
             case None, _:

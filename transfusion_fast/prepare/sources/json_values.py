@@ -25,7 +25,10 @@ def has_json_lines(path: Path) -> bool:
     """
     try:
         with opened(path) as file:
-            lines = [file.readline(MAX_BYTES).removeprefix(codecs.BOM_UTF8).strip() for _ in range(2)]
+            begin = file.readline(MAX_BYTES)
+            if not begin.endswith(b"\n"):
+                return False
+            lines = [line.removeprefix(codecs.BOM_UTF8).strip() for line in (begin, file.readline(MAX_BYTES))]
     except DECOMPRESSION_ERRORS:
         return True
     return lines[0] not in (b"[", b"") and lines[1] != b"" and any(map(_is_container, lines))
@@ -44,9 +47,9 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
     One element is held in memory at a time. What follows a value that cannot be read is Rejected as a whole, and so is
     a damaged compressed file.
     """
-    damage, _ = damage_in(path)
+    damage, trailing = damage_in(path)
+    yield from damage
     if damage:
-        yield f"byte 0 of {path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
     number = 0
     try:
@@ -56,6 +59,7 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
     except Rejected as rejected:
         yield f"value {number} of {path}", rejected
+    yield from trailing
 
 
 def _values(file: IO[bytes]) -> Iterator[Any]:

@@ -31,6 +31,7 @@ def content_of(record: Any, layout: Layout | None = None) -> list[Any]:
         record = {"content": record}
     if not isinstance(record, dict):
         raise Rejected("no content", f"the record must be an object or a list, got {type(record).__name__}")
+    record = {name: value for name, value in record.items() if value is not None}  # as rows of tables have all columns
     for name in (layout,) if layout else LAYOUTS:
         if (content := _READERS[name](record)) is not None:
             return content
@@ -46,8 +47,13 @@ def _listed(record: dict[str, Any]) -> list[Any] | None:
 
 def _with_images(content: list[Any], record: dict[str, Any]) -> list[Any]:
     """Return parts with `"type"` in the form without it."""
-    images = _images_of(record)
-    return [_untyped(part, images) if isinstance(part, dict) and "type" in part else part for part in content]
+    images = list(_images_of(record))
+    rest = iter(images)
+    parts = [_untyped(part, rest) if isinstance(part, dict) and "type" in part else part for part in content]
+    left = len(list(rest))
+    if 0 < left < len(images):
+        raise Rejected("no content", f"{left} images have no part of type image")
+    return parts
 
 
 def _untyped(part: dict[str, Any], images: Iterator[Any]) -> Any:
@@ -66,7 +72,7 @@ def _untyped(part: dict[str, Any], images: Iterator[Any]) -> Any:
 
 
 def _weights(part: dict[str, Any]) -> dict[str, Any]:
-    return {name: part[name] for name in ("loss", "weight") if name in part}
+    return {name: part[name] for name in ("loss", "weight") if part.get(name) is not None}
 
 
 def _images_of(record: dict[str, Any]) -> Iterator[Any]:

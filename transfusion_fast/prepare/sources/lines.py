@@ -8,8 +8,10 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +34,7 @@ def line_units(path: Path, size: int = UNIT_BYTES) -> list[Unit]:
         InputError: a .zst needs a larger window than pyarrow decompresses, or an .xz too much memory.
     """
     if path.suffix.lower() in COMPRESSIONS:
-        damage = damage_in(path, most=1)[0]
+        damage, _ = _read_through(path, most=1)
         if "too much memory" in damage or "Memory usage limit" in damage:
             raise InputError(f"{path} must be compressed without --long, got a larger window; compress it again")
         return [Unit(path, 0, sys.maxsize)]
@@ -44,19 +46,19 @@ def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Remark]]:
     """Yield (location, content) of each line that begins in the unit and is not blank, without its line end.
 
     A damaged compressed file is Rejected as a whole, and a line of more than MAX_BYTES is Rejected without being held
-    in memory. Bytes behind the compressed data of a .gz are ignored, as `gzip` does.
+    in memory. Bytes behind the compressed data are ignored, as `gzip` does, and Repaired.
     """
-    damage, size = damage_in(unit.path)
-    end = min(unit.end, size)
+    damage, trailing = damage_in(unit.path)
+    yield from damage
     if damage:
-        yield f"byte 0 of {unit.path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
+    end = unit.end
     with opened(unit.path) as file:
         offset = unit.start
         if offset:  # a line across the start belongs to the unit before
             file.seek(offset - 1)
             offset += _skip_line(file, end - offset + 1) - 1
-        while offset < end and (line := file.readline(min(MAX_BYTES, size - offset))):
+        while offset < end and (line := file.readline(MAX_BYTES)):
             where = f"byte {offset} of {unit.path}"
             offset += len(line)
             if len(line) == MAX_BYTES and not line.endswith(b"\n"):
@@ -64,8 +66,7 @@ def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Remark]]:
                 yield where, Rejected("line too long", f"more than {MAX_BYTES} bytes")
             elif line.strip():
                 yield where, line.rstrip(b"\r\n")
-    if size < sys.maxsize:
-        yield f"byte {size} of {unit.path}", Repaired("trailing bytes", "what follows the compressed data is ignored")
+    yield from trailing
 
 
 def _skip_line(file: Any, most: int) -> int:
@@ -121,29 +122,33 @@ def _find(file: IO[bytes], offset: int, separator: bytes) -> int:
     return offset + len(held)
 
 
-def damage_in(path: Path, most: int = sys.maxsize) -> tuple[str, int]:
-    """Return what is wrong with the first `most` bytes of a compressed file, before any of it is used; else "".
+def damage_in(path: Path) -> tuple[list[tuple[str, Rejected]], list[tuple[str, Repaired]]]:
+    """Return (location, remark) if a compressed file cannot be used, and if other bytes follow its data.
 
-    The checksum stands behind the data. Every .gz has one; a .zst may lack it. The second value is the size of the
-    content if it ends before the file does, else sys.maxsize.
+    The checksum stands behind the data, so all of it is read before any is used. Every .gz has one; a .zst may lack it.
     """
     if path.suffix.lower() not in COMPRESSIONS:
-        return "", sys.maxsize
+        return [], []
+    damage, trailing = _read_through(path)
+    found = Rejected("file damaged", f"nothing of it is used ({damage})")
+    ignored = Repaired("trailing bytes", "what follows the compressed data is ignored")
+    return [(f"byte 0 of {path}", found)] * bool(damage), [(f"end of {path}", ignored)] * trailing
+
+
+def _read_through(path: Path, most: int = sys.maxsize) -> tuple[str, bool]:
+    """Return what is wrong with the first `most` bytes of a content, else "", and whether other bytes follow all."""
     if not path.stat().st_size:
-        return "it is empty", sys.maxsize
-    size = 0
+        return "it is empty", False
     try:
         with opened(path) as file:
             # `read` would lose what it has read before an error.
-            while size < most and (block := file.read1(min(most - size, _BLOCK))):
-                size += len(block)
+            while most > 0 and (block := file.read1(min(most, _BLOCK))):
+                most -= len(block)
+            return "", getattr(file.raw, "trailing", False)
     except DECOMPRESSION_ERRORS as error:
         if getattr(error, "errno", None):  # the disk's fault, not the file's
             raise
-        if size and "Not a gzipped file" in str(error):  # what follows a member is none
-            return "", size
-        return str(error), sys.maxsize
-    return "", sys.maxsize
+        return str(error), False
 
 
 @contextmanager
@@ -152,14 +157,77 @@ def opened(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         match path.suffix.lower():
             case ".gz":
-                yield gzip.GzipFile(fileobj=file)
+                yield io.BufferedReader(_Gzip(gzip.GzipFile(fileobj=file)), _BLOCK)
             case ".bz2":
-                yield bz2.BZ2File(file)
+                yield io.BufferedReader(_Streams(file, bz2.BZ2Decompressor, b"BZh"), _BLOCK)
             case ".xz":
-                lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(_BLOCK), max_length=1)
-                file.seek(0)
-                yield lzma.LZMAFile(file)  # noqa: SIM115
+                make = partial(lzma.LZMADecompressor, memlimit=_XZ_MEMORY)
+                yield io.BufferedReader(_Streams(file, make, b"\xfd7zXZ\0"), _BLOCK)
             case ".zst":  # pyarrow reads frame after frame, and reports a frame that is cut off
                 yield io.BufferedReader(optional_module("pyarrow", "data").input_stream(file, "zstd"), _BLOCK)
             case _:
                 yield file
+
+
+class _Content(io.RawIOBase):
+    """The content of compressed data, up to other bytes that follow it."""
+
+    trailing = False
+    """True once such bytes were found."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._next(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
+
+    @abstractmethod
+    def _next(self, most: int) -> bytes:
+        """Return up to `most` bytes; none at the end."""
+
+
+class _Gzip(_Content):
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file, self._begun = file, False
+
+    def _next(self, most: int) -> bytes:
+        try:
+            block = b"" if self.trailing else self._file.read1(most)
+        except gzip.BadGzipFile as error:
+            if not (self._begun and "Not a gzipped file" in str(error)):  # what follows a member is none
+                raise
+            self.trailing, block = True, b""
+        self._begun = True
+        return block
+
+
+class _Streams(_Content):
+    """Streams of one compression one after another. `bz2` and `lzma` end in silence where none follows."""
+
+    def __init__(self, file: IO[bytes], make: Callable[[], Any], magic: bytes) -> None:
+        self._file, self._make, self._magic = file, make, magic
+        self._stream = make()
+
+    def _next(self, most: int) -> bytes:
+        block = b""
+        while not block:
+            held = b""
+            if self._stream.eof:
+                held = self._following()
+                if not held:
+                    return b""
+                self._stream = self._make()
+            elif self._stream.needs_input and not (held := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                raise EOFError("it ends within its data")
+            block = self._stream.decompress(held, most)
+        return block
+
+    def _following(self) -> bytes:
+        """Return the begin of the next stream, none if there is none. Zeros between streams are padding."""
+        held: bytes = self._stream.unused_data.lstrip(b"\0")
+        while len(held) < len(self._magic) and (more := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+            held = (held + more).lstrip(b"\0")
+        self.trailing = bool(held) and not held.startswith(self._magic)
+        return b"" if self.trailing else held

@@ -14,13 +14,12 @@ from transfusion_fast.prepare.sources import image_folders, tars
 from transfusion_fast.prepare.sources.base import Source, Unit, decode_utf8, parse_json
 from transfusion_fast.prepare.sources.files import kind_of, source_files, system_file, walk
 from transfusion_fast.prepare.sources.image_folders import IMAGES, extension_of
-from transfusion_fast.prepare.sources.records import RECORDS, lookup, read_records, record_units
-from transfusion_fast.prepare.sources.references import image_bytes
+from transfusion_fast.prepare.sources.records import RECORDS, first_field, read_records, record_units
+from transfusion_fast.prepare.sources.references import check_root, image_bytes
 from transfusion_fast.prepare.sources.tables import column_type
 
 Layout = Literal["tar", "files", "records"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-"""In the order in which they are detected."""
 CAPTION_EXTENSIONS = ("txt", "caption", "text")
 CAPTION_FIELDS = ("caption", "text", "txt", "captions", "TEXT")
 IMAGE_FIELDS = (
@@ -31,6 +30,8 @@ IMAGE_FIELDS = (
 _STORED_IMAGE = {"bytes", "path"}
 """Fields of the structure in which `datasets` stores an image."""
 _METADATA = "metadata."  # the beginning of the name of the list that the hub's image folders have
+_LAYOUTS_BY_KIND: dict[str, Layout] = {"tar": "tar", "metadata": "records", "image": "files", "records": "records"}
+"""The layout of a folder that holds files of such kinds, the first of them."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class PairsSource(Source):
     image_root: Path | None = None
     """Folder that the paths in records are relative to; None for that of their file."""
 
+    def __post_init__(self) -> None:
+        check_root(self.image_root)
+
     @classmethod
     def of(cls, paths: Sequence[Path], **settings: Any) -> Self:
         """Return the source of these files and folders; see `Source.of`. The layout is detected unless it is given."""
         layout = settings.pop("layout", None) or _layout_of(paths)
+        if layout != "records" and settings.get("image_root") is not None:
+            raise InputError(f"--image-root must come with records, got layout {layout}; leave it out")
         match layout:
             case "files":
                 return cls(image_folders.folders_with_images(paths), layout=layout, **settings)
@@ -89,7 +95,7 @@ class PairsSource(Source):
     def parts(self, entry: Any, unit: Unit) -> tuple[str, bytes]:
         if self.layout == "records":
             image = self._image_of_record(entry, unit.path.parent)
-            caption = next((found for name in self._caption_fields if (found := lookup(entry, name)) is not None), None)
+            caption = self._caption_of_record(entry)
         else:
             image, caption = self._image_of_sample(entry), self._caption_of_sample(entry)
         return _chosen_caption(caption, image), image
@@ -119,7 +125,7 @@ class PairsSource(Source):
         kind = extension.rpartition(".")[2]
         if kind in IMAGES:
             return self.image_field in (None, extension)
-        return kind in (*CAPTION_EXTENSIONS, "json") or extension == self.caption_field
+        return kind in (*CAPTION_EXTENSIONS, "json") or extension in (self.caption_field, self.image_field)
 
     def _image_of_sample(self, sample: tars.Sample) -> bytes:
         kinds = IMAGES if self.image_field is None else (self.image_field,)
@@ -133,26 +139,30 @@ class PairsSource(Source):
             return sample[self.caption_field]
         if self.caption_field is None and (file := _one_of(CAPTION_EXTENSIONS, sample, "--caption-field")):
             return sample[file]
-        fields = _json_of(sample)
-        return next((found for name in self._caption_fields if (found := lookup(fields, name)) is not None), None)
+        return first_field(_json_of(sample), self._caption_fields)
 
     def _image_of_record(self, record: Any, folder: Path) -> bytes:
-        value = next((found for name in self._image_fields if (found := lookup(record, name)) is not None), None)
+        value = first_field(record, self._image_fields)
         if value is None and self.image_field is None and isinstance(record, dict):
             values = [found for found in record.values() if isinstance(found, dict) and found.keys() == _STORED_IMAGE]
             value = values[0] if len(values) == 1 else None
         if value is None:
-            names = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
-            raise Rejected("no image", f"none in the fields of {names!r:.200}; name one with --image-field")
+            raise _missing("image", record)
         return image_bytes(value, folder if self.image_root is None else self.image_root)
+
+    def _caption_of_record(self, record: Any) -> Any:
+        caption = first_field(record, self._caption_fields)
+        if caption is None:
+            raise _missing("caption", record)
+        return caption
 
     def _columns(self, schema: Any) -> list[str]:
         """Return the columns of image and caption; Rejected if a table lacks one of them."""
-        image = [name for name in map(_column, self._image_fields) if name in schema.names][:1]
-        image = image or [name for name in schema.names if _holds_images(column_type(schema, name))]
-        caption = [name for name in map(_column, self._caption_fields) if name in schema.names]
+        image, caption = (_among(schema.names, fields) for fields in (self._image_fields, self._caption_fields))
+        stored = [name for name in schema.names if _holds_images(column_type(schema, name))]
+        image = image or (stored if len(stored) == 1 else [])
         names = ", ".join(schema.names)
-        for found, what in ((image if len(image) == 1 else [], "image"), (caption, "caption")):
+        for found, what in ((image, "image"), (caption, "caption")):
             if not found:
                 raise Rejected(f"no {what}", f"no column for it among {names!r:.200}; name one with --{what}-field")
         return list(dict.fromkeys([*image, *caption, *(name for name in self.fields if name in schema.names)]))
@@ -161,16 +171,23 @@ class PairsSource(Source):
 def _record_files(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
     """Return the files of records; of folders that have metadata files as the hub's image folders do, these alone."""
     files, strays = source_files(paths, RECORDS)
-    lists = [file for file in files if _is_metadata(file)]
+    lists = [file for file in files if file.name.startswith(_METADATA)]
     if not lists or not all(path.is_dir() for path in paths):
         return files, strays
-    others = [file for file in files if not _is_metadata(file)]
+    others = [file for file in files if not file.name.startswith(_METADATA)]
     passed_over = [Rejected("accompanying file", f"{file} is not read beside {lists[0].name}") for file in others]
     return tuple(lists), (*strays, *passed_over)
 
 
-def _column(field: str) -> str:
-    return field.partition(".")[0]
+def _among(columns: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Return the columns that hold these fields; `a.b` is a column of this name, or in column a."""
+    names = [field if field in columns else field.partition(".")[0] for field in fields]
+    return [name for name in names if name in columns]
+
+
+def _missing(what: str, record: Any) -> Rejected:
+    names = ", ".join(map(str, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+    return Rejected(f"no {what}", f"none in the fields of {names!r:.200}; name one with --{what}-field")
 
 
 def _holds_images(kind: Any) -> bool:
@@ -217,26 +234,19 @@ def _layout_of(paths: Sequence[Path]) -> Layout:
 
 
 def _layout_in(path: Path) -> Layout:
-    """Return the layout of a file or folder: that of its metadata files, else of its tars, images or records."""
     if not path.is_dir():
         return "records" if kind_of(path) in RECORDS else "tar"
-    found: set[Layout] = set()
-    for file in walk(path):
-        if system_file(file.name):
-            continue
-        if _is_metadata(file):
-            return "records"
-        if kind_of(file) == ".tar":
-            found.add("tar")
-        elif extension_of(file.name) in IMAGES:
-            found.add("files")
-        elif kind_of(file) in RECORDS:
-            found.add("records")
-    if not found:
-        raise InputError(f"folder {path} must hold tars, images or records, got none of these; give another")
-    return next(layout for layout in LAYOUTS if layout in found)
+    found = {kind for file in walk(path) if not system_file(file.name) for kind in _kinds_of(file)}
+    for kind, layout in _LAYOUTS_BY_KIND.items():
+        if kind in found:
+            return layout
+    raise InputError(f"folder {path} must hold tars, images or records, got none of these; give another")
 
 
-def _is_metadata(file: Path) -> bool:
-    """Return whether a file is the list that the hub's image folders have; a plain .json describes the data set."""
-    return file.name.startswith(_METADATA) and kind_of(file) in RECORDS and kind_of(file) != ".json"
+def _kinds_of(file: Path) -> Iterator[str]:
+    if kind_of(file) == ".tar":
+        yield "tar"
+    if extension_of(file.name) in IMAGES:
+        yield "image"
+    if kind_of(file) in RECORDS:
+        yield "metadata" if file.name.startswith(_METADATA) else "records"

@@ -6,15 +6,15 @@ import csv
 import io
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import Rejected, Remark
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Unit, decode_utf8, parse_json
 from transfusion_fast.prepare.sources.files import COMPRESSIONS, kind_of
 from transfusion_fast.prepare.sources.json_values import has_json_lines, read_values
-from transfusion_fast.prepare.sources.lines import DECOMPRESSION_ERRORS, damage_in, line_units, opened, read_lines
+from transfusion_fast.prepare.sources.lines import damage_in, line_units, opened, read_lines
 from transfusion_fast.prepare.sources.tables import TABLES, Columns, read_rows, table_units
 
 
@@ -57,14 +57,19 @@ def read_records(unit: Unit, columns: Columns) -> Iterator[tuple[str, Any]]:
 def lookup(record: Any, name: str) -> Any:
     """Return a field of a record, None if it has none. `a.b` is field b of object a, or of each object in list a."""
     if isinstance(record, list):
-        found = [value for element in record if (value := lookup(element, name)) is not None]
-        return found or None
+        objects = (element for element in record if isinstance(element, dict))
+        return [value for element in objects if (value := lookup(element, name)) is not None] or None
     if not isinstance(record, dict):
         return None
     if name in record:
         return record[name]
     head, dot, rest = name.partition(".")
     return lookup(record[head], rest) if dot and head in record else None
+
+
+def first_field(record: Any, names: Sequence[str]) -> Any:
+    """Return the first of these fields that a record has, None if it has none."""
+    return next((found for name in names if (found := lookup(record, name)) is not None), None)
 
 
 def _parsed(line: bytes) -> Any:
@@ -74,32 +79,46 @@ def _parsed(line: bytes) -> Any:
         return rejected
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str] | Rejected]]:
-    """Yield the rows of a file whose first row names the columns; Rejected once for what follows damage."""
-    damage, _ = damage_in(path)
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str] | Remark]]:
+    """Yield the rows of a file whose first row names the columns; Rejected for lines that are no row."""
+    damage, trailing = damage_in(path)
+    yield from damage
     if damage:
-        yield f"byte 0 of {path}", Rejected("file damaged", f"nothing of it is used ({damage})")
         return
     csv.field_size_limit(MAX_BYTES)  # its default of 128 KiB is too small for images as base64
     with opened(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        rows = csv.reader(text, delimiter="\t" if kind_of(path).startswith(".tsv") else ",")
-        names: list[str] = []
+        # Strict, as a quote that is left open would otherwise make one value of the rows up to the next quote.
+        rows = csv.reader(_lines(text), delimiter="\t" if kind_of(path).startswith(".tsv") else ",", strict=True)
+        names: list[str] | None = None
         for number in itertools.count():
-            where = f"row {number} of {path}"
+            first = rows.line_num + 1
             try:
                 row = next(rows, None)
-            except (csv.Error, *DECOMPRESSION_ERRORS) as error:
-                if getattr(error, "errno", None):  # the disk's fault, not the file's
-                    raise
-                yield where, Rejected("csv damaged", f"what follows is lost ({error})")
+            except csv.Error as error:  # the next line begins a row
+                found: Any = Rejected("bad row", f"lines {first} to {rows.line_num} hold no row ({error})")
+                names = [] if names is None else names
+            except Rejected as rejected:
+                yield f"row {number} of {path}", rejected
                 return
-            if row is None:
-                return
-            if number == 0:
-                names = row
-            elif row:
-                yield where, _named(row, names)
+            else:
+                if row is None:
+                    break
+                if names is None:
+                    names = row
+                    continue
+                found = _named(row, names) if row else None
+            if found is not None:
+                yield f"row {number} of {path}", found
+    yield from trailing
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    """Yield the lines of a text; raise Rejected for one that should not be held in memory."""
+    while line := text.readline(MAX_BYTES):
+        if len(line) == MAX_BYTES:
+            raise Rejected("line too long", f"more than {MAX_BYTES} characters; what follows is lost")
+        yield line
 
 
 def _named(row: list[str], names: list[str]) -> dict[str, str] | Rejected:

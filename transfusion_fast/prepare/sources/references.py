@@ -5,23 +5,31 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
-from transfusion_fast.errors import Rejected
+from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES
 
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 _NAMES = ("bytes", "base64", "path", "image", "url", "file_name")  # of the keys of an object, the first that is set
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{256,}=*\s*", re.ASCII)  # too long for a path without a dot
 _REMOTE = ("http://", "https://", "s3://", "gs://", "hf://")
+
+
+def check_root(root: Path | None) -> None:
+    """Raise InputError for an `--image-root` that is no folder, below which no image can be."""
+    if root is not None and not root.is_dir():
+        raise InputError(f"--image-root must be a folder, got {root}; give the one that paths are relative to")
 
 
 def image_bytes(value: Any, folder: Path) -> bytes:
     """Return the bytes of an image file.
 
     Args:
-        value: the bytes; a path, or a data URI; an object such as `{"bytes": .., "path": ..}` or `{"base64": ..}`.
+        value: the bytes; a path, base64 or a data URI; or an object such as `{"path": ..}` or `{"base64": ..}`.
         folder: the folder that paths are relative to and must not lead out of.
 
     Raises:
@@ -34,6 +42,8 @@ def image_bytes(value: Any, folder: Path) -> bytes:
             return decode_base64(value)
         case str() if value.lower().startswith(_REMOTE):
             raise Rejected("image not downloaded", f"{value!r:.80} must be a file on this machine")
+        case str() if _BASE64.fullmatch(value):
+            return decode_base64(value)
         case str():
             path = unquote(value.removeprefix("file://")) if value.startswith("file://") else value
             return _read_image(path, folder)

@@ -111,7 +111,8 @@ def _arrow_batches(path: Path, columns: Columns) -> Iterator[Any]:
                 except StopIteration:
                     return
                 batch.validate(full=True)  # reading values behind damaged offsets can end the process
-                chosen_batch = batch.select(chosen)
+                # By position, as names may be repeated.
+                chosen_batch = batch.select([reader.schema.names.index(name) for name in chosen])
                 begun = True
                 for start in range(0, batch.num_rows, _ROWS_TOGETHER):
                     yield chosen_batch.slice(start, _ROWS_TOGETHER)
@@ -142,7 +143,11 @@ class _Column(NamedTuple):
 
 
 def _rows(batch: Any, columns: dict[str, _Column]) -> Iterator[dict[str, Any] | Rejected]:
-    values = {name: batch.column(column.number).cast(column.bytes_type) for name, column in columns.items()}
+    """Yield the rows of a batch; raise Rejected for columns that pyarrow cannot convert."""
+    try:
+        values = {name: batch.column(column.number).cast(column.bytes_type) for name, column in columns.items()}
+    except optional_module("pyarrow", "data").ArrowException as error:  # such as a dictionary of structures
+        raise Rejected("columns unreadable", f"what follows is lost ({error})") from error
     large = sum(column.nbytes for column in values.values()) > MAX_BYTES
     for row in range(batch.num_rows):
         size = sum(column.slice(row, 1).nbytes for column in values.values()) if large else 0
