@@ -163,6 +163,10 @@ def test_a_folder_that_is_missing_or_foreign_is_refused_with_what_to_do(tmp_path
     for folder in (tmp_path / "nowhere", tmp_path):
         message = refusal(read_index, folder)
         assert "not a prepared data folder" in message and "python train/prepare.py digits OUT" in message
+    divided = tmp_path / "divided"
+    (divided / "train").mkdir(parents=True)
+    (divided / "train" / INDEX_NAME).write_text("{}")
+    assert refusal(read_index, divided).endswith(f"give its part '{divided / 'train'}'")
     for foreign in ("{", "[]", "null", '{"format": "safetensors"}', "{}"):
         (tmp_path / INDEX_NAME).write_text(foreign)
         message = refusal(read_index, tmp_path)

@@ -135,9 +135,12 @@ class LocalFolder(Folder):
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
+            cure = "give one, or make one: python train/prepare.py digits OUT gives OUT/train"
+            if (self.path / "train" / name).is_file():  # it was prepared with a held-out part
+                cure = f"give its part {str(self.path / 'train')!r}"
             raise InputError(
                 f"data folder must hold a readable {name}, got {str(self)!r} ({error.strerror}), which is not a "
-                "prepared data folder; give one, or make one: python train/prepare.py digits OUT gives OUT/train"
+                f"prepared data folder; {cure}"
             ) from error
 
     def open_shard(self, shard: ShardInfo) -> int:

@@ -165,7 +165,8 @@ class Encoder:
         """Return the positions that an image takes; Rejected if no pack has so many."""
         length = patches + IMAGE_TOKENS
         if length > self._capacity:
-            raise Rejected("image too long", f"its {length} positions do not fit a pack")
+            fit = f"a pack of {self.sequence_length}; give a larger --seq-len"
+            raise Rejected("image too long", f"its {length} positions do not fit {fit}")
         return length
 
     def _encoded(self, documents: Sequence[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:

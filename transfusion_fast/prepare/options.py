@@ -31,16 +31,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--out": {"required": True, "metavar": "OUT", "help": "folder to make, or its URL; run again to resume"},
     "--work": {
         "type": local_path, "metavar": "FOLDER",
-        "help": "local folder in which to make what is uploaded to a URL; it is removed when all is there",
+        "help": "with a URL as --out: local folder to prepare the data in; it is removed after the upload",
     },
-    "--seq-len": {"type": int, "default": 4096, "help": "positions of a pack (default: %(default)s)"},
+    "--seq-len": {
+        "type": int, "default": 4096,
+        "help": "length of a pack in text ids, image patches and special tokens (default: %(default)s)",
+    },
     "--long": {
         "choices": ("split", "reject"),
         "help": "split documents longer than a pack where a reader pauses, or leave them out (default: split; for "
         "pairs reject; for repack the setting of FOLDER)",
     },
-    "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "(default: %(default)s)"},
-    "--processes": {"type": int, "default": usable_cpus(), "help": "(default: one for each CPU, here %(default)s)"},
+    "--packs-per-shard": {"type": int, "default": PACKS_PER_SHARD, "help": "packs in a file (default: %(default)s)"},
+    "--processes": {
+        "type": int, "default": usable_cpus(),
+        "help": "number of processes (default: one for each CPU, here %(default)s)",
+    },
     "--part": {
         "metavar": "I/N",
         "help": "on each of N machines: read the I-th of N parts; the last one writes OUT, on a disk that all share",
@@ -93,8 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--separator": {
         "type": os.fsencode, "default": b"", "metavar": "TEXT",
-        "help": "what stands between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one "
-        "document)",
+        "help": "text between the documents of a .txt file, such as '<|endoftext|>' (default: a file is one document)",
     },
     "--image-size": {
         "type": int, "help": "side of an image in pixels (default: 256, with --encoder the size it was made for)",
@@ -106,7 +111,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--where": {
         "action": "append", "default": [], "metavar": "CONDITION",
-        "help": "leave out documents whose JSON or row does not meet it, such as 'similarity > 0.3' or "
+        "help": "use only documents whose record meets the condition, such as 'similarity > 0.3' or "
         "'scores.language == \"en\"' (< <= > >= == !=); repeat it for conditions that must all be met",
     },
     "--min-side": {
@@ -124,8 +129,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--interleaved": {"action": "store_true", "help": "documents of several digits, each after its name"},
     "--shape": {
         "choices": ("crop", "buckets", "native"), "default": "crop",
-        "help": "the middle square; the nearest of a few shapes of up to SIZE x SIZE pixels; or the image's own shape "
-        "with at most so many pixels (default: %(default)s)",
+        "help": "crop: the middle square; buckets: the nearest of a few rectangles of up to SIZE x SIZE pixels; "
+        "native: the image's own shape, scaled down to at most so many pixels (default: %(default)s)",
     },
     "--vae": {
         "type": local_path, "metavar": "FOLDER",

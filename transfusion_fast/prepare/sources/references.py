@@ -29,7 +29,7 @@ def image_bytes(value: Any, folder: Path) -> bytes:
     """Return the bytes of an image file.
 
     Args:
-        value: the bytes; a path, base64, a data URI; or an object such as `{"bytes": .., "path": ..}`.
+        value: the bytes; a path, base64 or a data URI; or an object such as `{"path": ..}` or `{"base64": ..}`.
         folder: the folder that paths are relative to and must not lead out of.
 
     Raises:
@@ -79,7 +79,7 @@ def _read_image(name: str, folder: Path) -> bytes:
         if not any(path.is_relative_to(known) for known in (folder.resolve(), os.path.abspath(folder))):
             raise Rejected("path leads out", f"image {name!r:.80} must lie below {folder}")
         if not path.is_file():
-            raise Rejected("image missing", f"{name!r:.80} below {folder}")
+            raise Rejected("image missing", f"{name!r:.80} below {folder}; name another folder with --image-root")
         return read_limited(path)
     except Rejected:
         raise
