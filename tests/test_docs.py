@@ -127,7 +127,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., A
     png = saved(Image.fromarray(picture(64, 80)), "PNG")
     with wds.TarWriter(str(folder / "laion" / "00000.tar")) as tar:
         for key in range(50):  # several packs
-            tar.write({"__key__": str(key), "png": png, "txt": f"{key} cats"})
+            image = saved(Image.fromarray(picture(64, 80) ^ key), "PNG")
+            tar.write({"__key__": str(key), "png": image, "txt": "a cat"})
     (folder / "articles" / "cat.png").write_bytes(png)
     (folder / "articles" / "a.jsonl").write_text(json.dumps({"content": ["a cat", {"image": "cat.png"}]}))
     for name in ("picture.png", "mask.png"):

@@ -263,7 +263,7 @@ def _info(options: argparse.Namespace) -> None:
         check_picture(options.picture)
     reader = PackReader(options.folder)
     found = Statistics.of(reader.read(n) for n in progress(range(len(reader)), "reading", "pack", len(reader)))
-    quantiles = ", ".join(f"{q} % {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
+    quantiles = ", ".join(f"{q}: {np.percentile(found.lengths, q):.0f}" for q in (5, 25, 50, 75, 95))
     wastes = ", ".join(f"{100 * found.waste_at(capacity):.2f} % at {capacity}" for capacity in CAPACITIES)
     print(f"{options.folder}: {summary(reader.index)}")
     print(f"text: {found.text} ids, {100 * found.text / (found.text + found.patches):.1f} % of ids and patches")
@@ -272,8 +272,8 @@ def _info(options: argparse.Namespace) -> None:
         print(f"shapes of images, {found.named_shapes(MOST_SHAPES)}")
     if found.ignored or found.weighted:
         print(f"ids and patches without loss: {found.ignored}, with another weight than 1: {found.weighted}")
-    print(f"lengths of documents: {found.lengths.min()} to {found.lengths.max()}, {quantiles}")
-    print(f"waste if packed again, longer documents cut anywhere: {wastes}")
+    print(f"positions of a document: {found.lengths.min()} to {found.lengths.max()}; percentiles {quantiles}")
+    print(f"waste if packed again, with longer documents cut anywhere: {wastes}")
     if options.picture:
         draw_lengths(found, f"{options.folder}: {len(found.lengths)} documents", options.picture)
         print(f"picture: {options.picture}")

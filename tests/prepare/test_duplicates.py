@@ -44,7 +44,7 @@ def test_later_documents_that_equal_an_earlier_one_are_left_out_and_named(tmp_pa
     named = [entry["detail"] for entry in left_out(tmp_path / "out")]
     assert [place.rsplit("/", 1)[1] for place in named] == ["1.jsonl"] * 10 + ["2.jsonl"] * 10
     assert named[0].startswith("byte 0 of ") and len(set(named)) == 20
-    assert f"left out 20: duplicate documents: {named[0]}" in built.remarks(tmp_path / "out")
+    assert f"left out 20, the first: duplicate documents: {named[0]}" in built.remarks(tmp_path / "out")
     build(recipe, tmp_path / "processes", processes=2)
     assert content(tmp_path / "processes") == content(tmp_path / "out")
     assert build(recipe, tmp_path / "out").reused

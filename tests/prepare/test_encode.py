@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_rejected(monkeypatch):
     with pytest.raises(Rejected, match="too long: it takes more than 32 positions, here"):
         encode(["x" * 31], long="reject")
     assert len(encode([PNG], sequence_length=20, size=16)) == 1
-    with pytest.raises(Rejected, match=r"image too long: its 18 positions .* of 19; give a larger --seq-len, here"):
+    with pytest.raises(InputError, match=r"images must fit a pack of 19, got 18 positions for each; give a larger"):
         encode([PNG], sequence_length=19, size=16)
     with pytest.raises(Rejected, match=r"image in text: .*, here"):
         encoded(Encoder(TOKENIZER, 32), "a", b"x")

@@ -147,3 +147,11 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
 def test_a_document_used_without_a_missing_image_stays_on_its_side():
     missing = Rejected("image missing", "'a.jpg' below a folder that was moved")
     assert content_key(["words", missing]) == content_key(["words"]) != content_key(["words", b""])
+
+
+def test_all_captions_of_an_image_are_on_one_side():
+    documents = [SourceDocument("", (f"caption {n}", bytes([image]))) for image in range(40) for n in range(3)]
+    marks = deque()
+    list(Selection(heldout=0.3).marked(documents, marks))
+    sides = [mark.heldout for mark in marks]
+    assert sides[::3] == sides[1::3] == sides[2::3] and 3 < sum(sides[::3]) < 25

@@ -157,7 +157,7 @@ def test_a_document_with_latents_beyond_float16_is_left_out_and_counted(tmp_path
 
 def test_an_image_that_no_pack_holds_is_rejected_before_it_is_encoded(rule, monkeypatch):
     monkeypatch.setattr(Autoencoder, "encode", pytest.fail)
-    small = replace(encoder(rule, "crop"), sequence_length=38)
+    small = replace(encoder(rule, "native"), sequence_length=38)
     [found] = small.encode([SourceDocument("here", (png(random_pixels(12, 12, 3)),))])
     assert str(found) == "image too long: its 38 positions do not fit a pack of 38; give a larger --seq-len, here"
 

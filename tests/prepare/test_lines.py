@@ -136,13 +136,13 @@ def test_a_failing_disk_is_not_reported_as_a_damaged_file(tmp_path, monkeypatch)
 
 def test_files_are_recognized_by_their_suffixes(tmp_path):
     read = ["b.jsonl", "c.v2.JSONL.GZ", "d.json.zst", "e.ndjson.xz", "f.csv.bz2", "g.tsv", "h.arrow"]
-    for name in (*read, "f.gz", "g.txt.gz", "h.json"):
+    read.append("i.json")
+    for name in (*read, "f.gz", "g.txt.gz", "00000_stats.json", "dataset_info.json", "state.json"):
         (tmp_path / name).write_bytes(b"")
     source = TextSource.of([tmp_path])
     assert [file.name for file in source.files] == read
-    [stray] = source.strays  # as it may describe the others
-    assert stray.reason == "accompanying file" and str(tmp_path / "h.json") in str(stray)
-    assert TextSource.of([tmp_path / "h.json"]).files == (tmp_path / "h.json",)
+    assert not source.strays
+    assert TextSource.of([tmp_path / "state.json"]).files == (tmp_path / "state.json",)
 
 
 def test_a_file_with_a_window_beyond_the_limit_is_refused(tmp_path):

@@ -65,7 +65,7 @@ def test_parquet_with_images_is_read(tmp_path, columns):
     write(tmp_path, {"00000_stats.json": "{}"})
     source = PairsSource.of([in_parquet(tmp_path / "00000.parquet", **columns).parent])
     assert read(source) == (PAIRS, {}) and len(source.units()) == 2
-    assert [stray.reason for stray in source.strays] == ["accompanying file"]
+    assert not source.strays
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
@@ -356,6 +356,15 @@ def test_csv_rows_that_cannot_be_used_are_named_and_others_read(tmp_path):
     assert rejected == {"bad row": 1, "not UTF-8": 1}
     write(tmp_path, {"a.csv": 'path,caption\na.jpg,a cat\na.jpg,"' + "x" * 200})
     assert pairs_in(tmp_path / "a.csv")[0][0] == ("a cat", b"first")
+
+
+def test_csv_files_of_other_separators_say_which_is_needed(tmp_path):
+    write(tmp_path, {"a.jpg": b"first", "a.csv": "path;caption\na.jpg;a cat\n", "b.tsv": "path|caption\n"})
+    found = found_in(PairsSource.of([tmp_path], layout="records"))
+    assert [str(rejected).partition(", line")[0] for rejected in found] == [
+        "no columns: values must be separated by ',', got ';'",
+        "no columns: values must be separated by '\\t', got '|'",
+    ]
 
 
 def test_sources_of_several_layouts_are_refused_unless_one_is_given(tmp_path):

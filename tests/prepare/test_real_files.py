@@ -153,4 +153,6 @@ def test_repairs_are_counted_and_named_beside_what_is_left_out(tmp_path):
     assert [line["detail"].rpartition(", ")[2] for line in listed] == [f"{n} in {tmp_path}/a.tar" for n in range(3)]
     left_out, repaired, rest = built.remarks(tmp_path / "out")
     assert left_out.startswith("left out 1: system file: ._4.png in ")
-    assert repaired.startswith("repaired 3: colour profile: ") and rest.endswith("names all that was repaired")
+    assert repaired.startswith("repaired 3, the first: colour profile: ") and rest.endswith(
+        "names all that was repaired"
+    )

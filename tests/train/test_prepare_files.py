@@ -86,7 +86,7 @@ def test_documents_that_are_left_out_or_split_are_counted_and_named(tmp_path, ru
     code, out, err = run("text", tmp_path / "a.jsonl", *options)
     assert code == 0 and "1 documents" in out and err.count("\n") == 2
     assert f"{tmp_path / 'data' / 'left_out.jsonl'} names all that was left out\n" in err
-    assert f"left out 2: not in the vocabulary: 'zebra', byte 0 of {tmp_path / 'a.jsonl'}" in err
+    assert f"left out 2, the first: not in the vocabulary: 'zebra', byte 0 of {tmp_path / 'a.jsonl'}" in err
     options = ("--tokenizer", words_tokenizer(tmp_path / "words.json", "other"), "--out", tmp_path / "none")
     code, out, err = run("text", tmp_path / "a.jsonl", *options)
     assert code == 2 and "3 x not in the vocabulary" in err

@@ -71,7 +71,7 @@ class Built:
         """Yield a line for each reason why documents were left out or repaired, for a limit and for split documents."""
         for done, counts, file in (("left out", self.rejected, LEFT_OUT), ("repaired", self.repaired, REPAIRED)):
             for reason, count in sorted(counts.items()):
-                yield f"{done} {count}: {self.examples[reason]}"
+                yield f"{done} {count}{', the first' * (count > 1)}: {self.examples[reason]}"
             if counts.total() > len(counts):
                 yield f"{folder / file} names all that was {done}"
         if self.first:

@@ -70,6 +70,13 @@ class Encoder:
             raise InputError(
                 f"sequence length must be in {least}..{MAX_LENGTH}, got {self.sequence_length}; give another number"
             )
+        if self.image is not None and self.image.shape == "crop":  # then all images take as many positions
+            length = (self.image.size // self.image.multiple) ** 2 + IMAGE_TOKENS
+            if length > self._capacity:
+                raise InputError(
+                    f"images must fit a pack of {self.sequence_length}, got {length} positions for each; give a larger "
+                    "--seq-len or --patch-size, or a smaller --image-size"
+                )
 
     @cached_property
     def _capacity(self) -> int:

@@ -27,7 +27,8 @@ class Selection:
     """The settings by which documents are chosen. Picklable."""
 
     heldout: float = 0.0
-    """Share of the documents that are held out: those whose content has a hash in this share of all hashes."""
+    """Share of the documents that are held out: those whose images, or else texts, have a hash in this share of all
+    hashes. So an image with several captions is on one side."""
 
     limit: int | None = None
     """Number of source documents, the first ones in their order, before long ones are split."""
@@ -88,14 +89,13 @@ class Selection:
     def _mark(self, document: SourceDocument | Remark) -> Mark | None:
         if isinstance(document, Remark):
             return None
+        images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment | Rejected)]
         try:
-            key = content_key(document.parts)
+            side = content_key(images or document.parts)
+            key = content_key(document.parts) if self.dedup == "documents" else side if images else b""
         except Rejected:  # raised again, and counted, when the text is encoded
             return None
-        heldout = int.from_bytes(key[:8], "little") < self.heldout * 2**64
-        if self.dedup == "images":
-            images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment | Rejected)]
-            key = content_key(images) if images else b""
+        heldout = int.from_bytes(side[:8], "little") < self.heldout * 2**64
         return Mark(heldout, key, document.where) if self.dedup and key else Mark(heldout)
 
 

@@ -11,14 +11,12 @@ from transfusion_fast.errors import InputError, Rejected
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _SYSTEM_FILES = (".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini")
-_ACCOMPANYING = ".json"
-"""A kind that also describes other files: tools write their settings and statistics beside what they download."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "_stats.json")
+"""Ends of the names of files that `datasets` and img2dataset write beside those of a dataset."""
 
 
 def source_files(paths: Sequence[Path], suffixes: Sequence[str]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
     """Return files as they are given, those of `suffixes` below folders by name, and why others were passed over.
-
-    Plain .json files in a folder that holds files of other kinds are passed over.
 
     Raises:
         InputError: a path leads nowhere, a folder holds no such file, a file is of another kind or was given twice.
@@ -60,17 +58,13 @@ def _files_at(path: Path, suffixes: Sequence[str], strays: list[Rejected]) -> li
         return [path]
     found: list[Path] = []
     for file in walk(path):
-        wanted = kind_of(file) in suffixes
+        wanted = kind_of(file) in suffixes and not file.name.endswith(_DESCRIPTIONS)
         if wanted and system_file(str(file.relative_to(path))):
             strays.append(Rejected("system file", str(file)))
         elif wanted and file.is_file():
             found.append(file)
         elif wanted or (not file.suffix and file.is_symlink() and not file.exists()):  # perhaps to a folder
             strays.append(Rejected("not a file", f"{file} is a broken link or something else"))
-    if others := [file for file in found if kind_of(file) != _ACCOMPANYING]:
-        reason = f"it lies beside files such as {others[0].name}; give it by name to read it"
-        strays += [Rejected("accompanying file", f"{file}: {reason}") for file in sorted({*found} - {*others})]
-        found = others
     if not found:
         passed_over = f" ({len(strays)} were passed over, as {strays[0]})" if strays else ""
         raise InputError(f"folder {path} must hold files of {_shown(suffixes)}, got none{passed_over}; give another")

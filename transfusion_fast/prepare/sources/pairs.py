@@ -98,6 +98,9 @@ class PairsSource(Source):
             caption = self._caption_of_record(entry)
         else:
             image, caption = self._image_of_sample(entry), self._caption_of_sample(entry)
+            if caption is None and self.layout == "files":
+                beside = "no file beside the image holds one; if a list does, name it, or use --layout records"
+                raise Rejected("no caption", beside)
         return _chosen_caption(caption, image), image
 
     def record(self, entry: Any, unit: Unit) -> Any:

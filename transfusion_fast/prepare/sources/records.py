@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,31 +86,39 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str] | Remark]]:
     if damage:
         return
     csv.field_size_limit(MAX_BYTES)  # its default of 128 KiB is too small for images as base64
+    delimiter = "\t" if kind_of(path).startswith(".tsv") else ","
     with opened(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        # Strict, as a quote that is left open would otherwise make one value of the rows up to the next quote.
-        rows = csv.reader(_lines(text), delimiter="\t" if kind_of(path).startswith(".tsv") else ",", strict=True)
-        names: list[str] | None = None
-        for number in itertools.count():
-            first = rows.line_num + 1
-            try:
-                row = next(rows, None)
-            except csv.Error as error:  # the next line begins a row
-                found: Any = Rejected("bad row", f"lines {first} to {rows.line_num} hold no row ({error})")
-                names = [] if names is None else names
-            except Rejected as rejected:
-                yield f"row {number} of {path}", rejected
-                return
-            else:
-                if row is None:
-                    break
-                if names is None:
-                    names = row
-                    continue
-                found = _named(row, names) if row else None
-            if found is not None:
-                yield f"row {number} of {path}", found
+        for line, found in _csv_rows(_lines(text), delimiter):
+            yield f"line {line} of {path}", found
     yield from trailing
+
+
+def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[str, str] | Rejected]]:
+    """Yield (number of the first line, row) of each row but the first, whose values are the names of the columns."""
+    # Strict, as a quote that is left open would otherwise make one value of the rows up to the next quote.
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:  # the next line begins a row
+            yield line, Rejected("bad row", f"lines {line} to {rows.line_num} hold no row ({error})")
+            names = names or []
+            continue
+        except Rejected as rejected:
+            yield line, rejected
+            return
+        if row is None:
+            return
+        if names is None:
+            names = row
+            if len(row) == 1 and (other := re.search(r"[;|\t]", row[0])):
+                yield line, Rejected("no columns", f"values must be separated by {delimiter!r}, got {other[0]!r}")
+                return
+        elif row:
+            yield line, _named(row, names)
 
 
 def _lines(text: IO[str]) -> Iterator[str]:
