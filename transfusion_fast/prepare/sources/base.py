@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import operator
 import sys
 import zlib
 from abc import ABC, abstractmethod
@@ -155,11 +154,11 @@ class Source(ABC):
             except Rejected as rejected:
                 yield rejected.at(where)
                 continue
-            joined = tuple([_join_surrogates(part) if isinstance(part, str) else part for part in found.parts])
-            repairs = sum(map(operator.is_not, joined, found.parts))
-            for _ in range(repairs):
-                yield Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
-            yield replace(found, parts=joined) if repairs else found
+            if repairs := sum(map(_has_surrogates, found.parts)):
+                remark = Repaired("surrogates", f"pairs were joined, single ones become question marks, {where}")
+                yield from [remark] * repairs
+                found = replace(found, parts=tuple(map(_join_surrogates, found.parts)))
+            yield found
 
     def _fields(self, entry: Any, unit: Unit) -> dict[str, Any]:
         record = self.record(entry, unit)
@@ -174,17 +173,24 @@ def _document(where: str, parts: tuple[Part | Weighted, ...], fields: Mapping[st
     return SourceDocument(where, plain, weights if any(weight != 1 for weight in weights) else (), fields)
 
 
-def _join_surrogates(text: str) -> str:
-    """Return the same object if a text is good, else the text with each pair of surrogates as one character.
+def _has_surrogates(part: Part) -> bool:
+    """Return whether a part is a text with surrogates.
 
-    CESU-8, which Java and databases write, encodes the pair and not the character. Tokenizers replace single ones.
+    CESU-8, which Java and databases write, encodes pairs of them in place of one character.
     """
-    if not text.isascii():
+    if isinstance(part, str) and not part.isascii():
         try:
-            text.encode()
+            part.encode()
         except UnicodeEncodeError:
-            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-    return text
+            return True
+    return False
+
+
+def _join_surrogates(part: Part) -> Part:
+    """Return a text with each pair of surrogates as one character; tokenizers replace single ones."""
+    if not isinstance(part, str):
+        return part
+    return part.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def parse_json(line: bytes) -> Any:
