@@ -24,6 +24,7 @@ from transfusion_fast.model.loss_weights import Weighted
 from transfusion_fast.prepare.sources.files import kind_of, source_files
 
 _BLOCK = 1 << 20
+_decode_json = json.JSONDecoder().raw_decode
 _parse = json.JSONDecoder().decode
 
 

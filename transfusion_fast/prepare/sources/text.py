@@ -64,7 +64,7 @@ class TextSource(Source):
             return (entry,)
         value = entry
         if isinstance(entry, dict):
-            value = lookup(entry, self.field)
+            value = entry[self.field] if self.field in entry else lookup(entry, self.field)
             if value is None and self.field not in entry:
                 names = ", ".join(list(entry)[:8])
                 raise Rejected("no text", f"no {self.field!r} among {names!r:.200}; name one with --field")
