@@ -42,7 +42,7 @@ from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import LAYOUTS, PairsSource
 from transfusion_fast.prepare.sources.text import TextSource
 from transfusion_fast.prepare.staging import check_outside
-from transfusion_fast.prepare.upload import local_and_target, remove
+from transfusion_fast.prepare.upload import local_and_target
 from transfusion_fast.sampling.pictures import check_picture, check_writable
 
 CAPACITIES = (2048, 4096, 8192, 16384)
@@ -223,8 +223,9 @@ def _build(options: argparse.Namespace, source: Source, encoder: Encoder, select
         return
     _print_built(options.out, made)
     if options.target:
-        count = options.target.upload(options.out)
-        remove(options.out)
+        count = options.target.move(options.out)
+        if count is None:
+            return _build(options, source, encoder, selection)  # which finds it at the URL
         print(f"{options.target.url}: complete: {count} files uploaded; {options.out} is removed")
 
 

@@ -62,6 +62,14 @@ def lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> bool:
     return True
 
 
+def has_its_name(file: IO[Any]) -> bool:
+    """Return whether an open file is still the one of its name, which another process may have deleted."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
 def sync(*paths: Path) -> None:
     """Flush files and folders to disk, so that a crash of the machine leaves no name without its contents."""
     for path in paths:

@@ -247,6 +247,27 @@ def test_a_command_that_is_killed_before_it_removes_its_local_copy_goes_on_with_
     assert files(memory) == before and {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}
 
 
+def test_of_two_commands_that_upload_one_folder_the_second_waits_and_finds_it_there(
+    source, memory, tmp_path, writes, capsys, monkeypatch
+):
+    options, free, lock = (source, "--work", tmp_path / "work", "--seq-len", 64), [], upload.lock
+
+    def overtaken(file, **how):
+        monkeypatch.setattr(upload, "lock", lock)
+        assert run(URL, *options) == 0, "by another process, which locks it first"
+        return lock(file, **how)
+
+    def try_lock(*_):
+        with (tmp_path / "work" / "recipe.json").open("r+b") as file:
+            free.append(lock(file))
+
+    monkeypatch.setattr(upload, "lock", overtaken)
+    writes[1].fault = try_lock
+    assert run(URL, *options) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{URL}: already there: ")
+    assert free == [False] * len(files(memory)) and {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}
+
+
 def test_a_url_of_a_local_folder_is_written_and_read(source, tmp_path):
     url = f"file://{tmp_path / 'deeper' / 'data'}"
     assert run(tmp_path / "local", source, "--seq-len", 64) == 0

@@ -25,7 +25,7 @@ from transfusion_fast.data.folder import PROTOCOLS, is_url, retried
 from transfusion_fast.data.index import INDEX_NAME, Index, decode_index, parse_index
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import write_atomically
+from transfusion_fast.files import has_its_name, lock, write_atomically
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
@@ -99,6 +99,26 @@ class Target:
         done = chain(_each(put, small, _TOGETHER), _each(put, sorted({*between} - {*small}), 1))
         count += sum(progress(done, "uploading", "file", len(between)))
         return count + sum(map(put, indices))
+
+    def move(self, folder: Path) -> int | None:
+        """Upload a prepared folder and remove it; return the number of files that were uploaded.
+
+        If another process does that already, wait for it, and return None.
+
+        Raises:
+            InputError: as for `upload`; or the file system of the folder has no locks.
+        """
+        try:
+            file = (folder / RECIPE).open("r+b")  # NFS locks only what is open for writing
+        except FileNotFoundError:
+            return None
+        with file:
+            lock(file, wait=True)
+            if not has_its_name(file):
+                return None
+            count = self.upload(folder)
+            _remove(folder)
+        return count
 
     def _put_missing(self, folder: Path, held: dict[str, int], shards: dict[str, ShardInfo], name: str) -> bool:
         """Upload a file if the target does not hold it; return True if it was uploaded."""
@@ -185,7 +205,7 @@ def local_and_target(out: str, work: Path | None) -> tuple[Path, Target | None]:
     return Path(out), None
 
 
-def remove(folder: Path) -> None:
+def _remove(folder: Path) -> None:
     """Delete a prepared folder; its name is free in one step, so that no run finds half of it."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
