@@ -144,6 +144,15 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
     assert list(QUARTER.marked(documents, marks)) == documents and marks[0] == marks[1]
 
 
+def test_the_share_of_hashes_that_is_held_out_stays_the_same():
+    """It begins at 0, and the first 8 bytes of a hash, the lowest first, are its place in it."""
+    place = int.from_bytes(content_key(["a text"])[:8], "little") / 2**64
+    for share in (place * (1 - 1e-12), place * (1 + 1e-12)):
+        marks = deque()
+        assert len([*Selection(heldout=share).marked([SourceDocument("here", ("a text",))], marks)]) == 1
+        assert marks[0].heldout == (share > place), "another rule would move documents to the other side"
+
+
 def test_a_document_used_without_a_missing_image_stays_on_its_side():
     missing = Rejected("image missing", "'a.jpg' below a folder that was moved")
     assert content_key(["words", missing]) == content_key(["words"]) != content_key(["words", b""])
