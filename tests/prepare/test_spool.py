@@ -1,6 +1,7 @@
 """The encoded documents of units on disk become the packs that they would become in memory."""
 
 import numpy as np
+import pytest
 from build_cases import RGB, fingerprint, text_recipe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from shard_damage import assert_same_pack
 from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack
 from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare import build as building
+from transfusion_fast.prepare import spool as spooling
 from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.spool import Spool, read_pack
 
@@ -42,7 +44,10 @@ def test_a_pack_that_is_read_equals_one_that_is_made(tmp_path_factory, units, da
     assert found.weights is None or np.array_equal(found.weights, expected.weights)
 
 
-def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("together", [1, 1024])
+def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path, monkeypatch, together):
+    """Neither in memory nor in files, to which its first documents may have gone."""
+    monkeypatch.setattr(spooling, "_ROWS_TOGETHER", together)
     documents = [(TextSegment(np.full(9, number, np.int32)),) for number in range(4)]
 
     def until_rejected():
@@ -53,7 +58,8 @@ def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path):
         spool = Spool(tmp_path, number, (), 300)
         assert spool.write(outcomes) == spool.read_counts()
     whole = Spool(tmp_path, 0, (), 300)
-    assert whole.read_counts().documents == 3 and whole.read_counts().cut == 1
+    counts = whole.read_counts()
+    assert (counts.documents, counts.cut, counts.tokens) == (3, 1, 3 * (9 + 2))
     assert b"special token" in whole.path("rejected").read_bytes()
     pack = read_pack(np.array([(0, 0), (0, 1), (0, 2)]), lambda _: whole, ())
     kept = [documents[number] for number in (0, 2, 3)]
