@@ -96,7 +96,7 @@ class Selection:
         if self.dedup == "images":
             images = [part for part in document.parts if not isinstance(part, str | TextRange | TextSegment | Rejected)]
             key = content_key(images) if images else b""
-        return Mark(heldout, key, document.where) if self.dedup and key else Mark(heldout)
+        return Mark(heldout, key, document.where, self.dedup == "images") if self.dedup and key else Mark(heldout)
 
 
 ALL = Selection()
