@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -60,6 +61,22 @@ def lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> bool:
             f"file system of {file.name} must have locks (flock), got {error.strerror}; choose a folder on another one"
         ) from error
     return True
+
+
+def has_its_name(file: IO[Any]) -> bool:
+    """Return whether an open file is still the one of its name, which another process may have deleted."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; its name is free in one step, so that no process finds half of it."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def sync(*paths: Path) -> None:

@@ -92,12 +92,12 @@ def test_a_profile_holds_for_transparent_and_grey_images_too():
 
 
 def test_inks_of_a_profile_become_their_colours():
-    """In this profile cyan prints red, black prints black, and everything else white."""
+    """In this profile cyan prints red, black prints black, and everything else leaves the paper white, if yellowish."""
     red, black, white = (138, 209, 198), (0, 128, 128), (255, 128, 128)  # L, a and b of a lut8Type
     grid = b"".join(bytes(black if point & 1 else red if point & 8 else white) for point in range(16))
     identity, ramp = struct.pack(">9i", *(65536 * (n % 4 == 0) for n in range(9))), bytes(range(256))
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + 4 * ramp + grid + 3 * ramp
-    profile = icc_profile(b"CMYK", b"prtr", {b"A2B0": lut})
+    profile = icc_profile(b"CMYK", b"prtr", {b"A2B0": lut, b"wtpt": xyz(0.8, 0.8, 0.5)})
     for inks, colour in (((255, 0, 0, 0), RED), ((0, 255, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0))):
         for kind, options in (("JPEG", {"quality": 100}), ("TIFF", {})):
             data = saved(Image.new("CMYK", (16, 16), inks), kind, icc_profile=profile, **options)

@@ -54,9 +54,10 @@ def test_a_full_disk_is_one_line_and_the_work_resumes(tmp_path, recipe, monkeypa
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_a_tokenizer_that_was_trained_survives_a_full_disk(tmp_path, recipe, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_tokenizer_that_was_trained_survives_a_full_disk_or_quota(tmp_path, recipe, monkeypatch, code):
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(code, os.strerror(code))
 
     tokenizer = train_tokenizer(recipe.source, 260, tmp_path / "out")
     trained = replace(recipe, encoder=replace(recipe.encoder, tokenizer=tokenizer), train_bpe=260)

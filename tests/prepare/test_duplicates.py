@@ -1,18 +1,20 @@
 """Exact deduplication: the first of equal documents stays, in the order of the source, and the others are named."""
 
+import base64
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from build_cases import content, documents_in, make_pairs, pairs_recipe, text_recipe, words
+from build_cases import IMAGES, content, documents_in, make_pairs, pairs_recipe, text_recipe, words
 from hypothesis import given
 from hypothesis import strategies as st
-from image_files import png
+from image_files import picture, png
 
-from transfusion_fast.prepare.build import build
-from transfusion_fast.prepare.chosen import repeated
+from transfusion_fast.prepare.build import Recipe, build
+from transfusion_fast.prepare.chosen import located, repeated
 from transfusion_fast.prepare.selection import SIDES, Selection
+from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 
 DOCUMENTS = Selection(dedup="documents")
 
@@ -21,6 +23,10 @@ DOCUMENTS = Selection(dedup="documents")
 def test_a_key_is_repeated_if_an_earlier_one_is_equal(keys):
     found = repeated(np.array(keys, np.uint64).reshape(-1, 2).T)
     assert found.tolist() == [key in keys[:number] for number, key in enumerate(keys)]
+
+
+def test_a_name_holds_the_number_of_a_unit_and_of_any_of_its_documents():
+    assert located(np.array([5, (7 << 32) + (1 << 31)])).tolist() == [[0, 5], [7, 1 << 31]]
 
 
 @pytest.fixture
@@ -80,3 +86,14 @@ def test_pairs_are_compared_by_image_and_caption_or_by_image_alone(tmp_path):
 def test_texts_have_no_images_to_compare(tmp_path, recipe):
     built = build(replace(recipe, selection=Selection(dedup="images")), tmp_path / "out")
     assert built.index.documents == 60 and not built.rejected
+
+
+def test_documents_that_are_used_without_an_image_that_is_broken_have_no_equals_by_that(tmp_path):
+    """A crawl has the same page in place of many images that are gone."""
+    gone, good = ({"base64": base64.b64encode(data).decode()} for data in (b"<html>", png(picture(8, 8))))
+    documents = [["one", gone], ["two", gone], ["three", gone, good], ["four", gone, good], ["five"]]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    encoder = replace(IMAGES, bad_images="skip")
+    recipe = Recipe(InterleavedSource.of([tmp_path]), encoder, selection=Selection(dedup="images"))
+    assert build(recipe, tmp_path / "out").rejected == {"duplicate images": 1}
+    assert words(tmp_path / "out") == ["five", "one", "three", "two"]

@@ -79,6 +79,17 @@ def test_what_does_not_fit_is_rejected(monkeypatch):
         encode([PNG] * 4)
 
 
+def test_parts_keep_their_weights_alone_and_beside_an_image_that_is_left_out():
+    encoder = Encoder(TOKENIZER, 32, (RGB,), ImageRule("crop", 8, 4), bad_images="skip")
+    for parts, weights, expected in (
+        (("ab",), (0.5,), [("ab", 0.5)]),
+        (("a", b"broken", "b", PNG), (0.5, 1.0, 2.0, 3.0), [("a", 0.5), ("b", 2.0), ((8, 8), 3.0)]),
+    ):
+        *repaired, [document] = encoder.encode([SourceDocument("here", parts, weights)])
+        assert len(repaired) == parts.count(b"broken")
+        assert [*zip(content(document), (part.weight for part in document), strict=True)] == expected
+
+
 @pytest.mark.parametrize("length", [4, 2**24 + 1])
 def test_pack_lengths_beyond_the_limits_are_refused(length):
     with pytest.raises(InputError, match=f"sequence length must be in 5..16777216, got {length}"):

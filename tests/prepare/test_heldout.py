@@ -103,8 +103,9 @@ def test_a_part_that_would_be_empty_is_one_line_and_another_share_may_be_given(t
 def test_tokenizers_and_normalisation_see_no_document_that_is_held_out(tmp_path, recipe, tars, monkeypatch):
     seen = []
     monkeypatch.setattr(recipe_module, "train_bpe", lambda texts, _: seen.extend(texts))
-    train_tokenizer(recipe.source, 300, tmp_path / "none", QUARTER)
-    build(recipe, tmp_path / "out")
+    limited = replace(recipe, selection=replace(QUARTER, limit=100))  # of both parts together
+    train_tokenizer(recipe.source, 300, tmp_path / "none", limited.selection)
+    build(limited, tmp_path / "out")
     assert set(seen) == sides(tmp_path / "out")[0]
 
     pairs = replace(pairs_recipe(tars), selection=QUARTER)
@@ -142,6 +143,15 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
     marks = deque()
     documents = [SourceDocument("here", ("ab",)), SourceDocument("elsewhere", ("ab",), (0.5,))]
     assert list(QUARTER.marked(documents, marks)) == documents and marks[0] == marks[1]
+
+
+def test_the_share_of_hashes_that_is_held_out_stays_the_same():
+    """It begins at 0, and the first 8 bytes of a hash, the lowest first, are its place in it."""
+    place = int.from_bytes(content_key(["a text"])[:8], "little") / 2**64
+    for share in (place * (1 - 1e-12), place * (1 + 1e-12)):
+        marks = deque()
+        assert len([*Selection(heldout=share).marked([SourceDocument("here", ("a text",))], marks)]) == 1
+        assert marks[0].heldout == (share > place), "another rule would move documents to the other side"
 
 
 def test_a_document_used_without_a_missing_image_stays_on_its_side():

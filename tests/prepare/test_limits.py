@@ -42,10 +42,13 @@ def test_the_first_documents_are_used_and_said(tmp_path, recipe, limit, rejected
     assert (reached in said) == (limit <= 60)
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(10, 1), (19, 1), (20, 2), (105, 10), (9999, 60)])
-def test_documents_are_used_while_their_tokens_fit(tmp_path, recipe, tokens, count):
+@pytest.mark.parametrize(
+    ("tokens", "count", "rejected"), [(10, 1, 1), (19, 1, 1), (20, 2, 1), (105, 10, 3), (9999, 60, 18)]
+)
+def test_documents_are_used_while_their_tokens_fit(tmp_path, recipe, tokens, count, rejected):
     built = build(recipe(limit_tokens=tokens), tmp_path / "out")  # each takes 8, and 2 at its ends
     assert words(tmp_path / "out") == first(count) and built.index.tokens == 10 * count
+    assert built.rejected == {"no text": rejected}, "none of a file of which no document fits"
 
 
 def test_a_limit_gives_the_same_bytes_for_any_number_of_processes_and_after_a_kill(tmp_path, recipe, monkeypatch):

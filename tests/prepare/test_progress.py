@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from transfusion_fast.errors import InputError
 from transfusion_fast.prepare import progress as module
 from transfusion_fast.prepare.progress import progress
 
@@ -39,6 +40,21 @@ def test_a_line_now_and_then_tells_the_rate_since_the_last_one_and_the_time_that
 def test_a_stage_ends_with_a_line_unless_it_was_short(show):
     assert show([10] * 13)[-1] == "reading: 13 units in 2 min"
     assert show([1] * 29) == []
+
+
+def test_a_stage_that_fails_does_not_end_with_a_line(monkeypatch, capsys):
+    now = [0.0]
+
+    def failing():
+        for _ in range(4):
+            now[0] += 10
+            yield
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with pytest.raises(InputError):
+        list(progress(failing(), "reading", "unit"))
+    assert capsys.readouterr().err == "reading: 3 units, 0.1 units/s\n"
 
 
 def test_a_terminal_has_a_bar(monkeypatch):

@@ -238,6 +238,9 @@ def test_a_folder_that_is_not_free_or_in_use_is_left_alone(tmp_path, recipe):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(InputError, match="output folder must have a name, got '/'"):
         build(recipe, "/")
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(InputError, match=r"output folder must not be a link to itself, got '.*link'; choose another"):
+        build(recipe, tmp_path / "link")
     with staging.locked(tmp_path / "new.partial"), pytest.raises(InputError, match="got another one using it"):
         build(recipe, tmp_path / "new")
 
@@ -274,7 +277,8 @@ def test_a_finished_folder_is_recognized_and_not_made_again(tmp_path):
 def test_source_files_that_were_only_touched_make_no_difference(tmp_path, tars):
     """The sources are of every kind, and some are cut into several units."""
     texts(tmp_path / "a.jsonl", "old")
-    (tmp_path / "b.txt").write_text("a text")
+    for name in ("b.txt", "ba.txt"):  # of one unit
+        (tmp_path / name).write_text("a text")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "c.parquet", row_group_size=1)
     shutil.copy(tars / "00000.tar", tmp_path / "d.tar")
     kinds = {"text": text_recipe(tmp_path), "separated": text_recipe(tmp_path), "pairs": pairs_recipe(tmp_path)}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from build_cases import RGB, fingerprint, text_recipe
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from shard_damage import assert_same_pack
 from transfusion_fast.data.pack import ImageSegment, TextSegment, make_pack
 from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare import build as building
+from transfusion_fast.prepare import spool as spooling
 from transfusion_fast.prepare.build import build
 from transfusion_fast.prepare.spool import Spool, read_pack
 
@@ -52,7 +54,10 @@ def test_images_of_a_pack_do_not_stay_in_memory_with_their_file(tmp_path):
     assert str(spool.path("tokens")) in mapped and str(spool.path("latents")) not in mapped
 
 
-def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("together", [1, 1024])
+def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path, monkeypatch, together):
+    """Neither in memory nor in files, to which its first documents may have gone."""
+    monkeypatch.setattr(spooling, "_ROWS_TOGETHER", together)
     documents = [(TextSegment(np.full(9, number, np.int32)),) for number in range(4)]
 
     def until_rejected():
@@ -63,7 +68,8 @@ def test_a_document_that_is_rejected_late_leaves_nothing_behind(tmp_path):
         spool = Spool(tmp_path, number, (), 300)
         assert spool.write(outcomes) == spool.read_counts()
     whole = Spool(tmp_path, 0, (), 300)
-    assert whole.read_counts().documents == 3 and whole.read_counts().cut == 1
+    counts = whole.read_counts()
+    assert (counts.documents, counts.cut, counts.tokens) == (3, 1, 3 * (9 + 2))
     assert b"special token" in whole.path("rejected").read_bytes()
     pack = read_pack(np.array([(0, 0), (0, 1), (0, 2)]), lambda _: whole, ())
     kept = [documents[number] for number in (0, 2, 3)]

@@ -96,7 +96,7 @@ class Selection:
         except Rejected:  # raised again, and counted, when the text is encoded
             return None
         heldout = int.from_bytes(side[:8], "little") < self.heldout * 2**64
-        return Mark(heldout, key, document.where) if self.dedup and key else Mark(heldout)
+        return Mark(heldout, key, document.where, self.dedup == "images") if self.dedup and key else Mark(heldout)
 
 
 ALL = Selection()

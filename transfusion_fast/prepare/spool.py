@@ -62,6 +62,8 @@ class Mark(NamedTuple):
     """16 bytes by which equal ones are found, if it may be left out as such."""
     place: str = ""
     """Where it is, if it has a key."""
+    of_images: bool = False
+    """True if the key is that of its images alone, which does not count where none of them is used."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Spool:
             writer = _Writer(files, self.modalities, tokens_dtype(self.num_text_tokens))
             stopped = False
             for outcome in outcomes:
-                before = writer.documents
+                before, values = writer.documents, writer.values
                 if isinstance(outcome, Remark):
                     writer.remark(outcome)
                 elif isinstance(outcome, list):
@@ -124,7 +126,7 @@ class Spool:
                 mark = marks.popleft()
                 if writer.documents > before:
                     assert mark is not None, "what is rejected by its source becomes no document"
-                    writer.mark(mark)
+                    writer.mark(Mark(mark.heldout) if mark.of_images and writer.values == values else mark)
                     if stopped := enough(writer.sources, writer.positions):
                         break
             writer.flush()
@@ -233,7 +235,7 @@ class _Writer:
     def __init__(self, files: dict[str, IO[bytes]], modalities: Sequence[ModalityInfo], tokens: np.dtype) -> None:
         self._files, self._modalities, self._dtype = files, modalities, tokens
         self.checksums = dict.fromkeys(files, 0)
-        self.documents = self.cut = self.sources = self.positions = self._ids = self._values = self._flushed = 0
+        self.documents = self.cut = self.sources = self.positions = self.values = self._ids = self._flushed = 0
         self._remarks = {"rejected": 0, "repaired": 0}
         self._rows: list[tuple[float, ...]] = []
         self._sources: list[tuple[Any, ...]] = []
@@ -244,7 +246,7 @@ class _Writer:
         before = self.documents
         for document in documents:
             for segment in document:
-                row = segment_row(segment, self.documents, self._ids, self._values, self._modalities)
+                row = segment_row(segment, self.documents, self._ids, self.values, self._modalities)
                 self._rows.append((*row, segment.weight))
                 self.positions += row[3] + IMAGE_TOKENS * (row[1] != KIND_TEXT)
                 if isinstance(segment, TextSegment):
@@ -252,7 +254,7 @@ class _Writer:
                     self._ids += segment.ids.size
                 else:
                     self._append("latents", segment.values.tobytes())
-                    self._values += segment.values.size
+                    self.values += segment.values.size
             self.documents += 1
             self.positions += DOCUMENT_TOKENS
             if len(self._rows) >= _ROWS_TOGETHER or self._ids - self._flushed >= _IDS_TOGETHER:

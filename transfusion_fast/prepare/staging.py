@@ -16,7 +16,7 @@ from typing import Any
 from transfusion_fast.config_reading import changes
 from transfusion_fast.data.tokenizer import TOKENIZER_NAME, Tokenizer
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import lock, partial_path, read_json, write_atomically
+from transfusion_fast.files import has_its_name, lock, partial_path, read_json, remove_folder, write_atomically
 
 RECIPE = "recipe.json"
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -29,7 +29,9 @@ def output_and_staging(folder: Path) -> tuple[Path, Path]:
     Raises:
         InputError: it has no name, or is a mount point, to which no folder can be renamed, and no finished folder.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
+    if folder.is_symlink():
+        raise InputError(f"output folder must not be a link to itself, got {str(folder)!r}; choose another")
     if not folder.name:
         raise InputError(f"output folder must have a name, got {str(folder)!r}; choose another")
     if _is_mount_point(folder) and read_json(folder / RECIPE) is None:
@@ -102,10 +104,7 @@ def locked(partial: Path, *, shared: bool = False, wait: bool = False) -> Iterat
                 raise InUseError(
                     f"{partial} must be used by one process at a time, got another one using it; wait for it to end"
                 )
-            held = False
-            with suppress(FileNotFoundError):
-                held = os.path.samestat(os.fstat(file.fileno()), (partial / LOCK).stat())
-            if held:
+            if has_its_name(file):
                 yield
                 return
 
@@ -166,11 +165,8 @@ def first_changes(before: object, now: dict[str, Any]) -> str:
 
 
 def discard(partial: Path) -> None:
-    """Delete the staging folder: large parts first, the rest in one step, so that no run finds half of it."""
+    """Delete the staging folder, its large parts first."""
     for name in (UNITS, SHARDS):
         if os.path.lexists(partial / name):
             shutil.rmtree(partial / name)
-    removed = partial.with_name(f".{partial.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    partial.rename(removed)
-    shutil.rmtree(removed)
+    remove_folder(partial)

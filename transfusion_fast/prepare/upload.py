@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,7 +24,7 @@ from transfusion_fast.data.folder import PROTOCOLS, is_url, retried
 from transfusion_fast.data.index import INDEX_NAME, Index, decode_index, parse_index
 from transfusion_fast.data.shards import ShardInfo
 from transfusion_fast.errors import InputError
-from transfusion_fast.files import lock, write_atomically
+from transfusion_fast.files import has_its_name, lock, remove_folder, write_atomically
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.staging import RECIPE, first_changes
 
@@ -196,19 +195,11 @@ def upload_and_remove(folder: Path, target: Target) -> int | None:
         return None
     with recipe:
         lock(recipe, wait=True)
-        if not (folder / RECIPE).exists():
+        if not has_its_name(recipe):
             return None
         count = target.upload(folder)
-        _remove(folder)
+        remove_folder(folder)
     return count
-
-
-def _remove(folder: Path) -> None:
-    """Delete a prepared folder; its name is free in one step, so that no run finds half of it."""
-    removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed)
 
 
 def _put(local: Path, files: Any, path: str) -> None:
