@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from image_files import picture, png
 
 from transfusion_fast.prepare.build import Recipe, build
-from transfusion_fast.prepare.chosen import located, repeated
+from transfusion_fast.prepare.selected_documents import located, repeated
 from transfusion_fast.prepare.selection import SIDES, Selection
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 

@@ -205,7 +205,7 @@ def outcome(filters, *parts):
 
 
 @pytest.mark.parametrize(("size", "expected"), [((40, 80), ""), ((39, 40), "image too small"),
-                                                ((81, 40), "image too long and thin")])  # fmt: skip
+                                                ((81, 40), "aspect ratio too large")])  # fmt: skip
 def test_images_are_left_out_by_their_original_size_however_they_lie(size, expected):
     filters = Filters(min_side=40, max_aspect=2)
     exif = Image.Exif()
@@ -219,7 +219,7 @@ def test_images_are_left_out_by_their_original_size_however_they_lie(size, expec
 def test_the_size_is_checked_before_an_image_is_decoded():
     filters = Filters(min_side=40, max_aspect=2)
     assert outcome(filters, png_with_header(30, 30)) == "image too small"
-    assert outcome(filters, png_with_header(300, 100)) == "image too long and thin"
+    assert outcome(filters, png_with_header(300, 100)) == "aspect ratio too large"
     assert outcome(filters, png_with_header(100, 100)) == "image damaged"
 
 

@@ -156,7 +156,7 @@ def test_native_images_keep_their_shape_within_the_limit_of_pixels(height, width
     try:
         rows, columns, _ = fitted(rule, np.zeros((height, width, 3), dtype=np.uint8)).shape
     except Rejected as rejected:
-        assert rejected.reason == "image too thin" and max(height, width) > 8 * min(height, width)
+        assert rejected.reason == "image narrower than a patch" and max(height, width) > 8 * min(height, width)
         return
     assert rows % 4 == columns % 4 == 0 and rows * columns <= 32 * 32
     scale = min(1, 32 / (height * width) ** 0.5)
@@ -178,5 +178,5 @@ def test_a_thin_image_takes_no_more_memory_than_it_has_pixels(shape):
     tracemalloc.stop()
     assert square.shape == (256, 256, 3) and square.min() == 200  # the middle pixel, enlarged
     assert peak < 1 << 20
-    with pytest.raises(Rejected, match="image too thin"):
+    with pytest.raises(Rejected, match="image narrower than a patch"):
         fitted(ImageRule("native", 256, 16), pixels)

@@ -159,7 +159,10 @@ def test_an_image_that_no_pack_holds_is_rejected_before_it_is_encoded(rule, monk
     monkeypatch.setattr(Autoencoder, "encode", pytest.fail)
     small = replace(encoder(rule, "native"), sequence_length=38)
     [found] = small.encode([SourceDocument("here", (png(random_pixels(12, 12, 3)),))])
-    assert str(found) == "image too long: its 38 positions do not fit a pack of 38; give a larger --seq-len, here"
+    assert (
+        str(found)
+        == "image takes too many positions: its 38 positions do not fit a pack of 38; give a larger --seq-len, here"
+    )
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_files_are_recognized_by_their_suffixes(tmp_path):
         (tmp_path / name).write_bytes(b"")
     source = TextSource.of([tmp_path])
     assert [file.name for file in source.files] == read
-    assert not source.strays
+    assert not source.passed_over
     assert TextSource.of([tmp_path / "state.json"]).files == (tmp_path / "state.json",)
 
 

@@ -65,7 +65,7 @@ def test_parquet_with_images_is_read(tmp_path, columns):
     write(tmp_path, {"00000_stats.json": "{}"})
     source = PairsSource.of([in_parquet(tmp_path / "00000.parquet", **columns).parent])
     assert read(source) == (PAIRS, {}) and len(source.units()) == 2
-    assert not source.strays
+    assert not source.passed_over
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
@@ -153,7 +153,7 @@ def test_the_hubs_image_folder_has_its_captions_in_a_list(tmp_path, name):
     else:
         in_parquet(tmp_path / name, file_name=["0.jpg", "sub/1.jpg", "2.jpg"], text=CAPTIONS)
     assert pairs_in(tmp_path) == (PAIRS, {})
-    assert [stray.reason for stray in PairsSource.of([tmp_path]).strays] == ["accompanying file"]
+    assert [stray.reason for stray in PairsSource.of([tmp_path]).passed_over] == ["accompanying file"]
     root = tmp_path / "elsewhere"
     write(root, {name.replace("metadata", "list"): (tmp_path / name).read_bytes()})
     assert pairs_in(root, image_root=tmp_path) == (PAIRS, {})

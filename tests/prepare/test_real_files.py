@@ -59,7 +59,7 @@ def test_system_files_in_folders_are_passed_over_and_named(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     source = TextSource.of([tmp_path])
     assert [file.name for file in source.files] == ["a.txt"]
-    assert Counter(stray.reason for stray in source.strays) == {"system file": 2}  # the others are of other kinds
+    assert Counter(stray.reason for stray in source.passed_over) == {"system file": 2}  # the others are of other kinds
 
 
 def test_links_in_a_tar_lead_to_its_files_and_not_out_of_it(tmp_path):

@@ -79,7 +79,7 @@ def test_too_long_documents_and_images_may_be_left_out_instead(folder, documents
     assert built.index.documents == len(SENTENCES) - built.rejected["too long"]
     assert "of pack" in built.examples["too long"]
     rejected = repacked(folder, tmp_path / "tiny", 10).rejected
-    assert rejected["image too long"] == sum(d[1].modality for d in documents)
+    assert rejected["image takes too many positions"] == sum(d[1].modality for d in documents)
 
 
 def test_texts_of_a_vocabulary_keep_their_ids_when_they_are_cut(tmp_path):

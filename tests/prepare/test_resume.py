@@ -134,7 +134,7 @@ def test_settings_that_fail_before_any_document_was_read_or_leave_none_may_be_co
     with pytest.raises(Stop):
         build(recipe, tmp_path / "out")
     steps.limit = 1000
-    with pytest.raises(InputError, match=r"got none \(.*image too long"):
+    with pytest.raises(InputError, match=r"got none \(.*image takes too many positions"):
         build(replace(recipe, encoder=replace(IMAGES, sequence_length=6)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     build(texts(tmp_path / "a.jsonl", "old"), tmp_path / "out")

@@ -81,7 +81,7 @@ def test_links_in_folders_are_followed_once_and_broken_ones_passed_over_and_name
     os.mkfifo(corpus / "pipe.txt")
     source = TextSource.of([corpus])
     assert read(source)[0] == [("one",), ("two",)]
-    names = sorted(re.match("not a file: (.*) is a broken link", str(stray))[1] for stray in source.strays)
+    names = sorted(re.match("not a file: (.*) is a broken link", str(stray))[1] for stray in source.passed_over)
     assert names == [str(corpus / name) for name in ("c.txt", "part", "pipe.txt")]
     built = build(text_recipe(corpus), tmp_path / "out", processes=2)  # others get a copy of the source
     assert built.rejected == {"not a file": 3} and built.index.documents == 2

@@ -186,7 +186,7 @@ def test_pairs_are_filtered_by_size_caption_and_record(tmp_path, run):
     filters = ("--where", "similarity > 0.3", "--min-side", 10, "--max-aspect", 2, "--caption-length", "2:")
     code, out, err = run("pairs", tmp_path / "0.tar", "--out", tmp_path / "out", *SIZE, *filters)
     assert code == 0 and "1 documents" in out and words(tmp_path / "out") == ["good"]
-    reasons = ("caption too short", "image too long and thin", "image too small", "not similarity > 0.3")
+    reasons = ("aspect ratio too large", "caption too short", "image too small", "not similarity > 0.3")
     assert [line.split(": ")[1:3] for line in err.splitlines()[:4]] == [["left out 1", reason] for reason in reasons]
 
 

@@ -30,12 +30,12 @@ from transfusion_fast.data.shards import ShardInfo, write_shard
 from transfusion_fast.errors import InputError
 from transfusion_fast.files import read_json, sync, write_atomically
 from transfusion_fast.prepare import staging
-from transfusion_fast.prepare.chosen import Chosen, Front, located
 from transfusion_fast.prepare.inspect import read_shard
-from transfusion_fast.prepare.packing import pack_named
+from transfusion_fast.prepare.packing import pack_ids
 from transfusion_fast.prepare.pool import worker_pool
 from transfusion_fast.prepare.progress import progress
 from transfusion_fast.prepare.recipe import UNIT_STREAM, Recipe
+from transfusion_fast.prepare.selected_documents import FinishedUnits, SelectedDocuments, located
 from transfusion_fast.prepare.selection import SIDES
 from transfusion_fast.prepare.sources.base import Source, Unit
 from transfusion_fast.prepare.spool import Counts, Mark, Spool, read_pack, remark_line
@@ -181,12 +181,12 @@ class Work:
         """Encode all units, write all shards, and give the folder its name."""
         units = self.recipe.source.units()
         with worker_pool(self, processes) as each:
-            front = Front(self.recipe.selection)
+            front = FinishedUnits(self.recipe.selection)
             unread = takewhile(lambda _: not front.has_enough, enumerate(units))
             total = None if self.recipe.selection.has_limit else len(units)
             for number, counts in progress(each(Work.encode, unread), "reading", "unit", total):
                 front.add(number, counts)
-            chosen = Chosen(self.recipe.selection, self.spool, front.counts)
+            chosen = SelectedDocuments(self.recipe.selection, self.spool, front.counts)
             examples: dict[str, str] = {}
             rejected = self.list_remarks("rejected", LEFT_OUT, chosen, examples)
             repaired = self.list_remarks("repaired", REPAIRED, chosen, examples)
@@ -202,7 +202,9 @@ class Work:
         first = (chosen.first, sum(tokens for _, tokens in totals.values())) if chosen.first else None
         return Built(*_first_two([*indices.values()]), rejected, repaired, examples, chosen.cut, first)
 
-    def totals(self, chosen: Chosen, rejected: Counter[str], examples: dict[str, str]) -> dict[str, tuple[int, int]]:
+    def totals(
+        self, chosen: SelectedDocuments, rejected: Counter[str], examples: dict[str, str]
+    ) -> dict[str, tuple[int, int]]:
         """Return the number of documents and of tokens by side; InputError if a side has none.
 
         Then nothing is kept that would hold the user to these settings.
@@ -244,7 +246,7 @@ class Work:
             counts = spool.write(encoded, functools.partial(source.checksum, unit), marks, selection.is_enough)
         return number, counts
 
-    def tasks(self, chosen: Chosen, side: str) -> Iterator[tuple[tuple[str, int], list[np.ndarray]]]:
+    def tasks(self, chosen: SelectedDocuments, side: str) -> Iterator[tuple[tuple[str, int], list[np.ndarray]]]:
         """Yield (side, number) and the packs of each shard: an array of rows (unit, document) for each pack.
 
         At most `buffer` documents are in memory at a time. Units come in a keyed order, as a source may be sorted by
@@ -254,7 +256,7 @@ class Work:
         (self.partial / SHARDS / side).mkdir(exist_ok=True)
         order = keyed_permutation(len(chosen.counts), recipe.seed, *UNIT_STREAM).tolist()
         named = (chosen.named(unit, side) for unit in order)
-        packs = map(located, pack_named(named, recipe.encoder.sequence_length, recipe.seed, recipe.buffer))
+        packs = map(located, pack_ids(named, recipe.encoder.sequence_length, recipe.seed, recipe.buffer))
         number = 0
         while some := list(islice(packs, recipe.packs_per_shard)):
             yield (side, number), some
@@ -278,12 +280,12 @@ class Work:
             validate_pack(pack, encoder.modalities, encoder.tokenizer.num_text_tokens, encoder.sequence_length)
             yield pack
 
-    def list_remarks(self, kind: str, name: str, chosen: Chosen, examples: dict[str, str]) -> Counter[str]:
+    def list_remarks(self, kind: str, name: str, chosen: SelectedDocuments, examples: dict[str, str]) -> Counter[str]:
         """Write a file of all remarks of one kind; return their number by reason, and add to `examples`."""
         found: Counter[str] = Counter()
         with (self.partial / SHARDS / name).open("wb") as whole:
-            strays = map(remark_line, self.recipe.source.strays if kind == "rejected" else ())
-            for line in chain(strays, chosen.remarks(kind)):
+            passed_over = map(remark_line, self.recipe.source.passed_over if kind == "rejected" else ())
+            for line in chain(passed_over, chosen.remarks(kind)):
                 whole.write(line)
                 entry = json.loads(line)
                 found[entry["reason"]] += 1

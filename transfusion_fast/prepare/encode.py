@@ -173,7 +173,7 @@ class Encoder:
         length = patches + IMAGE_TOKENS
         if length > self._capacity:
             fit = f"a pack of {self.sequence_length}; give a larger --seq-len"
-            raise Rejected("image too long", f"its {length} positions do not fit {fit}")
+            raise Rejected("image takes too many positions", f"its {length} positions do not fit {fit}")
         return length
 
     def _encoded(self, documents: Sequence[SourceDocument | Remark]) -> Iterator[Iterable[Document] | Remark]:

@@ -65,24 +65,26 @@ class Condition:
         return cls(found["field"], found["operator"], value)
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """Raise Rejected if a field is missing, of another type, not a number (NaN) or does not satisfy it.
-
-        A text that is a number, as all values of .csv files are texts, is compared as a number with numbers.
-        """
+        """Raise Rejected if a field is missing, of another type, not a number (NaN) or does not satisfy it."""
         value = lookup(fields, self.field)
         if value is None:
             raise Rejected("field missing", f"{self.field}, for {self}")
-        if isinstance(self.value, str):
-            if not isinstance(value, str):
-                raise Rejected("field is no text", f"{self.field} is {value!r:.60}, for {self}")
-        else:
-            if isinstance(value, str):
-                with suppress(ValueError):
-                    value = float(value)
-            if isinstance(value, bool) or not isinstance(value, Real | Decimal) or value != value:  # NaN
-                raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
+        if not isinstance(self.value, str):
+            value = self._number(value)
+        elif not isinstance(value, str):
+            raise Rejected("field is no text", f"{self.field} is {value!r:.60}, for {self}")
         if not _COMPARED[self.operator](value, self.value):
             raise Rejected(f"not {self}", f"it is {value!r:.60}")
+
+    def _number(self, value: Any) -> Any:
+        """Return the number that a field is, or that it has as text, as all values of .csv files are texts."""
+        found = value
+        if isinstance(value, str):
+            with suppress(ValueError):
+                found = float(value)
+        if isinstance(found, bool) or not isinstance(found, Real | Decimal) or found != found:  # NaN
+            raise Rejected("field is no number", f"{self.field} is {value!r:.60}, for {self}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Filters:
         if shorter < self.min_side:
             raise Rejected("image too small", f"{width} x {height} pixels have a side below {self.min_side}")
         if longer > self.max_aspect * shorter:
-            raise Rejected("image too long and thin", f"{width} x {height} pixels are above {self.max_aspect:g} to 1")
+            raise Rejected("aspect ratio too large", f"{width} x {height} pixels are above {self.max_aspect:g} to 1")
 
     def _check_length(self, length: int) -> None:
         least, most = self.caption_length

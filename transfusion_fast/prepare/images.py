@@ -91,7 +91,9 @@ class ImageRule:
             return scaled_middle(image, *self.covered(height, width), scale)
         rows, columns = (int(side * scale + 1e-9) // self.multiple * self.multiple for side in (height, width))
         if not rows or not columns:
-            raise Rejected("image too thin", f"{width} x {height} pixels leave a side below {self.multiple}")
+            raise Rejected(
+                "image narrower than a patch", f"{width} x {height} pixels leave a side below {self.multiple}"
+            )
         return scaled_middle(image, rows, columns, scale)
 
 

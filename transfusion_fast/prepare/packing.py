@@ -40,7 +40,7 @@ def pack_stream(lengths: Iterable[np.ndarray], capacity: int, seed: int, buffer:
     Args:
         lengths: positions that documents take, int [n] each, 1..capacity; the sizes of the arrays do not matter.
     """
-    return pack_named(_numbered(lengths), capacity, seed, buffer)
+    return pack_ids(_numbered(lengths), capacity, seed, buffer)
 
 
 def _numbered(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -50,7 +50,7 @@ def _numbered(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         first += len(array)
 
 
-def pack_named(documents: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
+def pack_ids(documents: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
     """Yield the names, int64, of the documents of each pack.
 
     Within a buffer documents are shuffled before packing, so that packs mix lengths, and packs are shuffled after it,

@@ -82,7 +82,7 @@ class Source(ABC):
     """All files of documents that a run reads. Picklable."""
 
     files: tuple[Path, ...]
-    strays: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
+    passed_over: tuple[Rejected, ...] = field(default=(), kw_only=True, compare=False)
     """Why files in folders were passed over, one remark for each."""
     fields: tuple[str, ...] = field(default=(), kw_only=True, compare=False)
     """Names of the fields of records, such as scores, that the filters of documents look at."""
@@ -96,8 +96,8 @@ class Source(ABC):
         Raises:
             InputError: a path leads nowhere, a folder holds no such file, a file is of another kind or was given twice.
         """
-        files, strays = source_files(paths, cls.suffixes)
-        return cls(files, strays=strays, **settings)
+        files, passed_over = source_files(paths, cls.suffixes)
+        return cls(files, passed_over=passed_over, **settings)
 
     @abstractmethod
     def units(self) -> list[Unit]:

@@ -22,11 +22,11 @@ def source_files(paths: Sequence[Path], suffixes: Sequence[str]) -> tuple[tuple[
         InputError: a path leads nowhere, a folder holds no such file, a file is of another kind or was given twice.
     """
     names: dict[Path, Path] = {}
-    strays: list[Rejected] = []
-    for file in (file for path in paths for file in _files_at(path, suffixes, strays)):
+    passed_over: list[Rejected] = []
+    for file in (file for path in paths for file in _files_at(path, suffixes, passed_over)):
         if (other := names.setdefault(file.resolve(), file)) is not file:
             raise InputError(f"source must hold a file once, got {other} and {file}, the same file; leave one out")
-    return tuple(names.values()), tuple(strays)
+    return tuple(names.values()), tuple(passed_over)
 
 
 @functools.lru_cache  # asked for every document, and slow
@@ -45,10 +45,10 @@ def system_file(name: str) -> bool:
     return base.startswith("._") or base.lower() in _SYSTEM_FILES or "__MACOSX" in folders
 
 
-def _files_at(path: Path, suffixes: Sequence[str], strays: list[Rejected]) -> list[Path]:
+def _files_at(path: Path, suffixes: Sequence[str], passed_over: list[Rejected]) -> list[Path]:
     """Return a file, or the files below a folder by name.
 
-    Files that are passed over are added to `strays`; files of other suffixes are not mentioned.
+    Files that are passed over are added to `passed_over`; files of other suffixes are not mentioned.
     """
     if not path.is_dir():
         if not path.is_file():
@@ -60,14 +60,14 @@ def _files_at(path: Path, suffixes: Sequence[str], strays: list[Rejected]) -> li
     for file in walk(path):
         wanted = kind_of(file) in suffixes and not file.name.endswith(_DESCRIPTIONS)
         if wanted and system_file(str(file.relative_to(path))):
-            strays.append(Rejected("system file", str(file)))
+            passed_over.append(Rejected("system file", str(file)))
         elif wanted and file.is_file():
             found.append(file)
         elif wanted or (not file.suffix and file.is_symlink() and not file.exists()):  # perhaps to a folder
-            strays.append(Rejected("not a file", f"{file} is a broken link or something else"))
+            passed_over.append(Rejected("not a file", f"{file} is a broken link or something else"))
     if not found:
-        passed_over = f" ({len(strays)} were passed over, as {strays[0]})" if strays else ""
-        raise InputError(f"folder {path} must hold files of {_shown(suffixes)}, got none{passed_over}; give another")
+        found_else = f" ({len(passed_over)} were passed over, as {passed_over[0]})" if passed_over else ""
+        raise InputError(f"folder {path} must hold files of {_shown(suffixes)}, got none{found_else}; give another")
     return sorted(found)
 
 

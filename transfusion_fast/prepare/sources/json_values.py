@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.sources.base import MAX_BYTES
-from transfusion_fast.prepare.sources.lines import DECOMPRESSION_ERRORS, damage_in, opened
+from transfusion_fast.prepare.sources.lines import DECOMPRESSION_ERRORS, damage_in, open_decompressed
 
 _BLOCK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
@@ -24,7 +24,7 @@ def has_json_lines(path: Path) -> bool:
     A file of a single line holds one value. A damaged file has lines, whose reader reports the damage.
     """
     try:
-        with opened(path) as file:
+        with open_decompressed(path) as file:
             begin = file.readline(MAX_BYTES)
             if not begin.endswith(b"\n"):
                 return False
@@ -53,7 +53,7 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
         return
     number = 0
     try:
-        with opened(path) as file:
+        with open_decompressed(path) as file:
             for value in _values(file):
                 yield f"value {number} of {path}", value
                 number += 1

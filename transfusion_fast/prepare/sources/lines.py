@@ -53,7 +53,7 @@ def read_lines(unit: Unit) -> Iterator[tuple[str, bytes | Remark]]:
     if damage:
         return
     end = unit.end
-    with opened(unit.path) as file:
+    with open_decompressed(unit.path) as file:
         offset = unit.start
         if offset:  # a line across the start belongs to the unit before
             file.seek(offset - 1)
@@ -140,7 +140,7 @@ def _read_through(path: Path, most: int = sys.maxsize) -> tuple[str, bool]:
     if not path.stat().st_size:
         return "it is empty", False
     try:
-        with opened(path) as file:
+        with open_decompressed(path) as file:
             # `read` would lose what it has read before an error.
             while most > 0 and (block := file.read1(min(most, _BLOCK))):
                 most -= len(block)
@@ -152,7 +152,7 @@ def _read_through(path: Path, most: int = sys.maxsize) -> tuple[str, bool]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_decompressed(path: Path) -> Iterator[Any]:
     """Open a file for reading its decompressed content."""
     with path.open("rb") as file:
         match path.suffix.lower():

@@ -59,10 +59,10 @@ class PairsSource(Source):
             case "files":
                 return cls(image_folders.folders_with_images(paths), layout=layout, **settings)
             case "tar":
-                files, strays = source_files(paths, (".tar",))
+                files, passed_over = source_files(paths, (".tar",))
             case _:
-                files, strays = _record_files(paths)
-        return cls(files, strays=strays, layout=layout, **settings)
+                files, passed_over = _record_files(paths)
+        return cls(files, passed_over=passed_over, layout=layout, **settings)
 
     def units(self) -> list[Unit]:
         match self.layout:
@@ -173,13 +173,13 @@ class PairsSource(Source):
 
 def _record_files(paths: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[Rejected, ...]]:
     """Return the files of records; of folders that have metadata files as the hub's image folders do, these alone."""
-    files, strays = source_files(paths, RECORDS)
+    files, passed_over = source_files(paths, RECORDS)
     lists = [file for file in files if file.name.startswith(_METADATA)]
     if not lists or not all(path.is_dir() for path in paths):
-        return files, strays
+        return files, passed_over
     others = [file for file in files if not file.name.startswith(_METADATA)]
-    passed_over = [Rejected("accompanying file", f"{file} is not read beside {lists[0].name}") for file in others]
-    return tuple(lists), (*strays, *passed_over)
+    more = [Rejected("accompanying file", f"{file} is not read beside {lists[0].name}") for file in others]
+    return tuple(lists), (*passed_over, *more)
 
 
 def _among(columns: Sequence[str], fields: Sequence[str]) -> list[str]:

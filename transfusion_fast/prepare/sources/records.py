@@ -14,7 +14,7 @@ from transfusion_fast.errors import Rejected, Remark
 from transfusion_fast.prepare.sources.base import MAX_BYTES, Unit, decode_utf8, parse_json
 from transfusion_fast.prepare.sources.files import COMPRESSIONS, kind_of
 from transfusion_fast.prepare.sources.json_values import has_json_lines, read_values
-from transfusion_fast.prepare.sources.lines import damage_in, line_units, opened, read_lines
+from transfusion_fast.prepare.sources.lines import damage_in, line_units, open_decompressed, read_lines
 from transfusion_fast.prepare.sources.tables import TABLES, Columns, read_rows, table_units
 
 
@@ -87,7 +87,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, str] | Remark]]:
         return
     csv.field_size_limit(MAX_BYTES)  # its default of 128 KiB is too small for images as base64
     delimiter = "\t" if kind_of(path).startswith(".tsv") else ","
-    with opened(path) as file:
+    with open_decompressed(path) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
         for line, found in _csv_rows(_lines(text), delimiter):
             yield f"line {line} of {path}", found

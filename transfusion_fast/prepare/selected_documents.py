@@ -16,8 +16,8 @@ from transfusion_fast.prepare.spool import Counts, Spool, remark_line
 _NUMBER_BITS = 32  # a name is the unit's number, and in the lower bits the document's
 
 
-class Front:
-    """The counts of the units that are finished without a gap, from the first one on, up to the limit."""
+class FinishedUnits:
+    """The counts of the units that are finished, from the first one on without a gap, up to the limit."""
 
     def __init__(self, selection: Selection) -> None:
         self.counts: list[Counts] = []
@@ -38,7 +38,7 @@ class Front:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedDocuments:
     """The documents that a selection leaves of these units."""
 
     selection: Selection
