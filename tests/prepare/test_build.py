@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import webdataset as wds
-from build_cases import IMAGES, content, documents_in, text_recipe, words, words_of
+from build_cases import IMAGES, content, documents_in, text_recipe, texts, words, words_of
 
 from transfusion_fast.data.index import read_index
 from transfusion_fast.data.pack import ImageSegment, TextSegment
@@ -97,3 +97,11 @@ def test_text_with_a_tokenizer_of_its_own_is_split_at_pauses_and_read_back(tmp_p
     assert sum(map(len, words(tmp_path / "out"))) == sum(len(f"{i} {text}") for i in range(9))
     assert built.index.tokenizer == tokenizer.describe() and built.index.num_text_tokens == 280
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.content
+
+
+def test_files_that_are_passed_over_are_counted_once_as_left_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    texts(tmp_path / "in" / "a.jsonl", "text")
+    (tmp_path / "in" / "._a.jsonl").write_bytes(b"of macOS")
+    built = build(text_recipe(tmp_path / "in"), tmp_path / "out")
+    assert built.rejected == {"system file": 1} and not built.repaired and built.index.documents == 50
