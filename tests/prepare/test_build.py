@@ -16,6 +16,7 @@ from transfusion_fast.data.tokenizer import train_bpe
 from transfusion_fast.errors import InputError
 from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.sources.text import TextSource
 
 
 def test_every_good_pair_is_in_the_folder_and_every_bad_one_is_counted(tmp_path, recipe):
@@ -105,3 +106,17 @@ def test_files_that_are_passed_over_are_counted_once_as_left_out(tmp_path):
     (tmp_path / "in" / "._a.jsonl").write_bytes(b"of macOS")
     built = build(text_recipe(tmp_path / "in"), tmp_path / "out")
     assert built.rejected == {"system file": 1} and not built.repaired and built.index.documents == 50
+
+
+def test_a_source_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
+    path, read = tmp_path / "a.jsonl", TextSource.entries
+
+    def entries(source, unit):
+        yield from read(source, unit)
+        path.write_text(path.read_text() + '"one more"\n')
+
+    recipe = texts(path, "text")
+    monkeypatch.setattr(TextSource, "entries", entries)
+    built = build(recipe, tmp_path / "out")
+    [line] = built.remarks(tmp_path / "out")
+    assert line.startswith("the source changed while it was read, and documents may be missing: ") and "a.jsonl" in line

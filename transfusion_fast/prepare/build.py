@@ -64,6 +64,8 @@ class Built:
     """Number of documents that were longer than a pack and became several."""
     first: tuple[int, int] | None = None
     """Number of the source documents up to the limit, and of their tokens, if it was reached."""
+    changed: str = ""
+    """The first source files that changed while the source was read."""
     reused: bool = False
     """True if the folder was there already, of the same recipe; then nothing is counted."""
 
@@ -76,6 +78,8 @@ class Built:
                 yield f"{folder / file} names all that was {done}"
         if self.first:
             yield "stopped at the limit: the first {} documents of the source, {} tokens".format(*self.first)
+        if self.changed:
+            yield f"the source changed while it was read, and documents may be missing: {self.changed}"
         if self.cut:
             yield f"split {self.cut} documents that are longer than a pack"
 
@@ -186,6 +190,7 @@ class Work:
             total = None if self.recipe.selection.has_limit else len(units)
             for number, counts in progress(each(Work.encode, unread), "reading", "unit", total):
                 front.add(number, counts)
+            changed = self.changes()
             chosen = SelectedDocuments(self.recipe.selection, self.spool, front.counts)
             examples: dict[str, str] = {}
             rejected = self.list_remarks("rejected", LEFT_OUT, chosen, examples)
@@ -200,7 +205,7 @@ class Work:
         }
         self.finish(folder, indices, [own.checksum for own in chosen.counts])
         first = (chosen.first, sum(tokens for _, tokens in totals.values())) if chosen.first else None
-        return Built(*_first_two([*indices.values()]), rejected, repaired, examples, chosen.cut, first)
+        return Built(*_first_two([*indices.values()]), rejected, repaired, examples, chosen.cut, first, changed)
 
     def totals(
         self, chosen: SelectedDocuments, rejected: Counter[str], examples: dict[str, str]
@@ -225,6 +230,13 @@ class Work:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(rejected.items())) or "it is empty"
         first = "".join(f"; {example}" for example in list(examples.values())[:1])
         raise InputError(f"source must hold documents that can be used, got none ({reasons}){first}")
+
+    def changes(self) -> str:
+        """Return the first source files that are not as they were when the work began; "" if all are."""
+        try:
+            return first_changes(read_json(self.partial / RECIPE)["files"], self.recipe.source.states())
+        except OSError as error:
+            return str(error)
 
     def spool(self, unit: int) -> Spool:
         """Return the encoded documents of a unit."""
