@@ -203,7 +203,7 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if options.train_bpe is not None:
         if options.limit_tokens is not None:
             raise InputError("--limit-tokens must be given without --train-bpe, got both; give --limit instead")
-        return train_tokenizer(source, options.train_bpe, options.out, _selection(options))
+        return train_tokenizer(source, options.train_bpe, options.out, _selection(options), _filters(options))
     return ByteTokenizer()
 
 

@@ -24,6 +24,8 @@ from transfusion_fast.prepare.build import Recipe, build
 from transfusion_fast.prepare.encode import Encoder
 from transfusion_fast.prepare.filters import Condition, Filters, parse_lengths
 from transfusion_fast.prepare.images import ImageRule
+from transfusion_fast.prepare.recipe import train_tokenizer
+from transfusion_fast.prepare.selection import Selection
 from transfusion_fast.prepare.sources.base import SourceDocument
 from transfusion_fast.prepare.sources.interleaved import InterleavedSource
 from transfusion_fast.prepare.sources.pairs import PairsSource
@@ -269,3 +271,18 @@ def test_a_folder_is_of_its_filters(tmp_path):
     build(recipe(Filters()), tmp_path / "all")
     assert "filters" not in read_json(tmp_path / "all" / "recipe.json")["encoder"]
     assert build(recipe(Filters()), tmp_path / "all").reused
+
+
+def test_a_tokenizer_is_trained_on_what_conditions_leave_and_kept_with_them(tmp_path, monkeypatch):
+    path, out, seen = tmp_path / "a.jsonl", tmp_path / "out", []
+    path.write_text("".join(json.dumps({"text": f"text {n} " * 9, "score": n / 10}) + "\n" for n in range(10)))
+    source = TextSource.of([path], fields=ABOVE.fields)
+    tokenizer = train_tokenizer(source, 260, out, filters=ABOVE)
+    build(Recipe(source, Encoder(tokenizer, 64, filters=ABOVE), train_bpe=260), out)
+    monkeypatch.setattr("transfusion_fast.prepare.recipe.train_bpe", lambda texts, _: seen.extend(texts))
+    assert train_tokenizer(source, 260, out, filters=ABOVE).describe() == tokenizer.describe() and not seen
+    train_tokenizer(source, 260, out, Selection(limit=3), ABOVE)
+    assert seen == [f"text {n} " * 9 for n in (4, 5, 6)]
+    seen.clear()
+    train_tokenizer(source, 260, out)
+    assert len(seen) == 10

@@ -118,6 +118,12 @@ def test_tokenizers_and_normalisation_see_no_document_that_is_held_out(tmp_path,
     train, heldout = sides(tmp_path / "pairs")
     assert train < set(seen) and not heldout & set(seen)
 
+    seen.clear()
+    few = replace(QUARTER, limit=10)
+    with pytest.raises(InputError, match="got none"):
+        measure_features(replace(IMAGES, latents=Features()), pairs.source, None, tmp_path / "none", few)
+    assert set(seen) <= {f"picture 0 {n}" for n in range(10)}, "nothing behind the limit is read"
+
 
 class Features:
     encoder = object()

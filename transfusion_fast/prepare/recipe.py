@@ -18,9 +18,10 @@ from transfusion_fast.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from transfusion_fast.errors import InputError, Rejected
 from transfusion_fast.files import read_json
 from transfusion_fast.prepare.encode import Encoder
+from transfusion_fast.prepare.filters import Filters
 from transfusion_fast.prepare.packing import BUFFER
 from transfusion_fast.prepare.selection import ALL, Selection
-from transfusion_fast.prepare.sources.base import Part, Source, TextRange
+from transfusion_fast.prepare.sources.base import Part, Source, SourceDocument, TextRange
 from transfusion_fast.prepare.staging import RECIPE, output_and_staging
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _VERSION = 6
 """Version of spooled units and of the packing: work begun by another version is refused."""
 MEASURED = 256
 """Images by which a vision encoder's features are normalised."""
+_NO_FILTERS = Filters()
 UNIT_STREAM = (0, 0)  # `pack_stream` draws from streams of one number
 
 
@@ -75,17 +77,22 @@ def _describe(source: Source, selection: Selection, train_bpe: int | None) -> di
     }
 
 
-def train_tokenizer(source: Source, vocabulary: int, folder: Path, selection: Selection = ALL) -> Tokenizer:
-    """Train a BPE tokenizer on the texts of a source that are not held out.
+def train_tokenizer(
+    source: Source, vocabulary: int, folder: Path, selection: Selection = ALL, filters: Filters = _NO_FILTERS
+) -> Tokenizer:
+    """Train a BPE tokenizer on the texts of a source, but for those that are held out or that filters leave out.
 
     If `folder` was made or begun with one, that one is returned.
     """
+    wanted = json.loads(json.dumps(filters.describe()))
     for path, begun in _begun(source, selection, vocabulary, folder):
         match begun:
-            case {"tokenizer": dict(described)}:
+            case {"tokenizer": dict(described), **settings} if settings.get("filters", {}) == wanted:
                 with suppress(InputError):
                     return load_tokenizer(described, path)
-    documents = selection.trained_on(found for unit in source.units() for found in source.documents(unit))
+    read = (found for unit in source.units() for found in source.documents(unit))
+    kept = (found for found in read if not (isinstance(found, SourceDocument) and filters.rejection(found)))
+    documents = selection.trained_on(kept)
     return train_bpe((text for found in documents for part in found.parts for text in _texts(part)), vocabulary)
 
 
@@ -114,10 +121,13 @@ def measure_features(
             case {"modalities": [{"autoencoder": vision.fingerprint, "mean": list(mean), "std": list(std)}]}:
                 return replace(vision, mean=tuple(mean), std=tuple(std))
     units = source.units()
-    each = -(-MEASURED // max(len(units), 1))
-    chosen = (units[number] for number in keyed_permutation(len(units), 0, *UNIT_STREAM).tolist())
-    documents = (selection.trained_on(source.documents(unit)) for unit in chosen)
-    pixels = (image for found in documents for image in islice(encoder.pixels(found), each))
+    if selection.has_limit:  # no unit behind it is read
+        pixels = encoder.pixels(selection.trained_on(found for unit in units for found in source.documents(unit)))
+    else:
+        each = -(-MEASURED // max(len(units), 1))
+        chosen = (units[number] for number in keyed_permutation(len(units), 0, *UNIT_STREAM).tolist())
+        documents = (selection.trained_on(source.documents(unit)) for unit in chosen)
+        pixels = (image for found in documents for image in islice(encoder.pixels(found), each))
     found = latents(list(islice(pixels, MEASURED)))
     features = [values for values in found if not isinstance(values, Rejected)]
     if not features:
