@@ -25,7 +25,7 @@ def test_a_key_is_repeated_if_an_earlier_one_is_equal(keys):
     assert found.tolist() == [key in keys[:number] for number, key in enumerate(keys)]
 
 
-def test_a_name_holds_the_number_of_a_unit_and_of_any_of_its_documents():
+def test_an_id_holds_the_number_of_a_unit_and_of_any_of_its_documents():
     assert located(np.array([5, (7 << 32) + (1 << 31)])).tolist() == [[0, 5], [7, 1 << 31]]
 
 

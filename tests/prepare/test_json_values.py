@@ -46,7 +46,7 @@ def test_one_record_in_a_file_is_read(tmp_path):
         path = tmp_path / f"{number}.json"
         path.write_text(content)
         assert texts_of([path]) == (["one"], {})
-    assert texts_of([tmp_path]) == (["one"] * 4, {})  # beside no files that they could describe
+    assert texts_of([tmp_path]) == (["one"] * 4, {})
 
 
 @given(st.lists(st.recursive(st.none() | st.integers() | st.text(max_size=9), st.lists, max_leaves=5), max_size=6))

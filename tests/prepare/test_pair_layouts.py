@@ -109,7 +109,7 @@ def test_a_table_whose_columns_are_not_found_names_the_option_that_says_them(tmp
 
 
 def test_images_in_folders_have_their_captions_beside_them(tmp_path):
-    """As img2dataset writes `files`: folders of images with .txt and .json, and tables of what was downloaded."""
+    """The layout of img2dataset's `files` output: folders of images with .txt and .json, beside tables of downloads."""
     write(tmp_path, {
         "00000/0.jpg": b"first", "00000/0.txt": "a cat", "00000/0.json": '{"caption": "not this", "width": 3}',
         "00000/1.PNG": b"second", "00000/1.json": '{"caption": "a dog"}',

@@ -267,8 +267,8 @@ class Work:
         recipe = self.recipe
         (self.partial / SHARDS / side).mkdir(exist_ok=True)
         order = keyed_permutation(len(chosen.counts), recipe.seed, *UNIT_STREAM).tolist()
-        named = (chosen.named(unit, side) for unit in order)
-        packs = map(located, pack_ids(named, recipe.encoder.sequence_length, recipe.seed, recipe.buffer))
+        documents = (chosen.ids_and_lengths(unit, side) for unit in order)
+        packs = map(located, pack_ids(documents, recipe.encoder.sequence_length, recipe.seed, recipe.buffer))
         number = 0
         while some := list(islice(packs, recipe.packs_per_shard)):
             yield (side, number), some

@@ -77,7 +77,7 @@ class Condition:
             raise Rejected(f"not {self}", f"it is {value!r:.60}")
 
     def _number(self, value: Any) -> Any:
-        """Return the number that a field is, or that it has as text, as all values of .csv files are texts."""
+        """Return the number that a field holds, also as text: all values of .csv files are texts."""
         found = value
         if isinstance(value, str):
             with suppress(ValueError):

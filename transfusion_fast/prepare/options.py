@@ -179,7 +179,7 @@ _SECTIONS = {
     "text": TOKENS,
     "images": ("--image-size", "--patch-size", "--shape", *LATENTS),
 }
-"""Options by the headings of help; others have none of their own."""
+"""Options by the section of --help that shows them; the others are shown first."""
 
 
 def add_options(command: argparse.ArgumentParser, *names: str) -> None:

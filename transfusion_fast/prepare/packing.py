@@ -51,13 +51,13 @@ def _numbered(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def pack_ids(documents: Iterable[np.ndarray], capacity: int, seed: int, buffer: int = BUFFER) -> Iterator[np.ndarray]:
-    """Yield the names, int64, of the documents of each pack.
+    """Yield the ids, int64, of the documents of each pack.
 
     Within a buffer documents are shuffled before packing, so that packs mix lengths, and packs are shuffled after it,
     since best-fit decreasing makes similar packs one after another. The result is a pure function of the arguments.
 
     Args:
-        documents: rows (name, length), int64 [n, 2] each; a length is the positions that a document takes, in
+        documents: rows (id, length), int64 [n, 2] each; a length is the positions that a document takes, in
             1..capacity. The sizes of the arrays do not matter.
     """
     waiting = np.empty((0, 2), dtype=np.int64)

@@ -1,7 +1,7 @@
 """One data folder that several machines prepare in parts: each encodes some units, and the last one writes the shards.
 
-All of them share the lock of the staging folder while they encode. Whoever finds that all units are encoded gives it up
-and waits to hold it alone: the first who does writes the shards, and the others then find the folder finished.
+All of them share the lock of the staging folder while they encode. A process that finds all units encoded releases it
+and waits for the exclusive lock: the first to get it writes the shards, and the others then find the folder finished.
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ def build_part(recipe: Recipe, folder: Path, share: Share, processes: int = 1) -
 
 
 def _encode_share(recipe: Recipe, folder: Path, partial: Path, share: Share, processes: int) -> list[int]:
-    """Encode a share; return the numbers of those that are missing, none also if the folder was finished meanwhile."""
+    """Encode a share; return the numbers of the shares that are still missing.
+
+    The list is also empty if another process finished the folder meanwhile.
+    """
     staged = staged_recipe(recipe, share.of)
     while finished(folder, recipe) is None:
         if staging.has_units(partial):
             staging.check_begun(partial, staged)  # before others are waited for
-        with suppress(staging.InUseError), staging.locked(partial):  # those who share it have begun
+        with suppress(staging.InUseError), staging.locked(partial):  # if others share it, the work has begun
             if finished(folder, recipe) is None:  # another may have finished before the lock was free
                 staging.begin_or_resume(partial, staged, recipe.encoder.tokenizer)
         with staging.locked(partial, shared=True, wait=True):

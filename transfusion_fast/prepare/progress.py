@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], stage: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items, and show on standard error how many have been worked on, how fast, and how long it takes yet.
+    """Yield the items, and show on standard error how many are done, the rate, and the time that is left.
 
     Args:
         total: number of items, if it is known.

@@ -13,7 +13,7 @@ from transfusion_fast.errors import Rejected
 from transfusion_fast.prepare.selection import Selection
 from transfusion_fast.prepare.spool import Counts, Spool, remark_line
 
-_NUMBER_BITS = 32  # a name is the unit's number, and in the lower bits the document's
+_NUMBER_BITS = 32  # an id is the unit's number, and in the lower bits the document's
 
 
 class FinishedUnits:
@@ -70,7 +70,7 @@ class SelectedDocuments:
     def _duplicates(self) -> list[np.ndarray]:
         """For each unit, whether a source document equals an earlier one, bool [n].
 
-        All keys are held at a time, of 16 bytes each, and while they are sorted about 20 bytes more of each.
+        All keys are in memory at a time, 16 bytes each; sorting them takes about 20 bytes more per key.
         """
         counts = [len(self._sources(unit)) for unit in range(len(self.counts))]
         ends = np.cumsum(counts)
@@ -106,8 +106,8 @@ class SelectedDocuments:
         pieces = (np.diff(self._sources(unit)["end"], prepend=0) for unit in range(len(self.counts)))
         return sum(int((own[~known] > 1).sum()) for own, known in zip(pieces, self._duplicates, strict=True))
 
-    def named(self, unit: int, side: str) -> np.ndarray:
-        """Return rows (name, length), int64, of a unit's documents for one side."""
+    def ids_and_lengths(self, unit: int, side: str) -> np.ndarray:
+        """Return rows (id, length), int64, of a unit's documents for one side."""
         numbers = self.documents(unit, side)
         return np.stack([unit << _NUMBER_BITS | numbers, self.spool(unit).lengths[numbers]], axis=1)
 
@@ -115,7 +115,7 @@ class SelectedDocuments:
         """Return the number of documents for one side, and of the tokens that they take."""
         if self.selection.takes_all:
             return sum(own.documents for own in self.counts), sum(own.tokens for own in self.counts)
-        lengths = (self.named(unit, side)[:, 1] for unit in range(len(self.counts)))
+        lengths = (self.ids_and_lengths(unit, side)[:, 1] for unit in range(len(self.counts)))
         counts = [(own.size, int(own.sum())) for own in lengths]
         return sum(documents for documents, _ in counts), sum(tokens for _, tokens in counts)
 
@@ -140,6 +140,6 @@ def repeated(keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def located(names: np.ndarray) -> np.ndarray:
-    """Return int64 [n, 2], the unit and the number of each of these documents."""
-    return np.stack([names >> _NUMBER_BITS, names & (1 << _NUMBER_BITS) - 1], axis=1)
+def located(ids: np.ndarray) -> np.ndarray:
+    """Return int64 [n, 2], the unit and the number of the document of each id."""
+    return np.stack([ids >> _NUMBER_BITS, ids & (1 << _NUMBER_BITS) - 1], axis=1)

@@ -1,4 +1,4 @@
-"""The choice among a source's documents by their content: it does not depend on processes, or on what else is read."""
+"""The choice among a source's documents by their content. It depends on neither processes nor other documents."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Selection:
     """The settings by which documents are chosen. Picklable."""
 
     heldout: float = 0.0
-    """Share of the documents that are held out: those whose images, or else texts, have a hash in this share of all
-    hashes. So an image with several captions is on one side."""
+    """Share of the documents that are held out. A hash of a document's images, or of its texts if it has none, decides,
+    so that all captions of an image are on one side."""
 
     limit: int | None = None
     """Number of source documents, the first ones in their order, before long ones are split."""
@@ -107,7 +107,7 @@ def content_key(parts: Iterable[Part]) -> bytes:
 
     A text has the same hash in memory and in a file; that raises Rejected where it is not UTF-8.
     """
-    keys = [_part_key(part) for part in parts if not isinstance(part, Rejected)]  # as images that are missing are
+    keys = [_part_key(part) for part in parts if not isinstance(part, Rejected)]  # a missing image
     return keys[0] if len(keys) == 1 else _hash(b"".join(keys))
 
 

@@ -59,11 +59,11 @@ class Mark(NamedTuple):
 
     heldout: bool
     key: bytes = b""
-    """16 bytes by which equal ones are found, if it may be left out as such."""
+    """16 bytes by which duplicates are found; empty for a document that cannot be one."""
     place: str = ""
-    """Where it is, if it has a key."""
+    """Location of the document in its source, for the remark on a duplicate; empty without a key."""
     of_images: bool = False
-    """True if the key is that of its images alone, which does not count where none of them is used."""
+    """True if the key is that of the images alone. It is dropped if none of them can be used."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Upload of a prepared folder to a URL, which readers find complete or not at all.
 
-recipe.json is written first and tells whose upload an unfinished folder is; an index.json is written last. A file is
-uploaded if the target does not hold it. Compared are sizes, the table at the end of each shard, which has the checksums
-of all packs, and JSON byte for byte; and again after each upload. The sha256 of a shard is compared by each reader that
-fetches it.
+recipe.json is written first, so that an unfinished folder can be recognized, and each index.json last. A file is
+uploaded if the target does not hold it already. Before and after an upload, these are compared: the sizes, every byte
+of JSON, and the table at the end of a shard, which has the checksums of its packs. Readers that fetch a shard compare
+its sha256.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Target:
         Raises:
             InputError: it holds anything else, or cannot be reached.
         """
-        recipe = json.loads(json.dumps(recipe))
         held = self._sizes()
         if not held:
             return {}
@@ -211,7 +210,7 @@ def _put(local: Path, files: Any, path: str) -> None:
 
 
 def _each(put: Callable[[str], bool], names: Sequence[str], threads: int) -> Iterator[bool]:
-    """Yield put(name) of every name, in any order; after an error, those that wait are not called."""
+    """Yield the result of put(name) for each name, in any order. An error cancels the calls that have not begun."""
     with ThreadPoolExecutor(threads) as executor:
         waiting = [executor.submit(put, name) for name in names]
         try:

@@ -42,7 +42,7 @@ def _is_container(line: bytes) -> bool:
 
 
 def read_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, value) of each element of the file's list, or of each value where it is no list.
+    """Yield (location, value) of each element of the file's list, or of each value if the file is no list.
 
     One element is held in memory at a time. What follows a value that cannot be read is Rejected as a whole, and so is
     a damaged compressed file.
@@ -79,7 +79,7 @@ def _values(file: IO[bytes]) -> Iterator[Any]:
             value, end = _decode(text, offset)
         except (ValueError, RecursionError) as error:
             held = len(text) - offset
-            if more and held <= MAX_BYTES:  # which doubles what is held, so that the work stays linear
+            if more and held <= MAX_BYTES:  # reading as much again keeps the work linear
                 block = _read(file, decoder, max(held, _BLOCK))
                 text, offset, more = text[offset:] + block, 0, bool(block)
                 continue
@@ -87,7 +87,7 @@ def _values(file: IO[bytes]) -> Iterator[Any]:
                 reason = error if held else "the list has no end"
                 raise Rejected("not JSON", f"what follows is lost ({reason})") from error
             return
-        if end == len(text) and more:  # a number may go on
+        if end == len(text) and more:  # a number may continue in the next block
             block = _read(file, decoder, _BLOCK)
             text, offset, more = text[offset:] + block, 0, bool(block)
             continue

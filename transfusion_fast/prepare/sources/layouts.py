@@ -26,7 +26,7 @@ _IMAGE = re.compile(r"<image>\n?|\n?<image>")
 
 
 def content_of(record: Any, layout: Layout | None = None) -> list[Any]:
-    """Return the texts and images of a record in order; Rejected if it is not of the layout, or of none for None."""
+    """Return the texts and images of a record in order; Rejected if it has not the layout, or for None no known one."""
     if isinstance(record, list):
         record = {"content": record}
     if not isinstance(record, dict):
@@ -136,7 +136,7 @@ def _without_loss(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the parts with neighboring texts of one loss in one, so that they are tokenized together."""
+    """Return the parts with neighboring texts of equal weight joined, so that they are tokenized together."""
     joined: list[dict[str, Any]] = []
     for part in content:
         last = joined[-1] if joined else {}

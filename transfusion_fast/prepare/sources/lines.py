@@ -136,7 +136,7 @@ def damage_in(path: Path) -> tuple[list[tuple[str, Rejected]], list[tuple[str, R
 
 
 def _read_through(path: Path, most: int = sys.maxsize) -> tuple[str, bool]:
-    """Return what is wrong with the first `most` bytes of a content, else "", and whether other bytes follow all."""
+    """Return what is wrong with the first `most` bytes of the content, if anything, and whether other bytes follow."""
     if not path.stat().st_size:
         return "it is empty", False
     try:
@@ -204,7 +204,10 @@ class _Gzip(_Content):
 
 
 class _Streams(_Content):
-    """Streams of one compression one after another. `bz2` and `lzma` end in silence where none follows."""
+    """Streams of one compression one after another.
+
+    The readers of `bz2` and `lzma` would silently ignore everything behind a stream that they cannot read.
+    """
 
     def __init__(self, file: IO[bytes], make: Callable[[], Any], magic: bytes) -> None:
         self._file, self._make, self._magic = file, make, magic
@@ -225,7 +228,7 @@ class _Streams(_Content):
         return block
 
     def _following(self) -> bytes:
-        """Return the begin of the next stream, none if there is none. Zeros between streams are padding."""
+        """Return the first bytes of the next stream, b"" at the end. Zeros between streams are padding."""
         held: bytes = self._stream.unused_data.lstrip(b"\0")
         while len(held) < len(self._magic) and (more := self._file.read(io.DEFAULT_BUFFER_SIZE)):
             held = (held + more).lstrip(b"\0")

@@ -215,7 +215,7 @@ def _json_of(sample: tars.Sample) -> Any:
 
 
 def _chosen_caption(value: Any, image: bytes) -> str:
-    """Return a caption; of a list, one that is drawn by a key of the content, so that repeating gives the same."""
+    """Return a caption. From a list, one is drawn by a hash of captions and image, so that a rerun draws the same."""
     values = value if isinstance(value, list) else [value]
     decoded = [decode_utf8(text, "utf-8-sig") if isinstance(text, bytes) else text for text in values]
     captions = [text.strip() for text in decoded if isinstance(text, str) and text.strip()]
